@@ -1,0 +1,123 @@
+"""The Cross-modal Alignment Module: one exchange between an image stage and a text slice.
+
+MagNet, section 3.2, in two forms that share the pyramid: `pwam` (the released models) and `xmha` (the paper).
+Both sides read the other's features from before the exchange.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import AlignmentConfig
+from .pwam import PWAM, Gate, TextPWAM
+from .xmha import CrossModalityAttention
+
+
+class PooledLevel(nn.Module):
+    """Pixels averaged to p×p, mixed by a small channel MLP and reduced: (B, H, W, C) → (B, p², C/levels)."""
+
+    def __init__(self, channels: int, out_channels: int, side: int) -> None:
+        super().__init__()
+        self.side = side
+        self.expand = nn.Linear(channels, 4 * channels, bias=False)
+        self.norm = nn.LayerNorm(4 * channels, eps=1e-6)
+        self.contract = nn.Linear(4 * channels, channels, bias=False)
+        self.reduce = nn.Linear(channels, out_channels, bias=False)
+
+    def forward(self, feature: Tensor) -> Tensor:
+        pooled = F.adaptive_avg_pool2d(feature.permute(0, 3, 1, 2), self.side).flatten(2).transpose(1, 2)
+        return self.reduce(F.gelu(self.contract(self.norm(self.expand(pooled)))))
+
+
+class Mixer(nn.Sequential):
+    """Concatenated levels (B, H, W, 2C) to the stage's output (B, H, W, C)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(
+            nn.Linear(2 * channels, channels), nn.LayerNorm(channels), nn.Linear(channels, channels), nn.GELU()
+        )
+
+
+class AlignmentModule(nn.Module):
+    """What both forms share: pooled levels, upsampling, mixing, gates.
+
+    forward(feature (B, H, W, C), words (B, T, D), word_mask (B, T) bool) returns
+    (output (B, H, W, C) for the decoder, stream (B, H, W, C) for the next stage, words (B, T, D)).
+    """
+
+    def __init__(self, config: AlignmentConfig, stage: int, channels: int, text_width: int) -> None:
+        super().__init__()
+        level_channels = channels // len(config.pyramid)
+        self.pools = nn.ModuleList(PooledLevel(channels, level_channels, side) for side in config.pyramid)
+        self.mixer = Mixer(channels)
+        self.image_gate = Gate(channels, nn.GELU)
+        self.text_gate = Gate(text_width, nn.ReLU)
+        self._build_exchange(config, stage, channels, level_channels, text_width)
+
+    def forward(self, feature: Tensor, words: Tensor, word_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        size = feature.shape[1:3]
+        full, levels, text_residual = self._exchange(feature, words, word_mask)
+        full = full.unflatten(1, size)
+        maps = [_upsample(level, size) for level in levels]
+        output = self.mixer(torch.cat([*maps, full], dim=-1))
+        return output, self.image_gate(feature, full), self.text_gate(words, text_residual)
+
+
+class PWAMAlignment(AlignmentModule):
+    """The released form: a PWAM per level, and a PWAM-like module for the words."""
+
+    def _build_exchange(
+        self, config: AlignmentConfig, stage: int, channels: int, level_channels: int, text_width: int
+    ) -> None:
+        heads, dropout = config.fusion_heads[stage], config.dropout
+        self.fusion = PWAM(channels, text_width, num_heads=heads, dropout=dropout)
+        self.level_fusions = nn.ModuleList(
+            PWAM(level_channels, text_width, num_heads=heads, dropout=dropout) for _ in config.pyramid
+        )
+        self.text_fusion = TextPWAM(text_width, channels, masking=config.masking)
+
+    def _exchange(self, feature: Tensor, words: Tensor, word_mask: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
+        pixels = feature.flatten(1, 2)
+        levels = [
+            fuse(pool(feature), words, word_mask) for pool, fuse in zip(self.pools, self.level_fusions, strict=True)
+        ]
+        return self.fusion(pixels, words, word_mask), levels, self.text_fusion(words, pixels, word_mask)
+
+
+class XMHAAlignment(AlignmentModule):
+    """The paper's form: each level exchanges both ways through one similarity; the words average their levels."""
+
+    def _build_exchange(
+        self, config: AlignmentConfig, stage: int, channels: int, level_channels: int, text_width: int
+    ) -> None:
+        def exchange(width: int) -> CrossModalityAttention:
+            inner = -(-width // config.head_dim) * config.head_dim
+            return CrossModalityAttention(width, text_width, inner=inner, head_dim=config.head_dim)
+
+        self.fusion = exchange(channels)
+        self.level_fusions = nn.ModuleList(exchange(level_channels) for _ in config.pyramid)
+
+    def _exchange(self, feature: Tensor, words: Tensor, word_mask: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
+        pooled = [pool(feature) for pool in self.pools]
+        full, text_residual = self.fusion(feature.flatten(1, 2), words, word_mask)
+        levels = []
+        for level, fuse in zip(pooled, self.level_fusions, strict=True):
+            update, word_update = fuse(level, words, word_mask)
+            levels.append(level + update)
+            text_residual = text_residual + word_update
+        return full, levels, text_residual / (1 + len(levels))
+
+
+def build_alignment(config: AlignmentConfig, stage: int, channels: int, text_width: int) -> AlignmentModule:
+    """The alignment module of one stage in the configured form."""
+    form = {"pwam": PWAMAlignment, "xmha": XMHAAlignment}[config.kind]
+    return form(config, stage, channels, text_width)
+
+
+def _upsample(level: Tensor, size: tuple[int, int]) -> Tensor:
+    """(B, p², c) to (B, H, W, c), bilinear with aligned corners."""
+    side = int(level.shape[1] ** 0.5)
+    grid = level.transpose(1, 2).unflatten(2, (side, side))
+    return F.interpolate(grid, size=tuple(size), mode="bilinear", align_corners=True).permute(0, 2, 3, 1)

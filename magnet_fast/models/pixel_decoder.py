@@ -1,0 +1,122 @@
+"""The pixel decoder: multi-scale deformable attention over all four stages (Mask2Former's, as MagNet released it)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import ops
+from .config import MaskDecoderConfig
+from .position import sine_position
+
+
+class DeformableAttention(nn.Module):
+    """Self-attention of the flattened pyramid on `ops.deformable_attention` (Zhu et al., Deformable DETR).
+
+    tokens and position are (B, ΣHₗWₗ, C); every token samples `points` places a level and head around itself.
+    """
+
+    def __init__(self, width: int, num_heads: int, levels: int, points: int) -> None:
+        super().__init__()
+        self.num_heads, self.levels, self.points = num_heads, levels, points
+        self.sampling_offsets = nn.Linear(width, num_heads * levels * points * 2)
+        self.attention_weights = nn.Linear(width, num_heads * levels * points)
+        self.value_proj = nn.Linear(width, width)
+        self.output_proj = nn.Linear(width, width)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        # Deformable DETR's start: head i looks in direction i, point k at k + 1 pixels, all points equally.
+        nn.init.zeros_(self.sampling_offsets.weight)
+        angles = torch.arange(self.num_heads) * (2 * math.pi / self.num_heads)
+        direction = torch.stack([angles.cos(), angles.sin()], dim=-1)
+        direction = direction / direction.abs().amax(dim=-1, keepdim=True)
+        steps = torch.arange(1, self.points + 1)
+        offsets = direction[:, None, None, :] * steps[None, None, :, None]
+        with torch.no_grad():
+            self.sampling_offsets.bias.copy_(offsets.expand(-1, self.levels, -1, -1).flatten())
+        nn.init.zeros_(self.attention_weights.weight)
+        nn.init.zeros_(self.attention_weights.bias)
+        for projection in (self.value_proj, self.output_proj):
+            nn.init.xavier_uniform_(projection.weight)
+            nn.init.zeros_(projection.bias)
+
+    def forward(self, tokens: Tensor, position: Tensor, reference: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
+        batch, count, width = tokens.shape
+        query = tokens + position
+        grid = (batch, count, self.num_heads, self.levels, self.points)
+        offsets = self.sampling_offsets(query).view(*grid, 2)
+        weights = self.attention_weights(query).view(*grid[:3], -1).softmax(dim=-1).view(grid)
+        # Offsets are in pixels of the sampled level: divide by (W, H) to reach [0, 1] coordinates.
+        pixels = torch.tensor([(w, h) for h, w in shapes], dtype=offsets.dtype, device=offsets.device)
+        locations = reference[:, None, None, None, :].to(offsets.dtype) + offsets / pixels[:, None, :]
+        value = self.value_proj(tokens).view(batch, count, self.num_heads, width // self.num_heads)
+        return self.output_proj(ops.deformable_attention(value, shapes, locations, weights.to(value.dtype)))
+
+
+class DeformableLayer(nn.Module):
+    """Post-norm encoder layer: deformable attention, then a ReLU feed-forward network."""
+
+    def __init__(self, config: MaskDecoderConfig, levels: int) -> None:
+        super().__init__()
+        self.attention = DeformableAttention(config.width, config.num_heads, levels, config.points)
+        self.norm1 = nn.LayerNorm(config.width)
+        self.linear1 = nn.Linear(config.width, config.pixel_feedforward)
+        self.linear2 = nn.Linear(config.pixel_feedforward, config.width)
+        self.norm2 = nn.LayerNorm(config.width)
+
+    def forward(self, tokens: Tensor, position: Tensor, reference: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
+        tokens = self.norm1(tokens + self.attention(tokens, position, reference, shapes))
+        return self.norm2(tokens + self.linear2(F.relu(self.linear1(tokens))))
+
+
+class PixelDecoder(nn.Module):
+    """Stage features to one width, mixed across all levels.
+
+    Args of forward: features, channels-last (B, Hᵢ, Wᵢ, Cᵢ), from stride 4 to stride 32.
+    Returns (levels, mask_features): levels from stride 32 to 4, each (B, HₗWₗ, width) with its (Hₗ, Wₗ);
+    mask_features (B, width, H/4, W/4). In the flattened sequence, too, the coarsest level comes first.
+    """
+
+    def __init__(self, channels: tuple[int, ...], config: MaskDecoderConfig) -> None:
+        super().__init__()
+        coarse_first = tuple(reversed(channels))
+        self.input_proj = nn.ModuleList(nn.Conv2d(c, config.width, 1) for c in coarse_first)
+        groups = math.gcd(32, config.width)
+        self.input_norm = nn.ModuleList(nn.GroupNorm(groups, config.width) for _ in coarse_first)
+        for projection in self.input_proj:
+            nn.init.xavier_uniform_(projection.weight)
+            nn.init.zeros_(projection.bias)
+        self.level_embed = nn.Parameter(torch.randn(len(channels), config.width))
+        self.layers = nn.ModuleList(DeformableLayer(config, len(channels)) for _ in range(config.pixel_layers))
+        self.mask_features = nn.Conv2d(config.width, config.width, 1)
+
+    def forward(self, features: list[Tensor]) -> tuple[list[tuple[Tensor, tuple[int, int]]], Tensor]:
+        coarse_first = features[::-1]
+        shapes = [(f.shape[1], f.shape[2]) for f in coarse_first]
+        tokens, positions = [], []
+        for level, feature in enumerate(coarse_first):
+            projected = self.input_norm[level](self.input_proj[level](feature.permute(0, 3, 1, 2)))
+            tokens.append(projected.flatten(2).transpose(1, 2))
+            position = sine_position(*shapes[level], projected.shape[1], projected.device, projected.dtype)
+            positions.append(position + self.level_embed[level])
+        x, position = torch.cat(tokens, dim=1), torch.cat(positions, dim=1)
+        reference = _pixel_centres(shapes, x.device)
+        for layer in self.layers:
+            x = layer(x, position, reference, shapes)
+        split = x.split([h * w for h, w in shapes], dim=1)
+        finest = split[-1].transpose(1, 2).unflatten(2, shapes[-1])
+        return list(zip(split, shapes, strict=True)), self.mask_features(finest)
+
+
+def _pixel_centres(shapes: list[tuple[int, int]], device: torch.device) -> Tensor:
+    """(ΣHₗWₗ, 2) pixel centres of all levels as (x, y) in [0, 1]."""
+    centres = []
+    for height, width in shapes:
+        y = (torch.arange(height, device=device, dtype=torch.float32) + 0.5) / height
+        x = (torch.arange(width, device=device, dtype=torch.float32) + 0.5) / width
+        centres.append(torch.stack((x.repeat(height), y.repeat_interleave(width)), dim=-1))
+    return torch.cat(centres)
