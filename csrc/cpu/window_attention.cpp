@@ -1,0 +1,278 @@
+#include "cpu/window_attention.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <memory>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "cpu/window_plan.h"
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+namespace magnet_fast {
+namespace {
+
+void require(bool condition, const std::string& argument, const std::string& expected, int64_t got) {
+    if (!condition)
+        throw std::invalid_argument(argument + ": expected " + expected + ", got " + std::to_string(got));
+}
+
+void check_pointer(const void* pointer, const std::string& argument) {
+    require(pointer != nullptr, argument, "the address of a tensor", 0);
+    const int64_t misaligned = reinterpret_cast<uintptr_t>(pointer) % alignof(float);
+    require(misaligned == 0, argument, "an address aligned for float32", misaligned);
+}
+
+void check_sizes(const WindowAttentionSizes& s) {
+    // The map's number of elements must fit in 63 bits; these bounds make every product below safe.
+    constexpr int64_t kMost = int64_t{1} << 31;
+    const std::pair<const char*, int64_t> positive[] = {
+        {"height", s.height},     {"width", s.width},       {"channels", s.channels}, {"heads", s.heads},
+        {"window_h", s.window_h}, {"window_w", s.window_w}, {"threads", s.threads},
+    };
+    for (const auto& [name, value] : positive)
+        require(value > 0 && value < kMost, name, "1 .. 2^31 - 1", value);
+    require(s.batch >= 0 && s.batch < kMost, "batch", "0 .. 2^31 - 1", s.batch);
+    require(s.channels % s.heads == 0, "channels", "a multiple of heads (" + std::to_string(s.heads) + ")",
+            s.channels);
+    require(s.window_h <= 4096, "window_h", "at most 4096", s.window_h);
+    require(s.window_w <= 4096, "window_w", "at most 4096", s.window_w);
+    require(s.threads <= 4096, "threads", "at most 4096", s.threads);
+    require(s.shift_h >= 0 && s.shift_h < s.window_h, "shift_h", "0 .. window_h - 1", s.shift_h);
+    require(s.shift_w >= 0 && s.shift_w < s.window_w, "shift_w", "0 .. window_w - 1", s.shift_w);
+    if (!std::isfinite(s.scale)) throw std::invalid_argument("scale: expected a finite number");
+    constexpr int64_t kBytes = std::numeric_limits<int64_t>::max() / 4;
+    const int64_t map = s.height * s.width;  // < 2^62
+    require(map <= kBytes / (3 * s.channels) / std::max<int64_t>(1, s.batch), "batch",
+            "batch * height * width * 3 * channels floats to be addressable", s.batch);
+}
+
+/// Strides of a map that is read may be anything that is not negative (0: broadcast); of one that is written,
+/// they must at least step over the channels.
+void check_strides(const WindowAttentionSizes& s, const MapStrides& strides, int64_t least,
+                   const std::string& name) {
+    const std::pair<int64_t, int64_t> axes[] = {
+        {strides.batch, s.batch}, {strides.height, s.height}, {strides.width, s.width}};
+    for (const auto& [stride, extent] : axes)
+        require(extent <= 1 || stride >= least, name, "strides of at least " + std::to_string(least), stride);
+}
+
+int64_t thread_index() {
+#if defined(_OPENMP)
+    return omp_get_thread_num();
+#else
+    return 0;
+#endif
+}
+
+struct FreeAligned {
+    void operator()(float* p) const { ::operator delete[](p, std::align_val_t(64)); }
+};
+using AlignedFloats = std::unique_ptr<float[], FreeAligned>;
+
+AlignedFloats aligned_floats(int64_t count) {
+    return AlignedFloats(static_cast<float*>(::operator new[](count * sizeof(float), std::align_val_t(64))));
+}
+
+/// What one thread works with. Made before the threads start: an exception could not leave a parallel region.
+struct Worker {
+    GroupBias bias;
+    AlignedFloats scratch;
+    std::vector<const float*> query, next, grad_out;
+    std::vector<float*> written;
+    std::vector<float> bias_gradient;
+
+    Worker(const WindowAttentionSizes& sizes, const WindowPlan& plan, const WindowKernels& kernels,
+           bool backward)
+        : bias(sizes, plan, kernels),
+          scratch(aligned_floats(kernels.scratch_floats(plan.max_tokens, sizes.channels / sizes.heads))),
+          query(plan.max_tokens),
+          next(plan.max_tokens),
+          grad_out(backward ? plan.max_tokens : 0),
+          written(plan.max_tokens),
+          bias_gradient(backward ? bias.capacity() : 0) {}
+};
+
+/// Everything both passes need: the plan, the padding's key and value, and a worker per thread.
+struct Launch {
+    const WindowAttentionSizes& sizes;
+    const WindowKernels& kernels = window_kernels();
+    WindowPlan plan{sizes};
+    int64_t head_dim = sizes.channels / sizes.heads;
+    std::vector<float> padding;  // (3C) q, k and v of padded tokens
+    std::vector<Worker> workers;
+
+    Launch(const WindowAttentionSizes& s, const float* pad_qkv, bool backward)
+        : sizes(s), padding(3 * s.channels) {
+        if (pad_qkv) std::copy(pad_qkv, pad_qkv + padding.size(), padding.begin());
+        const int64_t count = std::min<int64_t>(s.threads, std::max<size_t>(1, plan.tasks.size()));
+        for (int64_t i = 0; i < count; ++i) workers.emplace_back(s, plan, kernels, backward);
+    }
+
+    /// Pointers to the channels of `head` for every token of a group; `window` counts a class's windows over
+    /// the batch.
+    template <typename Float>
+    void locate(const Task& task, const Group& group, int64_t window, Float* map, const MapStrides& strides,
+                std::vector<Float*>& pointers) const {
+        const WindowClass& part = plan.classes[task.window_class];
+        const int64_t image = window / part.windows(), place = window % part.windows();
+        const int64_t columns = static_cast<int64_t>(part.columns.size());
+        const int64_t* source_y = plan.source_y.data() + part.rows[place / columns] * sizes.window_h;
+        const int64_t* source_x = plan.source_x.data() + part.columns[place % columns] * sizes.window_w;
+        Float* origin = map + image * strides.batch + task.head * head_dim;
+        Float** to = pointers.data();
+        for (const Token& token : group.tokens)
+            *to++ = origin + source_y[token.y] * strides.height + source_x[token.x] * strides.width;
+    }
+
+    /// Fills what the two passes share.
+    void prepare(const Task& task, int64_t g, int64_t window, const float* qkv, const MapStrides& strides,
+                 const float* zeros, Worker& worker, GroupForward& arguments) const {
+        const Group& group = plan.classes[task.window_class].groups[g];
+        arguments.tokens = static_cast<int64_t>(group.tokens.size());
+        arguments.keys = group.keys();
+        arguments.head_dim = head_dim;
+        arguments.channels = sizes.channels;
+        arguments.scale = static_cast<float>(sizes.scale);
+        locate(task, group, window, qkv, strides, worker.query);
+        arguments.query = worker.query.data();
+        arguments.pad_key = padding.data() + sizes.channels + task.head * head_dim;
+        arguments.pad_value = arguments.pad_key + sizes.channels;
+        arguments.zeros = zeros;
+        arguments.bias = worker.bias.values(g);
+        arguments.bias_row = worker.bias.row(g);
+        arguments.next = nullptr;
+        if (window + 1 < task.end) {
+            locate(task, group, window + 1, qkv, strides, worker.next);
+            arguments.next = worker.next.data();
+        }
+        arguments.scratch = worker.scratch.get();
+    }
+
+    /// Calls work(task index, worker) for every task, on all threads.
+    template <typename Work>
+    void run(const Work& work) {
+        const int64_t count = static_cast<int64_t>(plan.tasks.size());
+        const int team = static_cast<int>(workers.size());
+#pragma omp parallel for num_threads(team) schedule(dynamic, 1) if (team > 1)
+        for (int64_t t = 0; t < count; ++t) work(t, workers[thread_index()]);
+    }
+};
+
+/// Sums the tasks' partial results (length each) head by head, in the tasks' order and in double, so that the
+/// bits do not depend on the number of threads; calls write(head, index, sum).
+template <typename Write>
+void reduce(const std::vector<Task>& tasks, const std::vector<float>& parts, int64_t heads, int64_t length,
+            const Write& write) {
+    std::vector<double> sums(length);
+    size_t t = 0;
+    for (int64_t head = 0; head < heads; ++head) {
+        std::fill(sums.begin(), sums.end(), 0.0);
+        for (; t < tasks.size() && tasks[t].head == head; ++t)
+            for (int64_t index = 0; index < length; ++index) sums[index] += parts[t * length + index];
+        for (int64_t index = 0; index < length; ++index) write(head, index, static_cast<float>(sums[index]));
+    }
+}
+
+}  // namespace
+
+void window_attention_forward(const WindowAttentionForward& a) {
+    check_sizes(a.sizes);
+    check_strides(a.sizes, a.qkv_strides, 0, "qkv_strides");
+    check_strides(a.sizes, a.out_strides, a.sizes.channels, "out_strides");
+    if (a.sizes.batch == 0) return;
+    check_pointer(a.qkv, "qkv_ptr");
+    check_pointer(a.bias, "bias_ptr");
+    if (a.pad_qkv) check_pointer(a.pad_qkv, "pad_qkv_ptr");
+    check_pointer(a.out, "out_ptr");
+
+    Launch launch(a.sizes, a.pad_qkv, /*backward=*/false);
+    const std::vector<float> zeros(launch.head_dim);
+    launch.run([&](int64_t t, Worker& worker) {
+        const Task& task = launch.plan.tasks[t];
+        worker.bias.load(a.bias, task.head, task.window_class);
+        const std::vector<Group>& groups = launch.plan.classes[task.window_class].groups;
+        for (size_t g = 0; g < groups.size(); ++g) {
+            for (int64_t window = task.begin; window < task.end; ++window) {
+                GroupForward arguments;
+                launch.prepare(task, g, window, a.qkv, a.qkv_strides, zeros.data(), worker, arguments);
+                launch.locate(task, groups[g], window, a.out, a.out_strides, worker.written);
+                arguments.out = worker.written.data();
+                launch.kernels.forward(arguments);
+            }
+        }
+    });
+}
+
+void window_attention_backward(const WindowAttentionBackward& a) {
+    const WindowAttentionSizes& s = a.sizes;
+    check_sizes(s);
+    check_strides(s, a.grad_out_strides, 0, "grad_out_strides");
+    check_strides(s, a.qkv_strides, 0, "qkv_strides");
+    if (a.grad_qkv) check_strides(s, a.grad_qkv_strides, 3 * s.channels, "grad_qkv_strides");
+    if (s.batch > 0) {
+        check_pointer(a.grad_out, "grad_out_ptr");
+        check_pointer(a.qkv, "qkv_ptr");
+        check_pointer(a.bias, "bias_ptr");
+        if (a.pad_qkv) check_pointer(a.pad_qkv, "pad_qkv_ptr");
+        if (a.grad_qkv) check_pointer(a.grad_qkv, "grad_qkv_ptr");
+    }
+    if (a.grad_bias) check_pointer(a.grad_bias, "grad_bias_ptr");
+    if (a.grad_pad_qkv) check_pointer(a.grad_pad_qkv, "grad_pad_ptr");
+
+    Launch launch(s, s.batch > 0 ? a.pad_qkv : nullptr, /*backward=*/true);
+    const std::vector<Task>& tasks = launch.plan.tasks;
+    const int64_t d = launch.head_dim, table = (2 * s.window_h - 1) * (2 * s.window_w - 1);
+    // A task adds to its own partial sums only, whichever thread runs it.
+    std::vector<float> bias_parts(a.grad_bias ? tasks.size() * table : 0);
+    std::vector<float> pad_parts(a.grad_pad_qkv ? tasks.size() * 2 * d : 0);
+    const std::vector<float> zeros(d);
+    launch.run([&](int64_t t, Worker& worker) {
+        const Task& task = tasks[t];
+        worker.bias.load(a.bias, task.head, task.window_class);
+        if (a.grad_bias) std::fill_n(worker.bias_gradient.begin(), worker.bias.size(), 0.0f);
+        const std::vector<Group>& groups = launch.plan.classes[task.window_class].groups;
+        for (size_t g = 0; g < groups.size(); ++g) {
+            if (!a.grad_qkv && !a.grad_bias && !(a.grad_pad_qkv && groups[g].pads)) continue;
+            for (int64_t window = task.begin; window < task.end; ++window) {
+                GroupBackward arguments;
+                launch.prepare(task, g, window, a.qkv, a.qkv_strides, zeros.data(), worker, arguments);
+                launch.locate(task, groups[g], window, a.grad_out, a.grad_out_strides, worker.grad_out);
+                arguments.grad_out = worker.grad_out.data();
+                arguments.grad_query = nullptr;
+                if (a.grad_qkv) {
+                    launch.locate(task, groups[g], window, a.grad_qkv, a.grad_qkv_strides, worker.written);
+                    arguments.grad_query = worker.written.data();
+                }
+                arguments.grad_bias =
+                    a.grad_bias ? worker.bias_gradient.data() + worker.bias.offset(g) : nullptr;
+                arguments.grad_pad_key = a.grad_pad_qkv ? pad_parts.data() + t * 2 * d : nullptr;
+                arguments.grad_pad_value = a.grad_pad_qkv ? arguments.grad_pad_key + d : nullptr;
+                launch.kernels.backward(arguments);
+            }
+        }
+        if (a.grad_bias) worker.bias.scatter(worker.bias_gradient.data(), bias_parts.data() + t * table);
+    });
+
+    if (a.grad_bias) {
+        const GroupBias& layout = launch.workers.front().bias;
+        reduce(tasks, bias_parts, s.heads, table, [&](int64_t head, int64_t index, float sum) {
+            a.grad_bias[layout.reversed(index) * s.heads + head] = sum;
+        });
+    }
+    if (a.grad_pad_qkv) {
+        std::fill_n(a.grad_pad_qkv, s.channels, 0.0f);
+        reduce(tasks, pad_parts, s.heads, 2 * d, [&](int64_t head, int64_t index, float sum) {
+            a.grad_pad_qkv[(1 + index / d) * s.channels + head * d + index % d] = sum;
+        });
+    }
+}
+
+}  // namespace magnet_fast

@@ -1,0 +1,217 @@
+#include "cpu/window_plan.h"
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+#include <utility>
+
+#include "common/window_index.h"
+
+namespace magnet_fast {
+namespace {
+
+constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
+// Enough tasks to keep many cores busy, few enough that a task's own cost (its bias gradient) stays small.
+constexpr int64_t kTasksWanted = 128;
+
+/// One axis of the padded, shifted map.
+struct Axis {
+    std::vector<int64_t> source, region;        // per shifted coordinate
+    std::vector<std::vector<int64_t>> classes;  // window indices that look alike
+
+    Axis(int64_t extent, int64_t window, int64_t shift, bool pad_first) {
+        const int64_t padded = padded_extent(extent, window);
+        for (int64_t at = 0; at < padded; ++at) {
+            source.push_back(source_coordinate(at, extent, padded, shift, pad_first));
+            region.push_back(shift_region(at, padded, window, shift));
+        }
+        for (int64_t index = 0; index < padded / window; ++index) {
+            auto alike = [&](const std::vector<int64_t>& known) { return same(known[0], index, window); };
+            auto found = std::find_if(classes.begin(), classes.end(), alike);
+            if (found == classes.end()) found = classes.insert(classes.end(), std::vector<int64_t>());
+            found->push_back(index);
+        }
+    }
+
+  private:
+    bool same(int64_t a, int64_t b, int64_t window) const {
+        for (int64_t t = 0; t < window; ++t) {
+            const int64_t i = a * window + t, j = b * window + t;
+            if ((source[i] < 0) != (source[j] < 0) ||
+                region[i] - region[a * window] != region[j] - region[b * window])
+                return false;
+        }
+        return true;
+    }
+};
+
+void append(std::vector<Run>& runs, const Token& token) {
+    if (!runs.empty() && runs.back().first.y == token.y &&
+        runs.back().first.x + runs.back().length == token.x)
+        ++runs.back().length;
+    else
+        runs.push_back({token, 1});
+}
+
+/// The groups of the window at (row, column) that have a query.
+std::vector<Group> groups_of(const Axis& y_axis, const Axis& x_axis, int64_t row, int64_t column,
+                             int64_t window_h, int64_t window_w) {
+    std::vector<std::pair<int64_t, Group>> regions;
+    for (int64_t y = 0; y < window_h; ++y) {
+        for (int64_t x = 0; x < window_w; ++x) {
+            const int64_t at_y = row * window_h + y, at_x = column * window_w + x;
+            const int64_t region = 3 * y_axis.region[at_y] + x_axis.region[at_x];
+            auto found = std::find_if(regions.begin(), regions.end(),
+                                      [&](auto& known) { return known.first == region; });
+            if (found == regions.end()) found = regions.insert(regions.end(), {region, Group()});
+            Group& group = found->second;
+            if (y_axis.source[at_y] < 0 || x_axis.source[at_x] < 0) {
+                append(group.pad_runs, {y, x});
+                ++group.pads;
+            } else {
+                append(group.runs, {y, x});
+                group.tokens.push_back({y, x});
+            }
+        }
+    }
+    std::vector<Group> groups;
+    for (auto& known : regions)
+        if (!known.second.tokens.empty()) groups.push_back(std::move(known.second));
+    return groups;
+}
+
+int64_t whole_vectors(int64_t n, int64_t lanes) {
+    return (n + lanes - 1) / lanes * lanes;
+}
+
+}  // namespace
+
+WindowPlan::WindowPlan(const WindowAttentionSizes& sizes) {
+    Axis y_axis(sizes.height, sizes.window_h, sizes.shift_h, sizes.pad_first);
+    Axis x_axis(sizes.width, sizes.window_w, sizes.shift_w, sizes.pad_first);
+    for (const auto& rows : y_axis.classes) {
+        for (const auto& columns : x_axis.classes) {
+            WindowClass part{rows, columns,
+                             groups_of(y_axis, x_axis, rows[0], columns[0], sizes.window_h, sizes.window_w)};
+            for (const Group& group : part.groups)
+                max_tokens = std::max(max_tokens, static_cast<int64_t>(group.tokens.size()));
+            if (!part.groups.empty()) classes.push_back(std::move(part));
+        }
+    }
+    const int64_t per_class = std::max<int64_t>(1, kTasksWanted / sizes.heads);
+    for (int64_t head = 0; head < sizes.heads; ++head) {
+        for (size_t c = 0; c < classes.size(); ++c) {
+            const int64_t windows = sizes.batch * classes[c].windows();
+            const int64_t chunk = std::max<int64_t>(1, (windows + per_class - 1) / per_class);
+            for (int64_t begin = 0; begin < windows; begin += chunk)
+                tasks.push_back({head, static_cast<int64_t>(c), begin, std::min(windows, begin + chunk)});
+        }
+    }
+    source_y = std::move(y_axis.source);
+    source_x = std::move(x_axis.source);
+}
+
+GroupBias::GroupBias(const WindowAttentionSizes& sizes, const WindowPlan& plan, const WindowKernels& kernels)
+    : sizes_(sizes),
+      plan_(plan),
+      kernels_(kernels),
+      table_h_(2 * sizes.window_h - 1),
+      table_w_(2 * sizes.window_w - 1),
+      table_(table_h_ * table_w_) {
+    size_t largest = 0, most_pads = 0, most_groups = 0;
+    for (const WindowClass& part : plan.classes) {
+        size_t total = 0;
+        for (const Group& group : part.groups) {
+            total += group.tokens.size() * whole_vectors(group.keys(), kernels.lanes);
+            if (group.pads)
+                most_pads = std::max<size_t>(most_pads,
+                                             group.tokens.size() * whole_vectors(group.pads, kernels.lanes));
+        }
+        largest = std::max(largest, total);
+        most_groups = std::max(most_groups, part.groups.size());
+    }
+    offsets_.reserve(most_groups +
+                     1);  // load() runs where an exception could not be caught: it never allocates
+    rows_.reserve(most_groups);
+    values_.resize(largest);
+    pads_.resize(most_pads);
+}
+
+int64_t GroupBias::position(const Token& query, const Run& run) const {
+    return reversed(bias_row(query.y, query.x, run.first.y, run.first.x, sizes_.window_h, sizes_.window_w));
+}
+
+void GroupBias::gather(const std::vector<Run>& runs, const Token& query, float* to) const {
+    for (const Run& run : runs) {
+        std::memcpy(to, table_.data() + position(query, run), run.length * sizeof(float));
+        to += run.length;
+    }
+}
+
+void GroupBias::load_pads(const Group& group, int64_t row, float* to) {
+    float* at = to;
+    for (const Token& query : group.tokens) {
+        gather(group.pad_runs, query, at);
+        std::fill(at + group.pads, at + row, kMinusInfinity);
+        at += row;
+    }
+}
+
+void GroupBias::load(const float* table, int64_t head, int64_t window_class) {
+    if (head == head_ && window_class == window_class_) return;
+    if (head != head_)
+        for (int64_t index = 0; index < table_size(); ++index)
+            table_[reversed(index)] = table[index * sizes_.heads + head];
+    head_ = head;
+    window_class_ = window_class;
+
+    offsets_.assign(1, 0);
+    rows_.clear();
+    for (const Group& group : plan_.classes[window_class].groups) {
+        const int64_t tokens = static_cast<int64_t>(group.tokens.size());
+        const int64_t row = whole_vectors(group.keys(), kernels_.lanes);
+        float* at = values_.data() + offsets_.back();
+        for (const Token& query : group.tokens) {
+            gather(group.runs, query, at);
+            std::fill(at + tokens, at + row, kMinusInfinity);
+            at += row;
+        }
+        if (group.pads) {
+            const int64_t pad_row = whole_vectors(group.pads, kernels_.lanes);
+            load_pads(group, pad_row, pads_.data());
+            kernels_.log_sum_exp_rows(pads_.data(), tokens, pad_row,
+                                      values_.data() + offsets_.back() + tokens, row);
+        }
+        rows_.push_back(row);
+        offsets_.push_back(offsets_.back() + tokens * row);
+    }
+}
+
+void GroupBias::scatter(const float* gradients, float* table_gradient) {
+    const std::vector<Group>& groups = plan_.classes[window_class_].groups;
+    for (size_t g = 0; g < groups.size(); ++g) {
+        const Group& group = groups[g];
+        const int64_t tokens = static_cast<int64_t>(group.tokens.size()), row = rows_[g];
+        const int64_t pad_row = whole_vectors(group.pads, kernels_.lanes);
+        const float* rows = gradients + offsets_[g];
+        if (group.pads) {
+            // The one padded key's gradient goes to its members in proportion to their share of the
+            // exponentials.
+            load_pads(group, pad_row, pads_.data());
+            kernels_.softmax_rows(pads_.data(), tokens, pad_row, values(g) + tokens, rows + tokens, row);
+        }
+        for (int64_t i = 0; i < tokens; ++i) {
+            const float* from = rows + i * row;
+            for (const std::vector<Run>* runs : {&group.runs, &group.pad_runs}) {
+                for (const Run& run : *runs) {
+                    float* to = table_gradient + position(group.tokens[i], run);
+                    for (int64_t t = 0; t < run.length; ++t) to[t] += from[t];
+                    from += run.length;
+                }
+                from = pads_.data() + i * pad_row;
+            }
+        }
+    }
+}
+
+}  // namespace magnet_fast

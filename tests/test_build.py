@@ -1,0 +1,84 @@
+"""Building the package: with a compiler, without one, and with one that fails."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A copy of what the build reads, so that the tests leave nothing in the repository."""
+    copy = tmp_path / "source"
+    copy.mkdir()
+    for name in ("csrc", "kernels", "magnet_fast"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("*.so", "__pycache__", "*.safetensors"))
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE"):
+        shutil.copy(ROOT / name, copy / name)
+    (copy / "README.md").write_text("# magnet_fast\n")
+    return copy
+
+
+def build_wheel(source: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "setup.py", "--quiet", "bdist_wheel", "--dist-dir", "dist"]
+    settings = {**os.environ, "CXXFLAGS": "-O0", **environment}
+    return subprocess.run(command, cwd=source, env=settings, capture_output=True, text=True)
+
+
+def unpack(source: Path) -> tuple[str, Path]:
+    """Name of the one wheel made, and a folder with its contents."""
+    (wheel,) = (source / "dist").glob("*.whl")
+    folder = source.parent / "site"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)
+    return wheel.name, folder
+
+
+def run(folder: Path, code: str) -> str:
+    """Runs `code` with `folder` before everything installed, away from the repository."""
+    code = f"import sys; sys.path.insert(0, {str(folder)!r}); {code}"
+    done = subprocess.run([sys.executable, "-I", "-c", code], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_without_a_compiler_the_wheel_is_pure_python(source):
+    done = build_wheel(source, CXX="/nowhere/c++")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("installing WITHOUT the C++ extension") == 1
+    assert "'/nowhere/c++'" in done.stderr
+    name, folder = unpack(source)
+    assert name.endswith("-py3-none-any.whl")
+    assert not list(folder.rglob("*.so"))
+    for path in ("magnet_fast/kernels/__init__.py", "magnet_fast/py.typed", "magnet_fast/data/vocab.txt"):
+        assert (folder / path).is_file(), path
+    assert list((folder / "magnet_fast" / "configs").glob("*.yaml"))
+    found = run(folder, "import magnet_fast, magnet_fast.kernels; print(magnet_fast.kernels.__file__)")
+    assert Path(found.strip()) == folder / "magnet_fast" / "kernels" / "__init__.py"
+
+
+def test_with_a_compiler_the_wheel_holds_the_extension(source):
+    done = build_wheel(source)
+    assert done.returncode == 0, done.stderr
+    assert "WITHOUT" not in done.stderr
+    name, folder = unpack(source)
+    assert "none-any" not in name
+    levels = run(folder, "import magnet_fast._cpu as c; print(c.__file__, *c.supported_simd_levels())").split()
+    assert Path(levels[0]).parent == folder / "magnet_fast"
+    assert levels[-1] == "portable"
+
+
+def test_a_failing_compilation_is_an_error(source):
+    """A compiler that works but not on these sources must not quietly give a pure-Python package."""
+    done = build_wheel(source, CXXFLAGS="-include /nowhere/missing.h")
+    assert done.returncode != 0
+    assert "building the C++ extension failed" in done.stderr
+    assert not (source / "dist").exists()

@@ -1,0 +1,436 @@
+"""The C++ extension called directly, against an independent float64 implementation with autograd."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from magnet_fast import _cpu
+
+LEVELS = _cpu.supported_simd_levels()
+# Float32 against float64: results near 1, sums of at most a few hundred terms.
+TOLERANCE = 4e-6
+
+
+class Case(NamedTuple):
+    height: int
+    width: int
+    window: tuple[int, int]
+    shift: tuple[int, int]
+    pad_first: bool = True
+    heads: int = 2
+    head_dim: int = 8
+    batch: int = 1
+    padded: bool = True  # pad_qkv given
+
+
+class Inputs(NamedTuple):
+    qkv: Tensor
+    bias: Tensor
+    pad_qkv: Tensor | None
+    grad_out: Tensor
+
+
+@pytest.fixture(autouse=True)
+def _restore_level():
+    before = _cpu.simd_level()
+    yield
+    _cpu.set_simd_level(before)
+
+
+def make(case: Case, seed: int = 0) -> Inputs:
+    generator = torch.Generator().manual_seed(seed)
+    channels = case.heads * case.head_dim
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    table = (2 * case.window[0] - 1) * (2 * case.window[1] - 1)
+    return Inputs(
+        draw(case.batch, case.height, case.width, 3 * channels),
+        draw(table, case.heads),
+        draw(3 * channels) if case.padded else None,
+        draw(case.batch, case.height, case.width, channels),
+    )
+
+
+def expected(case: Case, inputs: Inputs) -> tuple[Tensor, list[Tensor]]:
+    """Output and gradients (qkv, bias, pad_qkv) by moving the data: pad, roll, partition, mask, in float64."""
+    (window_h, window_w), (shift_h, shift_w) = case.window, case.shift
+    batch, height, width, wide = inputs.qkv.shape
+    padded_h, padded_w = -(-height // window_h) * window_h, -(-width // window_w) * window_w
+    qkv, bias = inputs.qkv.double().requires_grad_(), inputs.bias.double().requires_grad_()
+    pad = (torch.zeros(wide) if inputs.pad_qkv is None else inputs.pad_qkv).double().requires_grad_()
+
+    def pad_map(x: Tensor) -> Tensor:
+        full = pad.expand(batch, padded_h, padded_w, wide).clone()
+        full[:, :height, :width] = x
+        return full
+
+    def roll(x: Tensor, sign: int) -> Tensor:
+        return torch.roll(x, (sign * shift_h, sign * shift_w), dims=(1, 2))
+
+    def partition(x: Tensor) -> Tensor:
+        x = x.unflatten(2, (-1, window_w)).unflatten(1, (-1, window_h)).transpose(2, 3)
+        return x.flatten(3, 4).flatten(0, 2)  # (batch * windows, N, channels)
+
+    shifted = roll(pad_map(qkv), -1) if case.pad_first else pad_map(roll(qkv, -1))
+    query, key, value = partition(shifted).unflatten(2, (3, case.heads, case.head_dim)).permute(2, 0, 3, 1, 4)
+
+    rows, columns = torch.zeros(padded_h), torch.zeros(padded_w)
+    if shift_h:
+        rows[-window_h:], rows[-shift_h:] = 1, 2
+        rows[-window_h:-shift_h] = 1
+    if shift_w:
+        columns[-window_w:], columns[-shift_w:] = 1, 2
+    region = partition((10 * rows[:, None] + columns).expand(batch, -1, -1)[..., None])  # (batch * windows, N, 1)
+
+    y, x = (axis.flatten() for axis in torch.meshgrid(*map(torch.arange, case.window), indexing="ij"))
+    table_row = (y[:, None] - y + window_h - 1) * (2 * window_w - 1) + x[:, None] - x + window_w - 1
+    scores = query @ key.mT * case.head_dim**-0.5 + bias[table_row].permute(2, 0, 1)
+    scores = scores.masked_fill((region != region.mT)[:, None], -torch.inf)
+    out = (scores.softmax(-1) @ value).transpose(1, 2).flatten(2)
+
+    out = out.unflatten(0, (batch, padded_h // window_h, padded_w // window_w)).unflatten(3, (window_h, window_w))
+    out = out.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    out = roll(out, 1)[:, :height, :width] if case.pad_first else roll(out[:, :height, :width], 1)
+    return out.detach(), list(torch.autograd.grad(out, (qkv, bias, pad), inputs.grad_out.double()))
+
+
+def sizes(case: Case, threads: int) -> dict[str, object]:
+    return {
+        "batch": case.batch,
+        "height": case.height,
+        "width": case.width,
+        "channels": case.heads * case.head_dim,
+        "heads": case.heads,
+        "window_h": case.window[0],
+        "window_w": case.window[1],
+        "shift_h": case.shift[0],
+        "shift_w": case.shift[1],
+        "scale": case.head_dim**-0.5,
+        "pad_first": case.pad_first,
+        "threads": threads,
+    }
+
+
+def address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def forward(case: Case, inputs: Inputs, *, threads: int = 1, out: Tensor | None = None, **changes: object) -> Tensor:
+    if out is None:
+        out = torch.full_like(inputs.grad_out, torch.nan, memory_format=torch.contiguous_format)
+    arguments = {
+        "qkv_ptr": address(inputs.qkv),
+        "qkv_strides": inputs.qkv.stride()[:3],
+        "bias_ptr": address(inputs.bias),
+        "pad_qkv_ptr": address(inputs.pad_qkv),
+        "out_ptr": address(out),
+        "out_strides": out.stride()[:3],
+        **sizes(case, threads),
+        **changes,
+    }
+    _cpu.window_attention_forward(**arguments)
+    return out
+
+
+def backward(
+    case: Case,
+    inputs: Inputs,
+    *,
+    threads: int = 1,
+    wanted: tuple[bool, bool, bool] = (True, True, True),
+    grad_qkv: Tensor | None = None,
+    **changes: object,
+) -> list[Tensor | None]:
+    """Gradients of qkv, bias and pad_qkv, None for those not wanted; the buffers start as NaN."""
+    shapes = (inputs.qkv.shape, inputs.bias.shape, inputs.qkv.shape[-1:])
+    grads = [torch.full(shape, torch.nan) if want else None for shape, want in zip(shapes, wanted, strict=True)]
+    if grad_qkv is not None:
+        grads[0] = grad_qkv
+    arguments = {
+        "grad_out_ptr": address(inputs.grad_out),
+        "grad_out_strides": inputs.grad_out.stride()[:3],
+        "qkv_ptr": address(inputs.qkv),
+        "qkv_strides": inputs.qkv.stride()[:3],
+        "bias_ptr": address(inputs.bias),
+        "pad_qkv_ptr": address(inputs.pad_qkv),
+        "grad_qkv_ptr": address(grads[0]),
+        "grad_qkv_strides": (0, 0, 0) if grads[0] is None else grads[0].stride()[:3],
+        "grad_bias_ptr": address(grads[1]),
+        "grad_pad_ptr": address(grads[2]),
+        **sizes(case, threads),
+        **changes,
+    }
+    _cpu.window_attention_backward(**arguments)
+    return grads
+
+
+def assert_close(got: Tensor, wanted: Tensor, tolerance: float = TOLERANCE) -> None:
+    assert torch.isfinite(got).all()
+    error = (got - wanted).abs().max() if got.numel() else torch.tensor(0.0)
+    assert error <= tolerance * (1 + wanted.abs().max()), f"largest difference {error:.2e}"
+
+
+def check(case: Case, inputs: Inputs | None = None) -> None:
+    inputs = inputs or make(case)
+    out, grads = expected(case, inputs)
+    assert_close(forward(case, inputs), out)
+    for got, wanted in zip(backward(case, inputs), grads, strict=True):
+        assert_close(got, wanted)
+
+
+CASES = {
+    "no padding, no shift": Case(8, 12, (4, 4), (0, 0)),
+    "shift": Case(8, 12, (4, 4), (2, 2)),
+    "odd shift, rectangular": Case(9, 13, (4, 5), (1, 3), batch=2),
+    "shift along one axis": Case(9, 13, (4, 5), (0, 2), batch=2),
+    "window 12 on 15 x 15": Case(15, 15, (12, 12), (6, 6), head_dim=32),
+    "window 12 on 30 x 18": Case(30, 18, (12, 12), (6, 6), heads=1, head_dim=32),
+    "padding reaches two windows": Case(13, 9, (6, 6), (4, 5)),
+    "map smaller than the window": Case(3, 2, (7, 7), (3, 5), head_dim=16),
+    "one pixel": Case(1, 1, (7, 7), (3, 3)),
+    "head_dim 1": Case(7, 6, (3, 4), (1, 2), head_dim=1, heads=5),
+    "head_dim 20": Case(7, 7, (7, 7), (3, 3), head_dim=20),
+    "head_dim 72": Case(8, 9, (7, 7), (3, 3), heads=1, head_dim=72),
+    "window 16": Case(17, 16, (16, 16), (8, 8), heads=1, head_dim=64),
+}
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("pad_first", [True, False])
+@pytest.mark.parametrize("padded", [True, False], ids=["pad_qkv", "no pad_qkv"])
+@pytest.mark.parametrize("name", CASES)
+def test_agrees_with_float64(name, padded, pad_first, level):
+    _cpu.set_simd_level(level)
+    check(CASES[name]._replace(padded=padded, pad_first=pad_first))
+
+
+@pytest.mark.parametrize("pad_first", [True, False])
+def test_every_padding_residue(pad_first):
+    for height in range(4, 8):
+        for width in range(5, 10):
+            for shift in ((0, 0), (2, 2), (3, 1)):
+                check(Case(height, width, (4, 5), shift, pad_first, head_dim=4))
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    window = draw(st.tuples(st.integers(1, 6), st.integers(1, 6)))
+    return Case(
+        draw(st.integers(1, 14)),
+        draw(st.integers(1, 14)),
+        window,
+        (draw(st.integers(0, window[0] - 1)), draw(st.integers(0, window[1] - 1))),
+        draw(st.booleans()),
+        draw(st.integers(1, 3)),
+        draw(st.integers(1, 19)),
+        draw(st.integers(1, 2)),
+        draw(st.booleans()),
+    )
+
+
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(cases(), st.sampled_from(LEVELS))
+def test_any_shape(case, level):
+    _cpu.set_simd_level(level)
+    check(case)
+
+
+@pytest.mark.parametrize("case", [CASES["odd shift, rectangular"], CASES["window 12 on 30 x 18"]])
+@pytest.mark.parametrize("level", LEVELS)
+def test_threads_do_not_change_a_bit(case, level):
+    _cpu.set_simd_level(level)
+    inputs = make(case)
+    out, grads = forward(case, inputs), backward(case, inputs)
+    for threads in (1, 2, 3):
+        assert torch.equal(forward(case, inputs, threads=threads), out)
+        for got, first in zip(backward(case, inputs, threads=threads), grads, strict=True):
+            assert torch.equal(got, first)
+
+
+@pytest.mark.parametrize("which", range(3), ids=["qkv", "bias", "pad_qkv"])
+def test_one_gradient_alone(which):
+    case = CASES["padding reaches two windows"]
+    inputs = make(case)
+    together = backward(case, inputs)
+    alone = backward(case, inputs, wanted=tuple(index == which for index in range(3)))
+    assert [grad is not None for grad in alone] == [index == which for index in range(3)]
+    assert_close(alone[which], together[which].double(), 1e-6)
+
+
+def test_padded_queries_have_no_gradient():
+    case = CASES["window 12 on 15 x 15"]
+    grad_pad = backward(case, make(case))[2]
+    third = case.heads * case.head_dim
+    assert (grad_pad[:third] == 0).all()
+    assert (grad_pad[third:] != 0).all()
+
+
+def test_views_are_read_and_written_in_place():
+    case = Case(9, 7, (4, 5), (1, 2), batch=2)
+    plain = make(case)
+    out, (grad_qkv, grad_bias, grad_pad) = forward(case, plain), backward(case, plain)
+
+    wide = torch.full((4, 9, 7, plain.qkv.shape[-1] + 5), torch.nan)
+    sliced = wide[::2, :, :, 3:-2]  # every second image of a wider tensor
+    sliced.copy_(plain.qkv)
+    swapped = plain.qkv.transpose(1, 2).contiguous().transpose(1, 2)  # height and width exchanged in memory
+    grad_out = plain.grad_out.transpose(0, 2).contiguous().transpose(0, 2)
+    for qkv in (sliced, swapped):
+        inputs = plain._replace(qkv=qkv, grad_out=grad_out)
+        assert torch.equal(forward(case, inputs), out)
+        for got, wanted in zip(backward(case, inputs), (grad_qkv, grad_bias, grad_pad), strict=True):
+            assert torch.equal(got, wanted)
+
+    written = torch.full((2, 7, 9, plain.grad_out.shape[-1] + 1), torch.nan)
+    target = written.transpose(1, 2)[..., :-1]
+    assert torch.equal(forward(case, plain, out=target), out)
+    assert written[..., -1].isnan().all()
+    written = torch.full_like(wide, torch.nan)
+    backward(case, plain, grad_qkv=written[::2, :, :, 3:-2])
+    assert torch.equal(written[::2, :, :, 3:-2], grad_qkv)
+    assert written[1::2].isnan().all() and written[..., :3].isnan().all() and written[..., -2:].isnan().all()
+
+
+def test_broadcast_inputs():
+    case = Case(6, 5, (3, 4), (1, 2), batch=3)
+    inputs = make(case)
+    inputs = inputs._replace(
+        qkv=inputs.qkv[:1].expand(3, -1, -1, -1), grad_out=inputs.grad_out[:, :1, :1].expand(-1, 6, 5, -1)
+    )
+    check(case, inputs)
+
+
+def test_more_windows_than_65535():
+    case = Case(128, 130, (1, 1), (0, 0), heads=8, head_dim=1)  # one token a window: the output is v itself
+    inputs = make(case)
+    assert torch.equal(forward(case, inputs), inputs.qkv[..., 16:])
+
+
+def test_empty_batch():
+    case = Case(5, 5, (3, 3), (1, 1), batch=0)
+    inputs = make(case)
+    assert forward(case, inputs).shape == (0, 5, 5, 16)
+    grad_qkv, grad_bias, grad_pad = backward(case, inputs)
+    assert grad_qkv.shape == (0, 5, 5, 48)
+    assert (grad_bias == 0).all() and (grad_pad == 0).all()
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_extreme_scores(level):
+    """Logits from -2000 to 2000: the smallest weights vanish, nothing overflows."""
+    _cpu.set_simd_level(level)
+    case = Case(6, 7, (4, 4), (2, 2))
+    inputs = make(case)
+    inputs = inputs._replace(bias=inputs.bias * 500)
+    out, grads = expected(case, inputs)
+    # Logits this large carry an error of 2000 * 2^-24 each; so do the weights made of them.
+    assert_close(forward(case, inputs), out, 1e-3)
+    for got, wanted in zip(backward(case, inputs), grads, strict=True):
+        assert_close(got, wanted, 1e-3)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_nan_and_infinity_stay_in_their_region(level, bad):
+    _cpu.set_simd_level(level)
+    case = Case(7, 9, (4, 5), (2, 2))
+    inputs = make(case)
+    clean = forward(case, inputs)
+    inputs.qkv[0, 3, 4] = bad
+    out, wanted = forward(case, inputs), expected(case, inputs)[0]
+    assert torch.equal(out.isnan(), wanted.isnan())
+    assert 0 < out.isnan().sum() < out.numel()
+    assert torch.equal(out[~out.isnan()], clean[~out.isnan()])
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_minus_infinity_in_the_bias_hides_a_key(level):
+    _cpu.set_simd_level(level)
+    case = Case(5, 5, (4, 4), (0, 0))
+    inputs = make(case)
+    inputs.bias[:21] = -torch.inf  # no query sees a key below it: neither real ones nor the padding
+    out, grads = expected(case, inputs)
+    assert_close(forward(case, inputs), out)
+    for got, wanted in zip(backward(case, inputs), grads, strict=True):
+        assert_close(got, wanted)
+
+
+BAD = {
+    "qkv_ptr": 0,
+    "bias_ptr": 0,
+    "out_ptr": 2,
+    "batch": -1,
+    "height": 0,
+    "width": -3,
+    "channels": 15,
+    "heads": 0,
+    "window_h": 0,
+    "window_w": 5000,
+    "shift_h": 4,
+    "shift_w": -1,
+    "qkv_strides": (0, -1, 0),
+    "out_strides": (16, 16, 15),
+    "scale": float("nan"),
+    "threads": 0,
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_forward_refuses(name):
+    case = Case(8, 8, (4, 5), (1, 1))
+    inputs = make(case)
+    out = torch.full_like(inputs.grad_out, 7.0)
+    with pytest.raises(ValueError, match=rf"^{name}:"):
+        forward(case, inputs, out=out, **{name: BAD[name]})
+    assert (out == 7.0).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [(name, value) for name, value in BAD.items() if not name.startswith("out_")]
+    + [("grad_out_ptr", 0), ("grad_out_strides", (1, 1, -1)), ("grad_qkv_strides", (48, 48, 47))]
+    + [("grad_qkv_ptr", 2), ("grad_bias_ptr", 1), ("grad_pad_ptr", 3), ("pad_qkv_ptr", 1)],
+)
+def test_backward_refuses(name, value):
+    case = Case(8, 8, (4, 5), (1, 1))
+    with pytest.raises(ValueError, match=rf"^{name}:"):
+        backward(case, make(case), **{name: value})
+
+
+def test_addressable_sizes_only():
+    case = Case(8, 8, (4, 5), (1, 1))
+    with pytest.raises(ValueError, match="^batch: .*addressable"):
+        forward(case, make(case), batch=2**30, height=2**30, width=2**30)
+
+
+def test_simd_levels():
+    assert LEVELS[-1] == "portable" and set(LEVELS) <= {"avx512", "avx2", "portable"}
+    for level in LEVELS:
+        _cpu.set_simd_level(level)
+        assert _cpu.simd_level() == level
+    with pytest.raises(ValueError, match="name: 'sse9' .* portable"):
+        _cpu.set_simd_level("sse9")
+    assert _cpu.simd_level() == "portable"
+
+
+def test_extension_needs_no_torch():
+    code = "import sys, magnet_fast._cpu as c; assert 'torch' not in sys.modules; print(c.simd_level())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == LEVELS[0]
+
+
+def test_one_openmp_runtime():
+    """torch and the extension share one libgomp, so one thread pool."""
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    assert len({line.split(None, 5)[-1] for line in maps if "libgomp.so" in line}) == 1
