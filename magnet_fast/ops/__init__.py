@@ -1,0 +1,29 @@
+"""The operators that carry the library's speed, each with one public function and several implementations
+that agree.
+
+>>> from magnet_fast import ops
+>>> with ops.backend("reference"):
+...     out = ops.window_attention(qkv, bias_table, num_heads=4, window_size=7, shift=3, pad_qkv=qkv_bias)
+>>> print(ops.explain("window_attention", qkv, bias_table, num_heads=4, window_size=7))
+
+Backends are ``reference`` (PyTorch, everywhere), ``cpu``, ``triton`` and ``cuda``; ``auto`` takes the
+fastest that can run. The environment variable ``MAGNET_FAST_BACKEND`` or the context manager
+:func:`backend` force one. The reference can be differentiated any number of times, the others once.
+"""
+
+from ._cross_modal_attention import cross_modal_attention
+from ._deformable_attention import deformable_attention
+from ._pixel_contrastive_loss import pixel_contrastive_loss
+from ._registry import Explanation, available_backends, backend, explain
+from ._window_attention import window_attention
+
+__all__ = [
+    "Explanation",
+    "available_backends",
+    "backend",
+    "cross_modal_attention",
+    "deformable_attention",
+    "explain",
+    "pixel_contrastive_loss",
+    "window_attention",
+]

@@ -1,0 +1,169 @@
+"""Registration of an operator with torch: schemas, fake kernels and the autograd function around them.
+
+``torch.library`` define + impl + register_fake for the forward and the backward as operators of their own,
+and an ``autograd.Function`` outside of them: compiled graphs then hold one opaque node for each pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _registry
+
+_NAMESPACE = "magnet_fast"
+_CONTIGUOUS = torch.contiguous_format
+
+
+def bind(
+    operator: str,
+    *,
+    tensors: Sequence[str],
+    settings: Sequence[str],
+    outputs: int,
+    fake: Callable[..., Tensor | tuple[Tensor, ...]],
+    differentiable: Sequence[int],
+) -> Callable[..., Any]:
+    """Register ``magnet_fast::<operator>`` and its ``_backward``; return a function that runs them.
+
+    Forward ``(*tensors, *settings, str backend) -> Tensor`` or a tuple of ``outputs`` tensors. Backward
+    ``(*grad_outputs, *tensors, *settings, bool[] wanted, str backend) -> Tensor[]``: one gradient for each
+    index in ``differentiable``, an empty tensor of shape (0,) where ``wanted`` is false. Missing output
+    gradients are None.
+
+    Args:
+        operator: the operator's name.
+        tensors: schema of the tensor arguments, e.g. ``"Tensor qkv"``, ``"Tensor? pad_qkv"``.
+        settings: schema of the others, e.g. ``"int num_heads"``.
+        outputs: number of results; a result that a call does not have is an empty tensor of shape (0,).
+        fake: ``(*tensors, *settings) -> `` empty results of the right shape and dtype.
+        differentiable: indices into ``tensors`` of the arguments that get a gradient.
+    """
+    name, count = f"{_NAMESPACE}::{operator}", len(tensors)
+    inputs = ", ".join([*tensors, *settings])
+    grads = ", ".join(f"Tensor? grad_output{i}" for i in range(outputs))
+    result = "Tensor" if outputs == 1 else "(" + ", ".join(["Tensor"] * outputs) + ")"
+
+    torch.library.define(name, f"({inputs}, str backend) -> {result}")
+    torch.library.define(f"{name}_backward", f"({grads}, {inputs}, bool[] wanted, str backend) -> Tensor[]")
+
+    @torch.library.impl(name, "default")
+    def forward_kernel(*arguments: Any) -> Tensor | tuple[Tensor, ...]:
+        *inputs, backend = arguments
+        with torch.no_grad():
+            return _registry.implementation(operator, backend).forward(*inputs)
+
+    @torch.library.impl(f"{name}_backward", "default")
+    def backward_kernel(*arguments: Any) -> list[Tensor]:
+        *inputs, wanted, backend = arguments
+        with torch.no_grad():
+            found = _registry.implementation(operator, backend).backward(*inputs, wanted)
+        like = _present(inputs[outputs : outputs + count])
+        return [like.new_empty(0) if grad is None else grad for grad in found]
+
+    @torch.library.register_fake(name)
+    def fake_forward(*arguments: Any) -> Tensor | tuple[Tensor, ...]:
+        return fake(*arguments[:-1])
+
+    @torch.library.register_fake(f"{name}_backward")
+    def fake_backward(*arguments: Any) -> list[Tensor]:
+        *inputs, wanted, _ = arguments
+        given = inputs[outputs : outputs + count]
+        like = _present(given)
+        return [
+            given[index].new_empty(given[index].shape) if want else like.new_empty(0)
+            for index, want in zip(differentiable, wanted, strict=True)
+        ]
+
+    forward_operator = getattr(getattr(torch.ops, _NAMESPACE), operator).default
+    backward_operator = getattr(getattr(torch.ops, _NAMESPACE), f"{operator}_backward").default
+
+    class Bound(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *arguments: Any) -> Any:
+            ctx.save_for_backward(*arguments[:count])
+            ctx.rest = arguments[count:]
+            ctx.set_materialize_grads(False)
+            return forward_operator(*arguments)
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple:
+            given, (*rest, backend) = ctx.saved_tensors, ctx.rest
+            wanted = [ctx.needs_input_grad[index] for index in differentiable]
+            found = backward_operator(*grad_outputs, *given, *rest, wanted, backend)
+            grads: list[Tensor | None] = [None] * (count + len(ctx.rest))
+            for index, want, grad in zip(differentiable, wanted, found, strict=True):
+                if want:
+                    grads[index] = grad
+            return tuple(grads)
+
+    Bound.__name__ = Bound.__qualname__ = operator
+
+    def run(*arguments: Any) -> Any:
+        needs_grad = any(arguments[i] is not None and arguments[i].requires_grad for i in differentiable)
+        if needs_grad and torch.is_grad_enabled():
+            return Bound.apply(*arguments)
+        return forward_operator(*arguments)
+
+    return run
+
+
+def _present(tensors: Sequence[Tensor | None]) -> Tensor:
+    return next(tensor for tensor in tensors if tensor is not None)
+
+
+def recomputed_backward(
+    reference: Callable[..., Any], outputs: int, differentiable: Sequence[int]
+) -> Callable[..., Any]:
+    """The reference as a backward kernel: run it again, and differentiate that."""
+
+    def backward(*arguments: Any) -> list[Tensor | None]:
+        grad_outputs, inputs, wanted = arguments[:outputs], list(arguments[outputs:-1]), arguments[-1]
+        chosen = [index for index, want in zip(differentiable, wanted, strict=True) if want]
+        given = [index for index, grad in enumerate(grad_outputs) if grad is not None]
+        if not chosen or not given:
+            zeros = {index: torch.zeros_like(inputs[index], memory_format=_CONTIGUOUS) for index in chosen}
+            return [zeros.get(index) for index in differentiable]
+
+        def differentiate() -> tuple[Tensor | None, ...]:
+            for index in chosen:
+                inputs[index] = inputs[index].detach().requires_grad_()
+            results = reference(*inputs)
+            results = results if isinstance(results, tuple) else (results,)
+            leaves = [inputs[index] for index in chosen]
+            used = [i for i in given if results[i].requires_grad]
+            if not used:
+                return (None,) * len(leaves)
+            return torch.autograd.grad(
+                [results[i] for i in used], leaves, [grad_outputs[i] for i in used], allow_unused=True
+            )
+
+        grads = _with_autograd(differentiate, inputs[chosen[0]].device)
+        found = {
+            index: torch.zeros_like(inputs[index], memory_format=_CONTIGUOUS) if grad is None else grad.contiguous()
+            for index, grad in zip(chosen, grads, strict=True)
+        }
+        return [found.get(index) for index in differentiable]
+
+    return backward
+
+
+def _with_autograd(function: Callable[[], Any], device: torch.device) -> Any:
+    """Call ``function`` in a thread of its own, on the caller's stream.
+
+    A compiled graph runs its operators with autograd switched off underneath, and enable_grad does not undo
+    that; a new thread starts with it on.
+    """
+    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(_on_stream, function, stream).result()
+
+
+def _on_stream(function: Callable[[], Any], stream: torch.cuda.Stream | None) -> Any:
+    with torch.cuda.stream(stream):  # None: does nothing
+        return function()

@@ -1,0 +1,233 @@
+"""The one place that decides which implementation of an operator runs.
+
+Each operator registers its implementations here, every one with a predicate that says *why not*. The
+public functions ask :func:`choose` on every call; :func:`explain` asks the same predicates and prints the
+answer.
+
+The choice is plain Python over a thread-local stack, tensor metadata and the predicates: ``torch.compile``
+traces it, guards on the stack (so a compiled function follows ``ops.backend``) and leaves nothing of it in
+the graph.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+"""Names of the implementations that an operator can have; ``auto`` picks one of them."""
+
+ENVIRONMENT_VARIABLE = "MAGNET_FAST_BACKEND"
+
+# The fastest first; the reference runs everywhere, so it ends the list.
+_PREFERENCE = ("cuda", "triton", "cpu", "reference")
+
+
+class backend:  # noqa: N801 - used as a function: `with ops.backend("cpu"):`
+    """Force one backend for the operators called inside the ``with`` block.
+
+    Blocks nest (the innermost counts), hold for the current thread only, take precedence over the
+    environment variable ``MAGNET_FAST_BACKEND`` and work inside and outside of a compiled function. The
+    backward pass uses the backend of its forward. What activation checkpointing recomputes on a GPU runs in
+    a thread of autograd's, where only the environment variable holds.
+
+    Args:
+        name: ``"reference"``, ``"cpu"``, ``"triton"``, ``"cuda"``, or ``"auto"`` (the fastest that can run).
+        *operators: names of the operators that the block is about; none given means all of them. A whole
+            model can so run one operator on a backend that has no kernel for the others.
+
+    Raises:
+        ValueError: at construction, for an unknown name. An operator that the forced backend cannot run
+            raises a RuntimeError, with the reason, when it is called.
+    """
+
+    def __init__(self, name: str, *operators: str) -> None:
+        self.name = _known(name, "backend")
+        self.operators = tuple(_known_operator(operator) for operator in operators)
+
+    def __enter__(self) -> backend:
+        # A new tuple, not a list changed in place: dynamo guards on it and restores it exactly.
+        _state.stack = (*_state.stack, (self.name, self.operators))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        _state.stack = _state.stack[:-1]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What an operator call would run, and why not something else. ``str()`` of it is meant for people.
+
+    Attributes:
+        operator: the operator's name.
+        requested: the backend asked for (``auto`` when none is forced).
+        chosen: the backend that would run, or ``"none"`` when the forced one cannot.
+        reasons: for every other backend, why it would not run.
+    """
+
+    operator: str
+    requested: str
+    chosen: str
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        if self.chosen == "none":
+            head = f"{self.operator}: backend {self.requested!r} is forced and cannot run"
+        elif self.requested == "auto":
+            head = f"{self.operator}: {self.chosen} would run (the fastest that can)"
+        else:
+            head = f"{self.operator}: {self.chosen} would run (forced)"
+        return "\n".join([head, *(f"  {name}: {reason}" for name, reason in self.reasons.items())])
+
+    __repr__ = __str__
+
+
+def explain(operator: str, *args: Any, **kwargs: Any) -> Explanation:
+    """Say which backend a call would run, and why each other one would not. Nothing is computed.
+
+    Args:
+        operator: an operator's name, e.g. ``"window_attention"``.
+        *args, **kwargs: exactly what the operator itself would be called with.
+
+    Raises:
+        ValueError: for an unknown operator, and whatever the operator raises for these arguments.
+    """
+    arguments = _prepare[_known_operator(operator)](*args, **kwargs)
+    return _explanation(operator, requested_backend(operator), arguments)
+
+
+def available_backends(operator: str | None = None) -> tuple[str, ...]:
+    """Backends that this process can run, the preferred first: built, importable, with their device present.
+
+    Args:
+        operator: only the backends with an implementation of this operator; None for those with any.
+    """
+    if operator is not None:
+        _known_operator(operator)
+    names = {name for (op, name), item in _implementations.items() if operator in (None, op) and item.missing is None}
+    return tuple(name for name in _PREFERENCE if name in names)
+
+
+# ---- For the operators -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One operator on one backend.
+
+    Attributes:
+        forward, backward: called by the registered operators with the operator's normalised arguments.
+        supports: takes the operator's normalised arguments, returns None or the reason why not.
+        missing: why the backend cannot run in this process whatever the arguments, or None.
+    """
+
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
+    supports: Callable[..., str | None]
+    missing: str | None = None
+
+
+def register_operator(operator: str, prepare: Callable[..., tuple]) -> None:
+    """Make an operator known. ``prepare`` checks the public arguments and returns the normalised ones."""
+    _prepare[operator] = prepare
+
+
+def register(
+    operator: str,
+    name: str,
+    forward: Callable[..., Any],
+    backward: Callable[..., Any],
+    supports: Callable[..., str | None] = lambda *arguments: None,
+    missing: str | None = None,
+) -> None:
+    """Add an implementation; see :class:`Implementation`."""
+    if name not in BACKENDS:
+        raise ValueError(f"name: unknown backend {name!r}; expected one of {', '.join(BACKENDS)}")
+    _implementations[operator, name] = Implementation(forward, backward, supports, missing)
+
+
+def implementation(operator: str, name: str) -> Implementation:
+    """The registered implementation; RuntimeError when there is none."""
+    item = _implementations.get((operator, name))
+    if item is None:
+        raise RuntimeError(f"{operator}: backend {name!r} has no kernel for this operator")
+    return item
+
+
+def choose(operator: str, arguments: tuple) -> str:
+    """The backend that runs this call.
+
+    Raises:
+        RuntimeError: a forced backend cannot run these arguments; the message says why.
+    """
+    requested = requested_backend(operator)
+    if requested != "auto":
+        if why_not(operator, requested, arguments) is not None:
+            raise RuntimeError(str(_explanation(operator, requested, arguments)))
+        return requested
+    for name in _PREFERENCE:
+        if why_not(operator, name, arguments) is None:
+            return name
+    raise RuntimeError(str(_explanation(operator, requested, arguments)))
+
+
+def why_not(operator: str, name: str, arguments: tuple) -> str | None:
+    """None when the backend can run these normalised arguments, else the reason."""
+    item = _implementations.get((operator, name))
+    if item is None:
+        return "no kernel for this operator yet"
+    if item.missing is not None:
+        return item.missing
+    return item.supports(*arguments)
+
+
+def requested_backend(operator: str) -> str:
+    """The name that the innermost ``ops.backend`` block forces, else the environment's, else ``auto``.
+
+    The environment is read at every call; a compiled function keeps what it read when it was traced.
+    """
+    for name, operators in reversed(_state.stack):
+        if not operators or operator in operators:
+            return name
+    name = os.environ.get(ENVIRONMENT_VARIABLE)
+    return _known(name, f"environment variable {ENVIRONMENT_VARIABLE}") if name else "auto"
+
+
+def _explanation(operator: str, requested: str, arguments: tuple) -> Explanation:
+    chosen, reasons = "none", {}
+    for name in _PREFERENCE:
+        reason = why_not(operator, name, arguments)
+        if reason is not None:
+            reasons[name] = reason
+        elif requested == name or (requested == "auto" and chosen == "none"):
+            chosen = name
+        else:
+            reasons[name] = "can run, but " + (
+                f"{chosen} is preferred" if requested == "auto" else f"{requested} is forced"
+            )
+    return Explanation(operator, requested, chosen, reasons)
+
+
+def _known(name: str, what: str) -> str:
+    if name not in BACKENDS and name != "auto":
+        raise ValueError(f"{what}: unknown name {name!r}; expected one of {', '.join((*BACKENDS, 'auto'))}")
+    return name
+
+
+def _known_operator(operator: str) -> str:
+    if operator not in _prepare:
+        raise ValueError(f"operator: unknown name {operator!r}; expected one of {', '.join(sorted(_prepare))}")
+    return operator
+
+
+class _State(threading.local):
+    def __init__(self) -> None:
+        self.stack: tuple[tuple[str, tuple[str, ...]], ...] = ()
+
+
+_state = _State()
+_prepare: dict[str, Callable[..., tuple]] = {}
+_implementations: dict[tuple[str, str], Implementation] = {}

@@ -1,0 +1,164 @@
+"""Small inputs of every operator, and the comparisons that the tests share."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from magnet_fast import ops
+from magnet_fast.ops import _registry
+
+WORDS = torch.tensor([[True, True, False], [False, False, False]])
+"""One sentence of two words and one with none."""
+
+
+@dataclass
+class Case:
+    """A call of one public operator, as a function of the tensors that get a gradient."""
+
+    operator: str
+    leaves: list[Tensor]
+    arguments: Callable[..., tuple[tuple, dict]]
+    """leaves -> positional and keyword arguments of the public function"""
+
+    def __call__(self, *leaves: Tensor) -> tuple[Tensor, ...]:
+        """The outputs that there are, from the public function."""
+        args, kwargs = self.arguments(*(leaves or self.leaves))
+        return outputs_of(getattr(ops, self.operator)(*args, **kwargs))
+
+    def registered(self, backend: str) -> Callable[..., tuple[Tensor, ...]]:
+        """The same function by way of the registered operators, for a backend of choice."""
+        run = importlib.import_module(f"magnet_fast.ops._{self.operator}")._run
+        return lambda *leaves: outputs_of(run(*self.normalised(*leaves), backend))
+
+    def normalised(self, *leaves: Tensor) -> tuple:
+        """What the registered operators take, but for the backend's name."""
+        args, kwargs = self.arguments(*(leaves or self.leaves))
+        return _registry._prepare[self.operator](*args, **kwargs)
+
+    def gradients(self, function: Callable[..., tuple[Tensor, ...]] | None = None) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(weighted_sum((function or self)(*self.leaves)), self.leaves)
+
+
+def outputs_of(result: Tensor | tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
+    result = result if isinstance(result, tuple) else (result,)
+    return tuple(out for out in result if out is not None and out.numel())
+
+
+def weighted_sum(outputs: tuple[Tensor, ...]) -> Tensor:
+    """Every element of every output with a weight of its own."""
+    return sum((out * torch.linspace(0.5, 1.5, out.numel(), dtype=out.dtype).view_as(out)).sum() for out in outputs)
+
+
+def leaf(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(1000 * seed + sum(shape))
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+
+
+def window_case(
+    *,
+    batch: int = 2,
+    size: tuple[int, int] = (5, 4),
+    window: tuple[int, int] = (2, 3),
+    shift: tuple[int, int] = (1, 2),
+    heads: int = 2,
+    d: int = 2,
+    padding: bool = True,
+    pad_first: bool = True,
+    dtype: torch.dtype = torch.float64,
+) -> Case:
+    leaves = [
+        leaf(batch, *size, 3 * heads * d, dtype=dtype, seed=1),
+        leaf((2 * window[0] - 1) * (2 * window[1] - 1), heads, dtype=dtype, seed=2),
+    ]
+    if padding:
+        leaves.append(leaf(3 * heads * d, dtype=dtype, seed=3))
+
+    def arguments(qkv: Tensor, bias_table: Tensor, pad_qkv: Tensor | None = None) -> tuple[tuple, dict]:
+        named = {"num_heads": heads, "window_size": window, "shift": shift, "pad_qkv": pad_qkv}
+        return (qkv, bias_table), {**named, "pad_first": pad_first}
+
+    return Case("window_attention", leaves, arguments)
+
+
+CROSS_MODAL_FORMS = {
+    # image_query, text_key, text_value, text_query, image_key, image_value
+    "separate": (1, 1, 1, 1, 1, 1),
+    "shared": (1, 1, 1, 0, 0, 1),
+    "pixels only": (1, 1, 1, 0, 0, 0),
+    "words only": (0, 0, 0, 1, 1, 1),
+    "words only, shared": (1, 1, 0, 0, 0, 1),
+}
+
+
+def cross_modal_case(
+    form: str,
+    *,
+    pixels: int = 5,
+    heads: int = 2,
+    mask: Tensor | None = WORDS,
+    dtype: torch.dtype = torch.float64,
+) -> Case:
+    words = 3 if mask is None else mask.shape[1]
+    sides, widths = (pixels, words, words, words, pixels, pixels), (4, 4, 6, 4, 4, 2)
+    present = CROSS_MODAL_FORMS[form]
+    leaves = [
+        leaf(2, side, width, dtype=dtype, seed=i)
+        for i, (side, width, given) in enumerate(zip(sides, widths, present, strict=True))
+        if given
+    ]
+
+    def arguments(*given: Tensor) -> tuple[tuple, dict]:
+        tensors = iter(given)
+        args = tuple(next(tensors) if wanted else None for wanted in present)
+        return args, {"text_mask": mask, "num_heads": heads}
+
+    return Case("cross_modal_attention", leaves, arguments)
+
+
+def deformable_case(*, dtype: torch.dtype = torch.float64) -> Case:
+    shapes, queries, heads, points = [(3, 4), (2, 1)], 3, 2, 2
+    generator = torch.Generator().manual_seed(5)
+    # Some points lie outside of the maps.
+    locations = torch.rand(2, queries, heads, 2, points, 2, generator=generator, dtype=torch.float64) * 1.4 - 0.2
+    leaves = [
+        leaf(2, 14, heads, 3, dtype=dtype, seed=1),
+        locations.to(dtype).requires_grad_(),
+        leaf(2, queries, heads, 2, points, dtype=dtype, seed=2),
+    ]
+    return Case("deformable_attention", leaves, lambda value, *rest: ((value, shapes, *rest), {}))
+
+
+def contrastive_case(*, dtype: torch.dtype = torch.float64) -> Case:
+    inside = torch.tensor([[1, 1, 0, 1, 0, 0], [0, 0, 1, 0, 0, 0], [0] * 6]).bool()
+    return Case(
+        "pixel_contrastive_loss",
+        [leaf(3, 6, 4, dtype=dtype)],
+        lambda features: ((features, inside), {"temperature": 0.3}),
+    )
+
+
+def all_cases(dtype: torch.dtype = torch.float64) -> dict[str, Case]:
+    """Every operator, and every form of those that have several."""
+    return {
+        "window": window_case(dtype=dtype),
+        "window, roll first": window_case(pad_first=False, dtype=dtype),
+        "window, no padding token": window_case(padding=False, dtype=dtype),
+        **{f"cross-modal, {form}": cross_modal_case(form, dtype=dtype) for form in CROSS_MODAL_FORMS},
+        "deformable": deformable_case(dtype=dtype),
+        "contrastive": contrastive_case(dtype=dtype),
+    }
+
+
+def assert_low_precision(ours: Tensor, plain: Tensor, truth: Tensor, dtype: torch.dtype, what: str) -> None:
+    """At most twice the error of the same maths done plainly in ``dtype``, and never more than an absolute cap."""
+    step = torch.finfo(dtype).eps
+    scale = truth.abs().max().item()
+    error = (ours.double() - truth).abs().max().item()
+    baseline = (plain.double() - truth).abs().max().item()
+    assert error <= 2 * baseline + step * scale, f"{what}: error {error:.3g}, plain {dtype} has {baseline:.3g}"
+    assert error <= 16 * step * scale, f"{what}: error {error:.3g} of values up to {scale:.3g}"
