@@ -1,0 +1,30 @@
+"""Referring-expression data: REFER's files, embedded scenes, transforms and the tokenizer."""
+
+from __future__ import annotations
+
+import importlib
+
+_HOMES = {
+    "ExpressionDataset": "dataset",
+    "Refer": "refer",
+    "Ref": "refer",
+    "Sentence": "refer",
+    "Tokenizer": "tokenizer",
+    "IMAGENET_MEAN": "transforms",
+    "IMAGENET_STD": "transforms",
+    "prepare_image": "transforms",
+    "prepare_mask": "transforms",
+    "write_scenes": "scenes",
+}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str):
+    """Import on first use: drawing scenes needs neither torch nor tokenizers."""
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -1,0 +1,139 @@
+"""A pickle may hold plain data only; nothing it names is imported or run."""
+
+from __future__ import annotations
+
+import builtins
+import os
+import pickle
+from collections import OrderedDict
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from magnet_fast.data.refer import Refer
+from magnet_fast.data.safe_pickle import UnsafePickleError, load_plain_pickle
+
+from .layout import small_refs, write_root
+
+plain = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | st.binary(max_size=20),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text() | st.integers(), inner) | st.tuples(inner, inner),
+    max_leaves=15,
+)
+
+
+class Call:
+    """Pickles as a call of `function`."""
+
+    def __init__(self, function, *arguments) -> None:
+        self.call = (function, arguments)
+
+    def __reduce__(self):
+        return self.call
+
+
+@given(content=plain, protocol=st.sampled_from([2, 3, 4, 5]))
+def test_plain_data_comes_back(tmp_path_factory, content, protocol):
+    if protocol == 2 and holds_bytes(content):
+        protocol = 3  # Python 3 writes bytes at protocol 2 as a call of _codecs.encode
+    path = tmp_path_factory.mktemp("pickle") / "refs.p"
+    path.write_bytes(pickle.dumps(content, protocol=protocol))
+    assert load_plain_pickle(path) == content
+
+
+def holds_bytes(content) -> bool:
+    if isinstance(content, dict):
+        return any(map(holds_bytes, content.values()))
+    if isinstance(content, (list, tuple)):
+        return any(map(holds_bytes, content))
+    return isinstance(content, bytes)
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("function", ["system", "exec"])
+def test_malicious_pickle_is_refused_and_not_run(tmp_path, protocol, nested, function):
+    traces = tmp_path / "traces"
+    attack = {
+        "system": Call(os.system, f"touch {traces}"),
+        "exec": Call(builtins.exec, f"open({str(traces)!r}, 'w')"),
+    }[function]
+    refs = small_refs()
+    if nested:
+        refs[1]["sentences"][0]["tokens"] = [{"deep": (1, [attack])}]
+    root = write_root(tmp_path / "root", refs=refs if nested else attack)
+    with pytest.raises(UnsafePickleError, match=rf"refs\(unc\)\.p.*{function}"):
+        Refer(root)
+    assert not traces.exists()
+    pickle.loads((root / "refcoco" / "refs(unc).p").read_bytes())
+    assert traces.exists()  # the attack is a real one: plain pickle runs it
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (OrderedDict(a=1), "collections.OrderedDict"),
+        (Path("a"), "Path"),
+        ([len], "len"),
+        (int, "int"),
+        ({1, 2}, "set"),
+        ({"a": [bytearray(b"a")]}, "bytearray"),
+        (frozenset({1}), "frozenset"),
+        (1j, "complex"),
+    ],
+)
+@pytest.mark.parametrize("protocol", [2, 5])
+def test_other_types_are_refused_by_name(tmp_path, content, named, protocol):
+    path = tmp_path / "refs.p"
+    path.write_bytes(pickle.dumps(content, protocol=protocol))
+    with pytest.raises(UnsafePickleError, match=rf"refs\.p: the pickle (asks for|holds a) .*{named}"):
+        load_plain_pickle(path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"cos\nsystem\n(S'touch traces'\ntR.",  # GLOBAL, REDUCE
+        b"(S'touch traces'\nios\nsystem\n.",  # INST
+        b"(cos\nsystem\nS'touch traces'\no.",  # OBJ
+        b"Pan id\n.",  # PERSID
+        b"\x80\x04\x8c\x02os\x8c\x06system\x93.",  # STACK_GLOBAL
+    ],
+)
+def test_handwritten_opcodes_are_refused(tmp_path, content, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "refs.p").write_bytes(content)
+    with pytest.raises(UnsafePickleError, match=r"refs\.p"):
+        load_plain_pickle(tmp_path / "refs.p")
+    assert [path.name for path in tmp_path.iterdir()] == ["refs.p"]
+
+
+@pytest.mark.parametrize("content", [b"", b"\x80\x02]q\x00(K\x01", b"not a pickle", b"\x80\x02.", b"\x80\x63N."])
+def test_broken_pickle_names_the_file(tmp_path, content):
+    (tmp_path / "refs.p").write_bytes(content)
+    with pytest.raises(ValueError, match=r"refs\.p: not a readable pickle"):
+        load_plain_pickle(tmp_path / "refs.p")
+
+
+def test_python_2_pickles(tmp_path):
+    # What Python 2.7 writes for [{'raw': 'caf\xe9', 'n': 5L, 'u': u'\u20ac', 'ok': True}] at protocols 0 and 2.
+    protocol_0 = (
+        b"(lp0\n(dp1\nS'raw'\np2\nS'caf\\xe9'\np3\nsS'n'\np4\nL5L\nsS'u'\np5\nV\\u20ac\np6\nsS'ok'\np7\nI01\nsa."
+    )
+    protocol_2 = (
+        b"\x80\x02]q\x00}q\x01(U\x03rawq\x02U\x04caf\xe9q\x03U\x01nq\x04\x8a\x01\x05"
+        b"U\x01uq\x05X\x03\x00\x00\x00\xe2\x82\xacq\x06U\x02okq\x07\x88ua."
+    )
+    for content in (protocol_0, protocol_2):
+        (tmp_path / "refs.p").write_bytes(content)
+        assert load_plain_pickle(tmp_path / "refs.p") == [{"raw": "café", "n": 5, "u": "€", "ok": True}]
+
+
+def test_shared_and_recursive_containers(tmp_path):
+    shared = ["a"]
+    shared.append(shared)
+    (tmp_path / "refs.p").write_bytes(pickle.dumps([shared, shared]))
+    first, second = load_plain_pickle(tmp_path / "refs.p")
+    assert first is second and first[1] is first
