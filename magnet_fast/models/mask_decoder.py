@@ -75,29 +75,33 @@ class MaskDecoder(nn.Module):
         self, levels: list[tuple[Tensor, tuple[int, int]]], mask_features: Tensor
     ) -> list[tuple[Tensor, Tensor]]:
         batch = mask_features.shape[0]
-        memories, positions, shapes = [], [], []
+        memories, positions, resized = [], [], []
         for index, (tokens, shape) in enumerate(levels[: self.levels_read]):
             memories.append(tokens + self.level_embed.weight[index])
             positions.append(sine_position(*shape, tokens.shape[2], tokens.device, tokens.dtype))
-            shapes.append(shape)
+            resized.append(_resize(mask_features.detach(), shape))
         x = self.query_feature.weight.expand(batch, -1, -1)
         embed = self.query_embed.weight.expand(batch, -1, -1)
-        predictions = [self._predict(x, mask_features)]
+        queries = [self.norm(x)]
         for index, layer in enumerate(self.layers):
             level = index % self.levels_read
-            allowed = _inside_previous_mask(predictions[-1][0], shapes[level])
+            allowed = _inside_mask(self.mask_head(queries[-1].detach()), resized[level])
             x = layer(x, embed, memories[level], positions[level], allowed)
-            predictions.append(self._predict(x, mask_features))
-        return predictions
+            queries.append(self.norm(x))
+        # All predictions in one product: its backward pass reads and writes the large mask features once, not ten times.
+        stacked = torch.cat(queries, dim=1)  # (B, 1 + layers, C)
+        masks = torch.einsum("bnc,bchw->bnhw", self.mask_head(stacked), mask_features)
+        classes = self.class_head(stacked)
+        return [(masks[:, i : i + 1], classes[:, i : i + 1]) for i in range(len(queries))]
 
-    def _predict(self, x: Tensor, mask_features: Tensor) -> tuple[Tensor, Tensor]:
-        x = self.norm(x)
-        mask_logits = torch.einsum("bqc,bchw->bqhw", self.mask_head(x), mask_features)
-        return mask_logits, self.class_head(x)
+
+def _resize(mask_features: Tensor, shape: tuple[int, int]) -> Tensor:
+    """(B, C, H/4, W/4) to (B, C, P): resizing is linear, so it may come before the product with the query."""
+    return F.interpolate(mask_features, size=shape, mode="bilinear", align_corners=False).flatten(2)
 
 
-def _inside_previous_mask(mask_logits: Tensor, shape: tuple[int, int]) -> Tensor:
-    """(B, 1, 1, P) bool: pixels where the previous mask, resized, is at least one half; all where none is."""
-    resized = F.interpolate(mask_logits.detach().float(), size=shape, mode="bilinear", align_corners=False)
-    inside = resized.flatten(2)[:, None] >= 0
-    return inside | ~inside.any(dim=-1, keepdim=True)
+def _inside_mask(embedding: Tensor, resized_features: Tensor) -> Tensor:
+    """(B, 1, 1, P) bool: pixels where the query's present mask is at least one half; all pixels where none is."""
+    with torch.no_grad():
+        inside = torch.bmm(embedding.to(resized_features.dtype), resized_features)[:, None] >= 0
+        return inside | ~inside.any(dim=-1, keepdim=True)

@@ -48,11 +48,14 @@ class DeformableAttention(nn.Module):
         batch, count, width = tokens.shape
         query = tokens + position
         grid = (batch, count, self.num_heads, self.levels, self.points)
-        offsets = self.sampling_offsets(query).view(*grid, 2)
+        offsets = self.sampling_offsets(query)
         weights = self.attention_weights(query).view(*grid[:3], -1).softmax(dim=-1).view(grid)
-        # Offsets are in pixels of the sampled level: divide by (W, H) to reach [0, 1] coordinates.
+        # Offsets are in pixels of the sampled level: divide by (W, H) to reach [0, 1] coordinates. Scale and reference
+        # are spelled out along the last dimension: broadcasting over an inner dimension of 2 is slow on a CPU.
         pixels = torch.tensor([(w, h) for h, w in shapes], dtype=offsets.dtype, device=offsets.device)
-        locations = reference[:, None, None, None, :].to(offsets.dtype) + offsets / pixels[:, None, :]
+        scale = pixels.reciprocal().repeat_interleave(self.points, dim=0).flatten().repeat(self.num_heads)
+        centre = reference.to(offsets.dtype).repeat(1, scale.shape[0] // 2)
+        locations = torch.addcmul(centre, offsets, scale).view(*grid, 2)
         value = self.value_proj(tokens).view(batch, count, self.num_heads, width // self.num_heads)
         return self.output_proj(ops.deformable_attention(value, shapes, locations, weights.to(value.dtype)))
 

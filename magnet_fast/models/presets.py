@@ -33,7 +33,7 @@ _PRESETS: dict[str, ModelConfig] = {
         image=_TINY_IMAGE,
         text=_TINY_TEXT,
         decoder=MaskDecoderConfig(
-            width=64, num_heads=4, points=2, pixel_layers=2, pixel_feedforward=128, mask_layers=9, mask_feedforward=128
+            width=64, num_heads=4, points=2, pixel_layers=1, pixel_feedforward=128, mask_layers=9, mask_feedforward=128
         ),
     ),
     "lavt_tiny": LAVTConfig(image=_TINY_IMAGE, text=_TINY_TEXT),

@@ -103,18 +103,45 @@ class TextPWAM(nn.Module):
         query = self.query(words)
         if not correct:
             query = query * (~word_mask)[..., None].to(query.dtype) * -10000.0
-        _, attended = ops.cross_modal_attention(
-            None,
-            None,
-            None,
-            text_query=query,
-            image_key=self.norm(self.key(pixels)),
-            image_value=self.norm(self.value(pixels)),
-            text_mask=word_mask if correct else None,
-            scale=self.scale,
-        )
+        attend = self._attend_absorbed if correct and self._absorbing_pays(pixels) else self._attend
+        attended = attend(query, pixels, word_mask if correct else None)
         seen = self.norm(self.output(attended), word_mask if correct else None)
         return F.gelu(self.mix(F.gelu(self.vision(words)) * seen))
+
+    def _attend(self, query: Tensor, pixels: Tensor, word_mask: Tensor | None) -> Tensor:
+        key, value = self.norm(self.key(pixels)), self.norm(self.value(pixels))
+        return _words_read_pixels(query, key, value, word_mask, self.scale)
+
+    def _absorbing_pays(self, pixels: Tensor) -> bool:
+        # Products a pixel: 2·C·D for projected keys and values; C² for the covariance, and C²·D/P for its diagonals.
+        # Queries of -10000 (released masking) would amplify the other order of rounding, so that form stays as it is.
+        count, channels, width = pixels.shape[1], pixels.shape[2], self.query.out_features
+        return channels * (1 + 2 * width / count) < 2 * width
+
+    def _attend_absorbed(self, query: Tensor, pixels: Tensor, word_mask: Tensor | None) -> Tensor:
+        """The same, without keys and values for every pixel: there are few words and many pixels.
+
+        With k = W x + b normalised over the pixels, a score q·(k - μ)/σ is ((q/σ) W)·x plus a constant that softmax
+        drops; and since probabilities sum to 1, the attended value is W_v (Σ p x - mean x)/σ_v. Only σ is needed, and
+        σ² is the diagonal of W Cov(x) Wᵀ.
+        """
+        mean = pixels.mean(dim=1, keepdim=True)
+        centred = pixels - mean
+        covariance = centred.transpose(1, 2) @ centred / pixels.shape[1]  # (B, C, C)
+        key_scale, value_scale = (
+            torch.rsqrt(((weight @ covariance) * weight).sum(-1) + self.norm.eps)[:, None]  # (B, 1, D)
+            for weight in (self.key.weight, self.value.weight)
+        )
+        read = _words_read_pixels((query * key_scale) @ self.key.weight, centred, centred, word_mask, self.scale)
+        return F.linear(read, self.value.weight) * value_scale
+
+
+def _words_read_pixels(query: Tensor, key: Tensor, value: Tensor, word_mask: Tensor | None, scale: float) -> Tensor:
+    """Attention of words (B, T, ·) over pixels (B, P, ·), one head."""
+    _, attended = ops.cross_modal_attention(
+        None, None, None, text_query=query, image_key=key, image_value=value, text_mask=word_mask, scale=scale
+    )
+    return attended
 
 
 class Gate(nn.Module):

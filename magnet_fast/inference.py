@@ -1,0 +1,246 @@
+"""Segment what an expression names: from a checkpoint and an image to a mask at the image's own size."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import NamedTuple, overload
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from magnet_fast import models
+from magnet_fast.data import Tokenizer
+from magnet_fast.data.transforms import as_rgb, prepare_image
+
+RELEASED_IMAGE_SIZE = 480
+RELEASED_MAX_WORDS = 20
+_EXPRESSIONS_AT_ONCE = 16
+
+ImageLike = str | os.PathLike | Image.Image | np.ndarray
+
+
+class Segmentation(NamedTuple):
+    """What a `Segmenter` finds, at the image's own size.
+
+    Attributes:
+        mask: (H, W) bool, the referent.
+        probability: (H, W) float32 in [0, 1]; the mask is where it exceeds 0.5.
+    """
+
+    mask: np.ndarray
+    probability: np.ndarray
+
+
+class Segmenter:
+    """A model with its tokenizer: ``segmenter(image, "the red circle")``.
+
+    Args:
+        model: a model of this package; moved to ``device`` and put into eval mode.
+        tokenizer: turns expressions into what the model's text encoder was trained on.
+        image_size: side of the square that images are squashed to.
+        device: default: the device the model is on.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Tokenizer,
+        image_size: int,
+        device: torch.device | str | None = None,
+    ) -> None:
+        self.model = (model if device is None else model.to(device)).eval()
+        self.tokenizer = tokenizer
+        self.image_size = image_size
+        self.device = next(model.parameters()).device
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        path: str | os.PathLike | None = None,
+        device: torch.device | str | None = None,
+        tokenizer: str | os.PathLike | Tokenizer | None = None,
+        image_size: int | None = None,
+    ) -> Segmenter:
+        """Load a segmenter.
+
+        Args:
+            path: our ``.safetensors``, our training checkpoint ``last.pt``, or a released MagNet or LAVT
+                ``.pth``; None for the weights of the tiny model that ship with the package.
+            device: default: the CPU.
+            tokenizer: a ``vocab.txt``, a folder with one or with a ``tokenizer.json``, or a `Tokenizer`. None
+                takes the shipped vocabulary, where the checkpoint was trained on it. Released checkpoints
+                need BERT's.
+            image_size: default: what the checkpoint was trained at; 480 for released ones.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: not a checkpoint of a model of this package, or a vocabulary that is not the
+                checkpoint's.
+        """
+        loaded = load_checkpoint_model(path)
+        return cls(
+            loaded.model,
+            loaded.tokenizer(tokenizer),
+            image_size or loaded.image_size,
+            device,
+        )
+
+    @overload
+    def __call__(self, image: ImageLike, expression: str) -> Segmentation: ...
+
+    @overload
+    def __call__(self, image: ImageLike, expression: list[str]) -> list[Segmentation]: ...
+
+    def __call__(self, image: ImageLike, expression: str | list[str]) -> Segmentation | list[Segmentation]:
+        """Find what an expression names in an image.
+
+        Args:
+            image: a path, a PIL image, or an (H, W, 3) uint8 RGB array; pixels as stored, EXIF orientation is
+                ignored.
+            expression: a sentence, or several about this image. What exceeds the tokenizer's length is cut
+                off.
+
+        Returns:
+            A `Segmentation`, or a list of them, in the order of the expressions.
+
+        Raises:
+            FileNotFoundError, ValueError, TypeError: the image cannot be read or has another layout; an
+            expression
+                is empty or not a string.
+        """
+        single = isinstance(expression, str)
+        if not single and not isinstance(expression, list | tuple):
+            kind = type(expression).__name__
+            raise TypeError(f"expression: expected a string or a list of strings, got {kind}")
+        expressions = [expression] if single else list(expression)
+        if not all(isinstance(entry, str) for entry in expressions):
+            kinds = ", ".join(sorted({type(entry).__name__ for entry in expressions}))
+            raise TypeError(f"expression: expected a string or a list of strings, got a list with {kinds}")
+        if not expressions:
+            return []
+        input_ids, attention_mask = self.tokenizer(expressions)
+        picture = as_rgb(image)
+        pixels = prepare_image(picture, self.image_size)[None].to(self.device)
+        size = (picture.height, picture.width)
+        found = []
+        with torch.inference_mode():
+            for start in range(0, len(expressions), _EXPRESSIONS_AT_ONCE):
+                ids = input_ids[start : start + _EXPRESSIONS_AT_ONCE].to(self.device)
+                words = attention_mask[start : start + _EXPRESSIONS_AT_ONCE].to(self.device)
+                same = pixels.expand(len(ids), -1, -1, -1)
+                probability = self.model.predict(same, ids, words, size=size).float().cpu().numpy()
+                found += [Segmentation(entry > 0.5, entry) for entry in probability]
+        return found[0] if single else found
+
+
+@dataclass(frozen=True)
+class LoadedCheckpoint:
+    """A model read from a file, with what the file says about its use.
+
+    Attributes:
+        model: on the CPU, in eval mode.
+        source: the file, for messages.
+        image_size: side of the square it was trained on.
+        max_words: word pieces per expression, with [CLS] and [SEP].
+        vocabulary: digest of the vocabulary it was trained with; None for released checkpoints, which use
+            BERT's.
+        metadata: everything else in the file.
+    """
+
+    model: nn.Module
+    source: str
+    image_size: int
+    max_words: int
+    vocabulary: str | None
+    metadata: dict[str, str]
+
+    def tokenizer(self, given: str | os.PathLike | Tokenizer | None = None) -> Tokenizer:
+        """The tokenizer for this model, checked; ``given`` as in `Segmenter.from_checkpoint`."""
+        known = self.model.config.text.vocab_size
+        if given is None and self.vocabulary is None:
+            raise ValueError(
+                f"tokenizer: {self.source} was trained with BERT's vocabulary of {known} entries, which does "
+                "not ship with this package; pass the path of its vocab.txt (bert-base-uncased)"
+            )
+        tokenizer = given if isinstance(given, Tokenizer) else Tokenizer(given, max_words=self.max_words)
+        name = "the shipped vocabulary" if given is None else f"tokenizer {given}"
+        if self.vocabulary is not None and vocabulary_digest(tokenizer) != self.vocabulary:
+            raise ValueError(
+                f"tokenizer: {self.source} was trained with another vocabulary than {name} "
+                f"({tokenizer.vocab_size} entries); pass the one it was trained with"
+            )
+        if self.vocabulary is None and tokenizer.vocab_size != known:
+            raise ValueError(
+                f"tokenizer: {name} has {tokenizer.vocab_size} entries, but the text encoder of "
+                f"{self.source} knows {known}"
+            )
+        return tokenizer
+
+
+def load_checkpoint_model(path: str | os.PathLike | None = None) -> LoadedCheckpoint:
+    """Read any checkpoint that `Segmenter.from_checkpoint` accepts."""
+    path = Path(path) if path is not None else shipped_weights()
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such checkpoint")
+    if path.suffix == ".safetensors":
+        model, metadata = models.load_model(path)
+        return _described(model, path, metadata)
+    state = _read_torch_file(path)
+    if isinstance(state, dict) and str(state.get("format", "")).startswith("magnet_fast.training/"):
+        model = models.from_config(state["model_config"])
+        model.load_state_dict(state["model"])
+        return _described(model, path, state["metadata"])
+    # A released file, or something else: the reader of released files says what is missing.
+    model = models.from_released(path)
+    return LoadedCheckpoint(model.eval(), str(path), RELEASED_IMAGE_SIZE, RELEASED_MAX_WORDS, None, {})
+
+
+def shipped_weights() -> Path:
+    """The weights that ship with the package; FileNotFoundError where an installation lacks them."""
+    path = Path(str(resources.files("magnet_fast"))) / "weights" / "magnet_tiny_scenes.safetensors"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: this installation has no shipped weights; name a checkpoint")
+    return path
+
+
+def vocabulary_digest(tokenizer: Tokenizer) -> str:
+    """SHA-256 of a tokenizer's tokens in the order of their ids: in whichever file format."""
+    text = tokenizer.vocab_path.read_text(encoding="utf-8")
+    if tokenizer.vocab_path.suffix == ".json":
+        ids = json.loads(text)["model"]["vocab"]
+        tokens = sorted(ids, key=ids.__getitem__)
+    else:
+        tokens = [token.strip() for token in text.splitlines()]
+    return hashlib.sha256("\n".join(tokens).encode()).hexdigest()
+
+
+def _described(model: nn.Module, path: Path, metadata: dict[str, str]) -> LoadedCheckpoint:
+    missing = [key for key in ("image_size", "max_words", "tokenizer_vocab") if key not in metadata]
+    if missing:
+        raise ValueError(
+            f"{path}: its metadata lack {', '.join(missing)}; checkpoints for inference are written by "
+            "training, or by models.save_model with these entries in extra"
+        )
+    return LoadedCheckpoint(
+        model.eval(),
+        str(path),
+        int(metadata["image_size"]),
+        int(metadata["max_words"]),
+        metadata["tokenizer_vocab"],
+        dict(metadata),
+    )
+
+
+def _read_torch_file(path: Path) -> object:
+    """A file of torch.save, running no code from it; None where it would have to."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:  # the reader of released files has an allow-list and names what is wrong
+        return None

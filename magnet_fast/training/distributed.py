@@ -1,0 +1,98 @@
+"""torch.distributed as far as training needs it: the environment torchrun gives, and a few collectives.
+
+Everything works without torchrun too, as a world of one process.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all: its rank, how many there are, and the device it works on."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes the files and the log."""
+        return self.rank == 0
+
+
+@contextmanager
+def distributed_world(device: str = "auto") -> Iterator[World]:
+    """Join torchrun's process group, if there is one, and leave it at the end.
+
+    Args:
+        device: "auto" takes a GPU where there is one (the one of LOCAL_RANK under torchrun), else the CPU.
+
+    A process group that exists already is used and left alone. Tensors on a GPU travel by NCCL, those on the
+    CPU (RNG states, per-sentence results) by Gloo.
+    """
+    launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    chosen = pick_device(device, int(os.environ.get("LOCAL_RANK", "0")) if launched else 0)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    owned = launched and not dist.is_initialized()
+    if owned:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
+    try:
+        joined = dist.is_initialized()
+        yield World(dist.get_rank() if joined else 0, dist.get_world_size() if joined else 1, chosen)
+    finally:
+        if owned:
+            dist.destroy_process_group()
+
+
+def pick_device(name: str = "auto", local_rank: int = 0) -> torch.device:
+    """The device of that name; raises ValueError where it is not to be had."""
+    if name == "auto":
+        return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device: expected 'auto', 'cpu', 'cuda' or 'cuda:N', got {name!r}") from None
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"device: {name!r} asked for, but torch {torch.__version__} sees no CUDA device")
+        device = torch.device("cuda", local_rank if device.index is None else device.index)
+        if device.index >= torch.cuda.device_count():
+            raise ValueError(f"device: {name!r} asked for, but there are {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def gather_objects(value: Any, world: World) -> list[Any]:
+    """The values of all processes, in the order of their ranks, on every process."""
+    if world.size == 1:
+        return [value]
+    gathered: list[Any] = [None] * world.size
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def broadcast_object(value: Any, world: World) -> Any:
+    """Rank 0's value, on every process."""
+    if world.size == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def mean_over_world(tensor: torch.Tensor, world: World) -> torch.Tensor:
+    """The mean of a tensor over the processes (a new tensor)."""
+    if world.size == 1:
+        return tensor
+    total = tensor.clone()
+    dist.all_reduce(total)
+    return total / world.size

@@ -1,0 +1,91 @@
+"""The optimiser and its parameter groups, as this family trains: AdamW, decay on weight matrices only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+
+from magnet_fast.models.bert import BertSlices
+from magnet_fast.models.swin import SwinEncoder
+from magnet_fast.training.config import OptimiserConfig
+
+
+def build_optimiser(model: nn.Module, config: OptimiserConfig) -> torch.optim.AdamW:
+    """AdamW over `parameter_groups`; each group remembers its ``initial_lr`` for the schedule.
+
+    On a GPU the fused implementation is used: one kernel instead of one for every handful of parameters.
+    """
+    groups = parameter_groups(model, config)
+    fused = all(parameter.is_cuda for group in groups for parameter in group["params"])
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused or None)
+
+
+def parameter_groups(model: nn.Module, config: OptimiserConfig) -> list[dict]:
+    """Groups for torch.optim: {image encoder, text encoder, the rest} x {decayed, not decayed}; empty ones
+    left out.
+
+    Weight decay falls on the weight matrices of linear and convolution layers only: not on biases, norms,
+    relative position bias tables, embeddings and other free parameters. ``image_multiplier`` and
+    ``text_multiplier`` scale the learning rate of the parts that are usually pretrained. Parameters that
+    match ``config.freeze`` are frozen (``requires_grad=False``) and left out.
+
+    Raises:
+        ValueError: a pattern of ``freeze`` matches no parameter, or everything is frozen.
+    """
+    freeze_parameters(model, config.freeze)
+    rates = {"image": config.image_multiplier, "text": config.text_multiplier, "rest": 1.0}
+    groups: dict[tuple[str, bool], dict] = {}
+    for name, parameter, part, decayed in _described_parameters(model):
+        if not parameter.requires_grad:
+            continue
+        rate = config.lr * rates[part]
+        group = groups.setdefault(
+            (part, decayed),
+            {
+                "name": f"{part}{'' if decayed else ', no decay'}",
+                "params": [],
+                "param_names": [],
+                "lr": rate,
+                "initial_lr": rate,
+                "weight_decay": config.weight_decay if decayed else 0.0,
+            },
+        )
+        group["params"].append(parameter)
+        group["param_names"].append(name)
+    if not groups:
+        raise ValueError("optimiser.freeze: every parameter of the model is frozen; nothing is left to train")
+    return [groups[key] for key in sorted(groups)]
+
+
+def freeze_parameters(model: nn.Module, patterns: list[str]) -> None:
+    """Stop training the parameters whose names match any of the shell-style patterns (``*.embeddings.*``)."""
+    for pattern in patterns:
+        matched = [parameter for name, parameter in model.named_parameters() if fnmatchcase(name, pattern)]
+        if not matched:
+            raise ValueError(f"optimiser.freeze: {pattern!r} matches no parameter of the model")
+        for parameter in matched:
+            parameter.requires_grad_(False)
+
+
+def _described_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, str, bool]]:
+    """(name, parameter, part, decayed) of each parameter, shared ones once."""
+    part_of: dict[int, str] = {}
+    for module in model.modules():
+        part = {SwinEncoder: "image", BertSlices: "text"}.get(type(module))
+        if part:
+            part_of.update((id(parameter), part) for parameter in module.parameters())
+    seen: set[int] = set()
+    for module_name, module in model.named_modules():
+        for own_name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            # Multi-head attention names its projections in_proj_weight; everything else that is not called a
+            # weight (bias tables, level and query embeddings) is a free parameter.
+            matrix = own_name == "weight" or own_name.endswith("_weight")
+            decayed = matrix and parameter.dim() >= 2 and not isinstance(module, nn.Embedding)
+            name = f"{module_name}.{own_name}" if module_name else own_name
+            yield name, parameter, part_of.get(id(parameter), "rest"), decayed

@@ -1,0 +1,107 @@
+"""What a person sees of a run: a progress bar on a terminal, plain lines elsewhere, and the metrics file."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+
+class RunDisplay:
+    """Progress of a run: steps or minutes done, losses, images per second, time left.
+
+    Args:
+        title: what is going on.
+        enabled: False makes every method silent (processes other than the first).
+    """
+
+    def __init__(self, title: str, enabled: bool = True) -> None:
+        self._console = Console(file=sys.stdout)
+        self._enabled = enabled
+        self._bar: Progress | None = None
+        if enabled and self._console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.fields[state]}"),
+                console=self._console,
+            )
+            self._task = self._bar.add_task(title, total=1.0, state="")
+
+    def __enter__(self) -> RunDisplay:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def update(self, share: float, state: str) -> None:
+        """``share`` of the run is done, in [0, 1]; ``state`` says the rest in words."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=share, state=state)
+        elif self._enabled:
+            print(f"{100 * share:5.1f} %  {state}", flush=True)
+
+    def message(self, text: str) -> None:
+        """A line that stays."""
+        if self._bar is not None:
+            self._bar.console.print(text, highlight=False, markup=False)
+        elif self._enabled:
+            print(text, flush=True)
+
+
+class MetricsFile:
+    """Rows of numbers, one JSON object a line, appended as they come.
+
+    Each row has ``kind`` ("train" or "validation") and ``step``; within a kind no step appears twice.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Add a row. NaN and infinities are written as null: they are not JSON."""
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(_finite(row)) + "\n")
+
+    def rows(self) -> list[dict[str, Any]]:
+        """All complete rows; a line that a kill cut short is left out."""
+        if not self.path.exists():
+            return []
+        rows = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+        return rows
+
+    def drop_after(self, step: int) -> None:
+        """Forget the rows of later steps, which a resumed run will write again."""
+        kept = [row for row in self.rows() if row["step"] <= step]
+        temporary = self.path.with_name(f".{self.path.name}.tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        temporary.replace(self.path)
+
+
+def duration(seconds: float) -> str:
+    """1 h 02 min, 3 min 20 s, 12 s."""
+    minutes, rest = divmod(int(round(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, float) and not (abs(value) < float("inf")):
+        return None
+    return value

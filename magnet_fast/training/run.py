@@ -1,0 +1,159 @@
+"""From a configuration to a trained model: builds the parts, prepares the folder, runs the trainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from magnet_fast import models
+from magnet_fast.data import ExpressionDataset, Refer, Tokenizer
+from magnet_fast.inference import vocabulary_digest
+from magnet_fast.training.checkpoint import load_checkpoint, seed_everything, write_atomically
+from magnet_fast.training.config import TrainConfig, dump_config
+from magnet_fast.training.distributed import broadcast_object, distributed_world
+from magnet_fast.training.trainer import Trainer
+
+RUN_FILES = ("last.pt", "metrics.jsonl", "config.yaml", "best.safetensors", "last.safetensors")
+
+
+def train(config: TrainConfig, out: str | Path, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
+    """Train a model and leave everything in the folder ``out``; the same call under torchrun trains with DDP.
+
+    Args:
+        config: the run; ``config.data.root`` must be set.
+        out: receives ``config.yaml``, ``metrics.jsonl``, ``last.pt`` (to resume from), ``best.safetensors``
+            (by ``config.best_metric`` on the validation split) and, at the end, ``last.safetensors``.
+        resume: go on from ``out/last.pt``; from the start where there is none yet.
+        overwrite: delete the files of a run that ``out`` holds.
+
+    Returns:
+        The last validation's scores, or an empty dict for ``validate_every: never``.
+
+    Raises:
+        ValueError: the configuration does not fit the data, the device, the number of processes or the run to
+            resume.
+        FileExistsError: ``out`` holds a run, and neither ``resume`` nor ``overwrite`` was given.
+        TrainingError: the loss became NaN or infinite.
+    """
+    if resume and overwrite:
+        raise ValueError("resume and overwrite: choose one")
+    out = Path(out)
+    with distributed_world(config.device) as world:
+        state = _state_to_resume(config, out, resume, overwrite)
+        tokenizer, training_set, validation_set = build_datasets(config)
+        seed_everything(config.seed)
+        model = build_model(config, tokenizer)
+        metadata = checkpoint_metadata(config, tokenizer)
+        trainer = Trainer(config, model, training_set, validation_set, out, world, metadata)
+        # Only now, when nothing can be wrong any more, and when every process has looked into the folder.
+        broadcast_object(None, world)
+        if world.is_main:
+            _open_folder(config, out, fresh=state is None)
+        if state is not None:
+            trainer.load_state(state)
+        return trainer.run()
+
+
+def build_datasets(config: TrainConfig) -> tuple[Tokenizer, ExpressionDataset, ExpressionDataset | None]:
+    """The tokenizer, the training split and, unless validation is off, the validation split."""
+    data = config.data
+    if data.root is None:
+        raise ValueError("data.root: no data folder given (--data ROOT, or data.root in the configuration)")
+    tokenizer = Tokenizer(data.tokenizer, max_words=data.max_words)
+    refer = Refer(data.root, dataset=data.dataset, split_by=data.split_by)
+    for key, split in (("train_split", data.train_split), ("val_split", data.val_split)):
+        if split not in refer.splits and not (key == "val_split" and config.validate_every == "never"):
+            raise ValueError(f"data.{key}: {data.root} has no split {split!r}; it has {', '.join(refer.splits)}")
+    training_set = ExpressionDataset(
+        refer,
+        data.train_split,
+        tokenizer,
+        data.image_size,
+        mode=data.mode,
+        seed=config.seed,
+        cache=data.cache,
+    )
+    validation_set = None
+    if config.validate_every != "never":
+        validation_set = ExpressionDataset(refer, data.val_split, tokenizer, data.image_size, cache=data.cache)
+    return tokenizer, training_set, validation_set
+
+
+def build_model(config: TrainConfig, tokenizer: Tokenizer) -> nn.Module:
+    """The configuration's model, checked to have a word embedding for every id of the tokenizer."""
+    model = models.build(config.model.name, pretrained=config.model.pretrained, **config.model.overrides)
+    known = model.config.text.vocab_size
+    if tokenizer.vocab_size > known:
+        raise ValueError(
+            f"data.tokenizer: its vocabulary has {tokenizer.vocab_size} entries, but the text encoder of "
+            f"{config.model.name} embeds {known}; choose the model's vocabulary, or set its text.vocab_size"
+        )
+    return model
+
+
+def checkpoint_metadata(config: TrainConfig, tokenizer: Tokenizer) -> dict[str, str]:
+    """What a user of the weights must know besides the model's own configuration."""
+    return {
+        "model_name": config.model.name,
+        "image_size": str(config.data.image_size),
+        "max_words": str(config.data.max_words),
+        "tokenizer_vocab": vocabulary_digest(tokenizer),
+    }
+
+
+def _state_to_resume(config: TrainConfig, out: Path, resume: bool, overwrite: bool) -> dict[str, Any] | None:
+    """Check the folder, changing nothing; the checkpoint to go on from, if there is one."""
+    found = [name for name in RUN_FILES if (out / name).exists()]
+    if found and not (resume or overwrite):
+        raise FileExistsError(
+            f"{out}: the folder already holds a run ({', '.join(found)}); pass --resume to go on with it, "
+            "--overwrite to delete it, or choose another folder"
+        )
+    if not resume or not (out / "last.pt").exists():
+        return None
+    state = load_checkpoint(out / "last.pt")
+    check_resumable(state["config"], config.model_dump(mode="json"), out / "last.pt")
+    return state
+
+
+def _open_folder(config: TrainConfig, out: Path, fresh: bool) -> None:
+    """Make the folder, write the configuration; a fresh run first removes the files of another one.
+
+    A run that was killed before its first checkpoint starts fresh, too.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    if fresh:
+        for name in RUN_FILES:
+            (out / name).unlink(missing_ok=True)
+    write_atomically(out / "config.yaml", lambda file: file.write(dump_config(config).encode()))
+
+
+# What may differ in a continuation: where and how it computes and reports, not what.
+_FREE_KEYS = {
+    "data.root", "data.cache", "data.workers", "device", "log_every", "checkpoint_every", "eval_batch_size",
+}  # fmt: skip
+
+
+def check_resumable(saved: dict[str, Any], current: dict[str, Any], path: Path) -> None:
+    """Compare a checkpoint's configuration with the present one; ValueError names each key that differs."""
+    before, now = _flat(saved), _flat(current)
+    differing = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+    differing = [key for key in differing if key not in _FREE_KEYS]
+    if not differing:
+        return
+    changes = "; ".join(f"{key}: {before.get(key)!r} there, {now.get(key)!r} here" for key in differing)
+    if any(key.startswith("model.") for key in differing):
+        raise ValueError(f"{path}: this checkpoint is of another model ({changes})")
+    raise ValueError(f"{path}: cannot go on exactly with another configuration ({changes})")
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

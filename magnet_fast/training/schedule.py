@@ -1,0 +1,24 @@
+"""The learning rate over a run: linear warm-up, then the polynomial decay of this family of models."""
+
+from __future__ import annotations
+
+import torch
+
+
+def poly_factor(progress: float, step: int, *, power: float = 0.9, warmup: int = 0) -> float:
+    """What the base learning rate is multiplied by.
+
+    Args:
+        progress: the share of the run that is done, 0 at the first step, 1 after the last.
+        step: number of optimiser steps done.
+        power: exponent of the decay, (1 - progress) ** power.
+        warmup: over this many steps the factor also rises linearly from 1/(warmup + 1) to 1.
+    """
+    decay = (1.0 - min(max(progress, 0.0), 1.0)) ** power
+    return decay * min(1.0, (step + 1) / (warmup + 1))
+
+
+def set_learning_rate(optimiser: torch.optim.Optimizer, factor: float) -> None:
+    """Set each group's ``lr`` to ``factor`` times its ``initial_lr``."""
+    for group in optimiser.param_groups:
+        group["lr"] = group["initial_lr"] * factor

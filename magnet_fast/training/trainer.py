@@ -1,0 +1,381 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+from magnet_fast import models
+from magnet_fast.evaluation import evaluate
+from magnet_fast.losses import LossWeights, segmentation_loss
+from magnet_fast.training.checkpoint import rng_state, save_checkpoint, seed_everything, set_rng_state
+from magnet_fast.training.config import TrainConfig
+from magnet_fast.training.distributed import (
+    World,
+    broadcast_object,
+    gather_objects,
+    mean_over_world,
+    pick_device,
+)
+from magnet_fast.training.optim import build_optimiser
+from magnet_fast.training.progress import MetricsFile, RunDisplay, duration
+from magnet_fast.training.sampling import EpochBatches
+from magnet_fast.training.schedule import poly_factor, set_learning_rate
+
+LOGGED = ("loss", "bce", "dice", "class", "grad_norm")
+_AUTOCAST = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on: the loss or the gradient is NaN or infinite."""
+
+
+class Trainer:
+    """Trains a model on a dataset, validates it, writes checkpoints and metrics.
+
+    Args:
+        config: the run.
+        model: a model of this package, on any device; it is moved to the world's.
+        training_set: items are dicts of ``image``, ``mask``, ``input_ids``, ``attention_mask``.
+        validation_set: an ``ExpressionDataset`` by sentences, or None to train without validation.
+        out: an existing folder for ``last.pt``, ``best.safetensors``, ``last.safetensors``,
+            ``metrics.jsonl``.
+        world: this process among all; default: one process on ``config.device``.
+        metadata: strings kept with the weights.
+
+    `run` trains to the end. `load_state` before it goes on with a checkpoint: on the CPU, with the same
+    number of threads, the resumed run equals an uninterrupted one bit for bit, because the order of the data
+    is a function of (seed, epoch) and the checkpoint holds everything else a step depends on.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: nn.Module,
+        training_set: Any,
+        validation_set: Any | None,
+        out: str | Path,
+        world: World | None = None,
+        metadata: dict[str, str] | None = None,
+    ) -> None:
+        self.config, self.out, self.metadata = config, Path(out), metadata or {}
+        self.world = world or World(0, 1, pick_device(config.device))
+        self.training_set, self.validation_set = training_set, validation_set
+        self.steps_per_epoch = self._batches(epoch=0).steps
+        self.total_steps = config.max_steps or (config.epochs or 0) * self.steps_per_epoch or None
+        self.model = model.to(self.world.device)
+        self.optimiser = build_optimiser(self.model, config.optimiser)  # freezes, so before DDP looks at the model
+        self._step_module = self._wrap(self.model)
+        self.scaler = torch.amp.GradScaler(self.world.device.type, enabled=config.precision == "fp16")
+        self.metrics_file = MetricsFile(self.out / "metrics.jsonl")
+        self.step = 0
+        self.best: float | None = None
+        self.scores: dict[str, Any] = {}
+        self._validated_at = -1
+        self._saved_at = -1
+        self._trained_seconds = 0.0  # of the processes before this one
+        self._started = time.monotonic()
+        self._window = torch.zeros(len(LOGGED), device=self.world.device)  # sums since the last row
+        self._window_steps = 0
+        # Each process draws its own dropout.
+        seed_everything(config.seed + 1 + self.world.rank)
+
+    def run(self) -> dict[str, Any]:
+        """Train to the end; returns the last validation's scores."""
+        self._started = time.monotonic()
+        self._log_time, self._log_step = self._started, self.step
+        with RunDisplay("training", enabled=self.world.is_main) as self.display:
+            self._announce()
+            while not self._done():
+                epoch, first_step = divmod(self.step, self.steps_per_epoch)
+                batches = iter(self._loader(epoch, first_step))
+                for _ in range(first_step, self.steps_per_epoch):
+                    if self._done():
+                        break
+                    self._train_step(batches)
+                    self._after_step()
+            self._finish()
+        return self.scores
+
+    def state(self) -> dict[str, Any]:
+        """Everything a run depends on, as tensors and plain containers. Collective: all processes call it."""
+        epoch, position = divmod(self.step, self.steps_per_epoch)
+        return {
+            "config": self.config.model_dump(mode="json"),
+            "model_config": self.model.config.model_dump(mode="json"),
+            "metadata": dict(self.metadata),
+            "model": self.model.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "step": self.step,
+            "epoch": epoch,
+            "position": position,
+            "steps_per_epoch": self.steps_per_epoch,
+            "trained_seconds": self._elapsed(),
+            "best": self.best,
+            "scores": self.scores,
+            "validated_at": self._validated_at,
+            "window": {"sums": self._gathered_window(), "steps": self._window_steps},
+            "rng": gather_objects(rng_state(), self.world),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint's state; ValueError where it is of another model or amount of data."""
+        if state["model_config"] != self.model.config.model_dump(mode="json"):
+            raise ValueError(
+                f"checkpoint: it is of another model (its configuration is {state['model_config']}, "
+                f"this model's is {self.model.config.model_dump(mode='json')})"
+            )
+        if state["steps_per_epoch"] != self.steps_per_epoch:
+            raise ValueError(
+                f"checkpoint: its run had {state['steps_per_epoch']} steps an epoch, this one has "
+                f"{self.steps_per_epoch}: the training data are not the same"
+            )
+        self.model.load_state_dict(state["model"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.step = self._saved_at = state["step"]
+        self._trained_seconds = state["trained_seconds"]
+        self.best, self.scores, self._validated_at = state["best"], state["scores"], state["validated_at"]
+        self._window_steps = state["window"]["steps"]
+        windows, generators = state["window"]["sums"], state["rng"]
+        if len(generators) == self.world.size:
+            self._window.copy_(windows[self.world.rank])
+            set_rng_state(generators[self.world.rank])
+        else:  # another number of processes: the data go on exactly, dropout draws anew
+            self._window.copy_(torch.stack(windows).mean(dim=0))
+            seed_everything(self.config.seed + 1 + self.world.rank + self.step)
+        if self.world.is_main:
+            self.metrics_file.drop_after(self.step)
+
+    # ---- one step ----
+
+    def _train_step(self, batches: Iterator[dict[str, Tensor]]) -> None:
+        config = self.config
+        self.model.train()
+        factor = poly_factor(self._progress(), self.step, power=config.schedule.power, warmup=config.schedule.warmup)
+        set_learning_rate(self.optimiser, factor)
+        self.optimiser.zero_grad(set_to_none=True)
+        sums = torch.zeros(len(LOGGED) - 1, device=self.world.device)
+        for micro in range(config.accumulation):
+            batch = {key: value.to(self.world.device, non_blocking=True) for key, value in next(batches).items()}
+            last = micro == config.accumulation - 1
+            # Gradients travel between the processes once a step, with the last micro-batch.
+            quiet = isinstance(self._step_module, DistributedDataParallel) and not last
+            with self._step_module.no_sync() if quiet else nullcontext():
+                losses = self._step_module(batch["image"], batch["input_ids"], batch["attention_mask"], batch["mask"])
+                self.scaler.scale(losses["total"] / config.accumulation).backward()
+            parts = [losses[key].detach() for key in ("total", "bce", "dice", "class")]
+            sums += torch.stack(parts) / config.accumulation
+        self.scaler.unscale_(self.optimiser)
+        norm = self._clip()
+        self.scaler.step(self.optimiser)
+        self.scaler.update()
+        self._window += torch.cat([sums, norm[None]])
+        self._window_steps += 1
+        self.step += 1
+
+    def _clip(self) -> Tensor:
+        """Clip the gradient where the configuration says so; returns the norm before that, on the device."""
+        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if self.config.clip_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.clip_norm, norm)
+        return norm
+
+    # ---- between the steps ----
+
+    def _after_step(self) -> None:
+        if self.step % self.config.log_every == 0:
+            self._log()
+        interval = self.config.interval(self.steps_per_epoch)
+        if interval is not None and self.step % interval == 0:
+            self._validate()
+            self._save()
+        elif self.step % self.config.checkpoint_every == 0:
+            self._save()
+
+    def _finish(self) -> None:
+        if self._window_steps:
+            self._log()
+        if self.config.validate_every != "never" and self._validated_at != self.step:
+            self._validate()
+        if self._saved_at != self.step:
+            self._save()
+        if self.world.is_main:
+            models.save_model(self.model, self.out / "last.safetensors", self._extra())
+            self.display.message(f"done: {self.step} steps in {duration(self._elapsed())}; everything is in {self.out}")
+
+    def _log(self) -> None:
+        means = self._checked_window()
+        now = time.monotonic()
+        rate = (self.step - self._log_step) * self.config.batch_size / max(now - self._log_time, 1e-9)
+        self._log_time, self._log_step = now, self.step
+        self._window.zero_()
+        self._window_steps = 0
+        share = self._progress()
+        if not self.world.is_main:
+            return
+        row = {
+            "kind": "train",
+            "step": self.step,
+            "epoch": round(self.step / self.steps_per_epoch, 4),
+            **means,
+            "lr": max(group["lr"] for group in self.optimiser.param_groups),
+            "images_per_second": round(rate, 2),
+        }
+        self.metrics_file.append(row)
+        left = self._elapsed() * (1 - share) / share if share > 0 else math.nan
+        state = " · ".join(
+            [
+                f"step {self.step}{f'/{self.total_steps}' if self.total_steps else ''}",
+                f"epoch {row['epoch']:.2f}",
+                f"loss {means['loss']:.3f} (bce {means['bce']:.3f}, dice {means['dice']:.3f})",
+                f"{rate:.1f} images/s",
+                f"{duration(left)} left" if math.isfinite(left) else "",
+            ]
+        )
+        self.display.update(share, state)
+
+    def _checked_window(self) -> dict[str, float]:
+        """Means since the last row over the steps and the processes. Waits for the device."""
+        values = mean_over_world(self._window / max(self._window_steps, 1), self.world).tolist()
+        means = dict(zip(LOGGED, values, strict=True))
+        # Loss scaling meets infinite gradients now and then, and skips those steps.
+        watched = LOGGED[:-1] if self.scaler.is_enabled() else LOGGED
+        bad = [name for name in watched if not math.isfinite(means[name])]
+        if bad:
+            raise TrainingError(
+                f"{' and '.join(bad)} became NaN or infinite in the {self._window_steps} steps up to step "
+                f"{self.step}; no checkpoint was written since step {max(self._saved_at, 0)}. Lower "
+                "optimiser.lr, set clip_norm, lengthen schedule.warmup, or train in float32 or bf16"
+            )
+        return means
+
+    def _validate(self) -> None:
+        if self.validation_set is None:
+            return
+        self._checked_window()
+        before = time.monotonic()
+        self.scores = evaluate(
+            self.model,
+            self.validation_set,
+            self.config.eval_batch_size,
+            workers=self.config.data.workers,
+            limit=self.config.data.val_limit,
+            autocast=_AUTOCAST[self.config.precision],
+        )
+        self._validated_at = self.step
+        self._log_time += time.monotonic() - before  # images per second are those of training
+        value = self.scores[self.config.best_metric]
+        better = self.best is None or value > self.best
+        self.best = value if better else self.best
+        if not self.world.is_main:
+            return
+        row = {"kind": "validation", "step": self.step, "epoch": round(self.step / self.steps_per_epoch, 4)}
+        self.metrics_file.append({**row, **self.scores})
+        if better:
+            models.save_model(self.model, self.out / "best.safetensors", self._extra())
+        self.display.message(
+            f"step {self.step}: validation oIoU {self.scores['oIoU']:.2f}, mIoU {self.scores['mIoU']:.2f} "
+            f"on {self.scores['sentences']} sentences{' (best so far)' if better else ''}"
+        )
+
+    def _save(self) -> None:
+        self._checked_window()
+        state = self.state()
+        if self.world.is_main:
+            save_checkpoint(state, self.out / "last.pt")
+        self._saved_at = self.step
+
+    # ---- pieces ----
+
+    def _wrap(self, model: nn.Module) -> nn.Module:
+        config = self.config
+        if self.world.size > 1 and self.world.device.type == "cuda":
+            nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        module: nn.Module = _ModelWithLoss(model, LossWeights(**config.loss.model_dump()), config.precision)
+        if self.world.size > 1:
+            devices = [self.world.device] if self.world.device.type == "cuda" else None
+            # Released architectures hold parameters that nothing uses.
+            module = DistributedDataParallel(module, device_ids=devices, find_unused_parameters=True)
+        if config.compile:
+            module.compile()
+        return module
+
+    def _batches(self, epoch: int, first_step: int = 0) -> EpochBatches:
+        config = self.config
+        return EpochBatches(
+            len(self.training_set),
+            config.batch_size,
+            config.accumulation,
+            self.world.rank,
+            self.world.size,
+            config.seed,
+            epoch,
+            first_step,
+        )
+
+    def _loader(self, epoch: int, first_step: int) -> DataLoader:
+        if self.config.data.mode == "refs":
+            self.training_set.set_epoch(epoch)
+        return DataLoader(
+            self.training_set,
+            batch_sampler=self._batches(epoch, first_step),
+            num_workers=self.config.data.workers,
+            pin_memory=self.world.device.type == "cuda",
+            # A loader draws a seed when its iteration starts: not from the generator that dropout draws from,
+            # or a resumed epoch, being entered twice, would draw differently.
+            generator=torch.Generator().manual_seed(epoch),
+        )
+
+    def _elapsed(self) -> float:
+        return self._trained_seconds + time.monotonic() - self._started
+
+    def _progress(self) -> float:
+        """The share of the run that is done; the same on all processes."""
+        if self.total_steps is not None:
+            return self.step / self.total_steps
+        return broadcast_object(self._elapsed(), self.world) / (60 * self.config.max_minutes)
+
+    def _done(self) -> bool:
+        return self._progress() >= 1
+
+    def _gathered_window(self) -> list[Tensor]:
+        return gather_objects(self._window.cpu().clone(), self.world)
+
+    def _extra(self) -> dict[str, str]:
+        return {**self.metadata, "step": str(self.step), "best_metric": self.config.best_metric}
+
+    def _announce(self) -> None:
+        trained = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+        length = f"{self.total_steps} steps" if self.total_steps else f"{self.config.max_minutes:g} minutes"
+        processes = f" x {self.world.size} processes" if self.world.size > 1 else ""
+        self.display.message(
+            f"{self.config.model.name}: {trained / 1e6:.2f} M parameters to train on "
+            f"{len(self.training_set)} items, {self.steps_per_epoch} steps an epoch, {length}, "
+            f"{self.world.device}{processes}, {self.config.precision}"
+            + (f"; resumed at step {self.step}" if self.step else "")
+        )
+
+
+class _ModelWithLoss(nn.Module):
+    """Model and losses as one module: DDP and torch.compile then see tensors in, tensors out."""
+
+    def __init__(self, model: nn.Module, weights: LossWeights, precision: str) -> None:
+        super().__init__()
+        self.model, self.weights, self.dtype = model, weights, _AUTOCAST[precision]
+
+    def forward(self, image: Tensor, input_ids: Tensor, attention_mask: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        with torch.autocast(image.device.type, dtype=self.dtype, enabled=self.dtype is not None):
+            output = self.model(image, input_ids, attention_mask)
+        return segmentation_loss(output, mask, self.weights)

@@ -1,0 +1,176 @@
+"""The command line: every command once, and errors as one clean line with exit status 2."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from magnet_fast.cli import app
+
+SMALL = [
+    "data.image_size=32",
+    "batch_size=4",
+    "log_every=2",
+    "schedule.warmup=1",
+    "eval_batch_size=8",
+    "data.workers=0",
+]
+
+
+def run(*arguments: object, status: int = 0) -> str:
+    """Run a command; its output and errors."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == status, (result.output, result.exception)
+    return result.output
+
+
+def refused(*arguments: object) -> str:
+    """Run a command that must fail cleanly; its message."""
+    output = run(*arguments, status=2)
+    assert output.startswith("error: ") and "Traceback" not in output
+    return output
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("scenes") / "easy"
+    output = run("data", "scenes", "--out", root, "--images", 24, "--seed", 1, "--image-size", 64)
+    assert str(root) in output
+    return root
+
+
+@pytest.fixture(scope="module")
+def trained(root, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("run") / "demo"
+    settings = [argument for setting in SMALL for argument in ("--set", setting)]
+    output = run(
+        "train", "--config", "magnet_tiny_scenes", "--data", root, "--out", out, *settings, "--set", "max_steps=3"
+    )
+    assert "images/s" in output and "oIoU" in output and "mIoU" in output
+    return out
+
+
+@pytest.fixture(scope="module")
+def picture(root) -> Path:
+    return sorted(root.rglob("*.jpg"))[0]
+
+
+def test_help_is_quick_to_import() -> None:
+    """Help loads neither torch nor transformers."""
+    code = "import sys, magnet_fast.cli; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    output = run("--help")
+    for command in ("train", "evaluate", "segment", "contact-sheet", "info", "data"):
+        assert command in output
+
+
+def test_python_dash_m(tmp_path) -> None:
+    done = subprocess.run([sys.executable, "-m", "magnet_fast", "train", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "--resume" in done.stdout
+    command = [sys.executable, "-m", "magnet_fast", "segment", str(tmp_path / "none.png"), "a", "--out", "x.png"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert "none.png" in done.stderr
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_evaluate(root, trained, tmp_path) -> None:
+    out = tmp_path / "new" / "metrics.json"
+    output = run("evaluate", "--checkpoint", trained / "best.safetensors", "--data", root, "--out", out)
+    scores = json.loads(out.read_text())
+    for name in ("oIoU", "mIoU", "P@0.5", "P@0.6", "P@0.7", "P@0.8", "P@0.9"):
+        assert name in output
+        assert 0 <= scores[name] <= 100
+    assert f"{scores['sentences']} sentences" in output
+    assert "input resolution 32x32" in " ".join(output.split())
+    assert scores["resolution"] == "input" and scores["image_size"] == 32
+    assert {"attribute", "place"} <= set(scores["by_kind"])
+
+    # All kinds of our checkpoints, at the pictures' own size, and the control.
+    original = ["--resolution", "original", "--batch-size", 3, "--limit", 5, "--out", out]
+    assert "original resolution" in run("evaluate", "--checkpoint", trained / "last.pt", "--data", root, *original)
+    assert json.loads(out.read_text())["sentences"] == 5
+    shuffled = ["--shuffle-expressions", "--split", "train", "--limit", 20, "--out", out, "--backend", "reference"]
+    output = run("evaluate", "--checkpoint", trained / "last.safetensors", "--data", root, *shuffled)
+    assert "shuffled" in output
+    assert json.loads(out.read_text())["expressions"].startswith("shuffled")
+
+
+def test_segment(trained, picture, tmp_path) -> None:
+    mask, overlay = tmp_path / "mask.png", tmp_path / "overlay.jpg"
+    run(
+        "segment", picture, "the red circle", "--checkpoint", trained / "best.safetensors",
+        "--out", mask, "--overlay", overlay,
+    )  # fmt: skip
+    with Image.open(mask) as found, Image.open(overlay) as laid, Image.open(picture) as given:
+        assert found.size == laid.size == given.size
+        assert found.mode == "L"
+        assert set(np.unique(np.asarray(found))) <= {0, 255}
+
+
+def test_contact_sheet(root, trained, tmp_path) -> None:
+    out = tmp_path / "sheet.png"
+    arguments = ["--checkpoint", trained / "best.safetensors", "--data", root, "--out", out]
+    assert str(out) in run("contact-sheet", *arguments, "--rows", 3, "--columns", 2)
+    with Image.open(out) as sheet:
+        assert sheet.width > 900
+
+
+def test_info() -> None:
+    output = run("info")
+    assert torch.__version__ in output
+    assert "window_attention" in output and "reference" in output
+
+
+def test_resume_and_refusals(root, trained, tmp_path) -> None:
+    settings = [argument for setting in SMALL for argument in ("--set", setting)]
+    train = ["train", "--config", "magnet_tiny_scenes", "--data", root, "--out"]
+    assert "already holds a run" in refused(*train, trained, *settings, "--set", "max_steps=3")
+    assert "resumed at step 3" in run(*train, trained, *settings, "--set", "max_steps=3", "--resume")
+    other = refused(*train, trained, *settings, "--set", "max_steps=3", "--set", "model.name=lavt_tiny", "--resume")
+    assert "another model" in other
+    message = refused(*train, tmp_path / "x", "--set", "optimiser.learning_rate=1")
+    assert "unknown key 'optimiser.learning_rate'" in message and "optimiser." in message
+    assert not (tmp_path / "x").exists()
+    assert "magnet_tiny_scenes" in refused("train", "--config", "nowhere", "--data", root, "--out", tmp_path / "x")
+
+
+def test_bad_inputs(root, trained, picture, tmp_path) -> None:
+    checkpoint = trained / "best.safetensors"
+    empty = tmp_path / "empty.png"
+    empty.write_bytes(b"")
+    mask = tmp_path / "mask.png"
+    segment = ["--checkpoint", checkpoint, "--out", mask]
+    assert "0 bytes" in refused("segment", empty, "circle", *segment)
+    assert "empty" in refused("segment", picture, " ", *segment)
+    assert "does not exist" in refused("segment", tmp_path / "none.png", "circle", *segment)
+    assert "not the name of a picture" in refused(
+        "segment", picture, "circle", "--checkpoint", checkpoint, "--out", tmp_path / "mask.txt"
+    )
+    assert not mask.exists()
+    run("segment", picture, "circle " * 200, *segment)
+    assert mask.exists()
+
+    evaluate = ["evaluate", "--checkpoint", checkpoint]
+    assert "no split 'test'" in refused(*evaluate, "--data", root, "--split", "test")
+    refused(*evaluate, "--data", tmp_path)
+    assert "no such checkpoint" in refused("evaluate", "--checkpoint", tmp_path / "none.pt", "--data", root)
+    assert "backend" in refused(*evaluate, "--data", root, "--backend", "abacus")
+    torch.save({"model": {"encoder.weight": torch.zeros(2)}}, tmp_path / "other.pth")
+    refused("evaluate", "--checkpoint", tmp_path / "other.pth", "--data", root)
+
+
+def test_an_option_shows_the_traceback(tmp_path) -> None:
+    result = CliRunner().invoke(app, ["--traceback", "train", "--config", "nowhere", "--out", str(tmp_path / "x")])
+    assert isinstance(result.exception, FileNotFoundError)
+    refused("train", "--config", "nowhere", "--out", tmp_path / "x")

@@ -1,0 +1,208 @@
+"""The segmenter: kinds of images, checkpoints, vocabularies; and pictures of its masks."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from magnet_fast import Segmenter, models
+from magnet_fast.data import Tokenizer, prepare_image
+from magnet_fast.inference import load_checkpoint_model, vocabulary_digest
+from magnet_fast.training.checkpoint import save_checkpoint
+from magnet_fast.visualize import Example, contact_sheet, overlay
+
+SIZE = 48
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    network = models.build("magnet_tiny", text__vocab_size=1280).eval()
+    with torch.no_grad():  # so that random masks pass the threshold
+        network.mask_decoder.class_head.bias.copy_(torch.tensor([-9.0, 9.0]))
+    return network
+
+
+@pytest.fixture(scope="module")
+def metadata() -> dict[str, str]:
+    return {"image_size": str(SIZE), "max_words": "16", "tokenizer_vocab": vocabulary_digest(Tokenizer())}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(model, metadata, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+    models.save_model(model, path, metadata)
+    return path
+
+
+@pytest.fixture
+def picture() -> Image.Image:
+    pixels = np.random.default_rng(0).integers(0, 255, (37, 61, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def test_mask_and_probability_at_the_images_own_size(checkpoint, model, picture) -> None:
+    segmenter = Segmenter.from_checkpoint(checkpoint)
+    found = segmenter(picture, "the red circle")
+    assert found.mask.shape == found.probability.shape == (37, 61)
+    assert (found.mask.dtype, found.probability.dtype) == (np.bool_, np.float32)
+    assert np.array_equal(found.mask, found.probability > 0.5)
+    assert found.mask.any()
+    ids, words = Tokenizer(max_words=16)(["the red circle"])
+    expected = model.predict(prepare_image(picture, SIZE)[None], ids, words, size=(37, 61))[0]
+    assert np.allclose(found.probability, expected.numpy(), atol=1e-6)
+
+
+def test_the_same_image_in_every_form(checkpoint, picture, tmp_path) -> None:
+    segmenter = Segmenter.from_checkpoint(checkpoint)
+    path = tmp_path / "picture.png"
+    picture.save(path)
+    expected = segmenter(picture, "circle").probability
+    for form in (path, str(path), np.asarray(picture)):
+        assert np.array_equal(segmenter(form, "circle").probability, expected)
+
+
+def test_several_expressions_for_one_image(checkpoint, picture) -> None:
+    segmenter = Segmenter.from_checkpoint(checkpoint)
+    expressions = [f"the {colour} circle" for colour in ("red", "blue", "green")] * 6  # more than one batch
+    found = segmenter(picture, expressions)
+    assert len(found) == 18
+    for index in (0, 1, 17):
+        single = segmenter(picture, expressions[index])
+        assert np.allclose(found[index].probability, single.probability, atol=1e-5)
+    assert segmenter(picture, []) == []
+
+
+def test_a_training_checkpoint_segments_too(checkpoint, model, metadata, picture, tmp_path) -> None:
+    path = tmp_path / "last.pt"
+    state = {"model_config": model.config.model_dump(mode="json"), "model": model.state_dict(), "metadata": metadata}
+    save_checkpoint(state, path)
+    expected = Segmenter.from_checkpoint(checkpoint)(picture, "circle").probability
+    assert np.array_equal(Segmenter.from_checkpoint(path)(picture, "circle").probability, expected)
+
+
+def test_image_size_and_long_sentences(checkpoint, picture) -> None:
+    segmenter = Segmenter.from_checkpoint(checkpoint, image_size=32)
+    assert segmenter.image_size == 32
+    long = " ".join(["the red circle left of the blue box"] * 25)  # 200 words: cut to the model's length
+    assert len(long.split()) == 200
+    found = segmenter(picture, long)
+    start = " ".join(long.split()[:15])  # [CLS] and 15 words are what the model reads
+    assert np.allclose(found.probability, segmenter(picture, start).probability, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("image", "error", "message"),
+    [
+        ("none.png", FileNotFoundError, "none.png"),
+        ("empty.png", ValueError, r"empty\.png.*0 bytes"),
+        ("text.png", ValueError, r"text\.png"),
+        (np.zeros((4, 4, 3), dtype=np.float32), ValueError, "float32"),
+        (np.zeros((4, 4, 4), dtype=np.uint8), ValueError, r"\(4, 4, 4\)"),
+        (b"bytes", TypeError, "bytes"),
+    ],
+)
+def test_bad_images(checkpoint, tmp_path, image, error, message: str) -> None:
+    (tmp_path / "empty.png").write_bytes(b"")
+    (tmp_path / "text.png").write_text("no picture")
+    if isinstance(image, str):
+        image = tmp_path / image
+    with pytest.raises(error, match=message):
+        Segmenter.from_checkpoint(checkpoint)(image, "circle")
+
+
+@pytest.mark.parametrize(
+    ("expression", "error"), [("", ValueError), ("  ", ValueError), (7, TypeError), (["a", None], TypeError)]
+)
+def test_bad_expressions(checkpoint, picture, expression, error) -> None:
+    with pytest.raises(error, match="(?i)expression"):
+        Segmenter.from_checkpoint(checkpoint)(picture, expression)
+
+
+def test_missing_and_foreign_checkpoints(tmp_path, model) -> None:
+    with pytest.raises(FileNotFoundError, match="none.safetensors"):
+        Segmenter.from_checkpoint(tmp_path / "none.safetensors")
+    (tmp_path / "garbage.safetensors").write_bytes(b"garbage")
+    with pytest.raises(ValueError, match="garbage.safetensors"):
+        Segmenter.from_checkpoint(tmp_path / "garbage.safetensors")
+    (tmp_path / "garbage.pth").write_bytes(b"garbage")
+    with pytest.raises(ValueError, match="garbage.pth"):
+        Segmenter.from_checkpoint(tmp_path / "garbage.pth")
+    torch.save({"model": {"encoder.weight": torch.zeros(2, 2)}}, tmp_path / "other.pth")
+    with pytest.raises(ValueError):
+        Segmenter.from_checkpoint(tmp_path / "other.pth")
+    models.save_model(model, tmp_path / "bare.safetensors")
+    with pytest.raises(ValueError, match="metadata lack image_size, max_words, tokenizer_vocab"):
+        Segmenter.from_checkpoint(tmp_path / "bare.safetensors")
+
+
+def test_wrong_vocabulary(checkpoint, tmp_path) -> None:
+    other = tmp_path / "vocab.txt"
+    other.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "circle"]))
+    with pytest.raises(ValueError, match=r"trained with another vocabulary than tokenizer .*vocab\.txt \(7 entries\)"):
+        Segmenter.from_checkpoint(checkpoint, tokenizer=other)
+    with pytest.raises(FileNotFoundError, match="missing.txt"):
+        Segmenter.from_checkpoint(checkpoint, tokenizer=tmp_path / "missing.txt")
+    # The vocabulary counts, not the file's place or form.
+    copy = tmp_path / "copy.txt"
+    copy.write_text(Tokenizer().vocab_path.read_text(encoding="utf-8"), encoding="utf-8")
+    segmenter = Segmenter.from_checkpoint(checkpoint, tokenizer=copy)
+    assert segmenter.tokenizer.max_words == 16
+    as_json = tmp_path / "tokenizer.json"
+    Tokenizer()._tokenizer.save(str(as_json))
+    assert vocabulary_digest(Tokenizer(as_json)) == vocabulary_digest(Tokenizer())
+
+
+def test_released_checkpoints_need_berts_vocabulary(checkpoint, tmp_path) -> None:
+    loaded = load_checkpoint_model(checkpoint)
+    released = type(loaded)(loaded.model, "released.pth", 480, 20, None, {})
+    with pytest.raises(ValueError, match="released.pth was trained with BERT's vocabulary of 1280 entries"):
+        released.tokenizer()
+    small = tmp_path / "vocab.txt"
+    small.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "red"]))
+    with pytest.raises(ValueError, match="has 5 entries, but the text encoder of released.pth knows 1280"):
+        released.tokenizer(small)
+    full = tmp_path / "full.txt"
+    full.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"w{i}" for i in range(1276))]))
+    assert released.tokenizer(full).vocab_size == 1280
+
+
+def test_overlay_tints_the_mask_and_fades_the_rest() -> None:
+    image = np.full((40, 50, 3), (200, 40, 40), dtype=np.uint8)
+    mask = np.zeros((40, 50), dtype=bool)
+    mask[10:30, 15:35] = True
+    drawn = np.asarray(overlay(image, mask, colour=(0, 0, 255)))
+    assert drawn.shape == image.shape
+    assert (drawn[10, 15:35] == (0, 0, 255)).all()  # the outline
+    assert drawn[20, 25, 2] > 100 and drawn[20, 25, 0] > 100  # a tint, not paint
+    outside = drawn[2, 2].astype(int)
+    assert outside.min() > 120 and np.ptp(outside) < 80  # faded
+    assert (image == (200, 40, 40)).all()
+    with pytest.raises(ValueError, match="image's height and width"):
+        overlay(image, mask.T)
+
+
+def test_contact_sheet_shows_every_example() -> None:
+    def example(width: int, height: int, colour: tuple) -> Example:
+        mask = np.zeros((height, width), dtype=bool)
+        mask[: height // 2] = True
+        return Example(Image.new("RGB", (width, height), colour), "the left one " * 6, mask, mask, "IoU 100 %")
+
+    colours = [(250, 10, 10), (10, 250, 10), (10, 10, 250)]
+    examples = [example(60, 40, colours[0]), example(40, 60, colours[1]), example(50, 50, colours[2])]
+    one, two = contact_sheet(examples, cell=96), contact_sheet(examples, columns=2, cell=96, title="a title")
+    assert two.width > 1.9 * one.width and two.height < one.height
+    for sheet in (one, two):
+        pixels = np.asarray(sheet).reshape(-1, 3)
+        for colour in colours:
+            assert (pixels == colour).all(axis=1).sum() > 96 * 50
+        buffer = io.BytesIO()
+        sheet.save(buffer, "PNG")
+    with pytest.raises(ValueError, match="at least one"):
+        contact_sheet([])
