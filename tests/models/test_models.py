@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from magnet_fast import models, ops
+from magnet_fast.models.pwam import TextPWAM
 
 TINY = {
     "magnet_tiny": {},
@@ -114,8 +115,9 @@ def test_expression_and_gradients_reach_everything(case: str) -> None:
     dead = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     # A key's bias shifts all scores of a query alike: softmax is blind to it, and a single query attends to itself.
     blind = ("text_projection.", ".key.bias", "word_key.bias", "self_attention.query.", "self_attention.key.")
+    blind = (*blind, "text_fusion.value.bias")  # its instance norm removes any constant
     unread = ("alignment.3.image_gate.", "fusions.3.gate.")  # the last stage's stream feeds nothing
-    blind = blind + unread
+    blind = (*blind, *unread)
     dead = [n for n in dead if not any(part in n for part in blind)]
     if case == "magnet_tiny released":  # words get zero queries there: uniform attention over zero-mean values
         dead = [n for n in dead if "text_fusion" not in n]
@@ -133,6 +135,19 @@ def test_gates_start_closed_and_learn() -> None:
         assert alignment.text_gate.last.weight.grad.abs().sum() > 0
         if stage < 3:  # the last stage's stream feeds nothing
             assert alignment.image_gate.last.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("mask", [None, [[1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0, 0]]], ids=["all words", "padded"])
+def test_absorbed_projections_are_exact(mask: list | None) -> None:
+    torch.manual_seed(0)
+    module = TextPWAM(48, 16, masking="correct").double()
+    words = torch.randn(2, 7, 48, dtype=torch.float64)
+    pixels = torch.randn(2, 400, 16, dtype=torch.float64) * torch.rand(16) + 1
+    word_mask = None if mask is None else torch.tensor(mask, dtype=torch.bool)
+    assert module._absorbing_pays(pixels) and not module._absorbing_pays(torch.empty(1, 9, 1024))
+    query = module.query(words)
+    direct = module._attend(query, pixels, word_mask)
+    torch.testing.assert_close(module._attend_absorbed(query, pixels, word_mask), direct, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("case", ["magnet_tiny", "lavt_tiny"])

@@ -1,0 +1,57 @@
+# Every target works from a clean clone: it makes the environment it needs.
+#   make test    all tests                    make demo    train a small MagNet and look at what it does
+#   make lint    style of Python and C++      make bench   all benchmarks, results and plots
+#   make format  rewrite to that style        make clean   remove everything made here
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+DEMO ?= demo
+DEMO_IMAGES ?= 4000
+DEMO_MINUTES ?= 5.5
+DEMO_SEED ?= 1
+
+CPP := $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 2>/dev/null)
+PY := magnet_fast kernels benchmarks tests setup.py
+
+.PHONY: env test lint format demo bench clean
+
+env: $(STAMP)
+
+# Editable: Python changes are seen at once; a change of the C++ sources or of the build installs again.
+$(STAMP): setup.py pyproject.toml $(CPP)
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -e ".[test]"
+	@touch $@
+
+test: $(STAMP)
+	$(BIN)/python -m pytest tests
+
+lint: $(STAMP)
+	$(BIN)/ruff check $(PY)
+	$(BIN)/ruff format --check $(PY)
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix $(PY)
+	$(BIN)/ruff format $(PY)
+	$(BIN)/clang-format -i $(CPP)
+
+demo: $(STAMP)
+	$(BIN)/magnet-fast data scenes --out $(DEMO)/scenes --images $(DEMO_IMAGES) --seed $(DEMO_SEED) --level easy
+	$(BIN)/magnet-fast train --config magnet_tiny_scenes --data $(DEMO)/scenes --out $(DEMO)/run --overwrite \
+		--set max_minutes=$(DEMO_MINUTES)
+	$(BIN)/magnet-fast evaluate --checkpoint $(DEMO)/run/last.safetensors --data $(DEMO)/scenes --split val \
+		--out $(DEMO)/metrics.json
+	$(BIN)/magnet-fast evaluate --checkpoint $(DEMO)/run/last.safetensors --data $(DEMO)/scenes --split val \
+		--shuffle-expressions --out $(DEMO)/metrics-shuffled.json
+	$(BIN)/magnet-fast contact-sheet --checkpoint $(DEMO)/run/last.safetensors --data $(DEMO)/scenes --split val \
+		--out $(DEMO)/contact-sheet.png
+	@echo "Pictures: $(abspath $(DEMO))/contact-sheet.png  Scores: $(abspath $(DEMO))/metrics.json, metrics-shuffled.json"
+
+bench: $(STAMP)
+	$(BIN)/python -m pytest benchmarks
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info $(DEMO) magnet_fast/*.so
