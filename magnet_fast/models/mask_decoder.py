@@ -88,7 +88,7 @@ class MaskDecoder(nn.Module):
             allowed = _inside_mask(self.mask_head(queries[-1].detach()), resized[level])
             x = layer(x, embed, memories[level], positions[level], allowed)
             queries.append(self.norm(x))
-        # All predictions in one product: its backward pass reads and writes the large mask features once, not ten times.
+        # All predictions in one product: its backward pass goes over the large mask features once, not ten times.
         stacked = torch.cat(queries, dim=1)  # (B, 1 + layers, C)
         masks = torch.einsum("bnc,bchw->bnhw", self.mask_head(stacked), mask_features)
         classes = self.class_head(stacked)
