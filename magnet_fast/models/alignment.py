@@ -45,6 +45,9 @@ class AlignmentModule(nn.Module):
 
     forward(feature (B, H, W, C), words (B, T, D), word_mask (B, T) bool) returns
     (output (B, H, W, C) for the decoder, stream (B, H, W, C) for the next stage, words (B, T, D)).
+
+    A form builds its attention in `_build_exchange`, and its `_exchange` returns full resolution (B, P, C) and pooled
+    levels for the mixer, then the residuals of the pixels and of the words.
     """
 
     def __init__(self, config: AlignmentConfig, stage: int, channels: int, text_width: int) -> None:
@@ -58,11 +61,11 @@ class AlignmentModule(nn.Module):
 
     def forward(self, feature: Tensor, words: Tensor, word_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         size = feature.shape[1:3]
-        full, levels, text_residual = self._exchange(feature, words, word_mask)
-        full = full.unflatten(1, size)
+        full, levels, image_residual, text_residual = self._exchange(feature, words, word_mask)
         maps = [_upsample(level, size) for level in levels]
-        output = self.mixer(torch.cat([*maps, full], dim=-1))
-        return output, self.image_gate(feature, full), self.text_gate(words, text_residual)
+        output = self.mixer(torch.cat([*maps, full.unflatten(1, size)], dim=-1))
+        stream = self.image_gate(feature, image_residual.unflatten(1, size))
+        return output, stream, self.text_gate(words, text_residual)
 
 
 class PWAMAlignment(AlignmentModule):
@@ -78,12 +81,15 @@ class PWAMAlignment(AlignmentModule):
         )
         self.text_fusion = TextPWAM(text_width, channels, masking=config.masking)
 
-    def _exchange(self, feature: Tensor, words: Tensor, word_mask: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
+    def _exchange(
+        self, feature: Tensor, words: Tensor, word_mask: Tensor
+    ) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
         pixels = feature.flatten(1, 2)
         levels = [
             fuse(pool(feature), words, word_mask) for pool, fuse in zip(self.pools, self.level_fusions, strict=True)
         ]
-        return self.fusion(pixels, words, word_mask), levels, self.text_fusion(words, pixels, word_mask)
+        residual = self.fusion(pixels, words, word_mask)
+        return residual, levels, residual, self.text_fusion(words, pixels, word_mask)
 
 
 class XMHAAlignment(AlignmentModule):
@@ -99,15 +105,18 @@ class XMHAAlignment(AlignmentModule):
         self.fusion = exchange(channels)
         self.level_fusions = nn.ModuleList(exchange(level_channels) for _ in config.pyramid)
 
-    def _exchange(self, feature: Tensor, words: Tensor, word_mask: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
+    def _exchange(
+        self, feature: Tensor, words: Tensor, word_mask: Tensor
+    ) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
         pooled = [pool(feature) for pool in self.pools]
-        full, text_residual = self.fusion(feature.flatten(1, 2), words, word_mask)
+        pixels = feature.flatten(1, 2)
+        image_residual, text_residual = self.fusion(pixels, words, word_mask)
         levels = []
         for level, fuse in zip(pooled, self.level_fusions, strict=True):
             update, word_update = fuse(level, words, word_mask)
             levels.append(level + update)
             text_residual = text_residual + word_update
-        return full, levels, text_residual / (1 + len(levels))
+        return pixels + image_residual, levels, image_residual, text_residual / (1 + len(levels))
 
 
 def build_alignment(config: AlignmentConfig, stage: int, channels: int, text_width: int) -> AlignmentModule:

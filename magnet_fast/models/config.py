@@ -19,6 +19,7 @@ class ImageEncoderConfig(_Config):
     num_heads: tuple[int, int, int, int] = (4, 8, 16, 32)
     window_size: int = Field(12, gt=0, description="side of an attention window, in tokens")
     drop_path: float = Field(0.3, ge=0, lt=1, description="stochastic depth of the last block; grows linearly")
+    absolute_position: bool = Field(False, description="add a sine position to the patches (Swin's option 'ape')")
 
     @property
     def channels(self) -> tuple[int, ...]:

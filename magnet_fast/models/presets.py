@@ -15,10 +15,15 @@ from .pretrained import load_pretrained
 
 # The shipped vocabulary has fewer entries; room is left so that it can grow without a new preset.
 _TINY_IMAGE = ImageEncoderConfig(
-    embed_dim=16, depths=(2, 2, 2, 2), num_heads=(1, 2, 4, 8), window_size=8, drop_path=0.0
+    embed_dim=16,
+    depths=(2, 2, 2, 2),
+    num_heads=(1, 2, 4, 8),
+    window_size=8,
+    drop_path=0.0,
+    absolute_position=True,
 )
 _TINY_TEXT = TextEncoderConfig(
-    vocab_size=1280, hidden_size=96, num_layers=4, num_heads=4, intermediate_size=192, max_positions=64, dropout=0.0
+    vocab_size=1280, hidden_size=64, num_layers=4, num_heads=4, intermediate_size=128, max_positions=64, dropout=0.0
 )
 _SWIN = {
     "swin_t": ImageEncoderConfig(

@@ -14,22 +14,32 @@ from torch import Tensor, nn
 
 from .. import ops
 from .config import ImageEncoderConfig
+from .position import sine_position
 
 
 class PatchEmbed(nn.Module):
-    """Image (B, 3, H, W) to tokens (B, ⌈H/4⌉, ⌈W/4⌉, C): convolution 4×4 of stride 4, then LayerNorm."""
+    """Image (B, 3, H, W) to tokens (B, ⌈H/4⌉, ⌈W/4⌉, C): convolution 4×4 of stride 4, then LayerNorm.
+
+    `absolute_position` adds a sine encoding of row and column. Windows know relative places only; a pretrained Swin
+    finds out the rest from its padding, a small one that starts from nothing needs it for "left" and "top".
+    """
 
     patch = 4
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, absolute_position: bool) -> None:
         super().__init__()
+        self.absolute_position = absolute_position
         self.proj = nn.Conv2d(3, channels, self.patch, self.patch)
         self.norm = nn.LayerNorm(channels)
 
     def forward(self, image: Tensor) -> Tensor:
         height, width = image.shape[-2:]
         image = F.pad(image, (0, -width % self.patch, 0, -height % self.patch))
-        return self.norm(self.proj(image).permute(0, 2, 3, 1))
+        x = self.norm(self.proj(image).permute(0, 2, 3, 1))
+        if self.absolute_position:
+            rows, columns, channels = x.shape[1:]
+            x = x + sine_position(rows, columns, channels, x.device, x.dtype).view(1, rows, columns, channels)
+        return x
 
 
 class WindowAttention(nn.Module):
@@ -131,7 +141,7 @@ class SwinEncoder(nn.Module):
 
     def __init__(self, config: ImageEncoderConfig) -> None:
         super().__init__()
-        self.patch_embed = PatchEmbed(config.embed_dim)
+        self.patch_embed = PatchEmbed(config.embed_dim, config.absolute_position)
         count = sum(config.depths)
         rates = [config.drop_path * block / max(1, count - 1) for block in range(count)]
         starts = [sum(config.depths[:stage]) for stage in range(4)]

@@ -83,6 +83,13 @@ class ModelSection(_Section):
     name: str = "magnet_tiny"
     pretrained: bool | dict[str, str] = Field(False, description="or {image: …, text: …}: names or local paths")
     overrides: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of models.build")
+    weights: str | None = Field(None, description="start from these weights: a .safetensors file of the same model")
+
+    @model_validator(mode="after")
+    def _one_start(self) -> ModelSection:
+        if self.weights is not None and self.pretrained:
+            raise ValueError("weights and pretrained: choose one")
+        return self
 
 
 class DataSection(_Section):

@@ -16,11 +16,10 @@ from magnet_fast.training.config import OptimiserConfig
 def build_optimiser(model: nn.Module, config: OptimiserConfig) -> torch.optim.AdamW:
     """AdamW over `parameter_groups`; each group remembers its ``initial_lr`` for the schedule.
 
-    On a GPU the fused implementation is used: one kernel instead of one for every handful of parameters.
+    The fused implementation is used: one pass instead of one for every parameter or handful of them.
     """
     groups = parameter_groups(model, config)
-    fused = all(parameter.is_cuda for group in groups for parameter in group["params"])
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused or None)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 
 def parameter_groups(model: nn.Module, config: OptimiserConfig) -> list[dict]:

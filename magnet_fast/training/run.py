@@ -82,8 +82,19 @@ def build_datasets(config: TrainConfig) -> tuple[Tokenizer, ExpressionDataset, E
 
 
 def build_model(config: TrainConfig, tokenizer: Tokenizer) -> nn.Module:
-    """The configuration's model, checked to have a word embedding for every id of the tokenizer."""
+    """The configuration's model, checked to have a word embedding for every id of the tokenizer.
+
+    With ``model.weights`` it starts from a file of `models.save_model` (a run's ``best.safetensors``), whose model must
+    be the same; the file's image size and vocabulary may differ.
+    """
     model = models.build(config.model.name, pretrained=config.model.pretrained, **config.model.overrides)
+    if config.model.weights is not None:
+        start, _ = models.load_model(config.model.weights)
+        if start.config != model.config:
+            raise ValueError(
+                f"model.weights: {config.model.weights} holds another model ({start.config}), expected {model.config}"
+            )
+        model.load_state_dict(start.state_dict())
     known = model.config.text.vocab_size
     if tokenizer.vocab_size > known:
         raise ValueError(

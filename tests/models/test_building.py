@@ -116,7 +116,13 @@ def test_fusion_heads_matter() -> None:
 
 
 SMALL = {
-    "image": {"embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24), "window_size": 7},
+    "image": {
+        "embed_dim": 96,
+        "depths": (2, 2, 6, 2),
+        "num_heads": (3, 6, 12, 24),
+        "window_size": 7,
+        "absolute_position": False,
+    },
     "text": {"hidden_size": 64, "num_heads": 2, "num_layers": 4, "vocab_size": 50, "intermediate_size": 64},
 }
 
