@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -306,6 +307,8 @@ class Trainer:
         module: nn.Module = _ModelWithLoss(model, LossWeights(**config.loss.model_dump()), config.precision)
         if self.world.size > 1:
             devices = [self.world.device] if self.world.device.type == "cuda" else None
+            # For convolutions of size 1 the two layouts it complains of are the same bytes.
+            warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
             # Released architectures hold parameters that nothing uses.
             module = DistributedDataParallel(module, device_ids=devices, find_unused_parameters=True)
         if config.compile:
