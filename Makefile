@@ -54,7 +54,8 @@ demo: $(STAMP)
 	@echo "Pictures: $(abspath $(DEMO))/contact-sheet.png  Scores: $(abspath $(DEMO))/metrics.json, metrics-shuffled.json"
 
 bench: $(STAMP)
-	$(BIN)/python -m pytest benchmarks
+	$(BIN)/python -m pytest benchmarks --results build/benchmarks.json
+	$(BIN)/python -m benchmarks.plot build/benchmarks.json build/benchmarks.png
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info $(DEMO) magnet_fast/*.so

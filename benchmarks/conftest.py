@@ -39,6 +39,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
             f"{row['group']:<52} {row['path']:<22} {1e3 * row['median_seconds']:10.2f} ms   {row['ratio']:5.2f}x"
         )
     if target := config.getoption("--results"):
+        target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(json.dumps({"machine": _machine(), "rows": rows}, indent=1) + "\n")
         terminalreporter.write_line(f"written to {target}")
 

@@ -77,7 +77,7 @@ def user_errors(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*args, **kwargs)
         except (ValueError, TypeError, OSError, RuntimeError) as error:
-            mendable = not isinstance(error, RuntimeError) or type(error).__name__ == "TrainingError"
+            mendable = not isinstance(error, RuntimeError) or type(error).__name__ in ("TrainingError", "BackendError")
             if _traceback_wanted or not mendable:
                 raise
             _fail(error)

@@ -14,10 +14,11 @@ fastest that can run. The environment variable ``MAGNET_FAST_BACKEND`` or the co
 from ._cross_modal_attention import cross_modal_attention
 from ._deformable_attention import deformable_attention
 from ._pixel_contrastive_loss import pixel_contrastive_loss
-from ._registry import Explanation, available_backends, backend, explain
+from ._registry import BackendError, Explanation, available_backends, backend, explain
 from ._window_attention import window_attention
 
 __all__ = [
+    "BackendError",
     "Explanation",
     "available_backends",
     "backend",

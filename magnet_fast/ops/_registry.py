@@ -26,6 +26,10 @@ ENVIRONMENT_VARIABLE = "MAGNET_FAST_BACKEND"
 _PREFERENCE = ("cuda", "triton", "cpu", "reference")
 
 
+class BackendError(RuntimeError):
+    """A forced backend cannot run the call; the message is what `explain` prints."""
+
+
 class backend:  # noqa: N801 - used as a function: `with ops.backend("cpu"):`
     """Force one backend for the operators called inside the ``with`` block.
 
@@ -41,7 +45,7 @@ class backend:  # noqa: N801 - used as a function: `with ops.backend("cpu"):`
 
     Raises:
         ValueError: at construction, for an unknown name. An operator that the forced backend cannot run
-            raises a RuntimeError, with the reason, when it is called.
+            raises a BackendError (a RuntimeError), with the reason, when it is called.
     """
 
     def __init__(self, name: str, *operators: str) -> None:
@@ -161,17 +165,17 @@ def choose(operator: str, arguments: tuple) -> str:
     """The backend that runs this call.
 
     Raises:
-        RuntimeError: a forced backend cannot run these arguments; the message says why.
+        BackendError: a forced backend cannot run these arguments; the message says why.
     """
     requested = requested_backend(operator)
     if requested != "auto":
         if why_not(operator, requested, arguments) is not None:
-            raise RuntimeError(str(_explanation(operator, requested, arguments)))
+            raise BackendError(str(_explanation(operator, requested, arguments)))
         return requested
     for name in _PREFERENCE:
         if why_not(operator, name, arguments) is None:
             return name
-    raise RuntimeError(str(_explanation(operator, requested, arguments)))
+    raise BackendError(str(_explanation(operator, requested, arguments)))
 
 
 def why_not(operator: str, name: str, arguments: tuple) -> str | None:
