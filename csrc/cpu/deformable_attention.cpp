@@ -1,18 +1,15 @@
 #include "cpu/deformable_attention.h"
 
 #include <algorithm>
+#include <initializer_list>
 #include <limits>
-#include <memory>
-#include <new>
-#include <stdexcept>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "cpu/deformable_kernel.h"
+#include "cpu/launch.h"
 #include "cpu/simd_level.h"
-
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
 
 namespace magnet_fast {
 
@@ -41,17 +38,6 @@ const DeformableKernels& deformable_kernels() {
     if (level == avx2::kDeformableKernels.name) return avx2::kDeformableKernels;
 #endif
     return portable::kDeformableKernels;
-}
-
-void require(bool condition, const std::string& argument, const std::string& expected, int64_t got) {
-    if (!condition)
-        throw std::invalid_argument(argument + ": expected " + expected + ", got " + std::to_string(got));
-}
-
-void check_pointer(const void* pointer, const std::string& argument) {
-    require(pointer != nullptr, argument, "the address of a tensor", 0);
-    const int64_t misaligned = reinterpret_cast<uintptr_t>(pointer) % alignof(float);
-    require(misaligned == 0, argument, "an address aligned for float32", misaligned);
 }
 
 /// Whether the product of sizes below 2^31 is a number of floats that can be addressed.
@@ -97,23 +83,6 @@ void check_strides(const DeformableAttentionSizes& s, const ValueStrides& stride
         {strides.batch, s.batch}, {strides.position, s.positions}, {strides.head, s.heads}};
     for (const auto& [stride, extent] : axes)
         require(extent <= 1 || stride >= 0, "value_strides", "strides of at least 0", stride);
-}
-
-int64_t thread_index() {
-#if defined(_OPENMP)
-    return omp_get_thread_num();
-#else
-    return 0;
-#endif
-}
-
-struct FreeAligned {
-    void operator()(float* p) const { ::operator delete[](p, std::align_val_t(64)); }
-};
-using AlignedFloats = std::unique_ptr<float[], FreeAligned>;
-
-AlignedFloats aligned_floats(int64_t count) {
-    return AlignedFloats(static_cast<float*>(::operator new[](count * sizeof(float), std::align_val_t(64))));
 }
 
 /// The points of some consecutive levels of a query, and the maps that they read.

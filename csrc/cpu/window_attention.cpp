@@ -3,32 +3,16 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <memory>
-#include <new>
 #include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "cpu/launch.h"
 #include "cpu/window_plan.h"
-
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
 
 namespace magnet_fast {
 namespace {
-
-void require(bool condition, const std::string& argument, const std::string& expected, int64_t got) {
-    if (!condition)
-        throw std::invalid_argument(argument + ": expected " + expected + ", got " + std::to_string(got));
-}
-
-void check_pointer(const void* pointer, const std::string& argument) {
-    require(pointer != nullptr, argument, "the address of a tensor", 0);
-    const int64_t misaligned = reinterpret_cast<uintptr_t>(pointer) % alignof(float);
-    require(misaligned == 0, argument, "an address aligned for float32", misaligned);
-}
 
 void check_sizes(const WindowAttentionSizes& s) {
     // The map's number of elements must fit in 63 bits; these bounds make every product below safe.
@@ -62,23 +46,6 @@ void check_strides(const WindowAttentionSizes& s, const MapStrides& strides, int
         {strides.batch, s.batch}, {strides.height, s.height}, {strides.width, s.width}};
     for (const auto& [stride, extent] : axes)
         require(extent <= 1 || stride >= least, name, "strides of at least " + std::to_string(least), stride);
-}
-
-int64_t thread_index() {
-#if defined(_OPENMP)
-    return omp_get_thread_num();
-#else
-    return 0;
-#endif
-}
-
-struct FreeAligned {
-    void operator()(float* p) const { ::operator delete[](p, std::align_val_t(64)); }
-};
-using AlignedFloats = std::unique_ptr<float[], FreeAligned>;
-
-AlignedFloats aligned_floats(int64_t count) {
-    return AlignedFloats(static_cast<float*>(::operator new[](count * sizeof(float), std::align_val_t(64))));
 }
 
 /// What one thread works with. Made before the threads start: an exception could not leave a parallel region.

@@ -19,13 +19,13 @@ else:
 """Why the extension cannot be used, or None."""
 
 
-def window_attention_supports(qkv: Tensor, *rest: object) -> str | None:
-    """None when the kernel takes these arguments, else the reason why not."""
+def supports(first: Tensor, *rest: object) -> str | None:
+    """None when a kernel takes arguments whose first tensor is this, else the reason why not."""
     reasons = []
-    if qkv.device.type != "cpu":
-        reasons.append(f"device {qkv.device.type} is not supported, CPU tensors only")
-    if qkv.dtype != torch.float32:
-        reasons.append(f"dtype {dtype_name(qkv.dtype)} is not supported, float32 only")
+    if first.device.type != "cpu":
+        reasons.append(f"device {first.device.type} is not supported, CPU tensors only")
+    if first.dtype != torch.float32:
+        reasons.append(f"dtype {dtype_name(first.dtype)} is not supported, float32 only")
     return "; ".join(reasons) or None
 
 

@@ -8,17 +8,6 @@ import torch
 from torch import Tensor
 
 from . import _cpu_backend
-from ._checks import dtype_name
-
-
-def supports(value: Tensor, *rest: object) -> str | None:
-    """None when the kernel takes these arguments, else the reason why not."""
-    reasons = []
-    if value.device.type != "cpu":
-        reasons.append(f"device {value.device.type} is not supported, CPU tensors only")
-    if value.dtype != torch.float32:
-        reasons.append(f"dtype {dtype_name(value.dtype)} is not supported, float32 only")
-    return "; ".join(reasons) or None
 
 
 def forward(value: Tensor, sampling_locations: Tensor, attention_weights: Tensor, sizes: Sequence[int]) -> Tensor:

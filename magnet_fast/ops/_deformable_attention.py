@@ -155,6 +155,6 @@ _registry.register(
     "cpu",
     _cpu_deformable.forward,
     _cpu_deformable.backward,
-    _cpu_deformable.supports,
+    _cpu_backend.supports,
     _cpu_backend.missing,
 )

@@ -275,6 +275,6 @@ _registry.register(
     "cpu",
     _cpu_backend.window_attention_forward,
     _cpu_backend.window_attention_backward,
-    _cpu_backend.window_attention_supports,
+    _cpu_backend.supports,
     _cpu_backend.missing,
 )

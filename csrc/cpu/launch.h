@@ -1,0 +1,47 @@
+// What the launchers of the CPU kernels share: argument checks, aligned scratch memory, the thread's index.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <new>
+#include <stdexcept>
+#include <string>
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+namespace magnet_fast {
+
+/// Throws std::invalid_argument "argument: expected ..., got ..." unless the condition holds.
+inline void require(bool condition, const std::string& argument, const std::string& expected, int64_t got) {
+    if (!condition)
+        throw std::invalid_argument(argument + ": expected " + expected + ", got " + std::to_string(got));
+}
+
+inline void check_pointer(const void* pointer, const std::string& argument) {
+    require(pointer != nullptr, argument, "the address of a tensor", 0);
+    const int64_t misaligned = reinterpret_cast<uintptr_t>(pointer) % alignof(float);
+    require(misaligned == 0, argument, "an address aligned for float32", misaligned);
+}
+
+/// The calling thread within its parallel region, from 0.
+inline int64_t thread_index() {
+#if defined(_OPENMP)
+    return omp_get_thread_num();
+#else
+    return 0;
+#endif
+}
+
+struct FreeAligned {
+    void operator()(float* p) const { ::operator delete[](p, std::align_val_t(64)); }
+};
+using AlignedFloats = std::unique_ptr<float[], FreeAligned>;
+
+/// Uninitialised memory at a 64-byte boundary.
+inline AlignedFloats aligned_floats(int64_t count) {
+    return AlignedFloats(static_cast<float*>(::operator new[](count * sizeof(float), std::align_val_t(64))));
+}
+
+}  // namespace magnet_fast
