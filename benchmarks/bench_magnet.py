@@ -13,13 +13,16 @@ from magnet_fast import models, ops
 from magnet_fast.losses import segmentation_loss
 
 # "plain" and "plain SDPA" replace window attention alone; every other operator runs on its reference path there.
-PATHS = ["plain", "plain SDPA", "reference", "auto"]
+PATHS = ["plain", "plain SDPA", "reference", "cpu window attention", "auto"]
 
 
 @contextmanager
 def implementation(path: str) -> Iterator[None]:
     if path.startswith("plain"):
         with plain.models_use_plain_attention(fused_softmax=path == "plain SDPA"), ops.backend("reference"):
+            yield
+    elif path == "cpu window attention":
+        with ops.backend("reference"), ops.backend("cpu", "window_attention"):
             yield
     else:
         with ops.backend(path):

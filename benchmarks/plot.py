@@ -10,7 +10,14 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 WIDTH, LABELS, ROW, GAP = 1000, 150, 20, 34
-COLOURS = {"plain": "#9aa5b1", "plain SDPA": "#7b8794", "reference": "#e0a030", "cpu": "#2878c8", "auto": "#2878c8"}
+COLOURS = {
+    "plain": "#9aa5b1",
+    "plain SDPA": "#7b8794",
+    "reference": "#e0a030",
+    "cpu window attention": "#6aaee8",
+    "cpu": "#2878c8",
+    "auto": "#2878c8",
+}
 
 
 def draw(results: dict) -> Image.Image:
