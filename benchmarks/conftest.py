@@ -46,7 +46,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 def _rows(group: str, members: list[Any]) -> list[dict[str, Any]]:
     baseline = members[0].extra_info["baseline"]
-    reference = next(m.stats.median for m in members if m.extra_info["path"] == baseline)
+    reference = next((m.stats.median for m in members if m.extra_info["path"] == baseline), float("nan"))
     return [
         {
             "group": group,
