@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-WIDTH, LABELS, ROW, GAP = 1000, 150, 20, 34
+WIDTH, LABELS, ROW, GAP = 1000, 175, 20, 34
 COLOURS = {
     "plain": "#9aa5b1",
     "plain SDPA": "#7b8794",
