@@ -112,8 +112,7 @@ class Segmenter:
 
         Raises:
             FileNotFoundError, ValueError, TypeError: the image cannot be read or has another layout; an
-            expression
-                is empty or not a string.
+                expression is empty or not a string.
         """
         single = isinstance(expression, str)
         if not single and not isinstance(expression, list | tuple):

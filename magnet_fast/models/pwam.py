@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
+from .bert import MASKED
 
 
 class PixelInstanceNorm(nn.Module):
@@ -102,7 +103,7 @@ class TextPWAM(nn.Module):
         correct = self.masking == "correct"
         query = self.query(words)
         if not correct:
-            query = query * (~word_mask)[..., None].to(query.dtype) * -10000.0
+            query = query * (~word_mask)[..., None].to(query.dtype) * MASKED
         attend = self._attend_absorbed if correct and self._absorbing_pays(pixels) else self._attend
         attended = attend(query, pixels, word_mask if correct else None)
         seen = self.norm(self.output(attended), word_mask if correct else None)
