@@ -22,20 +22,21 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
-CPU_SOURCES = [
-    "csrc/bindings/cpu_module.cpp",
-    "csrc/bindings/deformable_module.cpp",
-    "csrc/cpu/deformable_attention.cpp",
-    "csrc/cpu/simd_level.cpp",
-    "csrc/cpu/window_attention.cpp",
-    "csrc/cpu/window_plan.cpp",
-]
 # Compiled once per SIMD level with that level's own flags; simd_level.cpp picks one at run time.
-SIMD_SOURCES = ["csrc/cpu/deformable_kernel.cpp", "csrc/cpu/window_kernel.cpp"]
-SIMD_FLAGS = {"portable": []}
+SIMD_SOURCES = sorted(str(path) for path in Path("csrc/cpu").glob("*_kernel.cpp"))
+CPU_SOURCES = sorted(
+    str(path)
+    for path in (*Path("csrc/bindings").glob("*_module.cpp"), *Path("csrc/cpu").glob("*.cpp"))
+    if str(path) not in SIMD_SOURCES
+)
+# float64 is scalar, for gradient checks; launchers use it for tensors of that dtype only.
+SIMD_FLAGS = {"portable": [], "float64": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
-    SIMD_FLAGS["avx2"] = ["-mavx2", "-mfma"]
-    SIMD_FLAGS["avx512"] = ["-mavx512f", "-mfma"]
+    avx512 = ["-mavx512f", "-mfma", "-mf16c"]
+    bf16 = ["-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16"]
+    SIMD_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
+    SIMD_FLAGS["avx512"] = avx512
+    SIMD_FLAGS["avx512_bf16"] = [*avx512, *bf16, "-DMAGNET_FAST_SIMD_AVX512=1"]
 
 FLAGS = [
     "-std=c++17",

@@ -415,7 +415,7 @@ def test_addressable_sizes_only():
 
 
 def test_simd_levels():
-    assert LEVELS[-1] == "portable" and set(LEVELS) <= {"avx512", "avx2", "portable"}
+    assert LEVELS[-1] == "portable" and set(LEVELS) <= {"avx512_bf16", "avx512", "avx2", "portable"}
     for level in LEVELS:
         _cpu.set_simd_level(level)
         assert _cpu.simd_level() == level

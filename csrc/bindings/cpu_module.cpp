@@ -2,9 +2,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <array>
 #include <cstdint>
 
+#include "bindings/arguments.h"
 #include "cpu/simd_level.h"
 #include "cpu/window_attention.h"
 
@@ -17,14 +17,6 @@ void bind_deformable_attention(py::module_& m);  // deformable_module.cpp
 }
 
 namespace {
-
-using Address = uintptr_t;
-using Strides = std::array<int64_t, 3>;
-
-template <typename T>
-T* pointer(Address address) {
-    return reinterpret_cast<T*>(address);
-}
 
 MapStrides map_strides(const Strides& s) {
     return {s[0], s[1], s[2]};
@@ -92,7 +84,8 @@ PYBIND11_MODULE(_cpu, m) {
           "tensors and "
           "overwritten; address 0: that gradient is not wanted.");
     bind_deformable_attention(m);
-    m.def("simd_level", &simd_level, "Instruction set in use: 'avx512', 'avx2' or 'portable'.");
+    m.def("simd_level", &simd_level,
+          "Instruction set in use: 'avx512_bf16', 'avx512', 'avx2' or 'portable'.");
     m.def("supported_simd_levels", &supported_simd_levels, "Levels that this processor can run, best first.");
     m.def("set_simd_level", &set_simd_level, "name"_a,
           "Forces a level for this process; ValueError if not supported.");

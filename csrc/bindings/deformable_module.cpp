@@ -2,11 +2,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <array>
 #include <cstdint>
 #include <utility>
 #include <vector>
 
+#include "bindings/arguments.h"
 #include "cpu/deformable_attention.h"
 
 namespace py = pybind11;
@@ -15,14 +15,7 @@ using py::literals::operator""_a;
 namespace magnet_fast {
 namespace {
 
-using Address = uintptr_t;
-using Strides = std::array<int64_t, 3>;
 using Maps = std::vector<std::pair<int64_t, int64_t>>;
-
-template <typename T>
-T* pointer(Address address) {
-    return reinterpret_cast<T*>(address);
-}
 
 void forward(Address value, const Strides& strides, Address locations, Address weights, Address out,
              int64_t batch, int64_t positions, int64_t heads, int64_t head_dim, int64_t queries,

@@ -9,36 +9,10 @@
 
 #include "cpu/deformable_kernel.h"
 #include "cpu/launch.h"
-#include "cpu/simd_level.h"
 
 namespace magnet_fast {
 
-namespace portable {
-extern const DeformableKernels kDeformableKernels;
-}
-#if defined(MAGNET_FAST_HAS_AVX2)
-namespace avx2 {
-extern const DeformableKernels kDeformableKernels;
-}
-#endif
-#if defined(MAGNET_FAST_HAS_AVX512)
-namespace avx512 {
-extern const DeformableKernels kDeformableKernels;
-}
-#endif
-
 namespace {
-
-const DeformableKernels& deformable_kernels() {
-    const std::string level = simd_level();
-#if defined(MAGNET_FAST_HAS_AVX512)
-    if (level == avx512::kDeformableKernels.name) return avx512::kDeformableKernels;
-#endif
-#if defined(MAGNET_FAST_HAS_AVX2)
-    if (level == avx2::kDeformableKernels.name) return avx2::kDeformableKernels;
-#endif
-    return portable::kDeformableKernels;
-}
 
 /// Whether the product of sizes below 2^31 is a number of floats that can be addressed.
 bool addressable(std::initializer_list<int64_t> sizes) {
@@ -138,7 +112,7 @@ struct Launch {
     const ValueStrides& strides;
     const float* locations;
     const float* weights;
-    const DeformableKernels& kernels = deformable_kernels();
+    const DeformableKernels<float>& kernels = deformable_kernels<float>();
     const int64_t levels = static_cast<int64_t>(sizes.maps.size());
     const int64_t slices = sizes.batch * sizes.heads;
 

@@ -8,39 +8,12 @@
 
 #include "cpu/simd.h"
 
+#if !defined(MAGNET_FAST_SIMD_FLOAT64)
 namespace magnet_fast {
 namespace MAGNET_FAST_SIMD_LEVEL {
 
 // Channels are treated in strips of at most this many vectors, so that sums stay in registers.
 constexpr int64_t kStrip = 4;
-
-/// The first `count` floats, 1 <= count <= kLanes, zeros after them. Nothing past them is read.
-static inline Vec load_part(const float* p, int64_t count) {
-#if defined(MAGNET_FAST_SIMD_AVX512)
-    return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), p);
-#elif defined(MAGNET_FAST_SIMD_AVX2)
-    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-    return _mm256_maskload_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), lane));
-#else
-    float lane[kLanes] = {};
-    for (int64_t i = 0; i < count; ++i) lane[i] = p[i];
-    return load(lane);
-#endif
-}
-
-/// Writes the first `count` lanes and nothing past them.
-static inline void store_part(float* p, Vec v, int64_t count) {
-#if defined(MAGNET_FAST_SIMD_AVX512)
-    _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << count) - 1), v);
-#elif defined(MAGNET_FAST_SIMD_AVX2)
-    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-    _mm256_maskstore_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), lane), v);
-#else
-    float lane[kLanes];
-    store(lane, v);
-    for (int64_t i = 0; i < count; ++i) p[i] = lane[i];
-#endif
-}
 
 /// Channels [first, first + width) of a head, and their packed rows of Vectors * kLanes floats, zeros past
 /// `width`.
@@ -400,19 +373,14 @@ static void backward(const DeformableBackward& a) {
     }
 }
 
-#define MAGNET_FAST_STRING_(x) #x
-#define MAGNET_FAST_STRING(x) MAGNET_FAST_STRING_(x)
-extern const DeformableKernels kDeformableKernels;
-const DeformableKernels kDeformableKernels = {
-    MAGNET_FAST_STRING(MAGNET_FAST_SIMD_LEVEL),
-    scratch_floats,
-    packed_floats,
-    pack,
-    clear,
-    unpack,
-    forward,
-    backward,
-};
+template <>
+const DeformableKernels<float>& deformable_kernels<float>() {
+    static const DeformableKernels<float> kernels = {
+        scratch_floats, packed_floats, pack, clear, unpack, forward, backward,
+    };
+    return kernels;
+}
 
 }  // namespace MAGNET_FAST_SIMD_LEVEL
 }  // namespace magnet_fast
+#endif

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "cpu/simd_level.h"
+
 namespace magnet_fast {
 
 /// Points are treated in blocks of whole queries, about this many points at a time.
@@ -45,8 +47,8 @@ struct DeformableBackward : DeformableForward {
 /// One SIMD level's implementation. The packed form of a slice of `value`, one head of one image, is this
 /// level's own business; every access to it is one of these functions. `begin` and `end` bound the positions
 /// concerned.
+template <typename Element>
 struct DeformableKernels {
-    const char* name;
     int64_t (*scratch_floats)(int64_t block_points);
     int64_t (*packed_floats)(int64_t positions, int64_t head_dim);
     /// value_row: from one position to the next.
@@ -58,5 +60,7 @@ struct DeformableKernels {
     void (*forward)(const DeformableForward&);
     void (*backward)(const DeformableBackward&);
 };
+
+MAGNET_FAST_DECLARE_KERNELS(DeformableKernels, deformable_kernels)
 
 }  // namespace magnet_fast

@@ -2,71 +2,65 @@
 
 #include <atomic>
 #include <stdexcept>
-
-#include "cpu/window_kernel.h"
+#include <utility>
 
 namespace magnet_fast {
-
-namespace portable {
-extern const WindowKernels kWindowKernels;
-}
-#if defined(MAGNET_FAST_HAS_AVX2)
-namespace avx2 {
-extern const WindowKernels kWindowKernels;
-}
-#endif
-#if defined(MAGNET_FAST_HAS_AVX512)
-namespace avx512 {
-extern const WindowKernels kWindowKernels;
-}
-#endif
-
 namespace {
 
-std::vector<const WindowKernels*> available() {
-    std::vector<const WindowKernels*> levels;
+using Level = std::pair<SimdLevel, const char*>;
+
+std::vector<Level> available() {
+    std::vector<Level> levels;
     // __builtin_cpu_supports also asks the operating system whether it saves the wide registers.
+#if defined(MAGNET_FAST_HAS_AVX512_BF16)
+    if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+        levels.emplace_back(SimdLevel::kAvx512Bf16, "avx512_bf16");
+#endif
 #if defined(MAGNET_FAST_HAS_AVX512)
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("fma"))
-        levels.push_back(&avx512::kWindowKernels);
+        levels.emplace_back(SimdLevel::kAvx512, "avx512");
 #endif
 #if defined(MAGNET_FAST_HAS_AVX2)
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-        levels.push_back(&avx2::kWindowKernels);
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+        levels.emplace_back(SimdLevel::kAvx2, "avx2");
 #endif
-    levels.push_back(&portable::kWindowKernels);
+    levels.emplace_back(SimdLevel::kPortable, "portable");
     return levels;
 }
 
-std::atomic<const WindowKernels*>& selected() {
-    static std::atomic<const WindowKernels*> level{available().front()};
+std::atomic<SimdLevel>& selected() {
+    static std::atomic<SimdLevel> level{available().front().first};
     return level;
 }
 
 }  // namespace
 
-const WindowKernels& window_kernels() {
-    return *selected().load();
+SimdLevel selected_simd_level() {
+    return selected().load();
 }
 
 std::string simd_level() {
-    return window_kernels().name;
+    const SimdLevel now = selected_simd_level();
+    for (const auto& [level, name] : available())
+        if (level == now) return name;
+    return "portable";
 }
 
 std::vector<std::string> supported_simd_levels() {
     std::vector<std::string> names;
-    for (const WindowKernels* level : available()) names.emplace_back(level->name);
+    for (const auto& [level, name] : available()) names.emplace_back(name);
     return names;
 }
 
 void set_simd_level(const std::string& name) {
     std::string known;
-    for (const WindowKernels* level : available()) {
-        if (name == level->name) {
+    for (const auto& [level, level_name] : available()) {
+        if (name == level_name) {
             selected().store(level);
             return;
         }
-        known += (known.empty() ? "" : ", ") + std::string(level->name);
+        known += (known.empty() ? "" : ", ") + std::string(level_name);
     }
     throw std::invalid_argument("name: '" + name +
                                 "' is not a SIMD level of this processor; expected one of: " + known);

@@ -56,7 +56,7 @@ struct Worker {
     std::vector<float*> written;
     std::vector<float> bias_gradient;
 
-    Worker(const WindowAttentionSizes& sizes, const WindowPlan& plan, const WindowKernels& kernels,
+    Worker(const WindowAttentionSizes& sizes, const WindowPlan& plan, const WindowKernels<float>& kernels,
            bool backward)
         : bias(sizes, plan, kernels),
           scratch(aligned_floats(kernels.scratch_floats(plan.max_tokens, sizes.channels / sizes.heads))),
@@ -70,7 +70,7 @@ struct Worker {
 /// Everything both passes need: the plan, the padding's key and value, and a worker per thread.
 struct Launch {
     const WindowAttentionSizes& sizes;
-    const WindowKernels& kernels = window_kernels();
+    const WindowKernels<float>& kernels = window_kernels<float>();
     WindowPlan plan{sizes};
     int64_t head_dim = sizes.channels / sizes.heads;
     std::vector<float> padding;  // (3C) q, k and v of padded tokens

@@ -1,8 +1,9 @@
 // Compiled once per SIMD level; see simd.h and window_kernel.h.
 #include "cpu/window_kernel.h"
 
-#include "cpu/simd.h"
+#include "cpu/simd_matrix.h"
 
+#if !defined(MAGNET_FAST_SIMD_FLOAT64)
 namespace magnet_fast {
 namespace MAGNET_FAST_SIMD_LEVEL {
 
@@ -240,18 +241,14 @@ static void softmax_rows(float* values, int64_t rows, int64_t columns, const flo
     }
 }
 
-#define MAGNET_FAST_STRING_(x) #x
-#define MAGNET_FAST_STRING(x) MAGNET_FAST_STRING_(x)
-extern const WindowKernels kWindowKernels;
-const WindowKernels kWindowKernels = {
-    MAGNET_FAST_STRING(MAGNET_FAST_SIMD_LEVEL),
-    kLanes,
-    scratch_floats,
-    forward,
-    backward,
-    log_sum_exp_rows,
-    softmax_rows,
-};
+template <>
+const WindowKernels<float>& window_kernels<float>() {
+    static const WindowKernels<float> kernels = {
+        kLanes, scratch_floats, forward, backward, log_sum_exp_rows, softmax_rows,
+    };
+    return kernels;
+}
 
 }  // namespace MAGNET_FAST_SIMD_LEVEL
 }  // namespace magnet_fast
+#endif

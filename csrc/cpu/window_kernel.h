@@ -8,6 +8,8 @@
 
 #include <cstdint>
 
+#include "cpu/simd_level.h"
+
 namespace magnet_fast {
 
 struct GroupForward {
@@ -36,8 +38,8 @@ struct GroupBackward : GroupForward {
 };
 
 /// One SIMD level's implementation.
+template <typename Element>
 struct WindowKernels {
-    const char* name;
     int64_t lanes;
     /// Floats of scratch that either pass needs for groups of at most `tokens` tokens.
     int64_t (*scratch_floats)(int64_t tokens, int64_t head_dim);
@@ -51,7 +53,6 @@ struct WindowKernels {
                          const float* weight, int64_t stride);
 };
 
-/// The level in use: the best one that this processor has, unless set_simd_level chose another.
-const WindowKernels& window_kernels();
+MAGNET_FAST_DECLARE_KERNELS(WindowKernels, window_kernels)
 
 }  // namespace magnet_fast

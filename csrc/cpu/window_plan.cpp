@@ -111,7 +111,8 @@ WindowPlan::WindowPlan(const WindowAttentionSizes& sizes) {
     source_x = std::move(x_axis.source);
 }
 
-GroupBias::GroupBias(const WindowAttentionSizes& sizes, const WindowPlan& plan, const WindowKernels& kernels)
+GroupBias::GroupBias(const WindowAttentionSizes& sizes, const WindowPlan& plan,
+                     const WindowKernels<float>& kernels)
     : sizes_(sizes),
       plan_(plan),
       kernels_(kernels),

@@ -56,7 +56,7 @@ struct WindowPlan {
 /// The bias of one head, for the groups of one class of windows.
 class GroupBias {
   public:
-    GroupBias(const WindowAttentionSizes& sizes, const WindowPlan& plan, const WindowKernels& kernels);
+    GroupBias(const WindowAttentionSizes& sizes, const WindowPlan& plan, const WindowKernels<float>& kernels);
 
     /// Gathers the biases of `head` for a class from `table` (WindowAttentionForward::bias), unless loaded.
     void load(const float* table, int64_t head, int64_t window_class);
@@ -87,7 +87,7 @@ class GroupBias {
 
     const WindowAttentionSizes& sizes_;
     const WindowPlan& plan_;
-    const WindowKernels& kernels_;
+    const WindowKernels<float>& kernels_;
     int64_t table_h_, table_w_;
     int64_t head_ = -1, window_class_ = -1;
     std::vector<float> table_;  // one head's biases, columns reversed: a run of keys then reads forwards

@@ -19,14 +19,23 @@ else:
 """Why the extension cannot be used, or None."""
 
 
-def supports(first: Tensor, *rest: object) -> str | None:
-    """None when a kernel takes arguments whose first tensor is this, else the reason why not."""
-    reasons = []
-    if first.device.type != "cpu":
-        reasons.append(f"device {first.device.type} is not supported, CPU tensors only")
-    if first.dtype != torch.float32:
-        reasons.append(f"dtype {dtype_name(first.dtype)} is not supported, float32 only")
-    return "; ".join(reasons) or None
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+"""What the extension is told of a tensor's dtype: csrc/common/elements.h."""
+
+
+def supports_any_dtype(*arguments: object) -> str | None:
+    """None when the arguments' tensors are on the CPU, else the reason why not."""
+    first = next(argument for argument in arguments if isinstance(argument, Tensor))
+    return None if first.device.type == "cpu" else f"device {first.device.type} is not supported, CPU tensors only"
+
+
+def supports(*arguments: object) -> str | None:
+    """As `supports_any_dtype`, for kernels that take float32 only."""
+    reason = supports_any_dtype(*arguments)
+    first = next(argument for argument in arguments if isinstance(argument, Tensor))
+    if reason is None and first.dtype != torch.float32:
+        reason = f"dtype {dtype_name(first.dtype)} is not supported, float32 only"
+    return reason
 
 
 def window_attention_forward(qkv: Tensor, bias_table: Tensor, pad_qkv: Tensor | None, *settings) -> Tensor:
