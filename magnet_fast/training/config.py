@@ -113,12 +113,14 @@ class DataSection(_Section):
 
 
 class OptimiserConfig(_Section):
-    """AdamW."""
+    """AdamW, or Muon for the weight matrices and AdamW for all else."""
 
+    name: Literal["adamw", "muon"] = "adamw"
     lr: float = Field(5e-5, gt=0)
     weight_decay: float = Field(0.01, ge=0)
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
+    momentum: float = Field(0.95, ge=0, lt=1, description="of Muon")
     image_multiplier: float = Field(1.0, gt=0, description="of the learning rate of the image encoder")
     text_multiplier: float = Field(1.0, gt=0, description="of the learning rate of the text encoder")
     freeze: list[str] = Field(default_factory=list, description="shell patterns of parameter names held fixed")

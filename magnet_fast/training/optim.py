@@ -1,4 +1,4 @@
-"""The optimiser and its parameter groups, as this family trains: AdamW, decay on weight matrices only."""
+"""The optimiser and its parameter groups: AdamW, as this family trains, or Muon; decay on weight matrices only."""
 
 from __future__ import annotations
 
@@ -11,20 +11,27 @@ from torch import nn
 from magnet_fast.models.bert import BertSlices
 from magnet_fast.models.swin import SwinEncoder
 from magnet_fast.training.config import OptimiserConfig
+from magnet_fast.training.muon import Muon
+
+# A projection to fewer outputs is a handful of vectors, whose lengths mean something: not for Muon.
+_SMALLEST_SIDE = 8
 
 
-def build_optimiser(model: nn.Module, config: OptimiserConfig) -> torch.optim.AdamW:
-    """AdamW over `parameter_groups`; each group remembers its ``initial_lr`` for the schedule.
+def build_optimiser(model: nn.Module, config: OptimiserConfig) -> torch.optim.Optimizer:
+    """The optimiser over `parameter_groups`; each group remembers its ``initial_lr`` for the schedule.
 
-    The fused implementation is used: one pass instead of one for every parameter or handful of them.
+    The fused implementation of AdamW is used: one pass instead of one for every parameter or handful of them.
     """
     groups = parameter_groups(model, config)
+    if config.name == "muon":
+        return Muon(groups, lr=config.lr, momentum=config.momentum, betas=config.betas, eps=config.eps)
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 
 def parameter_groups(model: nn.Module, config: OptimiserConfig) -> list[dict]:
     """Groups for torch.optim: {image encoder, text encoder, the rest} x {decayed, not decayed}; empty ones
-    left out.
+    left out. For Muon the decayed ones are split once more: its matrices (``muon=True``), and the few weights
+    that are too narrow for it.
 
     Weight decay falls on the weight matrices of linear and convolution layers only: not on biases, norms,
     relative position bias tables, embeddings and other free parameters. ``image_multiplier`` and
@@ -36,15 +43,17 @@ def parameter_groups(model: nn.Module, config: OptimiserConfig) -> list[dict]:
     """
     freeze_parameters(model, config.freeze)
     rates = {"image": config.image_multiplier, "text": config.text_multiplier, "rest": 1.0}
-    groups: dict[tuple[str, bool], dict] = {}
+    groups: dict[tuple[str, bool, bool], dict] = {}
     for name, parameter, part, decayed in _described_parameters(model):
         if not parameter.requires_grad:
             continue
         rate = config.lr * rates[part]
+        muon = config.name == "muon" and decayed and min(parameter.flatten(1).shape) >= _SMALLEST_SIDE
         group = groups.setdefault(
-            (part, decayed),
+            (part, decayed, muon),
             {
-                "name": f"{part}{'' if decayed else ', no decay'}",
+                "name": f"{part}{'' if decayed else ', no decay'}{', muon' if muon else ''}",
+                **({"muon": muon} if config.name == "muon" else {}),
                 "params": [],
                 "param_names": [],
                 "lr": rate,
