@@ -1,7 +1,8 @@
 """Training losses of referring segmentation.
 
 The segmentation loss follows Mask2Former (binary cross-entropy and Dice on the mask, cross-entropy on the
-class, summed over every prediction of the decoder); the weights 2, 2, 1 are our choice.
+class, summed over every prediction of the decoder); the weights 2, 2, 1 are our choice. The alignment and the
+grounding loss are MagNet's (Chng et al., CVPR 2024).
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from magnet_fast import ops
 
 
 class LossWeights(NamedTuple):
@@ -76,6 +79,68 @@ def segmentation_loss(output: Any, mask: Tensor, weights: LossWeights | None = N
         "dice": dice.detach().mean(),
         "class": entropy.detach(),
     }
+
+
+def alignment_loss(
+    mask_features: Tensor,
+    sentence: Tensor,
+    mask: Tensor,
+    *,
+    pixel_temperature: float = 0.1,
+    text_temperature: float = 0.1,
+) -> dict[str, Tensor]:
+    """The Cross-modal Alignment Loss: pixels of the referent resemble each other, and the sentence.
+
+    With z the L2-normalised mask features, t the L2-normalised sentence, + the pixels inside the mask::
+
+        p2p = `ops.pixel_contrastive_loss`
+        p2t = mean_{i in +} -log( exp(z_i . t / tau) / (exp(z_i . t / tau) + sum_{k in -} exp(z_k . t / tau)) )
+
+    Args:
+        mask_features: (B, C, h, w) the embedding of the pixels that the mask is read from, all of them used.
+        sentence: (B, C) the projected mean word feature.
+        mask: (B, H, W) ground truth of the referent in [0, 1], brought to (h, w) as in `mask_at`; a pixel is
+            inside from one half on.
+        pixel_temperature, text_temperature: above 0. The paper gives neither; 0.1 is our choice.
+
+    Returns:
+        float32 scalars ``p2p`` and ``p2t``, means over the images. An image whose mask is empty at (h, w) adds 0
+        to both; one whose mask is full, too: without pixels outside there is nothing to tell apart.
+    """
+    if mask_features.dim() != 4 or sentence.shape != mask_features.shape[:2]:
+        raise ValueError(
+            f"sentence: expected batch and channels of mask_features {tuple(mask_features.shape)}, "
+            f"got {tuple(sentence.shape)}"
+        )
+    with torch.autocast(mask_features.device.type, enabled=False):
+        inside = mask_at(mask.to(torch.float32), mask_features.shape[-2:]) >= 0.5  # (B, h, w)
+        p2p = ops.pixel_contrastive_loss(mask_features, inside, temperature=pixel_temperature)
+        pixels = F.normalize(mask_features.float().flatten(2), dim=1, eps=1e-6)  # (B, C, P)
+        text = F.normalize(sentence.float(), dim=1, eps=1e-6)
+        similarity = torch.einsum("bcp,bc->bp", pixels, text) / text_temperature
+        inside = inside.flatten(1)
+        # The lowest finite number stands for "no pixel outside": softplus of it is exactly 0, and no NaN is made.
+        outside = similarity.masked_fill(inside, torch.finfo(similarity.dtype).min).logsumexp(1, keepdim=True)
+        # -log(e^s / (e^s + e^o)) = softplus(o - s)
+        terms = F.softplus(outside - similarity).masked_fill(~inside, 0.0)
+        p2t = terms.sum(1) / inside.sum(1).clamp(min=1)
+    return {"p2p": p2p.mean(), "p2t": p2t.mean()}
+
+
+def grounding_loss(logits: Tensor, targets: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy and accuracy over the chosen tokens.
+
+    Args:
+        logits: (B, K, V). targets: (B, K) int64. valid: (B, K) bool, which of them count.
+
+    Returns:
+        (loss, accuracy), float32 scalars, both 0 where no token was chosen; the accuracy carries no gradient.
+    """
+    count = valid.sum().clamp(min=1)
+    entropy = F.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none")
+    loss = entropy.masked_fill(~valid, 0.0).sum() / count
+    right = (logits.detach().argmax(dim=-1) == targets) & valid
+    return loss, right.sum() / count
 
 
 def mask_at(mask: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:

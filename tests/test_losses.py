@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from magnet_fast import models
-from magnet_fast.losses import LossWeights, mask_at, segmentation_loss
+from magnet_fast.losses import LossWeights, alignment_loss, grounding_loss, mask_at, segmentation_loss
 from magnet_fast.models import SegmentationOutput
 
 
@@ -178,3 +178,94 @@ def test_gradients_reach_the_real_models_parameters() -> None:
         assert len(own & reached) >= 0.75 * len(own), sorted(own - reached)
     embeddings = [name for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
     assert any(f"{name}.weight" in reached for name in embeddings)
+
+
+def slow_alignment(features: torch.Tensor, sentence: torch.Tensor, inside: torch.Tensor, taus: tuple) -> list[float]:
+    """P2P and P2T of one image: features (C, P), sentence (C,), inside (P,), sums written out in float64."""
+    z = F.normalize(features.double().T, dim=1)
+    t = F.normalize(sentence.double(), dim=0)
+    sides = [inside.nonzero()[:, 0].tolist(), (~inside).nonzero()[:, 0].tolist()]
+    p2p = p2t = 0.0
+    for own, other in (sides, sides[::-1]):
+        for i in own:
+            same = sum(math.exp(z[i] @ z[j] / taus[0]) for j in own)
+            rest = sum(math.exp(z[i] @ z[k] / taus[0]) for k in other)
+            p2p -= math.log(same / (same + rest)) / len(own)
+    for i in sides[0]:
+        rest = sum(math.exp(z[k] @ t / taus[1]) for k in sides[1])
+        mine = math.exp(z[i] @ t / taus[1])
+        p2t -= math.log(mine / (mine + rest)) / len(sides[0])
+    return [p2p, p2t]
+
+
+@pytest.mark.parametrize("taus", [(0.1, 0.1), (0.5, 0.07)])
+def test_alignment_equals_slow_version(taus: tuple[float, float]) -> None:
+    features, sentence = torch.randn(3, 6, 4, 5), torch.randn(3, 6)
+    mask = (torch.rand(3, 4, 5) > 0.6).float()
+    found = alignment_loss(features, sentence, mask, pixel_temperature=taus[0], text_temperature=taus[1])
+    images = zip(features.flatten(2), sentence, mask.flatten(1) > 0, strict=True)
+    slow = [slow_alignment(*image, taus) for image in images]
+    expected = torch.tensor(slow).mean(dim=0)
+    assert found["p2p"].item() == pytest.approx(expected[0].item(), rel=1e-5)
+    assert found["p2t"].item() == pytest.approx(expected[1].item(), rel=1e-5)
+
+
+def test_alignment_brings_the_mask_to_the_features() -> None:
+    features, sentence = torch.randn(1, 6, 8, 8), torch.randn(1, 6)
+    small = torch.zeros(1, 8, 8)
+    small[:, 2:5, 3:7] = 1
+    large = F.interpolate(small[None], size=(29, 29), mode="nearest")[0]
+    coarse = (mask_at(large, (8, 8)) >= 0.5).float()
+    one, other = (alignment_loss(features, sentence, mask) for mask in (large, coarse))
+    assert one["p2p"] == other["p2p"] and one["p2t"] == other["p2t"]
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_alignment_of_an_empty_or_full_mask_is_zero_with_zero_gradients(value: float) -> None:
+    features = torch.randn(2, 6, 4, 4, requires_grad=True)
+    sentence = torch.randn(2, 6, requires_grad=True)
+    parts = alignment_loss(features, sentence, torch.full((2, 16, 16), value))
+    assert parts["p2p"] == 0 and parts["p2t"] == 0
+    (parts["p2p"] + parts["p2t"]).backward()
+    assert not features.grad.any() and not sentence.grad.any()
+
+
+def test_alignment_gradients() -> None:
+    features, sentence = (torch.randn(shape, requires_grad=True) for shape in ((2, 5, 3, 3), (2, 5)))
+    mask = torch.zeros(2, 3, 3)
+    mask[:, 1, :2] = 1
+
+    def total(features: torch.Tensor, sentence: torch.Tensor) -> torch.Tensor:
+        parts = alignment_loss(features, sentence, mask, pixel_temperature=0.7, text_temperature=0.7)
+        return parts["p2p"] + parts["p2t"]
+
+    total(features, sentence).backward()
+    step = 1e-2  # the loss computes in float32
+    for tensor in (features, sentence):
+        for place in range(0, tensor.numel(), 7):
+            shift = torch.zeros(tensor.numel())
+            shift[place] = step
+            shift = shift.view(tensor.shape)
+            moved = [total(*(t + sign * shift if t is tensor else t for t in (features, sentence))) for sign in (1, -1)]
+            slope = (moved[0] - moved[1]).item() / (2 * step)
+            assert tensor.grad.flatten()[place].item() == pytest.approx(slope, abs=2e-3)
+
+
+def test_alignment_refuses_another_width() -> None:
+    with pytest.raises(ValueError, match=r"sentence: expected batch and channels.*got \(2, 5\)"):
+        alignment_loss(torch.randn(2, 6, 4, 4), torch.randn(2, 5), torch.ones(2, 4, 4))
+
+
+def test_grounding_loss() -> None:
+    logits = torch.randn(2, 3, 11, requires_grad=True)
+    targets = logits.detach().argmax(dim=-1)
+    targets[0, 1] = (targets[0, 1] + 1) % 11
+    valid = torch.tensor([[True, True, False], [True, False, False]])
+    loss, accuracy = grounding_loss(logits, targets, valid)
+    rows = [(0, 0), (0, 1), (1, 0)]
+    expected = -sum(logits.detach().double().log_softmax(-1)[b, k, targets[b, k]].item() for b, k in rows) / 3
+    assert loss.item() == pytest.approx(expected, rel=1e-5) and accuracy.item() == pytest.approx(2 / 3)
+    loss.backward()
+    assert not logits.grad[~valid].any() and logits.grad[valid].any(dim=-1).all()
+    nothing, accuracy = grounding_loss(logits, targets, torch.zeros_like(valid))
+    assert nothing == 0 and accuracy == 0

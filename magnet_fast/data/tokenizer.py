@@ -46,6 +46,12 @@ class Tokenizer:
         """Number of token ids, the size of an embedding table for them."""
         return self._tokenizer.get_vocab_size()
 
+    @property
+    def special_ids(self) -> dict[str, int]:
+        """Ids of BERT's special tokens, those that the vocabulary has."""
+        ids = {token: self._tokenizer.token_to_id(token) for token in (*_SPECIAL_TOKENS, "[MASK]")}
+        return {token: index for token, index in ids.items() if index is not None}
+
     def __call__(self, expressions: str | Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """One or N expressions -> input_ids and attention_mask, both int64 (N, max_words), padded with 0.
 

@@ -134,11 +134,26 @@ class ScheduleSection(_Section):
 
 
 class LossSection(_Section):
-    """Weights of the losses."""
+    """Weights of the losses; 0 leaves a loss out."""
 
     bce: float = Field(2.0, ge=0)
     dice: float = Field(2.0, ge=0)
     classification: float = Field(1.0, ge=0)
+    alignment: float = Field(0.0, ge=0, description="of MagNet's alignment loss, P2P and P2T alike; its recipes: 0.5")
+    grounding: float = Field(0.0, ge=0, description="of Mask Grounding; MagNet's recipes: 1")
+    pixel_temperature: float = Field(0.1, gt=0, description="of P2P")
+    text_temperature: float = Field(0.1, gt=0, description="of P2T")
+
+
+class GroundingSection(_Section):
+    """Mask Grounding: what is hidden, and the predictor; used where loss.grounding is above 0."""
+
+    share: float = Field(0.15, gt=0, le=1, description="of a sentence's ordinary tokens that is hidden")
+    scheme: Literal["90/10", "80/10/10"] = Field("90/10", description="[MASK] or unchanged; or BERT's")
+    image_stage: int = Field(3, ge=0, le=3, description="stage whose pixels the predictor reads: 0 (stride 4) to 3")
+    layers: int = Field(6, gt=0)
+    heads: int = Field(8, gt=0)
+    feedforward: int = Field(768, gt=0)
 
 
 def _read_interval(value: Any) -> Any:
@@ -158,6 +173,7 @@ class TrainConfig(_Section):
     optimiser: OptimiserConfig = OptimiserConfig()
     schedule: ScheduleSection = ScheduleSection()
     loss: LossSection = LossSection()
+    grounding: GroundingSection = GroundingSection()
     epochs: int | None = Field(None, gt=0)
     max_steps: int | None = Field(None, gt=0)
     max_minutes: float | None = Field(

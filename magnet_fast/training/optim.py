@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
+from itertools import chain
 
 import torch
 from torch import nn
@@ -17,18 +18,18 @@ from magnet_fast.training.muon import Muon
 _SMALLEST_SIDE = 8
 
 
-def build_optimiser(model: nn.Module, config: OptimiserConfig) -> torch.optim.Optimizer:
+def build_optimiser(model: nn.Module, config: OptimiserConfig, head: nn.Module | None = None) -> torch.optim.Optimizer:
     """The optimiser over `parameter_groups`; each group remembers its ``initial_lr`` for the schedule.
 
     The fused implementation of AdamW is used: one pass instead of one for every parameter or handful of them.
     """
-    groups = parameter_groups(model, config)
+    groups = parameter_groups(model, config, head)
     if config.name == "muon":
         return Muon(groups, lr=config.lr, momentum=config.momentum, betas=config.betas, eps=config.eps)
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 
-def parameter_groups(model: nn.Module, config: OptimiserConfig) -> list[dict]:
+def parameter_groups(model: nn.Module, config: OptimiserConfig, head: nn.Module | None = None) -> list[dict]:
     """Groups for torch.optim: {image encoder, text encoder, the rest} x {decayed, not decayed}; empty ones
     left out. For Muon the decayed ones are split once more: its matrices (``muon=True``), and the few weights
     that are too narrow for it.
@@ -36,7 +37,8 @@ def parameter_groups(model: nn.Module, config: OptimiserConfig) -> list[dict]:
     Weight decay falls on the weight matrices of linear and convolution layers only: not on biases, norms,
     relative position bias tables, embeddings and other free parameters. ``image_multiplier`` and
     ``text_multiplier`` scale the learning rate of the parts that are usually pretrained. Parameters that
-    match ``config.freeze`` are frozen (``requires_grad=False``) and left out.
+    match ``config.freeze`` are frozen (``requires_grad=False``) and left out. ``head`` is a part that is trained with
+    the model and does not belong to it; its parameters are among the rest.
 
     Raises:
         ValueError: a pattern of ``freeze`` matches no parameter, or everything is frozen.
@@ -44,7 +46,8 @@ def parameter_groups(model: nn.Module, config: OptimiserConfig) -> list[dict]:
     freeze_parameters(model, config.freeze)
     rates = {"image": config.image_multiplier, "text": config.text_multiplier, "rest": 1.0}
     groups: dict[tuple[str, bool, bool], dict] = {}
-    for name, parameter, part, decayed in _described_parameters(model):
+    described = _described_parameters(model)
+    for name, parameter, part, decayed in chain(described, _described_parameters(head) if head else ()):
         if not parameter.requires_grad:
             continue
         rate = config.lr * rates[part]

@@ -13,6 +13,7 @@ from magnet_fast.inference import vocabulary_digest
 from magnet_fast.training.checkpoint import load_checkpoint, seed_everything, write_atomically
 from magnet_fast.training.config import TrainConfig, dump_config
 from magnet_fast.training.distributed import broadcast_object, distributed_world
+from magnet_fast.training.objective import build_grounding
 from magnet_fast.training.trainer import Trainer
 
 RUN_FILES = ("last.pt", "metrics.jsonl", "config.yaml", "best.safetensors", "last.safetensors")
@@ -46,7 +47,8 @@ def train(config: TrainConfig, out: str | Path, *, resume: bool = False, overwri
         seed_everything(config.seed)
         model = build_model(config, tokenizer)
         metadata = checkpoint_metadata(config, tokenizer)
-        trainer = Trainer(config, model, training_set, validation_set, out, world, metadata)
+        grounding = build_grounding(config, model, tokenizer)
+        trainer = Trainer(config, model, training_set, validation_set, out, world, metadata, grounding)
         # Only now, when nothing can be wrong any more, and when every process has looked into the folder.
         broadcast_object(None, world)
         if world.is_main:

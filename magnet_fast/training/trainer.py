@@ -17,7 +17,6 @@ from torch.utils.data import DataLoader
 
 from magnet_fast import models
 from magnet_fast.evaluation import evaluate
-from magnet_fast.losses import LossWeights, segmentation_loss
 from magnet_fast.training.checkpoint import rng_state, save_checkpoint, seed_everything, set_rng_state
 from magnet_fast.training.config import TrainConfig
 from magnet_fast.training.distributed import (
@@ -27,13 +26,11 @@ from magnet_fast.training.distributed import (
     mean_over_world,
     pick_device,
 )
+from magnet_fast.training.objective import AUTOCAST_DTYPE, Grounding, Objective
 from magnet_fast.training.optim import build_optimiser
 from magnet_fast.training.progress import MetricsFile, RunDisplay, duration
 from magnet_fast.training.sampling import EpochBatches
 from magnet_fast.training.schedule import poly_factor, set_learning_rate
-
-LOGGED = ("loss", "bce", "dice", "class", "grad_norm")
-_AUTOCAST = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class TrainingError(RuntimeError):
@@ -52,6 +49,7 @@ class Trainer:
             ``metrics.jsonl``.
         world: this process among all; default: one process on ``config.device``.
         metadata: strings kept with the weights.
+        grounding: Mask Grounding, trained with the model and kept in the checkpoint, never in the exported weights.
 
     `run` trains to the end. `load_state` before it goes on with a checkpoint: on the CPU, with the same
     number of threads, the resumed run equals an uninterrupted one bit for bit, because the order of the data
@@ -67,6 +65,7 @@ class Trainer:
         out: str | Path,
         world: World | None = None,
         metadata: dict[str, str] | None = None,
+        grounding: Grounding | None = None,
     ) -> None:
         self.config, self.out, self.metadata = config, Path(out), metadata or {}
         self.world = world or World(0, 1, pick_device(config.device))
@@ -74,8 +73,13 @@ class Trainer:
         self.steps_per_epoch = self._batches(epoch=0).steps
         self.total_steps = config.max_steps or (config.epochs or 0) * self.steps_per_epoch or None
         self.model = model.to(self.world.device)
-        self.optimiser = build_optimiser(self.model, config.optimiser)  # freezes, so before DDP looks at the model
-        self._step_module = self._wrap(self.model)
+        objective = Objective(self.model, config.loss, config.precision, grounding).to(self.world.device)
+        self.grounding = grounding
+        # Freezes, so before DDP looks at the model.
+        self.optimiser = build_optimiser(self.model, config.optimiser, grounding)
+        # Losses, the total first, and the gradient's norm: summed between the rows of the log.
+        self._logged = ("loss", *objective.logged, "grad_norm")
+        self._step_module = self._wrap(objective)
         self.scaler = torch.amp.GradScaler(self.world.device.type, enabled=config.precision == "fp16")
         self.metrics_file = MetricsFile(self.out / "metrics.jsonl")
         self.step = 0
@@ -85,7 +89,7 @@ class Trainer:
         self._saved_at = -1
         self._trained_seconds = 0.0  # of the processes before this one
         self._started = time.monotonic()
-        self._window = torch.zeros(len(LOGGED), device=self.world.device)  # sums since the last row
+        self._window = torch.zeros(len(self._logged), device=self.world.device)  # sums since the last row
         self._window_steps = 0
         # Each process draws its own dropout.
         seed_everything(config.seed + 1 + self.world.rank)
@@ -115,6 +119,7 @@ class Trainer:
             "model_config": self.model.config.model_dump(mode="json"),
             "metadata": dict(self.metadata),
             "model": self.model.state_dict(),
+            "grounding": self.grounding.state_dict() if self.grounding else {},
             "optimiser": self.optimiser.state_dict(),
             "scaler": self.scaler.state_dict(),
             "step": self.step,
@@ -142,6 +147,8 @@ class Trainer:
                 f"{self.steps_per_epoch}: the training data are not the same"
             )
         self.model.load_state_dict(state["model"])
+        if self.grounding:
+            self.grounding.load_state_dict(state["grounding"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.scaler.load_state_dict(state["scaler"])
         self.step = self._saved_at = state["step"]
@@ -166,7 +173,7 @@ class Trainer:
         factor = poly_factor(self._progress(), self.step, power=config.schedule.power, warmup=config.schedule.warmup)
         set_learning_rate(self.optimiser, factor)
         self.optimiser.zero_grad(set_to_none=True)
-        sums = torch.zeros(len(LOGGED) - 1, device=self.world.device)
+        sums = torch.zeros(len(self._logged) - 1, device=self.world.device)
         for micro in range(config.accumulation):
             batch = {key: value.to(self.world.device, non_blocking=True) for key, value in next(batches).items()}
             last = micro == config.accumulation - 1
@@ -175,7 +182,7 @@ class Trainer:
             with self._step_module.no_sync() if quiet else nullcontext():
                 losses = self._step_module(batch["image"], batch["input_ids"], batch["attention_mask"], batch["mask"])
                 self.scaler.scale(losses["total"] / config.accumulation).backward()
-            parts = [losses[key].detach() for key in ("total", "bce", "dice", "class")]
+            parts = [losses[key].detach() for key in ("total", *self._logged[1:-1])]
             sums += torch.stack(parts) / config.accumulation
         self.scaler.unscale_(self.optimiser)
         norm = self._clip()
@@ -187,10 +194,11 @@ class Trainer:
 
     def _clip(self) -> Tensor:
         """Clip the gradient where the configuration says so; returns the norm before that, on the device."""
-        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        parameters = [parameter for group in self.optimiser.param_groups for parameter in group["params"]]
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         if self.config.clip_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.clip_norm, norm)
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.config.clip_norm, norm)
         return norm
 
     # ---- between the steps ----
@@ -250,9 +258,9 @@ class Trainer:
     def _checked_window(self) -> dict[str, float]:
         """Means since the last row over the steps and the processes. Waits for the device."""
         values = mean_over_world(self._window / max(self._window_steps, 1), self.world).tolist()
-        means = dict(zip(LOGGED, values, strict=True))
+        means = dict(zip(self._logged, values, strict=True))
         # Loss scaling meets infinite gradients now and then, and skips those steps.
-        watched = LOGGED[:-1] if self.scaler.is_enabled() else LOGGED
+        watched = self._logged[:-1] if self.scaler.is_enabled() else self._logged
         bad = [name for name in watched if not math.isfinite(means[name])]
         if bad:
             raise TrainingError(
@@ -273,7 +281,7 @@ class Trainer:
             self.config.eval_batch_size,
             workers=self.config.data.workers,
             limit=self.config.data.val_limit,
-            autocast=_AUTOCAST[self.config.precision],
+            autocast=AUTOCAST_DTYPE[self.config.precision],
         )
         self._validated_at = self.step
         self._log_time += time.monotonic() - before  # images per second are those of training
@@ -300,18 +308,16 @@ class Trainer:
 
     # ---- pieces ----
 
-    def _wrap(self, model: nn.Module) -> nn.Module:
-        config = self.config
+    def _wrap(self, module: nn.Module) -> nn.Module:
         if self.world.size > 1 and self.world.device.type == "cuda":
-            nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        module: nn.Module = _ModelWithLoss(model, LossWeights(**config.loss.model_dump()), config.precision)
+            nn.SyncBatchNorm.convert_sync_batchnorm(module)
         if self.world.size > 1:
             devices = [self.world.device] if self.world.device.type == "cuda" else None
             # For convolutions of size 1 the two layouts it complains of are the same bytes.
             warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
             # Released architectures hold parameters that nothing uses.
             module = DistributedDataParallel(module, device_ids=devices, find_unused_parameters=True)
-        if config.compile:
+        if self.config.compile:
             module.compile()
         return module
 
@@ -369,16 +375,3 @@ class Trainer:
             f"{self.world.device}{processes}, {self.config.precision}"
             + (f"; resumed at step {self.step}" if self.step else "")
         )
-
-
-class _ModelWithLoss(nn.Module):
-    """Model and losses as one module: DDP and torch.compile then see tensors in, tensors out."""
-
-    def __init__(self, model: nn.Module, weights: LossWeights, precision: str) -> None:
-        super().__init__()
-        self.model, self.weights, self.dtype = model, weights, _AUTOCAST[precision]
-
-    def forward(self, image: Tensor, input_ids: Tensor, attention_mask: Tensor, mask: Tensor) -> dict[str, Tensor]:
-        with torch.autocast(image.device.type, dtype=self.dtype, enabled=self.dtype is not None):
-            output = self.model(image, input_ids, attention_mask)
-        return segmentation_loss(output, mask, self.weights)

@@ -1,0 +1,161 @@
+"""Alignment and Mask Grounding in whole runs of a small, real MagNet."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from magnet_fast import models
+from magnet_fast.data import Tokenizer
+from magnet_fast.data.scenes import write_scenes
+from magnet_fast.training import run as training_run
+from magnet_fast.training import train
+from magnet_fast.training.checkpoint import load_checkpoint
+from magnet_fast.training.config import LossSection, TrainConfig, parse_config
+from magnet_fast.training.objective import Objective, build_grounding
+from magnet_fast.training.optim import parameter_groups
+from magnet_fast.training.progress import MetricsFile
+
+from .fakes import SMALL_MAGNET, same_weights
+
+GROUNDING = {"layers": 1, "heads": 4, "feedforward": 32}
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory) -> Path:
+    return Path(write_scenes(tmp_path_factory.mktemp("scenes"), 24, 3, level="easy", image_size=64))
+
+
+def config(scenes: Path, **changes) -> TrainConfig:
+    values = {
+        "model": {"name": "magnet_tiny", "overrides": SMALL_MAGNET},
+        "data": {"root": str(scenes), "image_size": 32, "max_words": 12, "cache": True},
+        "optimiser": {"lr": 1e-3, "eps": 1e-3},
+        "loss": {"alignment": 0.5, "grounding": 1.0},
+        "grounding": GROUNDING,
+        "max_steps": 4,
+        "batch_size": 4,
+        "checkpoint_every": 1,
+        "validate_every": "never",
+        "log_every": 1,
+        "device": "cpu",
+    }
+    return parse_config({**values, **changes})
+
+
+def batch() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    input_ids, attention_mask = Tokenizer(max_words=12)(["the red circle", "blue square on the left"])
+    mask = torch.zeros(2, 32, 32)
+    mask[:, 4:20, 8:30] = 1
+    return {
+        "image": torch.randn(2, 3, 32, 32, generator=generator),
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "mask": mask,
+    }
+
+
+def objective(scenes: Path, **changes) -> Objective:
+    torch.manual_seed(0)
+    settings = config(scenes, **changes)
+    model = models.build(settings.model.name, **settings.model.overrides)
+    return Objective(model, settings.loss, "float32", build_grounding(settings, model, Tokenizer(max_words=12)))
+
+
+def test_total_is_the_weighted_sum_of_its_parts(scenes: Path) -> None:
+    torch.manual_seed(5)
+    whole = objective(scenes, loss={"alignment": 0.25, "grounding": 2.0})
+    alone = objective(scenes, loss={})
+    alone.model.load_state_dict(whole.model.state_dict())
+    whole.eval()  # without dropout
+    alone.eval()
+    losses = whole(**batch())
+    extra = 0.25 * (losses["p2p"] + losses["p2t"]) + 2.0 * losses["grounding"]
+    torch.testing.assert_close(losses["total"], alone(**batch())["total"] + extra)
+    assert set(whole.logged) == losses.keys() - {"total"}
+    assert alone.logged == ("bce", "dice", "class") and alone.grounding is None
+
+
+# What no loss can depend on, by the architecture: biases that a softmax or an instance norm removes; the gate of the
+# last stage, after which no stage comes; similarities of the one query with itself; the token of an absent referent.
+IDLE = ("text_fusion.key.bias", "text_fusion.value.bias", "alignment.3.image_gate", "self_attention.query", "no_mask")
+IDLE += ("self_attention.key",)
+
+
+def test_gradients_reach_what_should_learn(scenes: Path) -> None:
+    whole = objective(scenes)
+    # Gates start closed (see `Gate`), sampling points in fixed places: what is behind them learns once they move.
+    with torch.no_grad():
+        for name, parameter in whole.named_parameters():
+            if "gate.last" in name or "sampling_offsets.weight" in name:
+                parameter.normal_(std=0.1)
+    given = batch()
+    for name in ("image", "mask"):  # at 32 px the last stage is one pixel, whose instance norm is zero
+        given[name] = given[name].repeat_interleave(3, -1).repeat_interleave(3, -2)
+    whole(**given)["total"].backward()
+    still = [name for name, p in whole.named_parameters() if p.grad is None or not p.grad.any()]
+    assert [name for name in still if not any(part in name for part in IDLE)] == []
+
+
+def test_gates_that_never_learn_as_released_do_in_ours(scenes: Path) -> None:
+    whole = objective(scenes)
+    whole(**batch())["total"].backward()
+    gates = {name: p.grad for name, p in whole.named_parameters() if "text_gate.last" in name}
+    assert len(gates) == 4 and all(grad.any() for grad in gates.values())
+
+
+def test_optimiser_takes_the_head_among_the_rest(scenes: Path) -> None:
+    whole = objective(scenes)
+    groups = parameter_groups(whole.model, config(scenes).optimiser, whole.grounding)
+    listed = [id(p) for group in groups for p in group["params"]]
+    assert sorted(listed) == sorted(id(p) for p in whole.parameters())
+    head = {id(p) for p in whole.grounding.parameters()}
+    assert all(group["name"].startswith("rest") for group in groups for p in group["params"] if id(p) in head)
+
+
+def test_a_run_logs_learns_and_exports_the_model_alone(scenes: Path, tmp_path: Path) -> None:
+    train(config(scenes, max_steps=20, optimiser={"lr": 3e-3}), tmp_path)
+    rows = [row for row in MetricsFile(tmp_path / "metrics.jsonl").rows() if row["kind"] == "train"]
+    assert len(rows) == 20
+    for row in rows:
+        assert row["p2p"] > 0 and row["p2t"] > 0 and row["grounding"] > 0 and 0 <= row["grounding_accuracy"] <= 1
+    assert sum(row["grounding"] for row in rows[-3:]) < 0.9 * sum(row["grounding"] for row in rows[:3])
+    model, _ = models.load_model(tmp_path / "last.safetensors")
+    plain = models.build("magnet_tiny", **SMALL_MAGNET)
+    assert model.state_dict().keys() == plain.state_dict().keys()
+
+
+def test_a_run_with_all_losses_resumes_bit_for_bit(scenes: Path, tmp_path: Path, monkeypatch) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    train(config(scenes), whole)
+
+    class Killed(BaseException):
+        pass
+
+    after_step = training_run.Trainer._after_step
+
+    def die(self) -> None:
+        after_step(self)
+        if self.step == 2:
+            raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(training_run.Trainer, "_after_step", die)
+        with pytest.raises(Killed):
+            train(config(scenes), broken)
+    torch.manual_seed(123)
+    train(config(scenes), broken, resume=True)
+    one, other = (load_checkpoint(folder / "last.pt") for folder in (whole, broken))
+    assert one["grounding"] and same_weights(one["grounding"], other["grounding"])
+    assert same_weights(one["model"], other["model"])
+
+
+def test_refusals(scenes: Path) -> None:
+    lavt = models.build("lavt_tiny")
+    with pytest.raises(ValueError, match="loss.alignment: LAVT has no mask features"):
+        Objective(lavt, LossSection(alignment=0.5), "float32")
+    with pytest.raises(ValueError, match=r"grounding\.scheme"):
+        config(scenes, grounding={"scheme": "70/30"})
