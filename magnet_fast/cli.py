@@ -30,7 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-data_app = typer.Typer(help="Make data.", no_args_is_help=True)
+data_app = typer.Typer(help="Make data, or check what is there.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
 
@@ -280,6 +280,30 @@ def scenes(
 
     write_scenes(out, images, seed, level=level.value, image_size=image_size, workers=workers)
     typer.echo(str(out))
+
+
+@data_app.command()
+@user_errors
+def check(
+    data: Annotated[Path, typer.Option(help="Root of the data, in REFER's layout.")],
+    dataset: Annotated[
+        str, typer.Option(help="refcoco, refcoco+, refcocog, or any folder of that layout.")
+    ] = "refcoco",
+    split_by: Annotated[str, typer.Option(help="unc; umd or google for refcocog.")] = "unc",
+    masks: Annotated[bool, typer.Option(help="Decode every mask, too.")] = True,
+) -> None:
+    """Verify a data folder: files, counts against the published ones, images, masks."""
+    from magnet_fast.data.check import check_data
+
+    with _progress("checking images", enabled=True) as progress:
+        report = check_data(data, dataset, split_by, masks=masks, progress=progress)
+    for split, (refs, sentences, images) in report.counts.items():
+        typer.echo(f"{split}: {refs} refs, {sentences} sentences, {images} images")
+    for problem in report.problems:
+        typer.echo(f"problem: {problem}", err=True)
+    if report.problems:
+        raise typer.Exit(1)
+    typer.echo(f"{report.where}: complete")
 
 
 @app.command()
