@@ -37,7 +37,8 @@ struct Launch {
                  sizes.image_value_width / sizes.heads} {
         int64_t most = 0;
         for (int64_t image = 0; image < sizes.batch; ++image)
-            if (words.count(image) > 0) most = std::max(most, cross_modal_scratch(words.count(image)));
+            if (words.count(image) > 0)
+                most = std::max(most, cross_modal_scratch(words.count(image), widths));
         for (int64_t thread = 0; thread < plan.team; ++thread) scratch.emplace_back(most);
     }
 

@@ -65,35 +65,43 @@ static void forward(const CrossModalForward<Element>& a) {
         if (a.image_out) clear_pixels(a.pixels, a.widths.text_value, a.image_out);
         return;
     }
-    const Tiles tiles(a.scratch, a.words);
+    const Tiles tiles(a.scratch, a.words, a.widths);
     const int64_t row = tiles.row, read_row = packed_row(a.widths.image_value);
+    const int64_t d = a.widths.similarity, dv = a.widths.text_value, dw = a.widths.image_value;
     const bool shared = !a.image_key;
-    for (int64_t p = 0, count = 0; p < a.pixels; p += count) {
-        count = even_piece(a.pixels - p, tile_pixels(a.words));
+    for (int64_t p = 0, count = 0, next = 0; p < a.pixels; p = next) {
+        count = even_piece(a.pixels - p, tiles.pixels);
+        next = p + count;
+        const int64_t next_count = next < a.pixels ? even_piece(a.pixels - next, tiles.pixels) : 0;
+        const Ahead next_tile(a.image_query ? a.image_query.from(next) : a.image_key.from(next), next_count,
+                              d),
+            image_key(a.image_key.from(p), count, d), image_value(a.image_value.from(p), count, dw),
+            image_out(a.image_out.from(p), count, dv);
         Real* score = tiles.first;
         if (a.image_query)
-            score_pixels(a.words, a.widths.similarity, a.key, a.image_query.from(p), count, tiles.panel,
-                         score, row);
+            score_pixels(a.words, d, a.key, a.image_query.from(p), count, tiles.panel, score, row,
+                         a.image_out ? image_out : image_value);
         if (a.image_out) {
             softmax_over_words(a.words, count, score, row, tiles.second, row);
-            write_pixels(a.words, count, tiles.second, row, a.value, a.widths.text_value, tiles.rows,
-                         a.image_out.from(p));
+            write_pixels(a.words, count, tiles.second, row, a.value, dv, tiles.rows, a.image_out.from(p),
+                         !a.text.read ? next_tile
+                         : shared     ? image_value
+                                      : image_key);
         }
         if (!a.text.read) continue;
         if (!shared)
-            score_pixels(a.words, a.widths.similarity, a.query, a.image_key.from(p), count, tiles.panel,
-                         score, row);
+            score_pixels(a.words, d, a.query, a.image_key.from(p), count, tiles.panel, score, row,
+                         image_value);
         hide_padding(a.words, count, score, row);
         for (int64_t t = 0; t < a.words; ++t) {
             const Real shrink =
                 update_softmax(score + t * row, round_up(count), p == 0, a.text.highest + t, a.text.sum + t);
             if (p == 0 || shrink == 1) continue;
             Real* read = a.text.read + t * read_row;
-            for (int64_t c = 0; c < a.widths.image_value; c += kLanes)
-                store(read + c, load(read + c) * broadcast(shrink));
+            for (int64_t c = 0; c < dw; c += kLanes) store(read + c, load(read + c) * broadcast(shrink));
         }
-        sum_pixels(a.words, count, score, row, a.image_value.from(p), a.widths.image_value, tiles.rows, p > 0,
-                   a.text.read);
+        sum_pixels(a.words, count, score, row, a.image_value.from(p), dw, tiles.rows, p > 0, a.text.read,
+                   next_tile);
     }
 }
 

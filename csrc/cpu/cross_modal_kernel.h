@@ -18,11 +18,13 @@ namespace magnet_fast {
 
 // Functions are static: a level's own copy must not be linked into another level.
 
-/// Pixels treated at a time, at most: a multiple of the panels' 48 for few words, fewer pixels for many.
 constexpr int64_t kTilePixels = 144, kPanelPixels = 48, kPanelDepth = 128;
 
-static inline int64_t tile_pixels(int64_t words) {
-    const int64_t fit = 16384 / words / kPanelPixels * kPanelPixels;
+/// Pixels treated at a time, at most, a multiple of the panels' 48: scores stay in the first-level cache,
+/// image rows (`width` is the widest tensor's) in the second-level one until they are read again.
+static inline int64_t tile_pixels(int64_t words, int64_t width) {
+    const int64_t scores = 16384 / words, rows = 32768 / width;
+    const int64_t fit = (scores < rows ? scores : rows) / kPanelPixels * kPanelPixels;
     return fit < kPanelPixels ? kPanelPixels : fit < kTilePixels ? fit : kTilePixels;
 }
 
@@ -44,6 +46,11 @@ struct Rows {
 /// Widths of one head.
 struct CrossModalWidths {
     int64_t similarity, text_value, image_value;
+
+    int64_t widest() const {
+        const int64_t value = text_value > image_value ? text_value : image_value;
+        return similarity > value ? similarity : value;
+    }
 };
 
 /// Sums of one run of pixels, for words x image_value: softmax's numerator, relative to the run's maximum.
@@ -122,10 +129,10 @@ struct CrossModalBackwardKernels {
     void (*backward)(const CrossModalBackward<Element>&);
 };
 
-/// Numbers of scratch that a kernel needs for up to `words` words.
-static inline int64_t cross_modal_scratch(int64_t words) {
+/// Numbers of scratch that a kernel needs.
+static inline int64_t cross_modal_scratch(int64_t words, const CrossModalWidths& widths) {
     const int64_t panel = kPanelDepth * kPanelPixels, rows = kTilePixels * kPanelPixels;
-    return panel + rows + 2 * words * (tile_pixels(words) + 16) + 64;
+    return panel + rows + 2 * words * (tile_pixels(words, widths.widest()) + 16) + 64;
 }
 
 MAGNET_FAST_DECLARE_KERNELS(CrossModalKernels, cross_modal_kernels)

@@ -96,8 +96,9 @@ WordLists::WordLists(const CrossModalInputs& inputs) {
 
 CrossModalPlan::CrossModalPlan(const CrossModalSizes& s)
     : pixels(s.pixels), slices(s.batch * s.heads), units((s.pixels + 15) / 16) {
-    // Enough runs for many threads, none shorter than 64 pixels: each brings sums of its own for the words.
-    constexpr int64_t kRuns = 64, kShortest = 64;
+    // Enough runs for many threads, none much shorter than 96 pixels: each brings sums of its own for the
+    // words.
+    constexpr int64_t kRuns = 48, kShortest = 96;
     const int64_t enough = (kRuns + slices - 1) / slices;
     runs = std::min(enough, (pixels + kShortest - 1) / kShortest);
     longest = 0;

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "cpu/cross_modal_kernel.h"
-#include "cpu/simd_matrix.h"
+#include "cpu/cross_modal_product.h"
 
 namespace magnet_fast {
 namespace MAGNET_FAST_SIMD_LEVEL {
@@ -15,12 +15,14 @@ struct Tiles {
     Real* first;   // two tiles of words x row
     Real* second;  //
     int64_t row;
+    int64_t pixels;  // of a tile at most
 
-    Tiles(Real* scratch, int64_t words) {
+    Tiles(Real* scratch, int64_t words, const CrossModalWidths& widths) {
+        pixels = tile_pixels(words, widths.widest());
         panel = scratch;
         rows = panel + kPanelDepth * kPanelPixels;
         first = rows + kTilePixels * kPanelPixels;
-        row = tile_pixels(words) + 16;
+        row = pixels + 16;
         second = first + words * row;
     }
 };
@@ -132,10 +134,11 @@ static void transpose_rows(Rows<const Element> from, int64_t pixels, int64_t wid
 }
 
 /// scores (words x pixels, score_row apart) = packed words * image rows transposed; pixels from `pixels` to
-/// the next multiple of kLanes get 0.
+/// the next multiple of kLanes get 0. This and the two below fetch what is read or written after them.
 template <typename Element>
 static void score_pixels(int64_t words, int64_t width, const Real* packed, Rows<const Element> image,
-                         int64_t pixels, Real* panel, Real* scores, int64_t score_row) {
+                         int64_t pixels, Real* panel, Real* scores, int64_t score_row, Ahead ahead) {
+    ahead.spread((pixels + kPanelPixels - 1) / kPanelPixels * product_steps(words, 3, width));
     for (int64_t p = 0, count = 0; p < pixels; p += count) {
         count = even_piece(pixels - p, kPanelPixels);
         const int64_t columns = round_up(count);
@@ -143,8 +146,8 @@ static void score_pixels(int64_t words, int64_t width, const Real* packed, Rows<
             const int64_t depth = smaller(kPanelDepth, width - c);
             const Rows<const Element> part{image.data + p * image.stride + c, image.stride};
             transpose_rows(part, count, depth, panel, columns);
-            multiply(words, columns, depth, packed + c, packed_row(width), 1, panel, columns,
-                     c ? scores + p : nullptr, score_row, scores + p, score_row);
+            fetching_multiply(words, columns, depth, packed + c, packed_row(width), 1, panel, columns,
+                              c ? scores + p : nullptr, score_row, scores + p, score_row, ahead);
         }
     }
 }
@@ -152,12 +155,14 @@ static void score_pixels(int64_t words, int64_t width, const Real* packed, Rows<
 /// to (words x packed_row(width)) = or, with `add`, += weights (words x pixels) * image rows.
 template <typename Element>
 static void sum_pixels(int64_t words, int64_t pixels, const Real* weights, int64_t weight_row,
-                       Rows<const Element> image, int64_t width, Real* widened, bool add, Real* to) {
+                       Rows<const Element> image, int64_t width, Real* widened, bool add, Real* to,
+                       Ahead ahead) {
     const int64_t to_row = packed_row(width);
+    ahead.spread((width + kPanelPixels - 1) / kPanelPixels * product_steps(words, 3, pixels));
     if constexpr (Same<Element, Real>::value) {
         if (in_place<Element>(width)) {
-            multiply(words, width, pixels, weights, weight_row, 1, image.data, image.stride,
-                     add ? to : nullptr, to_row, to, to_row);
+            fetching_multiply(words, width, pixels, weights, weight_row, 1, image.data, image.stride,
+                              add ? to : nullptr, to_row, to, to_row, ahead);
             return;
         }
     }
@@ -170,23 +175,24 @@ static void sum_pixels(int64_t words, int64_t pixels, const Real* weights, int64
             for (; i + kLanes <= channels; i += kLanes) store(wide + i, load(at + i));
             if (i < channels) store(wide + i, load_part(at + i, channels - i));
         }
-        multiply(words, columns, pixels, weights, weight_row, 1, widened, columns, add ? to + c : nullptr,
-                 to_row, to + c, to_row);
+        fetching_multiply(words, columns, pixels, weights, weight_row, 1, widened, columns,
+                          add ? to + c : nullptr, to_row, to + c, to_row, ahead);
     }
 }
 
 /// image rows = weights (words x pixels) transposed * packed words.
 template <typename Element>
 static void write_pixels(int64_t words, int64_t pixels, const Real* weights, int64_t weight_row,
-                         const Real* packed, int64_t width, Real* wide, Rows<Element> image) {
+                         const Real* packed, int64_t width, Real* wide, Rows<Element> image, Ahead ahead) {
     // Blocks of few rows: their results are written nearly in the order of memory.
     constexpr int64_t kBlock = 24;
+    ahead.spread((width + kPanelPixels - 1) / kPanelPixels * product_steps(pixels, 3, words));
     for (int64_t p = 0; p < pixels; p += kBlock) {
         const int64_t rows = smaller(kBlock, pixels - p);
         if constexpr (Same<Element, Real>::value) {
             if (in_place<Element>(width)) {
-                multiply(rows, width, words, weights + p, 1, weight_row, packed, packed_row(width), nullptr,
-                         0, image.data + p * image.stride, image.stride);
+                fetching_multiply(rows, width, words, weights + p, 1, weight_row, packed, packed_row(width),
+                                  nullptr, 0, image.data + p * image.stride, image.stride, ahead);
                 continue;
             }
         }
@@ -194,8 +200,8 @@ static void write_pixels(int64_t words, int64_t pixels, const Real* weights, int
         static_assert(kBlock * kChannels <= kTilePixels * kPanelPixels);
         for (int64_t c = 0; c < width; c += kChannels) {
             const int64_t channels = smaller(kChannels, width - c), columns = round_up(channels);
-            multiply(rows, columns, words, weights + p, 1, weight_row, packed + c, packed_row(width), nullptr,
-                     0, wide, columns);
+            fetching_multiply(rows, columns, words, weights + p, 1, weight_row, packed + c, packed_row(width),
+                              nullptr, 0, wide, columns, ahead);
             for (int64_t r = 0; r < rows; ++r) {
                 Element* at = image.data + (p + r) * image.stride + c;
                 const Real* from = wide + r * columns;
