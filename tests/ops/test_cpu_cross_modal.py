@@ -166,7 +166,8 @@ def test_undefined_numbers_go_through_as_in_the_reference(form, value):
             theirs = case()
         for a, b in zip(ours, theirs, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, equal_nan=True)
-        assert not all(out.isfinite().all() for out in theirs) or value == -float("inf") or value == float("inf")
+        if value != value:
+            assert not all(out.isfinite().all() for out in theirs)
 
 
 @FORMS
