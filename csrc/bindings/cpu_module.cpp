@@ -13,6 +13,7 @@ using namespace magnet_fast;
 using py::literals::operator""_a;
 
 namespace magnet_fast {
+void bind_cross_modal_attention(py::module_& m);  // cross_modal_module.cpp
 void bind_deformable_attention(py::module_& m);  // deformable_module.cpp
 }
 
@@ -83,6 +84,7 @@ PYBIND11_MODULE(_cpu, m) {
           "Gradients of window_attention_forward. grad_qkv, grad_bias and grad_pad are shaped like their "
           "tensors and "
           "overwritten; address 0: that gradient is not wanted.");
+    bind_cross_modal_attention(m);
     bind_deformable_attention(m);
     m.def("simd_level", &simd_level,
           "Instruction set in use: 'avx512_bf16', 'avx512', 'avx2' or 'portable'.");

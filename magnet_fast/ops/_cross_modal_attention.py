@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _autocast, _checks, _registry
+from . import _autocast, _checks, _cpu_backend, _cpu_cross_modal, _registry
 from ._binding import bind, recomputed_backward
 
 _NAME = "cross_modal_attention"
@@ -274,3 +274,11 @@ _run = bind(
 
 _registry.register_operator(_NAME, _prepare)
 _registry.register(_NAME, "reference", _both, recomputed_backward(_both, 2, _DIFFERENTIABLE))
+_registry.register(
+    _NAME,
+    "cpu",
+    _cpu_cross_modal.forward,
+    _cpu_cross_modal.backward,
+    _cpu_backend.supports_any_dtype,
+    _cpu_backend.missing,
+)

@@ -1,0 +1,261 @@
+// The three products of cross-modal attention between packed words and rows of an image tensor, and the
+// softmax over words; compiled once per SIMD level like simd.h. Weights and scores are words x pixels.
+#pragma once
+
+#include "cpu/cross_modal_kernel.h"
+#include "cpu/cross_modal_product.h"
+
+namespace magnet_fast {
+namespace MAGNET_FAST_SIMD_LEVEL {
+
+/// Pieces of one thread's scratch.
+struct Tiles {
+    Real* panel;   // transposed image rows, kPanelDepth x kPanelPixels
+    Real* rows;    // widened image rows, or output rows before they are narrowed
+    Real* first;   // two tiles of words x row
+    Real* second;  //
+    int64_t row;
+    int64_t pixels;  // of a tile at most
+
+    Tiles(Real* scratch, int64_t words, const CrossModalWidths& widths) {
+        pixels = tile_pixels(words, widths.widest());
+        panel = scratch;
+        rows = panel + kPanelDepth * kPanelPixels;
+        first = rows + kTilePixels * kPanelPixels;
+        row = pixels + 16;
+        second = first + words * row;
+    }
+};
+
+static inline int64_t smaller(int64_t a, int64_t b) {
+    return a < b ? a : b;
+}
+
+template <typename A, typename B>
+struct Same {
+    static constexpr bool value = false;
+};
+template <typename A>
+struct Same<A, A> {
+    static constexpr bool value = true;
+};
+
+/// Whether rows of this width can be read and written by whole vectors where they are.
+template <typename Element>
+static inline bool in_place(int64_t width) {
+    return Same<Element, Real>::value && width % kLanes == 0;
+}
+
+/// Pixels of the next tile or panel when `left` remain: pieces of nearly equal size, multiples of 16.
+static inline int64_t even_piece(int64_t left, int64_t most) {
+    const int64_t pieces = (left + most - 1) / most;
+    const int64_t piece = ((left + pieces - 1) / pieces + 15) / 16 * 16;
+    return smaller(left, piece);
+}
+
+/// Transposes kLanes vectors.
+static inline void transpose(Vec (&v)[kLanes]) {
+#if defined(MAGNET_FAST_SIMD_AVX512)
+    Vec t[16];
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_ps(v[i], v[i + 1]);
+        t[i + 1] = _mm512_unpackhi_ps(v[i], v[i + 1]);
+    }
+    // After this, 128-bit part p of v[4 * g + j] holds column 4 * p + j of rows 4 * g to 4 * g + 3.
+    for (int i = 0; i < 16; i += 4) {
+        const __m512d a = _mm512_castps_pd(t[i]), b = _mm512_castps_pd(t[i + 1]),
+                      c = _mm512_castps_pd(t[i + 2]), d = _mm512_castps_pd(t[i + 3]);
+        v[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, c));
+        v[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, c));
+        v[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(b, d));
+        v[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, d));
+    }
+    for (int j = 0; j < 4; ++j) {
+        const Vec a = _mm512_shuffle_f32x4(v[j], v[4 + j], 0x88),
+                  b = _mm512_shuffle_f32x4(v[j], v[4 + j], 0xDD),
+                  c = _mm512_shuffle_f32x4(v[8 + j], v[12 + j], 0x88),
+                  d = _mm512_shuffle_f32x4(v[8 + j], v[12 + j], 0xDD);
+        v[j] = _mm512_shuffle_f32x4(a, c, 0x88);
+        v[4 + j] = _mm512_shuffle_f32x4(b, d, 0x88);
+        v[8 + j] = _mm512_shuffle_f32x4(a, c, 0xDD);
+        v[12 + j] = _mm512_shuffle_f32x4(b, d, 0xDD);
+    }
+#elif defined(MAGNET_FAST_SIMD_AVX2)
+    Vec t[8];
+    for (int i = 0; i < 8; i += 4) {
+        const Vec a = _mm256_unpacklo_ps(v[i], v[i + 1]), b = _mm256_unpackhi_ps(v[i], v[i + 1]),
+                  c = _mm256_unpacklo_ps(v[i + 2], v[i + 3]), d = _mm256_unpackhi_ps(v[i + 2], v[i + 3]);
+        t[i] = _mm256_shuffle_ps(a, c, 0x44);
+        t[i + 1] = _mm256_shuffle_ps(a, c, 0xEE);
+        t[i + 2] = _mm256_shuffle_ps(b, d, 0x44);
+        t[i + 3] = _mm256_shuffle_ps(b, d, 0xEE);
+    }
+    for (int j = 0; j < 4; ++j) {
+        v[j] = _mm256_permute2f128_ps(t[j], t[4 + j], 0x20);
+        v[4 + j] = _mm256_permute2f128_ps(t[j], t[4 + j], 0x31);
+    }
+#else
+    for (int i = 0; i < kLanes; ++i)
+        for (int j = 0; j < i; ++j) {
+            const Real x = v[i][j];
+            v[i][j] = v[j][i];
+            v[j][i] = x;
+        }
+#endif
+}
+
+/// to (width x to_row) = the first `pixels` rows transposed, with zeros up to a multiple of kLanes pixels.
+template <typename Element>
+static void transpose_rows(Rows<const Element> from, int64_t pixels, int64_t width, Real* to,
+                           int64_t to_row) {
+    for (int64_t p = 0; p < pixels; p += kLanes) {
+        const int64_t here = smaller(kLanes, pixels - p);
+        for (int64_t c = 0; c < width; c += kLanes) {
+            const int64_t channels = smaller(kLanes, width - c);
+            const Element* at = from.data + p * from.stride + c;
+            Vec v[kLanes];
+            if (here == kLanes && channels == kLanes) {
+                for (int64_t i = 0; i < kLanes; ++i) v[i] = load(at + i * from.stride);
+            } else if (channels == kLanes) {
+                for (int64_t i = 0; i < kLanes; ++i)
+                    v[i] = i < here ? load(at + i * from.stride) : broadcast(0);
+            } else {
+                for (int64_t i = 0; i < kLanes; ++i)
+                    v[i] = i < here ? load_part(at + i * from.stride, channels) : broadcast(0);
+            }
+            transpose(v);
+            if (channels == kLanes) {
+                for (int64_t i = 0; i < kLanes; ++i) store(to + (c + i) * to_row + p, v[i]);
+            } else {
+                for (int64_t i = 0; i < channels; ++i) store(to + (c + i) * to_row + p, v[i]);
+            }
+        }
+    }
+}
+
+/// scores (words x pixels, score_row apart) = packed words * image rows transposed; pixels from `pixels` to
+/// the next multiple of kLanes get 0. This and the two below fetch what is read or written after them.
+template <typename Element>
+static void score_pixels(int64_t words, int64_t width, const Real* packed, Rows<const Element> image,
+                         int64_t pixels, Real* panel, Real* scores, int64_t score_row, Ahead ahead) {
+    ahead.spread((pixels + kPanelPixels - 1) / kPanelPixels * product_steps(words, 3, width));
+    for (int64_t p = 0, count = 0; p < pixels; p += count) {
+        count = even_piece(pixels - p, kPanelPixels);
+        const int64_t columns = round_up(count);
+        for (int64_t c = 0; c < width; c += kPanelDepth) {
+            const int64_t depth = smaller(kPanelDepth, width - c);
+            const Rows<const Element> part{image.data + p * image.stride + c, image.stride};
+            transpose_rows(part, count, depth, panel, columns);
+            fetching_multiply(words, columns, depth, packed + c, packed_row(width), 1, panel, columns,
+                              c ? scores + p : nullptr, score_row, scores + p, score_row, ahead);
+        }
+    }
+}
+
+/// to (words x packed_row(width)) = or, with `add`, += weights (words x pixels) * image rows.
+template <typename Element>
+static void sum_pixels(int64_t words, int64_t pixels, const Real* weights, int64_t weight_row,
+                       Rows<const Element> image, int64_t width, Real* widened, bool add, Real* to,
+                       Ahead ahead) {
+    const int64_t to_row = packed_row(width);
+    ahead.spread((width + kPanelPixels - 1) / kPanelPixels * product_steps(words, 3, pixels));
+    if constexpr (Same<Element, Real>::value) {
+        if (in_place<Element>(width)) {
+            fetching_multiply(words, width, pixels, weights, weight_row, 1, image.data, image.stride,
+                              add ? to : nullptr, to_row, to, to_row, ahead);
+            return;
+        }
+    }
+    for (int64_t c = 0; c < width; c += kPanelPixels) {
+        const int64_t channels = smaller(kPanelPixels, width - c), columns = round_up(channels);
+        for (int64_t p = 0; p < pixels; ++p) {
+            const Element* at = image.data + p * image.stride + c;
+            Real* wide = widened + p * columns;
+            int64_t i = 0;
+            for (; i + kLanes <= channels; i += kLanes) store(wide + i, load(at + i));
+            if (i < channels) store(wide + i, load_part(at + i, channels - i));
+        }
+        fetching_multiply(words, columns, pixels, weights, weight_row, 1, widened, columns,
+                          add ? to + c : nullptr, to_row, to + c, to_row, ahead);
+    }
+}
+
+/// image rows = weights (words x pixels) transposed * packed words.
+template <typename Element>
+static void write_pixels(int64_t words, int64_t pixels, const Real* weights, int64_t weight_row,
+                         const Real* packed, int64_t width, Real* wide, Rows<Element> image, Ahead ahead) {
+    // Blocks of few rows: their results are written nearly in the order of memory.
+    constexpr int64_t kBlock = 24;
+    ahead.spread((width + kPanelPixels - 1) / kPanelPixels * product_steps(pixels, 3, words));
+    for (int64_t p = 0; p < pixels; p += kBlock) {
+        const int64_t rows = smaller(kBlock, pixels - p);
+        if constexpr (Same<Element, Real>::value) {
+            if (in_place<Element>(width)) {
+                fetching_multiply(rows, width, words, weights + p, 1, weight_row, packed, packed_row(width),
+                                  nullptr, 0, image.data + p * image.stride, image.stride, ahead);
+                continue;
+            }
+        }
+        constexpr int64_t kChannels = 4 * kPanelPixels;
+        static_assert(kBlock * kChannels <= kTilePixels * kPanelPixels);
+        for (int64_t c = 0; c < width; c += kChannels) {
+            const int64_t channels = smaller(kChannels, width - c), columns = round_up(channels);
+            fetching_multiply(rows, columns, words, weights + p, 1, weight_row, packed + c, packed_row(width),
+                              nullptr, 0, wide, columns, ahead);
+            for (int64_t r = 0; r < rows; ++r) {
+                Element* at = image.data + (p + r) * image.stride + c;
+                const Real* from = wide + r * columns;
+                int64_t i = 0;
+                for (; i + kLanes <= channels; i += kLanes) store(at + i, load(from + i));
+                if (i < channels) store_part(at + i, load(from + i), channels - i);
+            }
+        }
+    }
+}
+
+template <typename Element>
+static void clear_pixels(int64_t pixels, int64_t width, Rows<Element> image) {
+    for (int64_t p = 0; p < pixels; ++p)
+        for (int64_t c = 0; c < width; ++c) image.data[p * image.stride + c] = Element{};
+}
+
+/// Softmax over words, pixel by pixel. An infinite maximum gives NaN throughout, as torch's softmax does.
+static inline void softmax_over_words(int64_t words, int64_t pixels, const Real* scores, int64_t score_row,
+                                      Real* weights, int64_t weight_row) {
+    for (int64_t p = 0; p < pixels; p += kLanes) {
+        Vec top = load(scores + p);
+        for (int64_t t = 1; t < words; ++t) top = maximum(top, load(scores + t * score_row + p));
+        Vec sum = broadcast(0);
+        for (int64_t t = 0; t < words; ++t) {
+            const Vec e = exponential(load(scores + t * score_row + p) - top);
+            store(weights + t * weight_row + p, e);
+            sum = sum + e;
+        }
+        const Vec inverse = broadcast(1) / sum;
+        for (int64_t t = 0; t < words; ++t) {
+            Real* at = weights + t * weight_row + p;
+            store(at, load(at) * inverse);
+        }
+    }
+}
+
+/// Pixels that are not there get the score -infinity: up to a multiple of kLanes.
+static inline void hide_padding(int64_t words, int64_t pixels, Real* scores, int64_t score_row) {
+    for (int64_t t = 0; t < words; ++t)
+        for (int64_t p = pixels; p < round_up(pixels); ++p)
+            scores[t * score_row + p] = -static_cast<Real>(__builtin_inff());
+}
+
+static inline Real highest_of(const Real* scores, int64_t count) {
+    Vec top = load(scores);
+    for (int64_t p = kLanes; p < count; p += kLanes) top = maximum(top, load(scores + p));
+    return reduce_max(top);
+}
+
+/// What scores are taken relative to: their maximum; 0 when all are -infinity, whose weights are then 0.
+static inline Real offset_of(Real highest) {
+    return highest == -static_cast<Real>(__builtin_inff()) ? 0 : highest;
+}
+
+}  // namespace MAGNET_FAST_SIMD_LEVEL
+}  // namespace magnet_fast
