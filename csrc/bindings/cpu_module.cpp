@@ -13,7 +13,8 @@ using namespace magnet_fast;
 using py::literals::operator""_a;
 
 namespace magnet_fast {
-void bind_deformable_attention(py::module_& m);  // deformable_module.cpp
+void bind_deformable_attention(py::module_& m);    // deformable_module.cpp
+void bind_pixel_contrastive_loss(py::module_& m);  // pixel_contrastive_module.cpp
 }
 
 namespace {
@@ -84,6 +85,7 @@ PYBIND11_MODULE(_cpu, m) {
           "tensors and "
           "overwritten; address 0: that gradient is not wanted.");
     bind_deformable_attention(m);
+    bind_pixel_contrastive_loss(m);
     m.def("simd_level", &simd_level,
           "Instruction set in use: 'avx512_bf16', 'avx512', 'avx2' or 'portable'.");
     m.def("supported_simd_levels", &supported_simd_levels, "Levels that this processor can run, best first.");
