@@ -26,99 +26,127 @@ static inline double square_root(double x) {
     return __builtin_sqrt(x);
 }
 
-/// Copies pixels to rows, as numbers of type Real.
+/// A block of columns from pixels whose channels are contiguous: four pixels at a time, transposed.
 template <typename Element>
-static void gather(const PixelRows<Element>& a, int64_t wide, Real* z) {
-    if (a.channel_stride == 1) {
-        for (int64_t i = 0; i < a.count; ++i) {
-            const Element* from = a.features + a.order[i] * a.pixel_stride;
-            int64_t c = 0;
-            for (; c + kLanes <= a.channels; c += kLanes) store(z + i * wide + c, load(from + c));
-            if (c < a.channels) store(z + i * wide + c, load_part(from + c, a.channels - c));
+static void gather_rows(const PixelRows<Element>& a, Real* columns) {
+    constexpr int64_t kWide = kLanes < 4 ? 4 : kLanes;
+    for (int64_t p = 0; p < a.count; p += 4) {
+        const Element* from[4];
+        for (int64_t r = 0; r < 4; ++r)
+            from[r] = a.features + a.order[p + r < a.count ? p + r : p] * a.pixel_stride;
+        for (int64_t c = 0; c < a.channels; c += kWide) {
+            const int64_t left = a.channels - c;
+            Real lane[4][kWide];
+            const Real* rows[4] = {lane[0], lane[1], lane[2], lane[3]};
+            for (int64_t r = 0; r < 4; ++r)
+                for (int64_t k = 0; k < kWide && k < left; k += kLanes)
+                    store(lane[r] + k,
+                          k + kLanes <= left ? load(from[r] + c + k) : load_part(from[r] + c + k, left - k));
+            int64_t k = 0;
+            for (; k + 4 <= kWide && k + 4 <= left; k += 4) {
+                transpose4(rows, columns + (c + k) * kPixelBlock + p, kPixelBlock);
+                for (const Real*& row : rows) row += 4;
+            }
+            for (int64_t e = k; e < kWide && e < left; ++e)
+                for (int64_t r = 0; r < 4; ++r) columns[(c + e) * kPixelBlock + p + r] = lane[r][e];
         }
-        return;
     }
-    // Channels lie apart, as in a map (C, H, W): some pixels of four channels at a time, transposed.
-    constexpr int64_t kPixels = 16;
-    for (int64_t i = 0; i < a.count; i += kPixels) {
-        const int64_t left = a.count - i, count = left < kPixels ? left : kPixels;
-        const int64_t* order = a.order + i;
-        const bool run =
-            count == kPixels && a.pixel_stride == 1 && order[kPixels - 1] - order[0] == kPixels - 1;
-        for (int64_t c = 0; c < a.channels; c += 4) {
-            Real lane[4][kPixels] = {};
-            for (int64_t k = 0; k < 4 && c + k < a.channels; ++k) {
-                const Element* from = a.features + (c + k) * a.channel_stride;
-                if (run)
-                    for (int64_t p = 0; p < kPixels; p += kLanes)
-                        store(lane[k] + p, load(from + order[0] + p));
-                else
-                    for (int64_t p = 0; p < count; ++p) lane[k][p] = widen(from[order[p] * a.pixel_stride]);
+}
+
+/// The same from pixels that lie anyhow; fast where neighbours are contiguous, as in a map (C, H, W).
+template <typename Element>
+static void gather_columns(const PixelRows<Element>& a, Real* columns) {
+    bool run[kPixelBlock / kLanes];  // whether a vector of pixels is contiguous
+    for (int64_t p = 0; p < kPixelBlock; p += kLanes)
+        run[p / kLanes] = a.pixel_stride == 1 && p + kLanes <= a.count &&
+                          a.order[p + kLanes - 1] - a.order[p] == kLanes - 1;
+    for (int64_t c = 0; c < a.channels; ++c, columns += kPixelBlock) {
+        const Element* from = a.features + c * a.channel_stride;
+        for (int64_t p = 0; p < a.count; p += kLanes) {
+            if (run[p / kLanes]) {
+                store(columns + p, load(from + a.order[p]));
+                continue;
             }
-            Real* to = z + i * wide + c;
-            if (count == kPixels && c + 4 <= wide) {
-                for (int64_t p = 0; p < kPixels; p += 4) {
-                    // A block of the transpose: pixel p + r gets channels c .. c + 3.
-                    const Real* const rows[4] = {lane[0] + p, lane[1] + p, lane[2] + p, lane[3] + p};
-                    transpose4(rows, to + p * wide, wide);
-                }
-            } else {
-                for (int64_t p = 0; p < count; ++p)
-                    for (int64_t k = 0; k < 4 && c + k < a.channels; ++k) to[p * wide + k] = lane[k][p];
-            }
+            const int64_t end = p + kLanes < a.count ? p + kLanes : a.count;
+            for (int64_t i = p; i < end; ++i) columns[i] = widen(from[a.order[i] * a.pixel_stride]);
         }
     }
 }
 
 template <typename Element>
-static void pack(const PixelRows<Element>& a, Real eps, Real* z, Real* norm, Real* square) {
-    const int64_t wide = row_floats(a.channels), used = round_up(a.channels);
-    for (int64_t i = 0; i < a.count; ++i) store(z + i * wide + used - kLanes, broadcast(0));
-    gather(a, wide, z);
-    for (int64_t i = 0; i < a.count; ++i) {
-        Real* row = z + i * wide;
-        for (int64_t c = used; c < wide; c += kLanes) store(row + c, broadcast(0));
+static void pack(const PixelRows<Element>& a, Real eps, Real* columns, Real* norm, Real* square) {
+    if (a.channel_stride == 1)
+        gather_rows(a, columns);
+    else
+        gather_columns(a, columns);
+    for (int64_t c = 0; c < a.channels; ++c)
+        for (int64_t p = a.count; p < kPixelBlock; ++p) columns[c * kPixelBlock + p] = 0;
+    for (int64_t p = 0; p < kPixelBlock; p += kLanes) {
         Vec sum = broadcast(0);
-        for (int64_t c = 0; c < used; c += kLanes) sum = multiply_add(load(row + c), load(row + c), sum);
-        norm[i] = square_root(reduce_add(sum));
-        if (a.normalize) {
-            const Vec divisor = broadcast(norm[i] < eps ? eps : norm[i]);
-            sum = broadcast(0);
-            for (int64_t c = 0; c < used; c += kLanes) {
-                const Vec unit = load(row + c) / divisor;
-                store(row + c, unit);
-                sum = multiply_add(unit, unit, sum);
-            }
+        for (int64_t c = 0; c < a.channels; ++c) {
+            const Vec x = load(columns + c * kPixelBlock + p);
+            sum = multiply_add(x, x, sum);
         }
-        square[i] = reduce_add(sum);
+        store(square + p, sum);
+    }
+    for (int64_t p = 0; p < kPixelBlock; ++p) norm[p] = square_root(square[p]);
+    if (!a.normalize) return;
+    for (int64_t p = 0; p < kPixelBlock; p += kLanes) {
+        Real divisor[kLanes];
+        for (int64_t i = 0; i < kLanes; ++i) divisor[i] = norm[p + i] < eps ? eps : norm[p + i];
+        Vec sum = broadcast(0);
+        for (int64_t c = 0; c < a.channels; ++c) {
+            const Vec unit = load(columns + c * kPixelBlock + p) / load(divisor);
+            store(columns + c * kPixelBlock + p, unit);
+            sum = multiply_add(unit, unit, sum);
+        }
+        store(square + p, sum);
     }
 }
 
-static void transpose(const Real* z, int64_t channels, Real* to) {
+static void to_columns(const Real* z, int64_t channels, Real* columns) {
     const int64_t wide = row_floats(channels);
-    for (int64_t p = 0; p < kPixelBlock; p += 4) {
-        const Real* rows[4] = {z + p * wide, z + (p + 1) * wide, z + (p + 2) * wide, z + (p + 3) * wide};
+    for (int64_t p = 0; p < kPixelBlock; p += 4, z += 4 * wide) {
+        const Real* rows[4] = {z, z + wide, z + 2 * wide, z + 3 * wide};
         int64_t c = 0;
         for (; c + 4 <= channels; c += 4) {
-            transpose4(rows, to + c * kPixelBlock + p, kPixelBlock);
+            if (c % 16 == 0)  // the rows of the next four pixels
+                for (const Real* row : rows) __builtin_prefetch(row + 4 * wide);
+            transpose4(rows, columns + c * kPixelBlock + p, kPixelBlock);
             for (const Real*& row : rows) row += 4;
         }
-        for (int64_t k = 0; c < channels; ++c, ++k)
-            for (int64_t r = 0; r < 4; ++r) to[c * kPixelBlock + p + r] = rows[r][k];
+        for (; c < channels; ++c)
+            for (int64_t r = 0; r < 4; ++r) columns[c * kPixelBlock + p + r] = z[r * wide + c];
     }
 }
 
-/// z_i . z_j of a pair of blocks, to its scratch; returns the number of columns computed.
-static int64_t similarities(const PixelPair<Real>& a) {
-    const int64_t wide = row_floats(a.channels), columns = round_up(a.columns);
-    multiply(a.rows, columns, a.channels, a.z_rows, wide, 1, a.transposed, kPixelBlock, nullptr, 0, a.scratch,
-             kPixelBlock);
+static void to_rows(const Real* columns, int64_t channels, Real* z) {
+    const int64_t wide = row_floats(channels);
+    int64_t c = 0;
+    for (; c + 4 <= channels; c += 4) {
+        const Real* rows[4];
+        for (int64_t k = 0; k < 4; ++k) rows[k] = columns + (c + k) * kPixelBlock;
+        for (int64_t p = 0; p < kPixelBlock; p += 4) {
+            transpose4(rows, z + p * wide + c, wide);
+            for (const Real*& row : rows) row += 4;
+        }
+    }
+    for (int64_t p = 0; p < kPixelBlock; ++p)
+        for (int64_t k = c; k < wide; ++k) z[p * wide + k] = k < channels ? columns[k * kPixelBlock + p] : 0;
+}
+
+/// z_i . z_j of a pair of blocks, to its scratch; returns the number of columns computed. Channel c of row i
+/// is rows[i * row + c * channel].
+static int64_t similarities(const PixelPair<Real>& a, const Real* rows, int64_t row, int64_t channel) {
+    const int64_t columns = round_up(a.columns);
+    multiply(a.rows, columns, a.channels, rows, row, channel, a.column_block, kPixelBlock, nullptr, 0,
+             a.scratch, kPixelBlock);
     return columns;
 }
 
 /// Sums against one shift: the exponentials of rows and columns are the same numbers.
 static void sums_shared(const PixelSums<Real>& a) {
-    const int64_t columns = similarities(a);
+    const int64_t columns = similarities(a, a.row_block, 1, kPixelBlock);
     Real* valid = a.scratch + kPixelBlock * kPixelBlock;  // 1, and 0 past the last column
     Real* column_sum = valid + kPixelBlock;
     for (int64_t j = 0; j < columns; ++j) valid[j] = j < a.columns ? 1 : 0;
@@ -141,7 +169,7 @@ static void sums_shared(const PixelSums<Real>& a) {
 
 /// Sums against the greatest similarity so far of every row and every column.
 static void sums_general(const PixelSums<Real>& a) {
-    const int64_t columns = similarities(a);
+    const int64_t columns = similarities(a, a.row_block, 1, kPixelBlock);
     Real* hidden = a.scratch + kPixelBlock * kPixelBlock;  // 0, and -infinity past the last column
     Real *most = hidden + kPixelBlock, *total = most + kPixelBlock;
     for (int64_t j = 0; j < columns; ++j) hidden[j] = j < a.columns ? 0 : -__builtin_inff();
@@ -205,17 +233,17 @@ static void weigh(const PixelGradients<Real>& a, int64_t columns) {
 
 static void gradients(const PixelGradients<Real>& a) {
     const int64_t wide = row_floats(a.channels), used = round_up(a.channels);
-    const int64_t columns = similarities(a);
+    const int64_t columns = similarities(a, a.row_z, wide, 1);
     if (a.shared)
         weigh<true>(a, columns);
     else
         weigh<false>(a, columns);
     if (a.diagonal && a.without_itself)
         for (int64_t i = 0; i < a.rows; ++i) a.scratch[i * (kPixelBlock + 1)] = 0;
-    multiply(a.rows, used, a.columns, a.scratch, kPixelBlock, 1, a.z_columns, wide, a.grad_rows, wide,
+    multiply(a.rows, used, a.columns, a.scratch, kPixelBlock, 1, a.column_z, wide, a.grad_rows, wide,
              a.grad_rows, wide);
     if (a.diagonal) return;
-    multiply(a.columns, used, a.rows, a.scratch, 1, kPixelBlock, a.z_rows, wide, a.grad_columns, wide,
+    multiply(a.columns, used, a.rows, a.scratch, 1, kPixelBlock, a.row_z, wide, a.grad_columns, wide,
              a.grad_columns, wide);
 }
 
@@ -246,7 +274,7 @@ static void unpack(const PixelRows<Element>& a, Real eps, Real scale, const Real
 template <typename Element>
 const PixelContrastiveKernels<Element>& pixel_contrastive_kernels() {
     static const PixelContrastiveKernels<Element> kernels = {
-        row_floats, pack<Element>, transpose, sums, gradients, unpack<Element>,
+        row_floats, pack<Element>, to_rows, to_columns, sums, gradients, unpack<Element>,
     };
     return kernels;
 }

@@ -9,9 +9,10 @@
 
 namespace magnet_fast {
 
-/// Pixels of a block. The pixels inside the mask and those outside fill blocks of their own, so that all
-/// pairs of two blocks are on one side or all are not. Only a side's last block may hold fewer; its rows past
-/// them are zeros.
+/// Pixels of a block. A block of features is packed as columns, (channels, kPixelBlock), or as rows,
+/// (kPixelBlock, row_floats). The pixels inside the mask and those outside fill blocks of their own, so that
+/// all pairs of two blocks are on one side or all are not. Only a side's last block may hold fewer, with
+/// zeros after them.
 constexpr int64_t kPixelBlock = 96;
 
 /// Pixels order[0 .. count) of an image as they stand in the caller's tensor.
@@ -31,10 +32,8 @@ struct PixelRows {
 template <typename Real>
 struct PixelPair {
     int64_t rows, columns, channels;
-    const Real* z_rows;      // (rows, row_floats)
-    const Real* z_columns;   // (columns, row_floats)
-    const Real* transposed;  // of z_columns
-    bool diagonal;           // both blocks are the same one: nothing is added to columns
+    const Real* column_block;  // the second block, packed as columns
+    bool diagonal;             // both blocks are the same one: nothing is added to columns
     bool shared;
     Real scale, shift;
     Real* scratch;  // (kPixelBlock, kPixelBlock) and three rows more
@@ -42,6 +41,7 @@ struct PixelPair {
 
 template <typename Real>
 struct PixelSums : PixelPair<Real> {
+    const Real* row_block;  // the first block, packed as columns
     Real *row_sum, *column_sum;
     Real *row_most, *column_most;  // used unless `shared`
 };
@@ -53,6 +53,7 @@ struct PixelGradients : PixelPair<Real> {
     /// Leave h_ii out: its part is along z_i, and when z_i has length 1 whatever its features are, changes
     /// nothing but rounding.
     bool without_itself;
+    const Real *row_z, *column_z;            // both blocks, packed as rows
     const Real *row_factor, *column_factor;  // f
     const Real *row_log, *column_log;        // l; used unless `shared`
     Real *grad_rows, *grad_columns;          // (kPixelBlock, row_floats), added to
@@ -64,14 +65,14 @@ struct PixelContrastiveKernels {
     using Real = typename Computed<Element>::Real;
     /// From one packed row of `channels` numbers to the next.
     int64_t (*row_floats)(int64_t channels);
-    /// Writes rows z, of length 1 when normalised, and of each the features' norm and z . z.
-    void (*pack)(const PixelRows<Element>&, Real eps, Real* z, Real* norm, Real* square);
-    /// A block's columns: to (channels, kPixelBlock).
-    void (*transpose)(const Real* z, int64_t channels, Real* to);
+    /// Writes columns, of length 1 when normalised, and of each pixel its features' norm and z . z.
+    void (*pack)(const PixelRows<Element>&, Real eps, Real* columns, Real* norm, Real* square);
+    void (*to_rows)(const Real* columns, int64_t channels, Real* rows);
+    void (*to_columns)(const Real* rows, int64_t channels, Real* columns);
     void (*sums)(const PixelSums<Real>&);
     void (*gradients)(const PixelGradients<Real>&);
     /// Takes scale * grad_z back through the normalisation and writes it, a row of `channels` for each pixel,
-    /// at pixel order[i] of `grad`, which is contiguous.
+    /// at pixel order[i] of `grad`, which is contiguous. z and grad_z are packed as rows.
     void (*unpack)(const PixelRows<Element>&, Real eps, Real scale, const Real* z, const Real* norm,
                    const Real* grad_z, Element* grad);
 };

@@ -67,8 +67,8 @@ class Numbers {
 template <typename Real>
 struct Worker {
     explicit Worker(int64_t channels)
-        : transposed(channels * kPixelBlock), scratch((kPixelBlock + 3) * kPixelBlock) {}
-    Numbers<Real> transposed, scratch;
+        : columns(channels * kPixelBlock), scratch((kPixelBlock + 3) * kPixelBlock) {}
+    Numbers<Real> columns, scratch;  // a block packed as columns, and what a kernel asks for
 };
 
 /// The working memory for one image at a time, and what is done with it. Arrays over pixels are in slots:
@@ -82,11 +82,12 @@ class Image {
         : sizes_(sizes),
           strides_(strides),
           team_(static_cast<int>(team)),
+          backward_(backward),
           most_slots_((sizes.pixels / kPixelBlock + 2) * kPixelBlock),
           wide_(kernels_.row_floats(sizes.channels)),
           order_(most_slots_),
-          z_(most_slots_ * wide_),
-          grad_z_(backward ? most_slots_ * wide_ : 0),
+          columns_(most_slots_ * (backward ? wide_ : sizes.channels)),
+          z_(backward ? most_slots_ * wide_ : 0),
           norm_(most_slots_),
           square_(most_slots_) {
         blocks_.reserve(most_slots_ / kPixelBlock);  // the threads must not allocate
@@ -122,26 +123,33 @@ class Image {
             return;
         }
         differentiate_sums();
+        const Numbers<Real>& grad_z = columns_;  // the columns are no longer needed: memory is used twice
         each_block([&](const Block& block) {
-            std::fill_n(grad_z_ + block.first * wide_, kPixelBlock * wide_, Real{0});
+            std::fill_n(grad_z + block.first * wide_, kPixelBlock * wide_, Real{0});
         });
-        each_pair([&](const Block& row, const Block& column, Worker<Real>& worker) {
+        const auto pack_columns = [&](const Block& block, Worker<Real>& worker) {
+            kernels_.to_columns(z_ + block.first * wide_, sizes_.channels, worker.columns.get());
+        };
+        each_pair(pack_columns, [&](const Block& row, const Block& column, Worker<Real>& worker) {
             const bool other = row.outside != column.outside;
             PixelGradients<Real> pair;
             prepare(row, column, worker, pair);
+            pair.column_block = worker.columns.get();
             pair.without_itself = unit_;
+            pair.row_z = z_ + row.first * wide_;
+            pair.column_z = z_ + column.first * wide_;
             pair.row_factor = factor_[other] + row.first;
             pair.column_factor = factor_[other] + column.first;
             pair.row_log = most_[other] + row.first;
             pair.column_log = most_[other] + column.first;
-            pair.grad_rows = grad_z_ + row.first * wide_;
-            pair.grad_columns = grad_z_ + column.first * wide_;
+            pair.grad_rows = grad_z + row.first * wide_;
+            pair.grad_columns = grad_z + column.first * wide_;
             kernels_.gradients(pair);
         });
         const Real scale = static_cast<Real>(grad_loss / sizes_.temperature);
         each_block([&](const Block& block) {
             kernels_.unpack(rows_of(features, block), static_cast<Real>(kEps), scale,
-                            z_ + block.first * wide_, norm_ + block.first, grad_z_ + block.first * wide_,
+                            z_ + block.first * wide_, norm_ + block.first, grad_z + block.first * wide_,
                             grad);
         });
     }
@@ -156,10 +164,10 @@ class Image {
     bool summarise(const Element* features, const bool* inside) {
         sort(inside);
         each_block([&](const Block& block) {
-            Real* z = z_ + block.first * wide_;
-            kernels_.pack(rows_of(features, block), static_cast<Real>(kEps), z, norm_ + block.first,
+            Real* columns = columns_of(block);
+            kernels_.pack(rows_of(features, block), static_cast<Real>(kEps), columns, norm_ + block.first,
                           square_ + block.first);
-            std::fill_n(z + block.count * wide_, (kPixelBlock - block.count) * wide_, Real{0});
+            if (backward_) kernels_.to_rows(columns, sizes_.channels, z_ + block.first * wide_);
         });
         Real least = std::numeric_limits<Real>::infinity(), most = 0;
         finite_ = true;
@@ -182,10 +190,13 @@ class Image {
             std::fill_n(most_[other].get(), most_slots_,
                         shared_ ? shift_ : -std::numeric_limits<Real>::infinity());
         }
-        each_pair([&](const Block& row, const Block& column, Worker<Real>& worker) {
+        const auto nothing = [](const Block&, Worker<Real>&) {};
+        each_pair(nothing, [&](const Block& row, const Block& column, Worker<Real>& worker) {
             const bool other = row.outside != column.outside;
             PixelSums<Real> pair;
             prepare(row, column, worker, pair);
+            pair.row_block = columns_of(row);
+            pair.column_block = columns_of(column);
             pair.row_sum = sum_[other] + row.first;
             pair.column_sum = sum_[other] + column.first;
             pair.row_most = most_[other] + row.first;
@@ -236,6 +247,8 @@ class Image {
         for (int64_t pixel = 0; pixel < sizes_.pixels; ++pixel) order_[next[!inside[pixel]]++] = pixel;
     }
 
+    Real* columns_of(const Block& block) const { return columns_ + block.first * sizes_.channels; }
+
     PixelRows<Element> rows_of(const Element* features, const Block& block) const {
         return {features,    strides_.pixel,  strides_.channel, order_.data() + block.first,
                 block.count, sizes_.channels, sizes_.normalize};
@@ -246,9 +259,6 @@ class Image {
         pair.rows = row.count;
         pair.columns = column.count;
         pair.channels = sizes_.channels;
-        pair.z_rows = z_ + row.first * wide_;
-        pair.z_columns = z_ + column.first * wide_;
-        pair.transposed = worker.transposed.get();
         pair.diagonal = row.first == column.first;
         pair.shared = shared_;
         pair.scale = static_cast<Real>(1 / sizes_.temperature);
@@ -264,9 +274,10 @@ class Image {
     }
 
     /// Calls work(row, column, worker) for every pair of blocks row <= column, in an order that is the same,
-    /// for each block, whatever the number of threads; worker.transposed holds the column's block.
-    template <typename Work>
-    void each_pair(const Work& work) {
+    /// for each block, whatever the number of threads; before some of a column's pairs, begin(column,
+    /// worker).
+    template <typename Begin, typename Work>
+    void each_pair(const Begin& begin, const Work& work) {
         const int64_t count = static_cast<int64_t>(blocks_.size());
         const RoundRobin rounds(count);
         for (int64_t round = 0; round < rounds.rounds(); ++round) {
@@ -275,8 +286,7 @@ class Image {
                 const RoundRobin::Match m = rounds.match(round, match);
                 Worker<Real>& worker = workers_[thread_index()];
                 for (int64_t column = m.second.begin; column < m.second.end; ++column) {
-                    kernels_.transpose(z_ + blocks_[column].first * wide_, sizes_.channels,
-                                       worker.transposed.get());
+                    begin(blocks_[column], worker);
                     // A group against itself: the pairs up to the diagonal.
                     const int64_t end = round == 0 ? column + 1 : m.first.end;
                     for (int64_t row = m.first.begin; row < end; ++row)
@@ -290,11 +300,13 @@ class Image {
     const PixelContrastiveSizes& sizes_;
     const FeatureStrides& strides_;
     const int team_;
+    const bool backward_;
     const int64_t most_slots_, wide_;
     std::vector<int64_t> order_;  // the pixel of every slot
     std::vector<Block> blocks_;
-    int64_t count_[2];  // pixels inside and outside
-    const Numbers<Real> z_, grad_z_, norm_, square_;
+    int64_t count_[2];                 // pixels inside and outside
+    const Numbers<Real> columns_, z_;  // all blocks, packed as columns and as rows
+    const Numbers<Real> norm_, square_;
     // Over a pixel's own side [0] and over the other [1]: sums of exp(s - most), and the gradients' factors.
     std::vector<Numbers<Real>> sum_, most_, factor_;
     std::vector<Worker<Real>> workers_;
