@@ -15,6 +15,8 @@ using py::literals::operator""_a;
 namespace magnet_fast {
 void bind_cross_modal_attention(py::module_& m);  // cross_modal_module.cpp
 void bind_deformable_attention(py::module_& m);  // deformable_module.cpp
+void bind_deformable_attention(py::module_& m);    // deformable_module.cpp
+void bind_pixel_contrastive_loss(py::module_& m);  // pixel_contrastive_module.cpp
 }
 
 namespace {
@@ -86,6 +88,7 @@ PYBIND11_MODULE(_cpu, m) {
           "overwritten; address 0: that gradient is not wanted.");
     bind_cross_modal_attention(m);
     bind_deformable_attention(m);
+    bind_pixel_contrastive_loss(m);
     m.def("simd_level", &simd_level,
           "Instruction set in use: 'avx512_bf16', 'avx512', 'avx2' or 'portable'.");
     m.def("supported_simd_levels", &supported_simd_levels, "Levels that this processor can run, best first.");

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from . import _autocast, _checks, _registry
+from . import _autocast, _checks, _cpu_backend, _cpu_pixel_contrastive, _registry
 from ._binding import bind, recomputed_backward
 
 _NAME = "pixel_contrastive_loss"
@@ -139,4 +139,12 @@ _registry.register(
     "reference",
     pixel_contrastive_loss_reference,
     recomputed_backward(pixel_contrastive_loss_reference, 1, _DIFFERENTIABLE),
+)
+_registry.register(
+    _NAME,
+    "cpu",
+    _cpu_pixel_contrastive.forward,
+    _cpu_pixel_contrastive.backward,
+    _cpu_backend.supports_any_dtype,
+    _cpu_backend.missing,
 )

@@ -1,0 +1,50 @@
+// Pixel contrastive loss on the CPU: arguments of the two launchers.
+#pragma once
+
+#include <cstdint>
+
+#include "common/elements.h"
+
+namespace magnet_fast {
+
+/// Sizes and settings shared by both passes: B, P and C.
+struct PixelContrastiveSizes {
+    int64_t batch, pixels, channels;
+    double temperature;
+    bool normalize;
+    int64_t threads;  // OpenMP threads; the result does not depend on it, not in a single bit
+};
+
+/// Distances, in elements, between neighbours along batch, pixel and channel.
+struct FeatureStrides {
+    int64_t batch, pixel, channel;
+};
+
+template <typename Element>
+struct PixelContrastiveForward {
+    PixelContrastiveSizes sizes;
+    const Element* features;  // (B, P, C)
+    FeatureStrides strides;
+    const bool* inside;                      // (B, P), contiguous
+    typename Computed<Element>::Real* loss;  // (B), written
+};
+
+template <typename Element>
+struct PixelContrastiveBackward {
+    PixelContrastiveSizes sizes;
+    const typename Computed<Element>::Real* grad_loss;  // (B), contiguous
+    const Element* features;                            // (B, P, C)
+    FeatureStrides strides;
+    const bool* inside;      // (B, P), contiguous
+    Element* grad_features;  // (B, P, C), contiguous, written
+};
+
+/// Both throw std::invalid_argument, which names the argument, before anything is written. An image takes
+/// about B * P * C numbers of working memory in the forward pass and twice that in the backward pass, for
+/// each of the images that are treated at once: as many as there are threads when there are that many.
+template <typename Element>
+void pixel_contrastive_forward(const PixelContrastiveForward<Element>& arguments);
+template <typename Element>
+void pixel_contrastive_backward(const PixelContrastiveBackward<Element>& arguments);
+
+}  // namespace magnet_fast

@@ -1,0 +1,63 @@
+"""The pixel contrastive loss's C++ kernels; see :mod:`._cpu_backend` for the extension that holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import _cpu_backend
+
+
+def forward(features: Tensor, inside: Tensor, temperature: float, normalize: bool) -> Tensor:
+    """Arguments as the reference's; any strides."""
+    inside = inside.contiguous()
+    loss = features.new_empty(features.shape[0], dtype=_result_dtype(features))
+    _cpu_backend.extension.pixel_contrastive_loss_forward(
+        loss_ptr=loss.data_ptr(), **_inputs(features, inside, temperature, normalize)
+    )
+    return loss
+
+
+def backward(
+    grad_loss: Tensor | None,
+    features: Tensor,
+    inside: Tensor,
+    temperature: float,
+    normalize: bool,
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:
+    """The gradient of ``features``, None when it is not wanted."""
+    if not wanted[0]:
+        return [None]
+    grad = torch.empty(features.shape, dtype=features.dtype)
+    if grad_loss is None:
+        return [grad.zero_()]
+    grad_loss, inside = grad_loss.to(_result_dtype(features)).contiguous(), inside.contiguous()
+    _cpu_backend.extension.pixel_contrastive_loss_backward(
+        grad_loss_ptr=grad_loss.data_ptr(),
+        grad_features_ptr=grad.data_ptr(),
+        **_inputs(features, inside, temperature, normalize),
+    )
+    return [grad]
+
+
+def _result_dtype(features: Tensor) -> torch.dtype:
+    return torch.float64 if features.dtype == torch.float64 else torch.float32
+
+
+def _inputs(features: Tensor, inside: Tensor, temperature: float, normalize: bool) -> dict[str, object]:
+    batch, pixels, channels = features.shape
+    return {
+        "features_ptr": features.data_ptr(),
+        "features_strides": features.stride(),
+        "inside_ptr": inside.data_ptr(),
+        "dtype": _cpu_backend.DTYPE_CODES[features.dtype],
+        "batch": batch,
+        "pixels": pixels,
+        "channels": channels,
+        "temperature": temperature,
+        "normalize": normalize,
+        "threads": torch.get_num_threads(),
+    }
