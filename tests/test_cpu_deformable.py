@@ -77,6 +77,7 @@ def kernel(value, maps, locations, weights, grad_out, threads=1, wanted=(True, T
         "points": locations.shape[4],
         "spatial_shapes": list(maps),
         "threads": threads,
+        "dtype": 0,
     }
     out = allocate(grad_out.shape)
     _cpu.deformable_attention_forward(out_ptr=out.data_ptr(), **common)
@@ -271,8 +272,8 @@ def test_operator_chooses_it_and_takes_any_gradient_of_the_result():
 
 
 def test_operator_says_why_it_cannot_run_here():
-    arguments = [t.double() for t in inputs()[:3]]
-    with ops.backend("cpu"), pytest.raises(RuntimeError, match="float64 is not supported, float32 only"):
+    arguments = [t.to("meta") for t in inputs()[:3]]
+    with ops.backend("cpu"), pytest.raises(RuntimeError, match="device meta is not supported, CPU tensors only"):
         ops.deformable_attention(arguments[0], PYRAMID, *arguments[1:])
 
 
@@ -303,12 +304,16 @@ def test_nothing_to_do():
         ({"spatial_shapes": [(0, 5)]}, r"spatial_shapes: expected heights of 1 \.\. 2\^24, got 0"),
         ({"spatial_shapes": [(5, -5)]}, r"spatial_shapes: expected widths of 1 \.\. 2\^24, got -5"),
         ({"spatial_shapes": [(2**20, 2**20)]}, r"spatial_shapes: expected at most 2\^30 positions"),
+        ({"spatial_shapes": [(1, 2**24)] * 40}, r"spatial_shapes: expected fewer than 2\^31 positions with .* borders"),
         ({"head_dim": 2**31 - 1, "batch": 2**31 - 1}, "batch: expected value to be addressable"),
         ({"queries": 2**31 - 1, "heads": 2**31 - 1}, "queries: expected the points and the result"),
         ({"value_strides": (-1, 48, 16)}, "value_strides: expected strides of at least 0, got -1"),
         ({"value_ptr": 0}, "value_ptr: expected the address of a tensor"),
         ({"locations_ptr": 0}, "locations_ptr: expected the address of a tensor"),
         ({"weights_ptr": 6}, "weights_ptr: expected an address aligned for float32, got 2"),
+        ({"weights_ptr": 5, "dtype": 1}, "weights_ptr: expected an address aligned for 16-bit numbers, got 1"),
+        ({"weights_ptr": 20, "dtype": 3}, "weights_ptr: expected an address aligned for float64, got 4"),
+        ({"dtype": 4}, "dtype: expected 0 .float32.* got 4"),
     ],
 )
 def test_bad_sizes_are_refused(change, message):
@@ -326,6 +331,7 @@ def test_bad_sizes_are_refused(change, message):
         "points": 2,
         "spatial_shapes": PYRAMID,
         "threads": 1,
+        "dtype": 0,
         **change,
     }
     with pytest.raises(ValueError, match=message):
@@ -336,5 +342,65 @@ def test_bad_sizes_are_refused(change, message):
             grad_value_ptr=value.data_ptr(),
             grad_locations_ptr=0,
             grad_weights_ptr=0,
+            **arguments,
+        )
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"heads": 0}, "heads: expected 1"),
+        ({"points": 2**20}, r"points: expected at most 2\^20 points a query on all levels"),
+        ({"queries": 2**31 - 1, "heads": 2**31 - 1}, "queries: expected the points and the result"),
+        ({"spatial_shapes": [(0, 5)]}, r"spatial_shapes: expected heights of 1 \.\. 2\^24, got 0"),
+        ({"value_strides": (-1, 48, 16)}, "value_strides: expected strides of at least 0, got -1"),
+        ({"offsets_strides": (1, -2, 1)}, "offsets_strides: expected strides of at least 0, got -2"),
+        ({"logits_strides": (1, 2, -3)}, "logits_strides: expected strides of at least 0, got -3"),
+        ({"reference_batch": 3}, "reference_batch: expected 1 or the batch 2, got 3"),
+        ({"reference_levels": 2}, "reference_levels: expected 1 or the number of maps 4, got 2"),
+        ({"coordinates": 3}, "coordinates: expected 2 or 4, got 3"),
+        ({"value_ptr": 0}, "value_ptr: expected the address of a tensor"),
+        ({"reference_ptr": 0}, "reference_ptr: expected the address of a tensor"),
+        ({"offsets_ptr": 0}, "offsets_ptr: expected the address of a tensor"),
+        ({"logits_ptr": 0}, "logits_ptr: expected the address of a tensor"),
+        ({"offsets_ptr": 6}, "offsets_ptr: expected an address aligned for float32, got 2"),
+        ({"logits_ptr": 6, "dtype": 1, "wide": True}, "logits_ptr: expected an address aligned for float32, got 2"),
+        ({"reference_ptr": 6, "dtype": 1}, "reference_ptr: expected an address aligned for float32, got 2"),
+    ],
+)
+def test_bad_sizes_of_the_fused_form_are_refused(change, message):
+    value, locations, weights, grad_out = inputs()
+    arguments = {
+        "value_ptr": value.data_ptr(),
+        "value_strides": value.stride()[:3],
+        "reference_ptr": locations.data_ptr(),
+        "reference_batch": 1,
+        "reference_levels": 1,
+        "coordinates": 2,
+        "offsets_ptr": locations.data_ptr(),
+        "offsets_strides": locations.stride()[:3],
+        "logits_ptr": weights.data_ptr(),
+        "logits_strides": weights.stride()[:3],
+        "wide": False,
+        "batch": 2,
+        "positions": 118,
+        "heads": 3,
+        "head_dim": 16,
+        "queries": 21,
+        "points": 2,
+        "spatial_shapes": PYRAMID,
+        "threads": 1,
+        "dtype": 0,
+        **change,
+    }
+    with pytest.raises(ValueError, match=message):
+        _cpu.fused_deformable_attention_forward(out_ptr=grad_out.data_ptr(), **arguments)
+    with pytest.raises(ValueError, match=message):
+        _cpu.fused_deformable_attention_backward(
+            grad_out_ptr=grad_out.data_ptr(),
+            grad_value_ptr=value.data_ptr(),
+            grad_reference_ptr=0,
+            grad_offsets_ptr=0,
+            grad_logits_ptr=0,
             **arguments,
         )

@@ -14,7 +14,7 @@ from .position import sine_position
 
 
 class DeformableAttention(nn.Module):
-    """Self-attention of the flattened pyramid on `ops.deformable_attention` (Zhu et al., Deformable DETR).
+    """Self-attention of the flattened pyramid on `ops.fused_deformable_attention` (Zhu et al., Deformable DETR).
 
     tokens and position are (B, ΣHₗWₗ, C); every token samples `points` places a level and head around itself.
     """
@@ -48,16 +48,12 @@ class DeformableAttention(nn.Module):
         batch, count, width = tokens.shape
         query = tokens + position
         grid = (batch, count, self.num_heads, self.levels, self.points)
-        offsets = self.sampling_offsets(query)
-        weights = self.attention_weights(query).view(*grid[:3], -1).softmax(dim=-1).view(grid)
-        # Offsets are in pixels of the sampled level: divide by (W, H) to reach [0, 1] coordinates. Scale and reference
-        # are spelled out along the last dimension: broadcasting over an inner dimension of 2 is slow on a CPU.
-        pixels = torch.tensor([(w, h) for h, w in shapes], dtype=offsets.dtype, device=offsets.device)
-        scale = pixels.reciprocal().repeat_interleave(self.points, dim=0).flatten().repeat(self.num_heads)
-        centre = reference.to(offsets.dtype).repeat(1, scale.shape[0] // 2)
-        locations = torch.addcmul(centre, offsets, scale).view(*grid, 2)
+        offsets = self.sampling_offsets(query).view(*grid, 2)  # in pixels of the sampled level
+        logits = self.attention_weights(query).view(grid)
         value = self.value_proj(tokens).view(batch, count, self.num_heads, width // self.num_heads)
-        return self.output_proj(ops.deformable_attention(value, shapes, locations, weights.to(value.dtype)))
+        # Low precision takes float32 reference points: 8 bits do not place a pixel on a map of 60 columns.
+        reference = reference.to(torch.promote_types(reference.dtype, value.dtype))
+        return self.output_proj(ops.fused_deformable_attention(value, shapes, reference, offsets, logits))
 
 
 class DeformableLayer(nn.Module):

@@ -13,6 +13,7 @@ fastest that can run. The environment variable ``MAGNET_FAST_BACKEND`` or the co
 
 from ._cross_modal_attention import cross_modal_attention
 from ._deformable_attention import deformable_attention
+from ._fused_deformable_attention import fused_deformable_attention
 from ._pixel_contrastive_loss import pixel_contrastive_loss
 from ._registry import BackendError, Explanation, available_backends, backend, explain
 from ._window_attention import window_attention
@@ -25,6 +26,7 @@ __all__ = [
     "cross_modal_attention",
     "deformable_attention",
     "explain",
+    "fused_deformable_attention",
     "pixel_contrastive_loss",
     "window_attention",
 ]

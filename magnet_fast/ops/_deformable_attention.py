@@ -93,20 +93,8 @@ def _prepare(
     _checks.floating_tensor(value, "value", 4, "(B, S, h, d)")
     _checks.floating_tensor(sampling_locations, "sampling_locations", 6, "(B, Q, h, L, K, 2)")
     _checks.floating_tensor(attention_weights, "attention_weights", 5, "(B, Q, h, L, K)")
-    if isinstance(spatial_shapes, Tensor) or not isinstance(spatial_shapes, Sequence):
-        raise TypeError(
-            "spatial_shapes: expected a list of (H, W) pairs of Python ints (a tensor is not read back), "
-            f"got {type(spatial_shapes).__name__}"
-        )
-    sizes = []
-    for index, shape in enumerate(spatial_shapes):
-        if not isinstance(shape, (tuple, list)):
-            raise TypeError(f"spatial_shapes[{index}]: expected a pair (H, W) of ints, got {type(shape).__name__}")
-        sizes.extend(_checks.int_pair(shape, f"spatial_shapes[{index}]", 1))
-    total = sum(h * w for h, w in zip(sizes[::2], sizes[1::2], strict=True))
-    batch, length, heads, _ = value.shape
-    if total != length:
-        raise ValueError(f"spatial_shapes: the maps have {total} positions together, value has {length}")
+    sizes = flat_sizes(spatial_shapes, value)
+    batch, _, heads, _ = value.shape
     queries, levels, points = sampling_locations.shape[1], len(spatial_shapes), sampling_locations.shape[4]
     because = f"batch and heads of value, {levels} levels"
     _checks.exact_shape(sampling_locations, "sampling_locations", (batch, queries, heads, levels, points, 2), because)
@@ -128,6 +116,24 @@ def _prepare(
     _checks.same_dtype(sampling_locations, "sampling_locations", value, "value", or_float32=True)
     _checks.same_dtype(attention_weights, "attention_weights", value, "value")
     return value, sampling_locations, attention_weights, sizes
+
+
+def flat_sizes(spatial_shapes: Sequence[tuple[int, int]], value: Tensor) -> list[int]:
+    """H0, W0, H1, W1, ... of the maps, checked against the positions of ``value``."""
+    if isinstance(spatial_shapes, Tensor) or not isinstance(spatial_shapes, Sequence):
+        raise TypeError(
+            "spatial_shapes: expected a list of (H, W) pairs of Python ints (a tensor is not read back), "
+            f"got {type(spatial_shapes).__name__}"
+        )
+    sizes = []
+    for index, shape in enumerate(spatial_shapes):
+        if not isinstance(shape, (tuple, list)):
+            raise TypeError(f"spatial_shapes[{index}]: expected a pair (H, W) of ints, got {type(shape).__name__}")
+        sizes.extend(_checks.int_pair(shape, f"spatial_shapes[{index}]", 1))
+    total = sum(h * w for h, w in zip(sizes[::2], sizes[1::2], strict=True))
+    if total != value.shape[1]:
+        raise ValueError(f"spatial_shapes: the maps have {total} positions together, value has {value.shape[1]}")
+    return sizes
 
 
 _DIFFERENTIABLE = (0, 1, 2)
@@ -155,6 +161,6 @@ _registry.register(
     "cpu",
     _cpu_deformable.forward,
     _cpu_deformable.backward,
-    _cpu_backend.supports,
+    _cpu_backend.supports_any_dtype,
     _cpu_backend.missing,
 )

@@ -7,12 +7,14 @@ from hypothesis import strategies as st
 
 from magnet_fast import _cpu, ops
 
-from .cases import Case, deformable_case, weighted_sum
+from .cases import Case, assert_low_precision, deformable_case, weighted_sum
 
 NAMES = ("value", "sampling_locations", "attention_weights")
 
 
-def random_case(*, batch=2, shapes=((7, 9), (4, 5), (1, 3)), queries=11, heads=2, d=8, points=4, seed=0) -> Case:
+def random_case(
+    *, batch=2, shapes=((7, 9), (4, 5), (1, 3)), queries=11, heads=2, d=8, points=4, seed=0, dtype=torch.float32
+) -> Case:
     generator = torch.Generator().manual_seed(seed)
     length, levels = sum(h * w for h, w in shapes), len(shapes)
     leaves = [
@@ -21,7 +23,9 @@ def random_case(*, batch=2, shapes=((7, 9), (4, 5), (1, 3)), queries=11, heads=2
         torch.randn(batch, queries, heads, levels, points, generator=generator),
     ]
     return Case(
-        "deformable_attention", [t.requires_grad_() for t in leaves], lambda v, *rest: ((v, list(shapes), *rest), {})
+        "deformable_attention",
+        [t.to(dtype).requires_grad_() for t in leaves],
+        lambda v, *rest: ((v, list(shapes), *rest), {}),
     )
 
 
@@ -52,6 +56,39 @@ def assert_agree(case):
 )
 def test_equals_the_reference(batch, shapes, queries, heads, d, points, seed):
     assert_agree(random_case(batch=batch, shapes=shapes, queries=queries, heads=heads, d=d, points=points, seed=seed))
+
+
+def assert_low(case):
+    """At most twice the error of the reference in the same dtype."""
+    dtype = case.leaves[0].dtype
+    exact = Case(case.operator, [leaf.detach().double().requires_grad_() for leaf in case.leaves], case.arguments)
+    results = run(case, "cpu"), run(case, "reference"), run(exact, "reference")
+    for name, leaf, ours, plain, truth in zip(
+        ("output", *NAMES), (case.leaves[0], *case.leaves), *results, strict=True
+    ):
+        assert ours.dtype == leaf.dtype
+        assert_low_precision(ours, plain, truth, dtype, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("wide", [False, True], ids=["", "float32 locations"])
+def test_low_precision(dtype, wide):
+    for d in (3, 20, 70):
+        case = random_case(d=d, queries=40, dtype=dtype)
+        if wide:
+            case.leaves[1] = random_case(d=d, queries=40).leaves[1]
+        assert_low(case)
+
+
+def test_float64():
+    """The scalar kernels: as exact as the reference, so that gradients can be checked through them."""
+    for d, points in ((1, 1), (5, 3), (40, 4)):
+        case = random_case(d=d, points=points, dtype=torch.float64)
+        for ours, theirs in zip(run(case, "cpu"), run(case, "reference"), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
+    case = deformable_case()
+    with ops.backend("cpu"):
+        assert torch.autograd.gradcheck(case, case.leaves)
 
 
 def test_far_and_undefined_points():
@@ -115,6 +152,8 @@ def test_every_simd_level(level):
     try:
         for d in (8, 13, 32):
             assert_agree(random_case(d=d))
+            for dtype in (torch.bfloat16, torch.float16):
+                assert_low(random_case(d=d, dtype=dtype))
     finally:
         _cpu.set_simd_level(before)
 
