@@ -107,6 +107,7 @@ def expected(case: Case, inputs: Inputs) -> tuple[Tensor, list[Tensor]]:
 
 def sizes(case: Case, threads: int) -> dict[str, object]:
     return {
+        "dtype": 0,
         "batch": case.batch,
         "height": case.height,
         "width": case.width,

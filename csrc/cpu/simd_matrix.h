@@ -1,4 +1,7 @@
 // Small matrix products on packed numbers, in registers; compiled once per SIMD level like simd.h.
+//
+// The operands are words of one of two kinds: Real, or (level avx512_bf16) pairs of bfloat16 that are
+// neighbours along the depth, whose products are added to the sum by one instruction. The sums are Real.
 #pragma once
 
 #include "cpu/simd.h"
@@ -6,84 +9,133 @@
 namespace magnet_fast {
 namespace MAGNET_FAST_SIMD_LEVEL {
 
+#if defined(MAGNET_FAST_SIMD_AVX512_BF16)
+
+/// Two bfloat16 numbers, depth 2k in the low half and 2k + 1 in the high one.
+struct Pair {
+    uint32_t bits;
+};
+
+static inline __m512bh load(const Pair* p) {
+    return reinterpret_cast<__m512bh>(_mm512_loadu_si512(p));
+}
+static inline __m512bh broadcast(Pair x) {
+    return reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(x.bits)));
+}
+static inline Vec multiply_add(__m512bh a, __m512bh b, Vec c) {
+    return _mm512_dpbf16_ps(c, a, b);
+}
+
+#endif
+
 /// A register tile of C = init + A * B: Rows x (Vectors * kLanes), depth steps of one broadcast of A and one
 /// row of B. A is addressed as a[row * a_row + k * a_depth], so that A and its transpose are both read in
-/// place. init null: zeros.
-template <int Rows, int Vectors>
-static void tile(int64_t depth, const Real* a, int64_t a_row, int64_t a_depth, const Real* b, int64_t b_depth,
-                 const Real* init, int64_t init_row, Real* c, int64_t c_row) {
+/// place. init null: zeros. top, unless null, takes the maximum of every row of C and of what it holds.
+///
+/// Always inlined: a call would end with vzeroupper, which waits for every product in flight.
+template <int Rows, int Vectors, typename Word>
+static inline __attribute__((always_inline)) void tile(int64_t depth, const Word* a, int64_t a_row,
+                                                       int64_t a_depth, const Word* b, int64_t b_depth,
+                                                       const Real* init, int64_t init_row, Real* c,
+                                                       int64_t c_row, Vec* top) {
     Vec sum[Rows][Vectors];
     for (int m = 0; m < Rows; ++m)
         for (int n = 0; n < Vectors; ++n)
-            sum[m][n] = init ? load(init + m * init_row + n * kLanes) : broadcast(0);
+            sum[m][n] = init ? load(init + m * init_row + n * kLanes) : broadcast(Real{0});
     // One pointer per three rows: base, base + a_row and base + 2 * a_row are all one x86 address.
-    const Real* base[(Rows + 2) / 3];
+    const Word* base[(Rows + 2) / 3];
     for (int g = 0; g < (Rows + 2) / 3; ++g) base[g] = a + 3 * g * a_row;
     for (int64_t k = 0; k < depth; ++k) {
-        Vec row[Vectors];
+        decltype(load(b)) row[Vectors];
         for (int n = 0; n < Vectors; ++n) row[n] = load(b + n * kLanes);
         b += b_depth;
         for (int m = 0; m < Rows; ++m) {
-            const Vec scalar = broadcast(base[m / 3][(m % 3) * a_row]);
+            const auto scalar = broadcast(base[m / 3][(m % 3) * a_row]);
             for (int n = 0; n < Vectors; ++n) sum[m][n] = multiply_add(scalar, row[n], sum[m][n]);
         }
         for (int g = 0; g < (Rows + 2) / 3; ++g) base[g] += a_depth;
     }
-    for (int m = 0; m < Rows; ++m)
+    for (int m = 0; m < Rows; ++m) {
         for (int n = 0; n < Vectors; ++n) store(c + m * c_row + n * kLanes, sum[m][n]);
+        if (top) {
+            for (int n = 1; n < Vectors; ++n) sum[m][0] = maximum(sum[m][0], sum[m][n]);
+            top[m] = maximum(top[m], sum[m][0]);
+        }
+    }
 }
 
-template <int Vectors>
-static void panel(int64_t rows, int64_t depth, const Real* a, int64_t a_row, int64_t a_depth, const Real* b,
-                  int64_t b_depth, const Real* init, int64_t init_row, Real* c, int64_t c_row) {
+/// `tiles` tiles of one height, one below the other.
+template <int Rows, int Vectors, typename Word>
+static void column(int64_t tiles, int64_t depth, const Word* a, int64_t a_row, int64_t a_depth, const Word* b,
+                   int64_t b_depth, const Real* init, int64_t init_row, Real* c, int64_t c_row, Vec* top) {
+    for (int64_t t = 0; t < tiles; ++t) {
+        tile<Rows, Vectors>(depth, a, a_row, a_depth, b, b_depth, init, init_row, c, c_row, top);
+        a += Rows * a_row;
+        c += Rows * c_row;
+        if (init) init += Rows * init_row;
+        if (top) top += Rows;
+    }
+}
+
+template <int Vectors, typename Word>
+static void panel(int64_t rows, int64_t depth, const Word* a, int64_t a_row, int64_t a_depth, const Word* b,
+                  int64_t b_depth, const Real* init, int64_t init_row, Real* c, int64_t c_row, Vec* top) {
     // Tiles of nearly equal height: 49 rows are better cut into seven tiles of 7 than into six of 8 and one
-    // of 1.
+    // of 1. The first ones are `height` rows high, the others one row less.
     int64_t tiles = (rows + kTileRows[Vectors] - 1) / kTileRows[Vectors];
-    for (int64_t m = 0; m < rows; --tiles) {
-        const int64_t height = (rows - m + tiles - 1) / tiles;
-        const Real* at = a + m * a_row;
+    for (int64_t m = 0; m < rows;) {
+        const int64_t left = rows - m, height = (left + tiles - 1) / tiles;
+        const int64_t alike = left % tiles ? left % tiles : tiles;
+        const Word* at = a + m * a_row;
         const Real* init_at = init ? init + m * init_row : nullptr;
         Real* ct = c + m * c_row;
+        Vec* top_at = top ? top + m : nullptr;
         switch (height) {
-#define MAGNET_FAST_TILE(R)                                                                        \
-    case R:                                                                                        \
-        if constexpr (R <= kTileRows[Vectors])                                                     \
-            tile<R, Vectors>(depth, at, a_row, a_depth, b, b_depth, init_at, init_row, ct, c_row); \
+#define MAGNET_FAST_TILES(R)                                                                               \
+    case R:                                                                                                \
+        if constexpr (R <= kTileRows[Vectors])                                                             \
+            column<R, Vectors>(alike, depth, at, a_row, a_depth, b, b_depth, init_at, init_row, ct, c_row, \
+                               top_at);                                                                    \
         break;
-            MAGNET_FAST_TILE(1)
-            MAGNET_FAST_TILE(2)
-            MAGNET_FAST_TILE(3)
-            MAGNET_FAST_TILE(4)
-            MAGNET_FAST_TILE(5)
-            MAGNET_FAST_TILE(6)
-            MAGNET_FAST_TILE(7)
-            MAGNET_FAST_TILE(8)
-            MAGNET_FAST_TILE(9)
-            MAGNET_FAST_TILE(10)
-            MAGNET_FAST_TILE(11)
-            MAGNET_FAST_TILE(12)
-#undef MAGNET_FAST_TILE
+            MAGNET_FAST_TILES(1)
+            MAGNET_FAST_TILES(2)
+            MAGNET_FAST_TILES(3)
+            MAGNET_FAST_TILES(4)
+            MAGNET_FAST_TILES(5)
+            MAGNET_FAST_TILES(6)
+            MAGNET_FAST_TILES(7)
+            MAGNET_FAST_TILES(8)
+            MAGNET_FAST_TILES(9)
+            MAGNET_FAST_TILES(10)
+            MAGNET_FAST_TILES(11)
+            MAGNET_FAST_TILES(12)
+#undef MAGNET_FAST_TILES
         }
-        m += height;
+        m += alike * height;
+        tiles -= alike;
     }
 }
 
 /// C (rows x columns) = init + A (rows x depth) * B (depth x columns); columns is a multiple of kLanes, B and
-/// C have contiguous rows. init null: zeros; init == c: accumulate.
-static inline void multiply(int64_t rows, int64_t columns, int64_t depth, const Real* a, int64_t a_row,
-                            int64_t a_depth, const Real* b, int64_t b_depth, const Real* init,
-                            int64_t init_row, Real* c, int64_t c_row) {
+/// C have contiguous rows; depth and A's and B's strides count words. init null: zeros; init == c:
+/// accumulate. top (rows), unless null, is written: lane by lane the maximum of every row of C.
+template <typename Word>
+static inline void multiply(int64_t rows, int64_t columns, int64_t depth, const Word* a, int64_t a_row,
+                            int64_t a_depth, const Word* b, int64_t b_depth, const Real* init,
+                            int64_t init_row, Real* c, int64_t c_row, Vec* top = nullptr) {
+    if (top)
+        for (int64_t m = 0; m < rows; ++m) top[m] = broadcast(-static_cast<Real>(__builtin_inff()));
     for (int64_t n = 0, left = columns / kLanes; left > 0;) {
         // 3 + 3 + ... with a remainder of 1 taken as 2 + 2: a tile one vector wide waits on its own
         // additions.
         const int64_t wide = left == 1 ? 1 : (left == 2 || left == 4) ? 2 : 3;
         const Real* init_at = init ? init + n : nullptr;
         if (wide == 3)
-            panel<3>(rows, depth, a, a_row, a_depth, b + n, b_depth, init_at, init_row, c + n, c_row);
+            panel<3>(rows, depth, a, a_row, a_depth, b + n, b_depth, init_at, init_row, c + n, c_row, top);
         else if (wide == 2)
-            panel<2>(rows, depth, a, a_row, a_depth, b + n, b_depth, init_at, init_row, c + n, c_row);
+            panel<2>(rows, depth, a, a_row, a_depth, b + n, b_depth, init_at, init_row, c + n, c_row, top);
         else
-            panel<1>(rows, depth, a, a_row, a_depth, b + n, b_depth, init_at, init_row, c + n, c_row);
+            panel<1>(rows, depth, a, a_row, a_depth, b + n, b_depth, init_at, init_row, c + n, c_row, top);
         n += wide * kLanes;
         left -= wide;
     }

@@ -31,11 +31,12 @@ void check_sizes(const WindowAttentionSizes& s) {
     require(s.threads <= 4096, "threads", "at most 4096", s.threads);
     require(s.shift_h >= 0 && s.shift_h < s.window_h, "shift_h", "0 .. window_h - 1", s.shift_h);
     require(s.shift_w >= 0 && s.shift_w < s.window_w, "shift_w", "0 .. window_w - 1", s.shift_w);
-    if (!std::isfinite(s.scale)) throw std::invalid_argument("scale: expected a finite number");
-    constexpr int64_t kBytes = std::numeric_limits<int64_t>::max() / 4;
+    if (!std::isfinite(s.scale) || s.scale <= 0)
+        throw std::invalid_argument("scale: expected a finite number above 0");
+    constexpr int64_t kBytes = std::numeric_limits<int64_t>::max() / 8;
     const int64_t map = s.height * s.width;  // < 2^62
     require(map <= kBytes / (3 * s.channels) / std::max<int64_t>(1, s.batch), "batch",
-            "batch * height * width * 3 * channels floats to be addressable", s.batch);
+            "batch * height * width * 3 * channels numbers to be addressable", s.batch);
 }
 
 /// Strides of a map that is read may be anything that is not negative (0: broadcast); of one that is written,
@@ -48,18 +49,28 @@ void check_strides(const WindowAttentionSizes& s, const MapStrides& strides, int
         require(extent <= 1 || stride >= least, name, "strides of at least " + std::to_string(least), stride);
 }
 
-/// What one thread works with. Made before the threads start: an exception could not leave a parallel region.
-struct Worker {
-    GroupBias bias;
-    AlignedFloats scratch;
-    std::vector<const float*> query, next, grad_out;
-    std::vector<float*> written;
-    std::vector<float> bias_gradient;
+template <typename Number>
+void check_tensor(const Number* pointer, const std::string& name) {
+    require(pointer != nullptr, name, "the address of a tensor", 0);
+    const int64_t misaligned = reinterpret_cast<uintptr_t>(pointer) % alignof(Number);
+    require(misaligned == 0, name, "an address aligned for its dtype", misaligned);
+}
 
-    Worker(const WindowAttentionSizes& sizes, const WindowPlan& plan, const WindowKernels<float>& kernels,
+/// What one thread works with. Made before the threads start: an exception could not leave a parallel region.
+template <typename Element>
+struct Worker {
+    using Real = typename Computed<Element>::Real;
+    GroupBias<Real> bias;
+    AlignedFloats scratch;
+    std::vector<const Element*> query, next, grad_out;
+    std::vector<Element*> written;
+    std::vector<Real> bias_gradient;
+
+    Worker(const WindowAttentionSizes& sizes, const WindowPlan& plan, const WindowKernels<Element>& kernels,
            bool backward)
-        : bias(sizes, plan, kernels),
-          scratch(aligned_floats(kernels.scratch_floats(plan.max_tokens, sizes.channels / sizes.heads))),
+        : bias(sizes, plan, kernels.bias),
+          scratch(
+              aligned_floats(kernels.scratch_bytes(plan.max_tokens, sizes.channels / sizes.heads) / 4 + 1)),
           query(plan.max_tokens),
           next(plan.max_tokens),
           grad_out(backward ? plan.max_tokens : 0),
@@ -68,16 +79,19 @@ struct Worker {
 };
 
 /// Everything both passes need: the plan, the padding's key and value, and a worker per thread.
+template <typename Element>
 struct Launch {
+    using Real = typename Computed<Element>::Real;
     const WindowAttentionSizes& sizes;
-    const WindowKernels<float>& kernels = window_kernels<float>();
+    const WindowKernels<Element>& kernels = window_kernels<Element>();
     WindowPlan plan{sizes};
     int64_t head_dim = sizes.channels / sizes.heads;
-    std::vector<float> padding;  // (3C) q, k and v of padded tokens
-    std::vector<Worker> workers;
+    std::vector<Element> padding;  // (3C) q, k and v of padded tokens
+    std::vector<Element> zeros;    // (d)
+    std::vector<Worker<Element>> workers;
 
-    Launch(const WindowAttentionSizes& s, const float* pad_qkv, bool backward)
-        : sizes(s), padding(3 * s.channels) {
+    Launch(const WindowAttentionSizes& s, const Element* pad_qkv, bool backward)
+        : sizes(s), padding(3 * s.channels), zeros(s.channels / s.heads) {
         if (pad_qkv) std::copy(pad_qkv, pad_qkv + padding.size(), padding.begin());
         const int64_t count = std::min<int64_t>(s.threads, std::max<size_t>(1, plan.tasks.size()));
         for (int64_t i = 0; i < count; ++i) workers.emplace_back(s, plan, kernels, backward);
@@ -85,34 +99,34 @@ struct Launch {
 
     /// Pointers to the channels of `head` for every token of a group; `window` counts a class's windows over
     /// the batch.
-    template <typename Float>
-    void locate(const Task& task, const Group& group, int64_t window, Float* map, const MapStrides& strides,
-                std::vector<Float*>& pointers) const {
+    template <typename Number>
+    void locate(const Task& task, const Group& group, int64_t window, Number* map, const MapStrides& strides,
+                std::vector<Number*>& pointers) const {
         const WindowClass& part = plan.classes[task.window_class];
         const int64_t image = window / part.windows(), place = window % part.windows();
         const int64_t columns = static_cast<int64_t>(part.columns.size());
         const int64_t* source_y = plan.source_y.data() + part.rows[place / columns] * sizes.window_h;
         const int64_t* source_x = plan.source_x.data() + part.columns[place % columns] * sizes.window_w;
-        Float* origin = map + image * strides.batch + task.head * head_dim;
-        Float** to = pointers.data();
+        Number* origin = map + image * strides.batch + task.head * head_dim;
+        Number** to = pointers.data();
         for (const Token& token : group.tokens)
             *to++ = origin + source_y[token.y] * strides.height + source_x[token.x] * strides.width;
     }
 
     /// Fills what the two passes share.
-    void prepare(const Task& task, int64_t g, int64_t window, const float* qkv, const MapStrides& strides,
-                 const float* zeros, Worker& worker, GroupForward& arguments) const {
+    void prepare(const Task& task, int64_t g, int64_t window, const Element* qkv, const MapStrides& strides,
+                 Worker<Element>& worker, GroupForward<Element>& arguments) const {
         const Group& group = plan.classes[task.window_class].groups[g];
         arguments.tokens = static_cast<int64_t>(group.tokens.size());
         arguments.keys = group.keys();
         arguments.head_dim = head_dim;
         arguments.channels = sizes.channels;
-        arguments.scale = static_cast<float>(sizes.scale);
+        arguments.scale = static_cast<Real>(sizes.scale);
         locate(task, group, window, qkv, strides, worker.query);
         arguments.query = worker.query.data();
         arguments.pad_key = padding.data() + sizes.channels + task.head * head_dim;
         arguments.pad_value = arguments.pad_key + sizes.channels;
-        arguments.zeros = zeros;
+        arguments.zeros = zeros.data();
         arguments.bias = worker.bias.values(g);
         arguments.bias_row = worker.bias.row(g);
         arguments.next = nullptr;
@@ -135,8 +149,8 @@ struct Launch {
 
 /// Sums the tasks' partial results (length each) head by head, in the tasks' order and in double, so that the
 /// bits do not depend on the number of threads; calls write(head, index, sum).
-template <typename Write>
-void reduce(const std::vector<Task>& tasks, const std::vector<float>& parts, int64_t heads, int64_t length,
+template <typename Real, typename Write>
+void reduce(const std::vector<Task>& tasks, const std::vector<Real>& parts, int64_t heads, int64_t length,
             const Write& write) {
     std::vector<double> sums(length);
     size_t t = 0;
@@ -144,32 +158,32 @@ void reduce(const std::vector<Task>& tasks, const std::vector<float>& parts, int
         std::fill(sums.begin(), sums.end(), 0.0);
         for (; t < tasks.size() && tasks[t].head == head; ++t)
             for (int64_t index = 0; index < length; ++index) sums[index] += parts[t * length + index];
-        for (int64_t index = 0; index < length; ++index) write(head, index, static_cast<float>(sums[index]));
+        for (int64_t index = 0; index < length; ++index) write(head, index, static_cast<Real>(sums[index]));
     }
 }
 
 }  // namespace
 
-void window_attention_forward(const WindowAttentionForward& a) {
+template <typename Element>
+void window_attention_forward(const WindowAttentionForward<Element>& a) {
     check_sizes(a.sizes);
     check_strides(a.sizes, a.qkv_strides, 0, "qkv_strides");
     check_strides(a.sizes, a.out_strides, a.sizes.channels, "out_strides");
     if (a.sizes.batch == 0) return;
-    check_pointer(a.qkv, "qkv_ptr");
-    check_pointer(a.bias, "bias_ptr");
-    if (a.pad_qkv) check_pointer(a.pad_qkv, "pad_qkv_ptr");
-    check_pointer(a.out, "out_ptr");
+    check_tensor(a.qkv, "qkv_ptr");
+    check_tensor(a.bias, "bias_ptr");
+    if (a.pad_qkv) check_tensor(a.pad_qkv, "pad_qkv_ptr");
+    check_tensor(a.out, "out_ptr");
 
-    Launch launch(a.sizes, a.pad_qkv, /*backward=*/false);
-    const std::vector<float> zeros(launch.head_dim);
-    launch.run([&](int64_t t, Worker& worker) {
+    Launch<Element> launch(a.sizes, a.pad_qkv, /*backward=*/false);
+    launch.run([&](int64_t t, Worker<Element>& worker) {
         const Task& task = launch.plan.tasks[t];
         worker.bias.load(a.bias, task.head, task.window_class);
         const std::vector<Group>& groups = launch.plan.classes[task.window_class].groups;
         for (size_t g = 0; g < groups.size(); ++g) {
             for (int64_t window = task.begin; window < task.end; ++window) {
-                GroupForward arguments;
-                launch.prepare(task, g, window, a.qkv, a.qkv_strides, zeros.data(), worker, arguments);
+                GroupForward<Element> arguments;
+                launch.prepare(task, g, window, a.qkv, a.qkv_strides, worker, arguments);
                 launch.locate(task, groups[g], window, a.out, a.out_strides, worker.written);
                 arguments.out = worker.written.data();
                 launch.kernels.forward(arguments);
@@ -178,39 +192,40 @@ void window_attention_forward(const WindowAttentionForward& a) {
     });
 }
 
-void window_attention_backward(const WindowAttentionBackward& a) {
+template <typename Element>
+void window_attention_backward(const WindowAttentionBackward<Element>& a) {
+    using Real = typename Computed<Element>::Real;
     const WindowAttentionSizes& s = a.sizes;
     check_sizes(s);
     check_strides(s, a.grad_out_strides, 0, "grad_out_strides");
     check_strides(s, a.qkv_strides, 0, "qkv_strides");
     if (a.grad_qkv) check_strides(s, a.grad_qkv_strides, 3 * s.channels, "grad_qkv_strides");
     if (s.batch > 0) {
-        check_pointer(a.grad_out, "grad_out_ptr");
-        check_pointer(a.qkv, "qkv_ptr");
-        check_pointer(a.bias, "bias_ptr");
-        if (a.pad_qkv) check_pointer(a.pad_qkv, "pad_qkv_ptr");
-        if (a.grad_qkv) check_pointer(a.grad_qkv, "grad_qkv_ptr");
+        check_tensor(a.grad_out, "grad_out_ptr");
+        check_tensor(a.qkv, "qkv_ptr");
+        check_tensor(a.bias, "bias_ptr");
+        if (a.pad_qkv) check_tensor(a.pad_qkv, "pad_qkv_ptr");
+        if (a.grad_qkv) check_tensor(a.grad_qkv, "grad_qkv_ptr");
     }
-    if (a.grad_bias) check_pointer(a.grad_bias, "grad_bias_ptr");
-    if (a.grad_pad_qkv) check_pointer(a.grad_pad_qkv, "grad_pad_ptr");
+    if (a.grad_bias) check_tensor(a.grad_bias, "grad_bias_ptr");
+    if (a.grad_pad_qkv) check_tensor(a.grad_pad_qkv, "grad_pad_ptr");
 
-    Launch launch(s, s.batch > 0 ? a.pad_qkv : nullptr, /*backward=*/true);
+    Launch<Element> launch(s, s.batch > 0 ? a.pad_qkv : nullptr, /*backward=*/true);
     const std::vector<Task>& tasks = launch.plan.tasks;
     const int64_t d = launch.head_dim, table = (2 * s.window_h - 1) * (2 * s.window_w - 1);
     // A task adds to its own partial sums only, whichever thread runs it.
-    std::vector<float> bias_parts(a.grad_bias ? tasks.size() * table : 0);
-    std::vector<float> pad_parts(a.grad_pad_qkv ? tasks.size() * 2 * d : 0);
-    const std::vector<float> zeros(d);
-    launch.run([&](int64_t t, Worker& worker) {
+    std::vector<Real> bias_parts(a.grad_bias ? tasks.size() * table : 0);
+    std::vector<Real> pad_parts(a.grad_pad_qkv ? tasks.size() * 2 * d : 0);
+    launch.run([&](int64_t t, Worker<Element>& worker) {
         const Task& task = tasks[t];
         worker.bias.load(a.bias, task.head, task.window_class);
-        if (a.grad_bias) std::fill_n(worker.bias_gradient.begin(), worker.bias.size(), 0.0f);
+        if (a.grad_bias) std::fill_n(worker.bias_gradient.begin(), worker.bias.size(), Real{0});
         const std::vector<Group>& groups = launch.plan.classes[task.window_class].groups;
         for (size_t g = 0; g < groups.size(); ++g) {
             if (!a.grad_qkv && !a.grad_bias && !(a.grad_pad_qkv && groups[g].pads)) continue;
             for (int64_t window = task.begin; window < task.end; ++window) {
-                GroupBackward arguments;
-                launch.prepare(task, g, window, a.qkv, a.qkv_strides, zeros.data(), worker, arguments);
+                GroupBackward<Element> arguments;
+                launch.prepare(task, g, window, a.qkv, a.qkv_strides, worker, arguments);
                 launch.locate(task, groups[g], window, a.grad_out, a.grad_out_strides, worker.grad_out);
                 arguments.grad_out = worker.grad_out.data();
                 arguments.grad_query = nullptr;
@@ -229,17 +244,26 @@ void window_attention_backward(const WindowAttentionBackward& a) {
     });
 
     if (a.grad_bias) {
-        const GroupBias& layout = launch.workers.front().bias;
-        reduce(tasks, bias_parts, s.heads, table, [&](int64_t head, int64_t index, float sum) {
+        const GroupBias<Real>& layout = launch.workers.front().bias;
+        reduce(tasks, bias_parts, s.heads, table, [&](int64_t head, int64_t index, Real sum) {
             a.grad_bias[layout.reversed(index) * s.heads + head] = sum;
         });
     }
     if (a.grad_pad_qkv) {
-        std::fill_n(a.grad_pad_qkv, s.channels, 0.0f);
-        reduce(tasks, pad_parts, s.heads, 2 * d, [&](int64_t head, int64_t index, float sum) {
+        std::fill_n(a.grad_pad_qkv, s.channels, Real{0});
+        reduce(tasks, pad_parts, s.heads, 2 * d, [&](int64_t head, int64_t index, Real sum) {
             a.grad_pad_qkv[(1 + index / d) * s.channels + head * d + index % d] = sum;
         });
     }
 }
+
+#define MAGNET_FAST_INSTANTIATE(Element)                                            \
+    template void window_attention_forward(const WindowAttentionForward<Element>&); \
+    template void window_attention_backward(const WindowAttentionBackward<Element>&);
+MAGNET_FAST_INSTANTIATE(float)
+MAGNET_FAST_INSTANTIATE(BFloat16)
+MAGNET_FAST_INSTANTIATE(Float16)
+MAGNET_FAST_INSTANTIATE(double)
+#undef MAGNET_FAST_INSTANTIATE
 
 }  // namespace magnet_fast

@@ -10,7 +10,8 @@
 namespace magnet_fast {
 namespace {
 
-constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
+template <typename Real>
+constexpr Real kMinusInfinity = -std::numeric_limits<Real>::infinity();
 // Enough tasks to keep many cores busy, few enough that a task's own cost (its bias gradient) stays small.
 constexpr int64_t kTasksWanted = 128;
 
@@ -111,8 +112,9 @@ WindowPlan::WindowPlan(const WindowAttentionSizes& sizes) {
     source_x = std::move(x_axis.source);
 }
 
-GroupBias::GroupBias(const WindowAttentionSizes& sizes, const WindowPlan& plan,
-                     const WindowKernels<float>& kernels)
+template <typename Real>
+GroupBias<Real>::GroupBias(const WindowAttentionSizes& sizes, const WindowPlan& plan,
+                           const WindowBiasKernels<Real>& kernels)
     : sizes_(sizes),
       plan_(plan),
       kernels_(kernels),
@@ -138,31 +140,35 @@ GroupBias::GroupBias(const WindowAttentionSizes& sizes, const WindowPlan& plan,
     pads_.resize(most_pads);
 }
 
-int64_t GroupBias::position(const Token& query, const Run& run) const {
+template <typename Real>
+int64_t GroupBias<Real>::position(const Token& query, const Run& run) const {
     return reversed(bias_row(query.y, query.x, run.first.y, run.first.x, sizes_.window_h, sizes_.window_w));
 }
 
-void GroupBias::gather(const std::vector<Run>& runs, const Token& query, float* to) const {
+template <typename Real>
+void GroupBias<Real>::gather(const std::vector<Run>& runs, const Token& query, Real* to) const {
     for (const Run& run : runs) {
-        std::memcpy(to, table_.data() + position(query, run), run.length * sizeof(float));
+        std::memcpy(to, table_.data() + position(query, run), run.length * sizeof(Real));
         to += run.length;
     }
 }
 
-void GroupBias::load_pads(const Group& group, int64_t row, float* to) {
-    float* at = to;
+template <typename Real>
+void GroupBias<Real>::load_pads(const Group& group, int64_t row, Real* to) {
+    Real* at = to;
     for (const Token& query : group.tokens) {
         gather(group.pad_runs, query, at);
-        std::fill(at + group.pads, at + row, kMinusInfinity);
+        std::fill(at + group.pads, at + row, kMinusInfinity<Real>);
         at += row;
     }
 }
 
-void GroupBias::load(const float* table, int64_t head, int64_t window_class) {
+template <typename Real>
+void GroupBias<Real>::load(const Real* table, int64_t head, int64_t window_class) {
     if (head == head_ && window_class == window_class_) return;
     if (head != head_)
         for (int64_t index = 0; index < table_size(); ++index)
-            table_[reversed(index)] = table[index * sizes_.heads + head];
+            table_[reversed(index)] = static_cast<Real>(table[index * sizes_.heads + head] / sizes_.scale);
     head_ = head;
     window_class_ = window_class;
 
@@ -171,16 +177,16 @@ void GroupBias::load(const float* table, int64_t head, int64_t window_class) {
     for (const Group& group : plan_.classes[window_class].groups) {
         const int64_t tokens = static_cast<int64_t>(group.tokens.size());
         const int64_t row = whole_vectors(group.keys(), kernels_.lanes);
-        float* at = values_.data() + offsets_.back();
+        Real* at = values_.data() + offsets_.back();
         for (const Token& query : group.tokens) {
             gather(group.runs, query, at);
-            std::fill(at + tokens, at + row, kMinusInfinity);
+            std::fill(at + tokens, at + row, kMinusInfinity<Real>);
             at += row;
         }
         if (group.pads) {
             const int64_t pad_row = whole_vectors(group.pads, kernels_.lanes);
             load_pads(group, pad_row, pads_.data());
-            kernels_.log_sum_exp_rows(pads_.data(), tokens, pad_row,
+            kernels_.log_sum_exp_rows(pads_.data(), tokens, pad_row, static_cast<Real>(sizes_.scale),
                                       values_.data() + offsets_.back() + tokens, row);
         }
         rows_.push_back(row);
@@ -188,24 +194,26 @@ void GroupBias::load(const float* table, int64_t head, int64_t window_class) {
     }
 }
 
-void GroupBias::scatter(const float* gradients, float* table_gradient) {
+template <typename Real>
+void GroupBias<Real>::scatter(const Real* gradients, Real* table_gradient) {
     const std::vector<Group>& groups = plan_.classes[window_class_].groups;
     for (size_t g = 0; g < groups.size(); ++g) {
         const Group& group = groups[g];
         const int64_t tokens = static_cast<int64_t>(group.tokens.size()), row = rows_[g];
         const int64_t pad_row = whole_vectors(group.pads, kernels_.lanes);
-        const float* rows = gradients + offsets_[g];
+        const Real* rows = gradients + offsets_[g];
         if (group.pads) {
             // The one padded key's gradient goes to its members in proportion to their share of the
             // exponentials.
             load_pads(group, pad_row, pads_.data());
-            kernels_.softmax_rows(pads_.data(), tokens, pad_row, values(g) + tokens, rows + tokens, row);
+            kernels_.softmax_rows(pads_.data(), tokens, pad_row, static_cast<Real>(sizes_.scale),
+                                  values(g) + tokens, rows + tokens, row);
         }
         for (int64_t i = 0; i < tokens; ++i) {
-            const float* from = rows + i * row;
+            const Real* from = rows + i * row;
             for (const std::vector<Run>* runs : {&group.runs, &group.pad_runs}) {
                 for (const Run& run : *runs) {
-                    float* to = table_gradient + position(group.tokens[i], run);
+                    Real* to = table_gradient + position(group.tokens[i], run);
                     for (int64_t t = 0; t < run.length; ++t) to[t] += from[t];
                     from += run.length;
                 }
@@ -214,5 +222,8 @@ void GroupBias::scatter(const float* gradients, float* table_gradient) {
         }
     }
 }
+
+template class GroupBias<float>;
+template class GroupBias<double>;
 
 }  // namespace magnet_fast

@@ -53,26 +53,28 @@ struct WindowPlan {
     int64_t max_tokens = 0;   // of any group
 };
 
-/// The bias of one head, for the groups of one class of windows.
+/// The bias of one head, for the groups of one class of windows, in units of the scale (see window_kernel.h).
+template <typename Real>
 class GroupBias {
   public:
-    GroupBias(const WindowAttentionSizes& sizes, const WindowPlan& plan, const WindowKernels<float>& kernels);
+    GroupBias(const WindowAttentionSizes& sizes, const WindowPlan& plan,
+              const WindowBiasKernels<Real>& kernels);
 
     /// Gathers the biases of `head` for a class from `table` (WindowAttentionForward::bias), unless loaded.
-    void load(const float* table, int64_t head, int64_t window_class);
+    void load(const Real* table, int64_t head, int64_t window_class);
 
     /// (tokens, row(group)) biases of a group of the loaded class; lanes past its keys hold -infinity.
-    const float* values(int64_t group) const { return values_.data() + offsets_[group]; }
+    const Real* values(int64_t group) const { return values_.data() + offsets_[group]; }
     int64_t row(int64_t group) const { return rows_[group]; }
-    /// Floats of the largest class.
+    /// Numbers of the largest class.
     int64_t capacity() const { return static_cast<int64_t>(values_.size()); }
-    /// Floats of all groups of the loaded class together.
+    /// Numbers of all groups of the loaded class together.
     int64_t size() const { return offsets_.back(); }
     int64_t offset(int64_t group) const { return offsets_[group]; }
 
     /// table_gradient (table_size(), in the reversed order) += the gradients (size()) of the loaded class's
     /// biases.
-    void scatter(const float* gradients, float* table_gradient);
+    void scatter(const Real* gradients, Real* table_gradient);
 
     int64_t table_size() const { return table_h_ * table_w_; }
     /// Place in the reversed table of row `index` of the caller's bias table.
@@ -81,17 +83,17 @@ class GroupBias {
     }
 
   private:
-    void gather(const std::vector<Run>& runs, const Token& query, float* to) const;
-    void load_pads(const Group& group, int64_t row, float* to);
+    void gather(const std::vector<Run>& runs, const Token& query, Real* to) const;
+    void load_pads(const Group& group, int64_t row, Real* to);
     int64_t position(const Token& query, const Run& run) const;
 
     const WindowAttentionSizes& sizes_;
     const WindowPlan& plan_;
-    const WindowKernels<float>& kernels_;
+    const WindowBiasKernels<Real>& kernels_;
     int64_t table_h_, table_w_;
     int64_t head_ = -1, window_class_ = -1;
-    std::vector<float> table_;  // one head's biases, columns reversed: a run of keys then reads forwards
-    std::vector<float> values_, pads_;
+    std::vector<Real> table_;  // one head's biases, columns reversed: a run of keys then reads forwards
+    std::vector<Real> values_, pads_;
     std::vector<int64_t> offsets_, rows_;
 };
 

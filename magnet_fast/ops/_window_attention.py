@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _autocast, _checks, _cpu_backend, _registry
+from . import _autocast, _checks, _cpu_backend, _cpu_window, _registry
 from ._binding import bind, recomputed_backward
 
 _NAME = "window_attention"
@@ -273,8 +273,8 @@ _registry.register(
 _registry.register(
     _NAME,
     "cpu",
-    _cpu_backend.window_attention_forward,
-    _cpu_backend.window_attention_backward,
-    _cpu_backend.supports,
+    _cpu_window.forward,
+    _cpu_window.backward,
+    _cpu_backend.supports_any_dtype,
     _cpu_backend.missing,
 )

@@ -1,0 +1,118 @@
+// How the window kernels collect a group's scattered rows; compiled once per SIMD level like simd.h.
+#pragma once
+
+#include "cpu/simd.h"
+#include "cpu/window_kernel.h"
+
+namespace magnet_fast {
+namespace MAGNET_FAST_SIMD_LEVEL {
+
+// Query rows treated at a time, at most: a 7 x 7 window is one block of 49, a 12 x 12 window three blocks of
+// 48. Larger blocks make fewer passes over the gradients of k and v; smaller ones keep the scores closer to
+// the core.
+constexpr int64_t kBlock = 64;
+
+/// Rows of the next block when `left` remain: blocks of nearly equal height, even but for the last one.
+static inline int64_t block_rows(int64_t left) {
+    const int64_t blocks = (left + kBlock - 1) / kBlock;
+    return blocks == 1 ? left : ((left + blocks - 1) / blocks + 1) / 2 * 2;
+}
+
+/// Hands out consecutive, 64-byte aligned pieces of the scratch buffer.
+struct Arena {
+    char* at;
+    explicit Arena(void* scratch) : at(static_cast<char*>(scratch)) {}
+    template <typename T>
+    T* take(int64_t count) {
+        T* piece = reinterpret_cast<T*>(at);
+        at += (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
+        return piece;
+    }
+};
+
+/// Enough for either form of the kernels: q, dO, k, v, dk and dv; k and v transposed; scores and their
+/// gradients; dq; row pointers. No piece is larger than in Real.
+static int64_t scratch_bytes(int64_t tokens, int64_t head_dim) {
+    const int64_t keys = round_up(tokens + 1) + 1, wide = round_up(head_dim) + 1;
+    const int64_t numbers = 10 * keys * wide + 4 * kBlock * keys + kBlock * wide;
+    return numbers * static_cast<int64_t>(sizeof(Real)) +
+           2 * keys * static_cast<int64_t>(sizeof(const void*)) + 16 * 64;
+}
+
+/// to (count x round_up(d)) = rows, zeros past d.
+template <typename Element>
+static void gather_rows(const Element* const* rows, int64_t count, int64_t d, Real* to) {
+    const int64_t wide = round_up(d), whole = d / kLanes * kLanes;
+    for (int64_t i = 0; i < count; ++i, to += wide) {
+        for (int64_t c = 0; c < whole; c += kLanes) store(to + c, load(rows[i] + c));
+        if (whole < d) store(to + whole, load_part(rows[i] + whole, d - whole));
+    }
+}
+
+/// to (d x count) = rows transposed; count is a multiple of kLanes. Words of 32 bits (one lane of level
+/// float64) are moved as they are.
+static void transpose_rows(const Real* const* rows, int64_t count, int64_t d, Real* to) {
+    int64_t i = 0;
+    for (; i + 4 <= count; i += 4) {
+        int64_t c = 0;
+        for (; c + 4 <= d; c += 4) {
+            const Real* block[4] = {rows[i] + c, rows[i + 1] + c, rows[i + 2] + c, rows[i + 3] + c};
+            transpose4(block, to + c * count + i, count);
+        }
+        for (; c < d; ++c)
+            for (int64_t r = 0; r < 4; ++r) to[c * count + i + r] = rows[i + r][c];
+    }
+    for (; i < count; ++i)
+        for (int64_t c = 0; c < d; ++c) to[c * count + i] = rows[i][c];
+}
+
+/// Pointers to every key's row, `offset` channels after the query: the real tokens', the padding's, then
+/// zeros up to `count`.
+template <typename Element>
+static void key_rows(const GroupForward<Element>& g, int64_t offset, const Element* pad, int64_t count,
+                     const Element** rows) {
+    int64_t j = 0;
+    for (; j < g.tokens; ++j) rows[j] = g.query[j] + offset;
+    for (; j < g.keys; ++j) rows[j] = pad;
+    for (; j < count; ++j) rows[j] = g.zeros;
+}
+
+/// to[0 .. d) = factor * from.
+template <typename Element>
+static inline void write_row(Element* to, const Real* from, int64_t d, Real factor) {
+    const Vec wide = broadcast(factor);
+    int64_t c = 0;
+    for (; c + kLanes <= d; c += kLanes) store(to + c, load(from + c) * wide);
+    if (c < d) store_part(to + c, load(from + c) * wide, d - c);
+}
+
+/// The gradients of keys and values (rows of round_up(d), from the first wanted key on; those of the keys
+/// without the scale), to where they belong.
+template <typename Element>
+static inline void write_key_gradients(const GroupBackward<Element>& g, const Real* grad_key,
+                                       const Real* grad_value) {
+    const int64_t d = g.head_dim, wide = round_up(d);
+    int64_t row = 0;
+    if (g.grad_query) {
+        for (int64_t j = 0; j < g.tokens; ++j, row += wide) {
+            write_row(g.grad_query[j] + g.channels, grad_key + row, d, g.scale);
+            write_row(g.grad_query[j] + 2 * g.channels, grad_value + row, d, Real{1});
+        }
+    }
+    if (g.grad_pad_key && g.keys > g.tokens) {
+        for (int64_t c = 0; c < d; ++c) g.grad_pad_key[c] += g.scale * grad_key[row + c];
+        for (int64_t c = 0; c < d; ++c) g.grad_pad_value[c] += grad_value[row + c];
+    }
+}
+
+/// Begins to fetch q, k and v of token i of the group that follows.
+template <typename Element>
+static inline void prefetch_token(const GroupForward<Element>& g, int64_t i) {
+    if (!g.next) return;
+    for (int64_t part = 0; part < 3; ++part)
+        for (int64_t c = 0; c < g.head_dim; c += 64 / static_cast<int64_t>(sizeof(Element)))
+            __builtin_prefetch(g.next[i] + part * g.channels + c, 0, 2);
+}
+
+}  // namespace MAGNET_FAST_SIMD_LEVEL
+}  // namespace magnet_fast
