@@ -47,7 +47,8 @@ class AlignmentModule(nn.Module):
     (output (B, H, W, C) for the decoder, stream (B, H, W, C) for the next stage, words (B, T, D)).
 
     A form builds its attention in `_build_exchange`, and its `_exchange` returns full resolution (B, P, C) and pooled
-    levels for the mixer, then the residuals of the pixels and of the words.
+    levels for the mixer, then the residuals of the pixels and of the words. It need not compute the words' where
+    `words_listen` is False: their gate is closed, as in released checkpoints, and the text stream is plain BERT.
     """
 
     def __init__(self, config: AlignmentConfig, stage: int, channels: int, text_width: int) -> None:
@@ -61,11 +62,12 @@ class AlignmentModule(nn.Module):
 
     def forward(self, feature: Tensor, words: Tensor, word_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         size = feature.shape[1:3]
-        full, levels, image_residual, text_residual = self._exchange(feature, words, word_mask)
+        words_listen = not self.text_gate.closed()
+        full, levels, image_residual, text_residual = self._exchange(feature, words, word_mask, words_listen)
         maps = [_upsample(level, size) for level in levels]
         output = self.mixer(torch.cat([*maps, full.unflatten(1, size)], dim=-1))
         stream = self.image_gate(feature, image_residual.unflatten(1, size))
-        return output, stream, self.text_gate(words, text_residual)
+        return output, stream, self.text_gate(words, text_residual) if words_listen else words
 
 
 class PWAMAlignment(AlignmentModule):
@@ -82,14 +84,15 @@ class PWAMAlignment(AlignmentModule):
         self.text_fusion = TextPWAM(text_width, channels, masking=config.masking)
 
     def _exchange(
-        self, feature: Tensor, words: Tensor, word_mask: Tensor
-    ) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
+        self, feature: Tensor, words: Tensor, word_mask: Tensor, words_listen: bool
+    ) -> tuple[Tensor, list[Tensor], Tensor, Tensor | None]:
         pixels = feature.flatten(1, 2)
         levels = [
             fuse(pool(feature), words, word_mask) for pool, fuse in zip(self.pools, self.level_fusions, strict=True)
         ]
         residual = self.fusion(pixels, words, word_mask)
-        return residual, levels, residual, self.text_fusion(words, pixels, word_mask)
+        text_residual = self.text_fusion(words, pixels, word_mask) if words_listen else None
+        return residual, levels, residual, text_residual
 
 
 class XMHAAlignment(AlignmentModule):
@@ -106,8 +109,8 @@ class XMHAAlignment(AlignmentModule):
         self.level_fusions = nn.ModuleList(exchange(level_channels) for _ in config.pyramid)
 
     def _exchange(
-        self, feature: Tensor, words: Tensor, word_mask: Tensor
-    ) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
+        self, feature: Tensor, words: Tensor, word_mask: Tensor, words_listen: bool
+    ) -> tuple[Tensor, list[Tensor], Tensor, Tensor | None]:
         pooled = [pool(feature) for pool in self.pools]
         pixels = feature.flatten(1, 2)
         image_residual, text_residual = self.fusion(pixels, words, word_mask)

@@ -90,13 +90,14 @@ class LAVT(nn.Module):
         check_inputs(image, input_ids, attention_mask, self.text_encoder)
         word_mask = attention_mask.bool()
         words = self.text_encoder(input_ids, attention_mask)
-        stream = self.image_encoder.patch_embed(image)
+        feature = self.image_encoder.first_stage(image)
         outputs = []
-        for stage, fusion in zip(self.image_encoder.stages, self.fusions, strict=True):
-            output, stream = fusion(stage(stream), words, word_mask)
+        stages = self.image_encoder.stages
+        for index, (stage, fusion) in enumerate(zip(stages, self.fusions, strict=True)):
+            output, stream = fusion(feature, words, word_mask)
             outputs.append(output)
             if stage.downsample is not None:
-                stream = stage.downsample(stream)
+                feature = stages[index + 1](stage.downsample(stream))
         return self.decoder(outputs), words
 
     @torch.no_grad()

@@ -48,17 +48,17 @@ class MagNet(nn.Module):
     def encode(self, image: Tensor, input_ids: Tensor, attention_mask: Tensor) -> tuple[list[Tensor], Tensor]:
         """Stage outputs, channels-last (B, Hᵢ, Wᵢ, Cᵢ) from stride 4 to 32, and the words (B, T, D)."""
         word_mask = attention_mask.bool()
-        stream = self.image_encoder.patch_embed(image)
+        feature = self.image_encoder.first_stage(image)
         words = self.text_encoder.embed(input_ids)
         text_mask = additive_mask(attention_mask, words)
         outputs = []
-        for index, stage in enumerate(self.image_encoder.stages):
-            feature = stage(stream)
+        stages = self.image_encoder.stages
+        for index, stage in enumerate(stages):
             words = self.text_encoder.run_slice(index, words, text_mask)
             output, stream, words = self.alignment[index](feature, words, word_mask)
             outputs.append(output)
             if stage.downsample is not None:
-                stream = stage.downsample(stream)
+                feature = stages[index + 1](stage.downsample(stream))
         return outputs, words
 
     @torch.no_grad()

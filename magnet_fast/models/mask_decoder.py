@@ -11,7 +11,12 @@ from .position import sine_position
 
 
 class QueryAttention(nn.Module):
-    """Multi-head attention of the query with its residual and LayerNorm, on PyTorch's own fused attention."""
+    """Multi-head attention of the one query to the pixels, with its residual and LayerNorm, projections absorbed.
+
+    There is one query and there are many pixels, so no pixel is projected. A score q·(W_k x + b_k) is (W_kᵀ q)·x plus
+    a constant that softmax drops, and Σ p (W_v x + b_v) is W_v Σ p x + b_v because Σ p = 1: each head's query becomes
+    a query of full width, and one attention with the raw pixels as keys and values serves all heads.
+    """
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
@@ -23,14 +28,27 @@ class QueryAttention(nn.Module):
             nn.init.xavier_uniform_(projection.weight)
             nn.init.zeros_(projection.bias)
 
-    def forward(self, x: Tensor, query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None = None) -> Tensor:
-        """x, query (B, Q, C); key, value (B, P, C); allowed (B, 1, Q, P) bool → (B, Q, C)."""
-        q, k, v = (
-            projection(t).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
-            for projection, t in ((self.query, query), (self.key, key), (self.value, value))
-        )
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
-        return self.norm(x + self.output(attended.transpose(1, 2).flatten(2)))
+    def forward(self, x: Tensor, query: Tensor, key: Tensor, value: Tensor, allowed: Tensor) -> Tensor:
+        """x, query (B, 1, C); key, value (B, P, C); allowed (B, 1, 1, P) bool → (B, 1, C)."""
+        heads = (self.num_heads, -1)
+        q = self.query(query).squeeze(1).unflatten(1, heads)  # (B, h, d)
+        absorbed = torch.einsum("bhd,hdc->bhc", q * q.shape[2] ** -0.5, self.key.weight.unflatten(0, heads))
+        read = F.scaled_dot_product_attention(
+            absorbed[:, None], key[:, None], value[:, None], attn_mask=allowed, scale=1.0
+        ).squeeze(1)  # (B, h, C)
+        values = torch.einsum("bhc,hdc->bhd", read, self.value.weight.unflatten(0, heads))
+        return self.norm(x + self.output(values.flatten(1) + self.value.bias)[:, None])
+
+
+class LoneQueryAttention(QueryAttention):
+    """Self-attention of one query: softmax over a single key is 1, whatever query and key are.
+
+    Their projections stay in the module because released checkpoints hold them.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, 1, C) → (B, 1, C)."""
+        return self.norm(x + self.output(self.value(x)))
 
 
 class DecoderLayer(nn.Module):
@@ -39,14 +57,15 @@ class DecoderLayer(nn.Module):
     def __init__(self, config: MaskDecoderConfig) -> None:
         super().__init__()
         self.cross_attention = QueryAttention(config.width, config.num_heads)
-        self.self_attention = QueryAttention(config.width, config.num_heads)
+        self.self_attention = LoneQueryAttention(config.width, config.num_heads)
         self.linear1 = nn.Linear(config.width, config.mask_feedforward)
         self.linear2 = nn.Linear(config.mask_feedforward, config.width)
         self.norm = nn.LayerNorm(config.width)
 
-    def forward(self, x: Tensor, embed: Tensor, memory: Tensor, position: Tensor, allowed: Tensor) -> Tensor:
-        x = self.cross_attention(x, x + embed, memory + position, memory, allowed)
-        x = self.self_attention(x, x + embed, x + embed, x)
+    def forward(self, x: Tensor, embed: Tensor, keys: Tensor, memory: Tensor, allowed: Tensor) -> Tensor:
+        """keys is the memory with its position added; both (B, P, C)."""
+        x = self.cross_attention(x, x + embed, keys, memory, allowed)
+        x = self.self_attention(x)
         return self.norm(x + self.linear2(F.relu(self.linear1(x))))
 
 
@@ -75,10 +94,10 @@ class MaskDecoder(nn.Module):
         self, levels: list[tuple[Tensor, tuple[int, int]]], mask_features: Tensor
     ) -> list[tuple[Tensor, Tensor]]:
         batch = mask_features.shape[0]
-        memories, positions, resized = [], [], []
+        memories, keys, resized = [], [], []
         for index, (tokens, shape) in enumerate(levels[: self.levels_read]):
             memories.append(tokens + self.level_embed.weight[index])
-            positions.append(sine_position(*shape, tokens.shape[2], tokens.device, tokens.dtype))
+            keys.append(memories[-1] + sine_position(*shape, tokens.shape[2], tokens.device, tokens.dtype))
             resized.append(_resize(mask_features.detach(), shape))
         x = self.query_feature.weight.expand(batch, -1, -1)
         embed = self.query_embed.weight.expand(batch, -1, -1)
@@ -86,7 +105,7 @@ class MaskDecoder(nn.Module):
         for index, layer in enumerate(self.layers):
             level = index % self.levels_read
             allowed = _inside_mask(self.mask_head(queries[-1].detach()), resized[level])
-            x = layer(x, embed, memories[level], positions[level], allowed)
+            x = layer(x, embed, keys[level], memories[level], allowed)
             queries.append(self.norm(x))
         # All predictions in one product: its backward pass goes over the large mask features once, not ten times.
         stacked = torch.cat(queries, dim=1)  # (B, 1 + layers, C)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .. import ops
 from .config import MaskDecoderConfig
 from .position import sine_position
+from .tokenwise import tokenwise
 
 
 class DeformableAttention(nn.Module):
@@ -68,7 +69,11 @@ class DeformableLayer(nn.Module):
         self.norm2 = nn.LayerNorm(config.width)
 
     def forward(self, tokens: Tensor, position: Tensor, reference: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
-        tokens = self.norm1(tokens + self.attention(tokens, position, reference, shapes))
+        attended = self.attention(tokens, position, reference, shapes)
+        return tokenwise(self, self._after_attention, tokens, attended, width=self.linear1.out_features)
+
+    def _after_attention(self, tokens: Tensor, attended: Tensor) -> Tensor:
+        tokens = self.norm1(tokens + attended)
         return self.norm2(tokens + self.linear2(F.relu(self.linear1(tokens))))
 
 
@@ -77,7 +82,8 @@ class PixelDecoder(nn.Module):
 
     Args of forward: features, channels-last (B, Hᵢ, Wᵢ, Cᵢ), from stride 4 to stride 32.
     Returns (levels, mask_features): levels from stride 32 to 4, each (B, HₗWₗ, width) with its (Hₗ, Wₗ);
-    mask_features (B, width, H/4, W/4). In the flattened sequence, too, the coarsest level comes first.
+    mask_features (B, width, H/4, W/4), channels last in memory. In the flattened sequence, too, the coarsest level
+    comes first.
     """
 
     def __init__(self, channels: tuple[int, ...], config: MaskDecoderConfig) -> None:
@@ -98,17 +104,24 @@ class PixelDecoder(nn.Module):
         shapes = [(f.shape[1], f.shape[2]) for f in coarse_first]
         tokens, positions = [], []
         for level, feature in enumerate(coarse_first):
-            projected = self.input_norm[level](self.input_proj[level](feature.permute(0, 3, 1, 2)))
-            tokens.append(projected.flatten(2).transpose(1, 2))
-            position = sine_position(*shapes[level], projected.shape[1], projected.device, projected.dtype)
+            # Channels stay last: norms and products then read the map as it lies.
+            projected = pointwise(self.input_proj[level], feature)
+            projected = self.input_norm[level](projected.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+            tokens.append(projected.flatten(1, 2))
+            position = sine_position(*shapes[level], projected.shape[3], projected.device, projected.dtype)
             positions.append(position + self.level_embed[level])
         x, position = torch.cat(tokens, dim=1), torch.cat(positions, dim=1)
         reference = _pixel_centres(shapes, x.device)
         for layer in self.layers:
             x = layer(x, position, reference, shapes)
         split = x.split([h * w for h, w in shapes], dim=1)
-        finest = split[-1].transpose(1, 2).unflatten(2, shapes[-1])
-        return list(zip(split, shapes, strict=True)), self.mask_features(finest)
+        finest = pointwise(self.mask_features, split[-1].unflatten(1, shapes[-1]))
+        return list(zip(split, shapes, strict=True)), finest.permute(0, 3, 1, 2)
+
+
+def pointwise(convolution: nn.Conv2d, x: Tensor) -> Tensor:
+    """A convolution of size 1 on a channels-last map: (B, H, W, C) → (B, H, W, C')."""
+    return F.linear(x, convolution.weight.flatten(1), convolution.bias)
 
 
 def _pixel_centres(shapes: list[tuple[int, int]], device: torch.device) -> Tensor:

@@ -68,15 +68,18 @@ class PWAM(nn.Module):
 
     def forward(self, pixels: Tensor, words: Tensor, word_mask: Tensor) -> Tensor:
         vision = self.dropout(F.gelu(self.vision(pixels)))
+        # With one head W Σ p v = Σ p (W v): the few words' values are projected instead of the many pixels.
+        absorbed = self.num_heads == 1 and words.shape[1] < pixels.shape[1]
+        value = self.value(words)
         attended, _ = ops.cross_modal_attention(
             self.query_norm(self.query(pixels)),
             self.key(words),
-            self.value(words),
+            F.linear(value, self.output.weight) if absorbed else value,
             text_mask=word_mask,  # a masked word is no key, so zeroing its key and value changes nothing
             num_heads=self.num_heads,
             scale=self.scale,
         )
-        language = self.output_norm(self.output(attended))
+        language = self.output_norm(attended + self.output.bias if absorbed else self.output(attended))
         return self.dropout(F.gelu(self.mix(vision * language)))
 
 
@@ -126,13 +129,15 @@ class TextPWAM(nn.Module):
         drops; and since probabilities sum to 1, the attended value is W_v (Σ p x - mean x)/σ_v. Only σ is needed, and
         σ² is the diagonal of W Cov(x) Wᵀ.
         """
-        mean = pixels.mean(dim=1, keepdim=True)
-        centred = pixels - mean
+        dtype = pixels.dtype
+        wide = pixels if dtype == torch.float64 else pixels.float()
+        centred = wide - wide.mean(dim=1, keepdim=True)
         covariance = centred.transpose(1, 2) @ centred / pixels.shape[1]  # (B, C, C)
         key_scale, value_scale = (
-            torch.rsqrt(((weight @ covariance) * weight).sum(-1) + self.norm.eps)[:, None]  # (B, 1, D)
-            for weight in (self.key.weight, self.value.weight)
+            torch.rsqrt(((weight @ covariance) * weight).sum(-1) + self.norm.eps)[:, None].to(dtype)  # (B, 1, D)
+            for weight in (self.key.weight.to(covariance.dtype), self.value.weight.to(covariance.dtype))
         )
+        centred = centred.to(dtype)
         read = _words_read_pixels((query * key_scale) @ self.key.weight, centred, centred, word_mask, self.scale)
         return F.linear(read, self.value.weight) * value_scale
 
@@ -158,6 +163,28 @@ class Gate(nn.Module):
         self.activation = activation()
         self.last = nn.Linear(channels, channels, bias=False)
         nn.init.zeros_(self.last.weight)
+        self._known: tuple[tuple[int, int], bool] | None = None
+
+    def closed(self) -> bool:
+        """Whether the gate surely lets nothing through: its residual then need not be computed in inference.
+
+        Always False while gradients are recorded (a closed gate still learns from its residual) or a graph is traced.
+        On a GPU, where looking at the weights waits for the device, the answer is kept until the weights change (or
+        `train` or `eval` is called, for changes behind autograd's back).
+        """
+        weight = self.last.weight
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or weight.is_inference():
+            return False
+        if weight.device.type == "cpu":
+            return not weight.any()
+        state = (weight.data_ptr(), weight._version)
+        if self._known is None or self._known[0] != state:
+            self._known = state, not bool(weight.any())
+        return self._known[1]
+
+    def train(self, mode: bool = True) -> Gate:
+        self._known = None
+        return super().train(mode)
 
     def forward(self, stream: Tensor, residual: Tensor) -> Tensor:
         return stream + torch.tanh(self.last(self.activation(self.first(residual)))) * residual

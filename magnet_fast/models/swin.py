@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .. import ops
 from .config import ImageEncoderConfig
 from .position import sine_position
+from .tokenwise import tokenwise
 
 
 class PatchEmbed(nn.Module):
@@ -34,7 +35,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         height, width = image.shape[-2:]
-        image = F.pad(image, (0, -width % self.patch, 0, -height % self.patch))
+        image = F.pad(image.to(self.proj.weight.dtype), (0, -width % self.patch, 0, -height % self.patch))
         x = self.norm(self.proj(image).permute(0, 2, 3, 1))
         if self.absolute_position:
             rows, columns, channels = x.shape[1:]
@@ -87,7 +88,11 @@ class SwinBlock(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.attention(self.norm1(x)))
+        attended = self.drop_path(self.attention(self.norm1(x)))
+        return tokenwise(self, self._after_attention, x, attended, width=self.mlp.fc1.out_features)
+
+    def _after_attention(self, x: Tensor, attended: Tensor) -> Tensor:
+        x = x + attended
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
@@ -135,8 +140,8 @@ class SwinStage(nn.Module):
 class SwinEncoder(nn.Module):
     """Patch embedding and four stages; the model between the stages decides what flows on.
 
-    The model calls `embed`, then for each of `stages` the stage itself and, unless it is the last, its
-    `downsample`: language enters between the two (LAVT, MagNet).
+    The model calls `first_stage`, then for each of the other `stages` the stage itself; unless it is the last, a
+    stage's `downsample` follows: language enters between the two (LAVT, MagNet).
     """
 
     def __init__(self, config: ImageEncoderConfig) -> None:
@@ -150,6 +155,16 @@ class SwinEncoder(nn.Module):
             for stage, (start, depth) in enumerate(zip(starts, config.depths, strict=True))
         )
         self.apply(_initialise)
+
+    def first_stage(self, image: Tensor) -> Tensor:
+        """Image (B, 3, H, W) to the first stage's feature (B, ⌈H/4⌉, ⌈W/4⌉, C), which no word has reached.
+
+        One image that was expanded to a batch, for several expressions, is computed once.
+        """
+        batch = image.shape[0]
+        repeated = batch > 1 and image.stride(0) == 0 and not self.training  # DropPath draws for each item
+        feature = self.stages[0](self.patch_embed(image[:1] if repeated else image))
+        return feature.expand(batch, -1, -1, -1) if repeated else feature
 
 
 def _initialise(module: nn.Module) -> None:
