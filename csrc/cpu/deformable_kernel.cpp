@@ -7,6 +7,7 @@
 #include "cpu/deformable_kernel.h"
 
 #include "cpu/deformable_logits.h"
+#include "cpu/deformable_pairs.h"
 #include "cpu/deformable_points.h"
 #include "cpu/deformable_rows.h"
 #include "cpu/simd.h"
@@ -31,31 +32,49 @@ static void read_and_locate(const DeformableForward<Element>& a, int64_t query, 
     }
 }
 
+static_assert(kStrip == 4, "one function for each number of vectors");
+
+/// The function for rows as wide as the strip's.
 template <typename Element>
-static void forward(const DeformableForward<Element>& a) {
-    static_assert(kStrip == 4, "one function for each number of vectors");
+static auto sampler(const Strip& strip) {
     constexpr decltype(&sample<1, Element>) kSample[] = {sample<1, Element>, sample<2, Element>,
                                                          sample<3, Element>, sample<4, Element>};
+#if defined(MAGNET_FAST_SIMD_AVX512) || defined(MAGNET_FAST_SIMD_AVX2)
+    if (strip.half()) return &sample_pairs<Element>;
+#endif
+    return kSample[strip.vectors() - 1];
+}
+
+template <typename Element>
+static auto differentiator(const Strip& strip) {
+    constexpr decltype(&differentiate_wanted<1, Element>) kDifferentiate[] = {
+        differentiate_wanted<1, Element>, differentiate_wanted<2, Element>, differentiate_wanted<3, Element>,
+        differentiate_wanted<4, Element>};
+#if defined(MAGNET_FAST_SIMD_AVX512) || defined(MAGNET_FAST_SIMD_AVX2)
+    if (strip.half()) return &differentiate_pairs_wanted<Element>;
+#endif
+    return kDifferentiate[strip.vectors() - 1];
+}
+
+template <typename Element>
+static void forward(const DeformableForward<Element>& a) {
     const Points p = points_of(a);
     for (int64_t query = 0; query < a.queries; query += a.block_queries) {
         const int64_t left = a.queries - query, queries = left < a.block_queries ? left : a.block_queries;
         read_and_locate(a, query, queries, p);
         MAGNET_FAST_FOR_STRIPS(strip, a.head_dim, a.rows)
-        kSample[strip.vectors() - 1](a, query, queries, strip, p);
+        sampler<Element>(strip)(a, query, queries, strip, p);
     }
 }
 
 template <typename Element>
 static void backward(const DeformableBackward<Element>& a) {
-    constexpr decltype(&differentiate_wanted<1, Element>) kDifferentiate[] = {
-        differentiate_wanted<1, Element>, differentiate_wanted<2, Element>, differentiate_wanted<3, Element>,
-        differentiate_wanted<4, Element>};
     const Points p = points_of(a);
     for (int64_t query = 0; query < a.queries; query += a.block_queries) {
         const int64_t left = a.queries - query, queries = left < a.block_queries ? left : a.block_queries;
         read_and_locate(a, query, queries, p);
         MAGNET_FAST_FOR_STRIPS(strip, a.head_dim, a.rows)
-        kDifferentiate[strip.vectors() - 1](a, query, queries, strip, p);
+        differentiator<Element>(strip)(a, query, queries, strip, p);
         if (!a.wants_points()) continue;
         finish(queries * a.query_count(), p);
         if (a.logits)

@@ -12,13 +12,21 @@ namespace MAGNET_FAST_SIMD_LEVEL {
 // Channels are treated in strips of at most this many vectors, so that sums stay in registers.
 constexpr int64_t kStrip = 4;
 
+// Whether heads of at most half a vector have rows of half a vector: deformable_pairs.h.
+#if defined(MAGNET_FAST_SIMD_AVX512) || defined(MAGNET_FAST_SIMD_AVX2)
+constexpr bool kPairs = true;
+#else
+constexpr bool kPairs = false;
+#endif
+
 /// Channels [first, first + width) of a head, and their packed rows of row() numbers, zeros past `width`.
 struct Strip {
     int64_t first, width;
     int64_t rows;  // of the packed slice
     int64_t vectors() const { return (width + kLanes - 1) / kLanes; }
     int64_t last() const { return width - (vectors() - 1) * kLanes; }  // channels in the last vector
-    int64_t row() const { return vectors() * kLanes; }
+    bool half() const { return kPairs && first == 0 && width <= kLanes / 2; }
+    int64_t row() const { return half() ? kLanes / 2 : vectors() * kLanes; }
     /// Row 0 of the strip; all strips before it are full.
     template <typename Number>
     Number* find(Number* packed) const {
@@ -37,9 +45,41 @@ static Strip strip_at(int64_t first, int64_t head_dim, int64_t rows) {
          strip = strip_at(strip.first + strip.width, head_dim, rows))
 
 static int64_t packed_reals(int64_t rows, int64_t head_dim) {
-    return rows * round_up(head_dim);
+    // A row of half a vector is read and cleared in whole ones: room for one more.
+    return rows * round_up(head_dim) + kLanes;
 }
 
+/// The first `count` numbers, zeros after them; most often half a vector.
+template <typename Element>
+static inline Vec load_some(const Element* p, int64_t count) {
+    if constexpr (sizeof(Element) < sizeof(Real)) {
+        Element lane[kLanes] = {};
+        if (2 * count == kLanes)
+            std::memcpy(lane, p, sizeof lane / 2);
+        else
+            for (int64_t i = 0; i < count; ++i) lane[i] = p[i];
+        return load(lane);
+    } else {
+        return load_part(p, count);
+    }
+}
+
+/// Writes the first `count` lanes and nothing past them.
+template <typename Element>
+static inline void store_some(Element* p, Vec v, int64_t count) {
+    if constexpr (sizeof(Element) < sizeof(Real)) {
+        Element lane[kLanes];
+        store(lane, v);
+        if (2 * count == kLanes)
+            std::memcpy(p, lane, sizeof lane / 2);
+        else
+            for (int64_t i = 0; i < count; ++i) p[i] = lane[i];
+    } else {
+        store_part(p, v, count);
+    }
+}
+
+/// Whole vectors are written.
 static void zeros(Real* to, int64_t count) {
     for (int64_t i = 0; i < count; i += kLanes) store(to + i, broadcast(0.0f));
 }
@@ -65,8 +105,9 @@ static void pack(const Element* value, int64_t value_row, const DeformableLevel*
                 to += wide;
                 for (int64_t x = 0; x < map.width; ++x, from += value_row, to += wide) {
                     for (int64_t v = 0; v < vectors - 1; ++v) store(to + v * kLanes, load(from + v * kLanes));
+                    // Half a row too much is overwritten by the next position, or is the border's.
                     const Element* end = from + (vectors - 1) * kLanes;
-                    store(to + (vectors - 1) * kLanes, last == kLanes ? load(end) : load_part(end, last));
+                    store(to + (vectors - 1) * kLanes, last == kLanes ? load(end) : load_some(end, last));
                 }
             }
             zeros(to, (map.line + 1) * wide);
@@ -86,7 +127,7 @@ static void unpack(const Real* packed, const DeformableLevel* level, int64_t lev
                 const Real* from = strip.find(packed) + (map.row + y * map.line) * wide;
                 for (int64_t x = 0; x < map.width; ++x, from += wide, to += value_row) {
                     for (int64_t v = 0; v < vectors - 1; ++v) store(to + v * kLanes, load(from + v * kLanes));
-                    store_part(to + (vectors - 1) * kLanes, load(from + (vectors - 1) * kLanes), last);
+                    store_some(to + (vectors - 1) * kLanes, load(from + (vectors - 1) * kLanes), last);
                 }
             }
         }
@@ -127,7 +168,7 @@ static void sample(const DeformableForward<Element>& a, int64_t query, int64_t q
             if (v < Vectors - 1 || last == kLanes)
                 store(out + v * kLanes, total);
             else
-                store_part(out + v * kLanes, total, last);
+                store_some(out + v * kLanes, total, last);
         }
     }
 }
@@ -160,7 +201,7 @@ static void differentiate(const DeformableBackward<Element>& a, int64_t query, i
     for (int64_t q = 0, i = 0; q < queries; ++q, grad_out += a.out_row) {
         Vec grad[Vectors];
         for (int v = 0; v < Vectors - 1; ++v) grad[v] = load(grad_out + v * kLanes);
-        grad[Vectors - 1] = load_part(grad_out + (Vectors - 1) * kLanes, strip.last());
+        grad[Vectors - 1] = load_some(grad_out + (Vectors - 1) * kLanes, strip.last());
         for (int64_t l = 0; l < a.levels; ++l) {
             const int64_t line = a.level[l].line * kRow;
             const int64_t corner[4] = {0, kRow, line, line + kRow};
