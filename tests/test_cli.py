@@ -179,5 +179,5 @@ def test_an_option_shows_the_traceback(tmp_path) -> None:
 def test_a_backend_without_all_kernels_is_refused_in_one_line(root, trained) -> None:
     checkpoint = trained / "last.safetensors"
     image = next((root / "images").rglob("*.jpg"))
-    message = refused("segment", image, "the red circle", "--checkpoint", checkpoint, "--backend", "cpu")
-    assert "cross_modal_attention" in message and "no kernel for this operator yet" in message
+    message = refused("segment", image, "the red circle", "--checkpoint", checkpoint, "--backend", "triton")
+    assert "window_attention" in message and "no kernel for this operator yet" in message
