@@ -14,6 +14,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from magnet_fast.cli import app
+from magnet_fast.ops import _registry
 
 SMALL = [
     "data.image_size=32",
@@ -176,7 +177,8 @@ def test_an_option_shows_the_traceback(tmp_path) -> None:
     refused("train", "--config", "nowhere", "--out", tmp_path / "x")
 
 
-def test_a_backend_without_all_kernels_is_refused_in_one_line(root, trained) -> None:
+def test_a_backend_without_all_kernels_is_refused_in_one_line(root, trained, monkeypatch) -> None:
+    monkeypatch.delitem(_registry._implementations, ("cross_modal_attention", "cpu"))
     checkpoint = trained / "last.safetensors"
     image = next((root / "images").rglob("*.jpg"))
     message = refused("segment", image, "the red circle", "--checkpoint", checkpoint, "--backend", "cpu")
