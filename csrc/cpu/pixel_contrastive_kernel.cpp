@@ -167,7 +167,8 @@ static void sums_shared(const PixelSums<Real>& a) {
         store(a.column_sum + j, load(a.column_sum + j) + load(column_sum + j));
 }
 
-/// Sums against the greatest similarity so far of every row and every column.
+/// Sums against the greatest similarity so far of every row and every column. It is subtracted before
+/// scaling, so that the difference is exact where it matters, however great both are.
 static void sums_general(const PixelSums<Real>& a) {
     const int64_t columns = similarities(a, a.row_block, 1, kPixelBlock);
     Real* hidden = a.scratch + kPixelBlock * kPixelBlock;  // 0, and -infinity past the last column
@@ -176,30 +177,28 @@ static void sums_general(const PixelSums<Real>& a) {
     for (int64_t j = 0; j < columns; j += kLanes) store(most + j, load(a.column_most + j));
     const Vec scale = broadcast(a.scale);
     for (int64_t i = 0; i < a.rows; ++i) {
-        Real* s = a.scratch + i * kPixelBlock;
+        const Real* s = a.scratch + i * kPixelBlock;
         Vec top = broadcast(a.row_most[i]), sum = broadcast(0);
         for (int64_t j = 0; j < columns; j += kLanes) {
-            const Vec value = load(s + j) * scale;
-            store(s + j, value);
-            store(most + j, maximum(load(most + j), value));
-            top = maximum(top, value + load(hidden + j));
+            store(most + j, maximum(load(most + j), load(s + j)));
+            top = maximum(top, load(s + j) + load(hidden + j));
         }
         const Real highest = reduce_max(top);
         for (int64_t j = 0; j < columns; j += kLanes)
-            sum = sum + exponential(load(s + j) + load(hidden + j) - broadcast(highest));
-        const Real before = reduce_max(exponential(broadcast(a.row_most[i] - highest)));
+            sum = sum + exponential((load(s + j) + load(hidden + j) - broadcast(highest)) * scale);
+        const Real before = reduce_max(exponential(broadcast((a.row_most[i] - highest) * a.scale)));
         a.row_sum[i] = a.row_sum[i] * before + reduce_add(sum);
         a.row_most[i] = highest;
     }
     if (a.diagonal) return;
     for (int64_t j = 0; j < columns; j += kLanes) {
-        const Vec before = exponential(load(a.column_most + j) - load(most + j));
+        const Vec before = exponential((load(a.column_most + j) - load(most + j)) * scale);
         store(total + j, load(a.column_sum + j) * before);
         store(a.column_most + j, load(most + j));
     }
     for (int64_t i = 0; i < a.rows; ++i)
         for (int64_t j = 0; j < columns; j += kLanes) {
-            const Vec e = exponential(load(a.scratch + i * kPixelBlock + j) - load(most + j));
+            const Vec e = exponential((load(a.scratch + i * kPixelBlock + j) - load(most + j)) * scale);
             store(total + j, load(total + j) + e);
         }
     for (int64_t j = 0; j < columns; j += kLanes) store(a.column_sum + j, load(total + j));
@@ -215,17 +214,18 @@ static void sums(const PixelSums<Real>& a) {
 /// Similarities to h, in place. What stands past the last column is not read.
 template <bool Shared>
 static void weigh(const PixelGradients<Real>& a, int64_t columns) {
-    const Vec scale = broadcast(a.scale);
+    const Vec scale = broadcast(a.scale), shift = broadcast(-a.shift);
     for (int64_t i = 0; i < a.rows; ++i) {
         Real* s = a.scratch + i * kPixelBlock;
-        const Vec factor = broadcast(a.row_factor[i]), log = broadcast(Shared ? a.shift : a.row_log[i]);
+        const Vec factor = broadcast(a.row_factor[i]), most = broadcast(Shared ? 0 : a.row_most[i]);
         for (int64_t j = 0; j < columns; j += kLanes) {
-            const Vec e = exponential(multiply_add(load(s + j), scale, -log));
             if constexpr (Shared) {
+                const Vec e = exponential(multiply_add(load(s + j), scale, shift));
                 store(s + j, e * (factor + load(a.column_factor + j)));
             } else {
-                const Vec other = exponential(multiply_add(load(s + j), scale, -load(a.column_log + j)));
-                store(s + j, multiply_add(e, factor, other * load(a.column_factor + j)));
+                const Vec own = exponential((load(s + j) - most) * scale);
+                const Vec other = exponential((load(s + j) - load(a.column_most + j)) * scale);
+                store(s + j, multiply_add(own, factor, other * load(a.column_factor + j)));
             }
         }
     }

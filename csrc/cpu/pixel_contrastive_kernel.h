@@ -25,10 +25,10 @@ struct PixelRows {
     bool normalize;
 };
 
-/// A pair of blocks: `rows` pixels of the first, `columns` of the second. With s = scale * z_i . z_j, the
-/// sums over j of exp(s - c) are added to row i, and those over i to column j. When `shared`, c is `shift`,
-/// which no s of the image passes; otherwise c is the greatest s so far of that row or column, which the pair
-/// updates. Per-pixel arrays begin at the block's first pixel and hold kPixelBlock numbers.
+/// A pair of blocks: `rows` pixels of the first, `columns` of the second. Exponentials are those of
+/// scale * z_i . z_j - shift when `shared`, where `shift` is a number that no scale * z_i . z_j of the image
+/// passes; otherwise of scale * (z_i . z_j - most), with the greatest z_i . z_j of the row or column that is
+/// summed. Per-pixel arrays begin at the block's first pixel and hold kPixelBlock numbers.
 template <typename Real>
 struct PixelPair {
     int64_t rows, columns, channels;
@@ -39,6 +39,8 @@ struct PixelPair {
     Real* scratch;  // (kPixelBlock, kPixelBlock) and three rows more
 };
 
+/// Adds the exponentials' sums over j to row i, and those over i to column j. Unless `shared`, `most` is the
+/// greatest so far, which the pair updates.
 template <typename Real>
 struct PixelSums : PixelPair<Real> {
     const Real* row_block;  // the first block, packed as columns
@@ -46,8 +48,8 @@ struct PixelSums : PixelPair<Real> {
     Real *row_most, *column_most;  // used unless `shared`
 };
 
-/// Adds sum_j h_ij z_j to row i, and sum_i h_ij z_i to column j, where
-/// h_ij = exp(s - shift) (f_i + f_j) when `shared`, else f_i exp(s - l_i) + f_j exp(s - l_j).
+/// Adds sum_j h_ij z_j to row i, and sum_i h_ij z_i to column j, where h_ij = f_i e_i + f_j e_j and e are the
+/// exponentials against the shift of row i and of column j.
 template <typename Real>
 struct PixelGradients : PixelPair<Real> {
     /// Leave h_ii out: its part is along z_i, and when z_i has length 1 whatever its features are, changes
@@ -55,7 +57,7 @@ struct PixelGradients : PixelPair<Real> {
     bool without_itself;
     const Real *row_z, *column_z;            // both blocks, packed as rows
     const Real *row_factor, *column_factor;  // f
-    const Real *row_log, *column_log;        // l; used unless `shared`
+    const Real *row_most, *column_most;      // used unless `shared`
     Real *grad_rows, *grad_columns;          // (kPixelBlock, row_floats), added to
 };
 

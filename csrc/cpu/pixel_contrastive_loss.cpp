@@ -140,8 +140,8 @@ class Image {
             pair.column_z = z_ + column.first * wide_;
             pair.row_factor = factor_[other] + row.first;
             pair.column_factor = factor_[other] + column.first;
-            pair.row_log = most_[other] + row.first;
-            pair.column_log = most_[other] + column.first;
+            pair.row_most = most_[other] + row.first;
+            pair.column_most = most_[other] + column.first;
             pair.grad_rows = grad_z + row.first * wide_;
             pair.grad_columns = grad_z + column.first * wide_;
             kernels_.gradients(pair);
@@ -187,8 +187,7 @@ class Image {
 
         for (int other = 0; other < 2; ++other) {
             std::fill_n(sum_[other].get(), most_slots_, Real{0});
-            std::fill_n(most_[other].get(), most_slots_,
-                        shared_ ? shift_ : -std::numeric_limits<Real>::infinity());
+            std::fill_n(most_[other].get(), most_slots_, -std::numeric_limits<Real>::infinity());
         }
         const auto nothing = [](const Block&, Worker<Real>&) {};
         each_pair(nothing, [&](const Block& row, const Block& column, Worker<Real>& worker) {
@@ -212,25 +211,26 @@ class Image {
 
     /// The logarithm of the other side's sum over the own side's.
     Real log_ratio(int64_t i) const {
-        return (most_[1][i] - most_[0][i]) + std::log(sum_[1][i] / sum_[0][i]);
+        const Real sums = std::log(sum_[1][i] / sum_[0][i]);
+        return shared_ ? sums : sums + (most_[1][i] - most_[0][i]) / static_cast<Real>(sizes_.temperature);
     }
 
-    /// From sums to what gradients are made of. With r the other side's part of both sums and n the pixels of
-    /// its side, the loss of pixel i falls by r / n * exp(s_ij) / own sum for j on its side and grows by
-    /// r / n * exp(s_ij) / other sum for those on the other.
+    /// From sums to the factors of exponentials in the gradient. With r the other side's part of both sums
+    /// and n the pixels of its side, the loss of pixel i falls by r / n * exp(s_ij) / own sum for j on its
+    /// side and grows by r / n * exp(s_ij) / other sum for those on the other.
     void differentiate_sums() {
         for (const Block& block : blocks_)
             for (int64_t i = block.first; i < block.first + block.count; ++i) {
+                const Real own = sum_[0][i], other = sum_[1][i];
                 const Real weight = 1 / static_cast<Real>(count_[block.outside]);
                 if (shared_) {  // the other sum may have vanished, the own one not
-                    const Real all = sum_[0][i] + sum_[1][i];
-                    factor_[0][i] = -weight * (sum_[1][i] / all) / sum_[0][i];
-                    factor_[1][i] = weight / all;
-                } else {
+                    factor_[0][i] = -weight * (other / (own + other)) / own;
+                    factor_[1][i] = weight / (own + other);
+                } else {  // neither has
                     const Real odds = std::exp(-std::abs(log_ratio(i)));
-                    factor_[1][i] = weight * (log_ratio(i) > 0 ? 1 : odds) / (1 + odds);
-                    factor_[0][i] = -factor_[1][i];
-                    for (int other = 0; other < 2; ++other) most_[other][i] += std::log(sum_[other][i]);
+                    const Real part = weight * (log_ratio(i) > 0 ? 1 : odds) / (1 + odds);
+                    factor_[0][i] = -part / own;
+                    factor_[1][i] = part / other;
                 }
             }
     }
@@ -307,7 +307,8 @@ class Image {
     int64_t count_[2];                 // pixels inside and outside
     const Numbers<Real> columns_, z_;  // all blocks, packed as columns and as rows
     const Numbers<Real> norm_, square_;
-    // Over a pixel's own side [0] and over the other [1]: sums of exp(s - most), and the gradients' factors.
+    // Over a pixel's own side [0] and over the other [1]: sums of exponentials, see PixelPair, and the
+    // gradients' factors.
     std::vector<Numbers<Real>> sum_, most_, factor_;
     std::vector<Worker<Real>> workers_;
     Real shift_ = 0;
