@@ -334,6 +334,7 @@ def info() -> None:
         "window_attention",
         "cross_modal_attention",
         "deformable_attention",
+        "fused_deformable_attention",
         "pixel_contrastive_loss",
     ):
         typer.echo(f"{operator}: {', '.join(ops.available_backends(operator))}")

@@ -133,6 +133,19 @@ def deformable_case(*, dtype: torch.dtype = torch.float64) -> Case:
     return Case("deformable_attention", leaves, lambda value, *rest: ((value, shapes, *rest), {}))
 
 
+def fused_deformable_case(*, boxes: bool = False, dtype: torch.dtype = torch.float64) -> Case:
+    shapes, queries, heads, points = [(3, 4), (2, 1)], 3, 2, 2
+    generator = torch.Generator().manual_seed(6)
+    reference = torch.rand(2, queries, 2, 4 if boxes else 2, generator=generator, dtype=torch.float64)
+    leaves = [
+        leaf(2, 14, heads, 3, dtype=dtype, seed=1),
+        reference.to(dtype).requires_grad_(),
+        leaf(2, queries, heads, 2, points, 2, dtype=dtype, seed=2),
+        leaf(2, queries, heads, 2, points, dtype=dtype, seed=3),
+    ]
+    return Case("fused_deformable_attention", leaves, lambda value, *rest: ((value, shapes, *rest), {}))
+
+
 def contrastive_case(*, dtype: torch.dtype = torch.float64) -> Case:
     inside = torch.tensor([[1, 1, 0, 1, 0, 0], [0, 0, 1, 0, 0, 0], [0] * 6]).bool()
     return Case(
@@ -150,6 +163,8 @@ def all_cases(dtype: torch.dtype = torch.float64) -> dict[str, Case]:
         "window, no padding token": window_case(padding=False, dtype=dtype),
         **{f"cross-modal, {form}": cross_modal_case(form, dtype=dtype) for form in CROSS_MODAL_FORMS},
         "deformable": deformable_case(dtype=dtype),
+        "fused deformable": fused_deformable_case(dtype=dtype),
+        "fused deformable, boxes": fused_deformable_case(boxes=True, dtype=dtype),
         "contrastive": contrastive_case(dtype=dtype),
     }
 

@@ -73,9 +73,9 @@ def test_schemas_and_fake_kernels(case):
 
 
 def differentiable(case):
-    return {"window_attention": range(3), "cross_modal_attention": range(6), "deformable_attention": range(3)}.get(
-        case.operator, range(1)
-    )
+    counts = {"window_attention": 3, "cross_modal_attention": 6, "deformable_attention": 3}
+    counts |= {"fused_deformable_attention": 4, "pixel_contrastive_loss": 1}
+    return range(counts[case.operator])
 
 
 def test_missing_output_gradients_are_zero(case):
