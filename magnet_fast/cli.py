@@ -48,6 +48,14 @@ class Level(str, Enum):  # noqa: UP042
     hard = "hard"
 
 
+class Precision(str, Enum):  # noqa: UP042
+    """What a model computes in."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
 Checkpoint = Annotated[
     Path | None,
     typer.Option(help="Our .safetensors or last.pt, or a released .pth; the shipped weights if left out."),
@@ -58,6 +66,9 @@ TokenizerOption = Annotated[
 ]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 BackendOption = Annotated[str | None, typer.Option(help="Operators' backend: reference, cpu, triton, cuda or auto.")]
+DtypeOption = Annotated[
+    Precision, typer.Option(help="Of weights and features; float16 on a GPU only. Masks are float32 in any case.")
+]
 DataRoot = Annotated[Path, typer.Option("--data", help="Folder of the data, in REFER's layout.")]
 ImageSizeOption = Annotated[
     int | None, typer.Option(help="Side images are squashed to; the checkpoint's own if left out.", min=8)
@@ -145,11 +156,12 @@ def evaluate(
     workers: Annotated[int, typer.Option(help="Loader processes.", min=0)] = 0,
     out: Annotated[Path | None, typer.Option(help="Write the scores as JSON.")] = None,
     device: DeviceOption = "auto",
+    dtype: DtypeOption = Precision.float32,
     backend: BackendOption = None,
 ) -> None:
     """Score a checkpoint: oIoU, mIoU, P@0.5 ... P@0.9; under torchrun, on several processes."""
     from magnet_fast import evaluation
-    from magnet_fast.inference import load_checkpoint_model
+    from magnet_fast.inference import in_precision, load_checkpoint_model
     from magnet_fast.training.distributed import distributed_world
 
     loaded = load_checkpoint_model(checkpoint)
@@ -159,7 +171,7 @@ def evaluate(
     with _backend(backend), distributed_world(device) as world:
         with _progress("evaluating", enabled=world.is_main) as advance:
             scores = evaluation.evaluate(
-                loaded.model.to(world.device),
+                in_precision(loaded.model.to(world.device), dtype.value),
                 sentences,
                 batch_size,
                 resolution.value,
@@ -176,6 +188,7 @@ def evaluate(
             "split_by": split_by,
             "split": split,
             "expressions": "shuffled between images (control)" if shuffle_expressions else "as annotated",
+            "dtype": dtype.value,
             **scores,
         }
         _print_scores(results)
@@ -197,6 +210,7 @@ def segment(
     tokenizer: TokenizerOption = None,
     image_size: ImageSizeOption = None,
     device: DeviceOption = "auto",
+    dtype: DtypeOption = Precision.float32,
     backend: BackendOption = None,
 ) -> None:
     """Segment what a sentence names in a picture."""
@@ -210,7 +224,7 @@ def segment(
     _check_picture_name(out)
     _check_picture_name(overlay)
     picture = open_image(image)
-    segmenter = Segmenter.from_checkpoint(checkpoint, pick_device(device), tokenizer, image_size)
+    segmenter = Segmenter.from_checkpoint(checkpoint, pick_device(device), tokenizer, image_size, dtype.value)
     with _backend(backend):
         found = segmenter(picture, expression)
     _save_picture(Image.fromarray(found.mask.astype("uint8") * 255), out)

@@ -21,6 +21,7 @@ from magnet_fast.data.transforms import as_rgb, prepare_image
 
 RELEASED_IMAGE_SIZE = 480
 RELEASED_MAX_WORDS = 20
+PRECISIONS = ("float32", "bfloat16", "float16")
 _EXPRESSIONS_AT_ONCE = 16
 
 ImageLike = str | os.PathLike | Image.Image | np.ndarray
@@ -46,6 +47,8 @@ class Segmenter:
         tokenizer: turns expressions into what the model's text encoder was trained on.
         image_size: side of the square that images are squashed to.
         device: default: the device the model is on.
+        dtype: "float32", "bfloat16" or "float16" for weights and features (sums, norms and softmaxes stay in
+            float32, and so do the mask's resizing and its probabilities); default: what the model has.
     """
 
     def __init__(
@@ -54,8 +57,10 @@ class Segmenter:
         tokenizer: Tokenizer,
         image_size: int,
         device: torch.device | str | None = None,
+        dtype: torch.dtype | str | None = None,
     ) -> None:
-        self.model = (model if device is None else model.to(device)).eval()
+        model = model if device is None else model.to(device)
+        self.model = (model if dtype is None else in_precision(model, dtype)).eval()
         self.tokenizer = tokenizer
         self.image_size = image_size
         self.device = next(model.parameters()).device
@@ -67,6 +72,7 @@ class Segmenter:
         device: torch.device | str | None = None,
         tokenizer: str | os.PathLike | Tokenizer | None = None,
         image_size: int | None = None,
+        dtype: torch.dtype | str | None = None,
     ) -> Segmenter:
         """Load a segmenter.
 
@@ -78,11 +84,12 @@ class Segmenter:
                 takes the shipped vocabulary, where the checkpoint was trained on it. Released checkpoints
                 need BERT's.
             image_size: default: what the checkpoint was trained at; 480 for released ones.
+            dtype: as in `Segmenter`; default: float32.
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: not a checkpoint of a model of this package, or a vocabulary that is not the
-                checkpoint's.
+            ValueError: not a checkpoint of a model of this package, a vocabulary that is not the checkpoint's,
+                or a dtype that does not run here.
         """
         loaded = load_checkpoint_model(path)
         return cls(
@@ -90,6 +97,7 @@ class Segmenter:
             loaded.tokenizer(tokenizer),
             image_size or loaded.image_size,
             device,
+            dtype,
         )
 
     @overload
@@ -137,6 +145,23 @@ class Segmenter:
                 probability = self.model.predict(same, ids, words, size=size).float().cpu().numpy()
                 found += [Segmentation(entry > 0.5, entry) for entry in probability]
         return found[0] if single else found
+
+
+def in_precision(model: nn.Module, dtype: torch.dtype | str) -> nn.Module:
+    """The model with weights of a dtype, itself: inference in low precision without autocast's casts.
+
+    Autocast would cast weights at every call and take norms and softmaxes in float32 through memory; the operators and
+    PyTorch's norms keep float32 inside either way, and the masks agree as well (see the tests).
+
+    Raises:
+        ValueError: no such dtype, or one that does not run on the model's device.
+    """
+    name = str(dtype).removeprefix("torch.")
+    if name not in PRECISIONS:
+        raise ValueError(f"dtype: expected one of {', '.join(PRECISIONS)}, got {name!r}")
+    if name == "float16" and next(model.parameters()).device.type == "cpu":
+        raise ValueError("dtype: float16 is for GPUs (a CPU computes it slower than float32); take bfloat16")
+    return model.to(getattr(torch, name))
 
 
 @dataclass(frozen=True)

@@ -119,6 +119,18 @@ def test_segment(trained, picture, tmp_path) -> None:
         assert set(np.unique(np.asarray(found))) <= {0, 255}
 
 
+def test_low_precision(root, trained, picture, tmp_path) -> None:
+    out, mask = tmp_path / "metrics.json", tmp_path / "mask.png"
+    checkpoint = ["--checkpoint", trained / "best.safetensors"]
+    run("evaluate", *checkpoint, "--data", root, "--limit", 8, "--dtype", "bfloat16", "--device", "cpu", "--out", out)
+    assert json.loads(out.read_text())["dtype"] == "bfloat16"
+    run("segment", picture, "circle", *checkpoint, "--dtype", "bfloat16", "--device", "cpu", "--out", mask)
+    assert mask.exists()
+    for command in (["evaluate", "--data", root], ["segment", picture, "circle", "--out", mask]):
+        message = refused(*command, *checkpoint, "--dtype", "float16", "--device", "cpu")
+        assert message == "error: dtype: float16 is for GPUs (a CPU computes it slower than float32); take bfloat16\n"
+
+
 def test_contact_sheet(root, trained, tmp_path) -> None:
     out = tmp_path / "sheet.png"
     arguments = ["--checkpoint", trained / "best.safetensors", "--data", root, "--out", out]

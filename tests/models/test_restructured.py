@@ -66,6 +66,7 @@ def check(function, inputs: list[Tensor], module: nn.Module) -> None:
 @pytest.fixture(autouse=True)
 def small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     """Slices of 8 tokens, so that maps of a test's size are cut."""
+    monkeypatch.setattr(tokenwise_module, "_WORTH_SLICING", 0)
     monkeypatch.setattr(tokenwise_module, "_SLICE_BYTES", 1)
     monkeypatch.setattr(tokenwise_module, "_FEWEST_ROWS", 8)
 
