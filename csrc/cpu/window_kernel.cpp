@@ -49,8 +49,8 @@ static void forward(const GroupForward<Element>& g) {
     for (int64_t i = 0, count = 0; i < g.tokens; i += count) {
         count = block_rows(g.tokens - i);
         weigh(QueryBlock<Real>{count, columns, d, query + i * wide, wide, key_transposed,
-                               g.bias + i * columns, g.scale, score, columns, sum, score});
-        for (int64_t r = 0; r < count; ++r) prefetch_token(g, i + r);
+                               g.bias + i * columns, g.scale, score, columns, sum, score},
+              [&](int64_t r) { prefetch_token(g, i + r); });
         multiply(count, wide, g.keys, score, columns, 1, value, wide, nullptr, 0, out, wide);
         for (int64_t r = 0; r < count; ++r)
             write_row(g.out[i + r], out + r * wide, d, 1 / reduce_add(sum[r]));

@@ -83,8 +83,8 @@ static void forward_pairs(const GroupForward<BFloat16>& g) {
     for (int64_t i = 0, count = 0; i < g.tokens; i += count) {
         count = block_rows(g.tokens - i);
         weigh(QueryBlock<Pair>{count, columns, words, query + i * words, words, key_transposed,
-                               g.bias + i * columns, g.scale, weight, columns / 2, sum, score});
-        for (int64_t r = 0; r < count; ++r) prefetch_token(g, i + r);
+                               g.bias + i * columns, g.scale, weight, columns / 2, sum, score},
+              [&](int64_t r) { prefetch_token(g, i + r); });
         multiply(count, wide, (g.keys + 1) / 2, weight, columns / 2, 1, value, wide, nullptr, 0, out, wide);
         for (int64_t r = 0; r < count; ++r)
             write_pairs(g.out[i + r], out + r * wide, d, 1 / reduce_add(sum[r]));

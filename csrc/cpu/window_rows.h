@@ -99,18 +99,24 @@ static inline __attribute__((always_inline)) void weigh_rows(QueryBlock<Word> bl
             write_weights<Vectors>(score[m], highest[m], unit, block.weight + (r + m) * block.weight_row);
 }
 
-template <int Rows, int Vectors, typename Word>
-static void weigh_in_registers(QueryBlock<Word> block) {
+template <int Rows, int Vectors, typename Word, typename After>
+static void weigh_in_registers(QueryBlock<Word> block, const After& after) {
     int64_t r = 0;
-    for (; r + Rows <= block.rows; r += Rows) weigh_rows<Rows, Vectors>(block, r);
-    for (; r < block.rows; ++r) weigh_rows<1, Vectors>(block, r);
+    for (; r + Rows <= block.rows; r += Rows) {
+        weigh_rows<Rows, Vectors>(block, r);
+        for (int m = 0; m < Rows; ++m) after(r + m);
+    }
+    for (; r < block.rows; ++r) {
+        weigh_rows<1, Vectors>(block, r);
+        after(r);
+    }
 }
 
 #endif
 
 /// Rows wider than the registers: scores go through memory.
-template <typename Word>
-static void weigh_in_memory(QueryBlock<Word> block) {
+template <typename Word, typename After>
+static void weigh_in_memory(QueryBlock<Word> block, const After& after) {
     multiply(block.rows, block.columns, block.depth, block.query, block.query_row, 1, block.key_transposed,
              block.columns, block.bias, block.columns, block.score, block.columns,
              block.sum);  // the rows' maxima first
@@ -132,39 +138,41 @@ static void weigh_in_memory(QueryBlock<Word> block) {
                 total + write_weights<1>(one, highest, unit, weight + j * block.weight_row / block.columns);
         }
         block.sum[r] = total;
+        after(r);
     }
 }
 
-/// An infinite or NaN maximum gives NaN throughout the row, as torch's softmax does.
-template <typename Word>
-static void weigh(QueryBlock<Word> block) {
+/// An infinite or NaN maximum gives NaN throughout the row, as torch's softmax does. Calls after(row)
+/// with every row, once it is done.
+template <typename Word, typename After>
+static void weigh(QueryBlock<Word> block, const After& after) {
 #if defined(MAGNET_FAST_SIMD_AVX512)
     // Two rows of 9 vectors are enough sums to keep the multiplier busy, and leave registers to the
     // exponential.
     switch (block.columns / kLanes) {
         case 1:
-            return weigh_in_registers<12, 1>(block);
+            return weigh_in_registers<12, 1>(block, after);
         case 2:
-            return weigh_in_registers<8, 2>(block);
+            return weigh_in_registers<8, 2>(block, after);
         case 3:
-            return weigh_in_registers<6, 3>(block);
+            return weigh_in_registers<6, 3>(block, after);
         case 4:
-            return weigh_in_registers<4, 4>(block);
+            return weigh_in_registers<4, 4>(block, after);
         case 5:
-            return weigh_in_registers<4, 5>(block);
+            return weigh_in_registers<4, 5>(block, after);
         case 6:
-            return weigh_in_registers<3, 6>(block);
+            return weigh_in_registers<3, 6>(block, after);
         case 7:
-            return weigh_in_registers<3, 7>(block);
+            return weigh_in_registers<3, 7>(block, after);
         case 8:
-            return weigh_in_registers<2, 8>(block);
+            return weigh_in_registers<2, 8>(block, after);
         case 9:
-            return weigh_in_registers<2, 9>(block);
+            return weigh_in_registers<2, 9>(block, after);
         case 10:
-            return weigh_in_registers<2, 10>(block);
+            return weigh_in_registers<2, 10>(block, after);
     }
 #endif
-    weigh_in_memory(block);
+    weigh_in_memory(block, after);
 }
 
 }  // namespace MAGNET_FAST_SIMD_LEVEL
