@@ -368,6 +368,7 @@ def test_minus_infinity_in_the_bias_hides_a_key(level):
 
 
 BAD = {
+    "dtype": 4,
     "qkv_ptr": 0,
     "bias_ptr": 0,
     "out_ptr": 2,
@@ -407,6 +408,21 @@ def test_backward_refuses(name, value):
     case = Case(8, 8, (4, 5), (1, 1))
     with pytest.raises(ValueError, match=rf"^{name}:"):
         backward(case, make(case), **{name: value})
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("inf")])
+def test_scale_above_zero_only(scale):
+    case = Case(8, 8, (4, 5), (1, 1))
+    with pytest.raises(ValueError, match="^scale: expected a finite number above 0"):
+        forward(case, make(case), scale=scale)
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(1, 2), (2, 2), (3, 8)], ids=["bfloat16", "float16", "float64"])
+def test_addresses_are_aligned_for_the_dtype(dtype, size):
+    case = Case(8, 8, (4, 5), (1, 1))
+    inputs = make(case)  # large enough for two bytes an element; never read in float64
+    with pytest.raises(ValueError, match="^qkv_ptr: expected an address aligned for its dtype"):
+        forward(case, inputs, dtype=dtype, qkv_ptr=address(inputs.qkv) + size // 2)
 
 
 def test_addressable_sizes_only():

@@ -6,7 +6,7 @@
 #include "cpu/simd_matrix.h"
 #include "cpu/window_gather.h"
 #include "cpu/window_pairs.h"
-#include "cpu/window_softmax.h"
+#include "cpu/window_rows.h"
 
 namespace magnet_fast {
 namespace MAGNET_FAST_SIMD_LEVEL {
@@ -45,18 +45,15 @@ static void forward(const GroupForward<Element>& g) {
     key_rows(g, 2 * g.channels, g.pad_value, g.keys, rows);
     gather_rows(rows, g.keys, d, value);
 
-    Vec top[kBlock];
-    Real sum[kBlock];
+    Vec sum[kBlock];
     for (int64_t i = 0, count = 0; i < g.tokens; i += count) {
         count = block_rows(g.tokens - i);
-        multiply(count, columns, d, query + i * wide, wide, 1, key_transposed, columns, g.bias + i * columns,
-                 columns, score, columns, top);
-        for (int64_t r = 0; r < count; ++r) {
-            sum[r] = exponentiate(score + r * columns, columns, g.scale, top[r]);
-            prefetch_token(g, i + r);
-        }
+        weigh(QueryBlock<Real>{count, columns, d, query + i * wide, wide, key_transposed,
+                               g.bias + i * columns, g.scale, score, columns, sum, score},
+              [&](int64_t r) { prefetch_token(g, i + r); });
         multiply(count, wide, g.keys, score, columns, 1, value, wide, nullptr, 0, out, wide);
-        for (int64_t r = 0; r < count; ++r) write_row(g.out[i + r], out + r * wide, d, 1 / sum[r]);
+        for (int64_t r = 0; r < count; ++r)
+            write_row(g.out[i + r], out + r * wide, d, 1 / reduce_add(sum[r]));
     }
 }
 

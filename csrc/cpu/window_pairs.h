@@ -2,21 +2,16 @@
 // float32's multiply-add. Every operand of a product is bfloat16, packed so that two neighbours along the
 // depth are one word; sums, scores and the softmax are float32.
 //
-// Weights are rounded after the exponential, before their sum is taken: rounded weights still sum to 1.
+// In the forward pass weights are rounded after the exponential, before their sum is taken.
 #pragma once
 
 #include "cpu/simd_matrix.h"
 #include "cpu/window_gather.h"
-#include "cpu/window_softmax.h"
+#include "cpu/window_rows.h"
 
 #if defined(MAGNET_FAST_SIMD_AVX512_BF16)
 namespace magnet_fast {
 namespace MAGNET_FAST_SIMD_LEVEL {
-
-/// Two vectors as bfloat16: `low` in lanes 0 .. 15, `high` in lanes 16 .. 31.
-static inline __m512i narrowed(Vec low, Vec high) {
-    return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
-}
 
 /// to (count x words): rows of d numbers, pairs along d; a zero completes an odd d.
 static void pack_rows(const BFloat16* const* rows, int64_t count, int64_t d, Pair* to) {
@@ -58,28 +53,13 @@ static void pack_row_pairs(const BFloat16* const* rows, int64_t count, int64_t d
     }
 }
 
-/// weight (columns / 2) = exp(scale * (row - highest)), rounded, in pairs; returns the sum of what was
-/// rounded.
-static inline float exponentiate_pairs(const float* row, int64_t columns, float scale, Vec top,
-                                       Pair* weight) {
-    const Vec highest = broadcast(reduce_max(top)), unit = broadcast(scale * kPowerUnit);
-    const __m512bh ones = broadcast(Pair{0x3F803F80u});
-    Vec total = broadcast(0.0f);
-    int64_t j = 0;
-    for (; j + 2 * kLanes <= columns; j += 2 * kLanes) {
-        const Vec low = rough_power((load(row + j) - highest) * unit);
-        const Vec high = rough_power((load(row + j + kLanes) - highest) * unit);
-        const __m512i pairs = narrowed(low, high);
-        _mm512_storeu_si512(weight + j / 2, pairs);
-        total = multiply_add(reinterpret_cast<__m512bh>(pairs), ones, total);
-    }
-    if (j < columns) {
-        const Vec low = rough_power((load(row + j) - highest) * unit);
-        const __m512i pairs = narrowed(low, broadcast(0.0f));
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(weight + j / 2), _mm512_castsi512_si256(pairs));
-        total = multiply_add(reinterpret_cast<__m512bh>(pairs), ones, total);
-    }
-    return reduce_add(total);
+/// to[0 .. d) = factor * from, 32 numbers at a time.
+static inline void write_pairs(BFloat16* to, const float* from, int64_t d, float factor) {
+    const Vec wide = broadcast(factor);
+    int64_t c = 0;
+    for (; c + 2 * kLanes <= d; c += 2 * kLanes)
+        _mm512_storeu_si512(to + c, narrowed(load(from + c) * wide, load(from + c + kLanes) * wide));
+    if (c < d) write_row(to + c, from + c, d - c, factor);
 }
 
 static void forward_pairs(const GroupForward<BFloat16>& g) {
@@ -99,24 +79,21 @@ static void forward_pairs(const GroupForward<BFloat16>& g) {
     key_rows(g, 2 * g.channels, g.pad_value, g.keys, rows);
     pack_row_pairs(rows, g.keys, d, value);
 
-    Vec top[kBlock];
-    float sum[kBlock];
+    Vec sum[kBlock];
     for (int64_t i = 0, count = 0; i < g.tokens; i += count) {
         count = block_rows(g.tokens - i);
-        multiply(count, columns, words, query + i * words, words, 1, key_transposed, columns,
-                 g.bias + i * columns, columns, score, columns, top);
-        for (int64_t r = 0; r < count; ++r) {
-            sum[r] =
-                exponentiate_pairs(score + r * columns, columns, g.scale, top[r], weight + r * (columns / 2));
-            prefetch_token(g, i + r);
-        }
+        weigh(QueryBlock<Pair>{count, columns, words, query + i * words, words, key_transposed,
+                               g.bias + i * columns, g.scale, weight, columns / 2, sum, score},
+              [&](int64_t r) { prefetch_token(g, i + r); });
         multiply(count, wide, (g.keys + 1) / 2, weight, columns / 2, 1, value, wide, nullptr, 0, out, wide);
-        for (int64_t r = 0; r < count; ++r) write_row(g.out[i + r], out + r * wide, d, 1 / sum[r]);
+        for (int64_t r = 0; r < count; ++r)
+            write_pairs(g.out[i + r], out + r * wide, d, 1 / reduce_add(sum[r]));
     }
 }
 
 /// score = exp(scale * (score - highest)); returns the factor that makes P of it, and in `mean` sum(P * dP).
-static inline Vec weigh(float* score, const float* grad, int64_t columns, float scale, Vec top, Vec* mean) {
+static inline Vec exponentiate(float* score, const float* grad, int64_t columns, float scale, Vec top,
+                               Vec* mean) {
     const Vec highest = broadcast(reduce_max(top)), unit = broadcast(scale * kPowerUnit);
     Vec total = broadcast(0.0f), dot = broadcast(0.0f);
     for (int64_t j = 0; j < columns; j += kLanes) {
@@ -146,7 +123,7 @@ static inline void softmax_backward_pairs(float* score, float* grad, int64_t col
                                                 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     Vec mean[2], factor[2];
     for (int h = 0; h < 1 + both; ++h)
-        factor[h] = weigh(score + h * columns, grad + h * columns, columns, scale, top[h], mean + h);
+        factor[h] = exponentiate(score + h * columns, grad + h * columns, columns, scale, top[h], mean + h);
     for (int64_t j = 0; j < columns; j += kLanes) {
         Vec p[2], ds[2];
         p[1] = ds[1] = broadcast(0.0f);
@@ -230,7 +207,7 @@ static void backward_pairs(const GroupBackward<BFloat16>& g) {
             multiply(count, wide, (g.keys + 1) / 2, made.by_row, columns / 2, 1, key_pairs, wide, nullptr, 0,
                      grad_query, wide);
             for (int64_t r = 0; r < count; ++r)
-                write_row(g.grad_query[i + r], grad_query + r * wide, d, g.scale);
+                write_pairs(g.grad_query[i + r], grad_query + r * wide, d, g.scale);
         }
         if (key_count > 0) {
             // dk = scale * dS^T q and dv = P^T dO, summed over the blocks of queries.

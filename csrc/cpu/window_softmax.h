@@ -54,20 +54,8 @@ static inline Vec power(Vec x) {
 
 #endif
 
-/// row = exp(scale * (row - highest)); returns the sum. An infinite or NaN `highest`, the row's maximum,
-/// gives NaN throughout, as torch's softmax does.
-static inline Real exponentiate(Real* row, int64_t columns, Real scale, Vec top) {
-    const Vec highest = broadcast(reduce_max(top)), unit = broadcast(scale * kPowerUnit);
-    Vec total = broadcast(Real{0});
-    for (int64_t j = 0; j < columns; j += kLanes) {
-        const Vec weight = power((load(row + j) - highest) * unit);
-        store(row + j, weight);
-        total = total + weight;
-    }
-    return reduce_add(total);
-}
-
-/// score and grad (columns): from scores and dP to P and dS = P * (dP - sum(P * dP)); grad_bias += dS.
+/// score and grad (columns): from scores and dP to P and dS = P * (dP - sum(P * dP)); grad_bias += dS. An
+/// infinite or NaN maximum gives NaN throughout, as torch's softmax does.
 static inline void softmax_backward(Real* score, Real* grad, int64_t columns, Real scale, Vec top,
                                     Real* grad_bias) {
     const Vec highest = broadcast(reduce_max(top)), unit = broadcast(scale * kPowerUnit);

@@ -6,8 +6,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._checks import dtype_name
-
 try:
     from .. import _cpu as extension
 except ModuleNotFoundError:
@@ -18,21 +16,11 @@ else:
     missing = None
 """Why the extension cannot be used, or None."""
 
-
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 """What the extension is told of a tensor's dtype: csrc/common/elements.h."""
 
 
-def supports_any_dtype(*arguments: object) -> str | None:
+def supports(*arguments: object) -> str | None:
     """None when the arguments' tensors are on the CPU, else the reason why not."""
     first = next(argument for argument in arguments if isinstance(argument, Tensor))
     return None if first.device.type == "cpu" else f"device {first.device.type} is not supported, CPU tensors only"
-
-
-def supports(*arguments: object) -> str | None:
-    """As `supports_any_dtype`, for kernels that take float32 only."""
-    reason = supports_any_dtype(*arguments)
-    first = next(argument for argument in arguments if isinstance(argument, Tensor))
-    if reason is None and first.dtype != torch.float32:
-        reason = f"dtype {dtype_name(first.dtype)} is not supported, float32 only"
-    return reason

@@ -279,6 +279,6 @@ _registry.register(
     "cpu",
     _cpu_cross_modal.forward,
     _cpu_cross_modal.backward,
-    _cpu_backend.supports_any_dtype,
+    _cpu_backend.supports,
     _cpu_backend.missing,
 )

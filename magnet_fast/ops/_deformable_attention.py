@@ -161,6 +161,6 @@ _registry.register(
     "cpu",
     _cpu_deformable.forward,
     _cpu_deformable.backward,
-    _cpu_backend.supports_any_dtype,
+    _cpu_backend.supports,
     _cpu_backend.missing,
 )

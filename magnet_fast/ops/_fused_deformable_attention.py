@@ -156,6 +156,6 @@ _registry.register(
     "cpu",
     _cpu_deformable.fused_forward,
     _cpu_deformable.fused_backward,
-    _cpu_backend.supports_any_dtype,
+    _cpu_backend.supports,
     _cpu_backend.missing,
 )

@@ -145,6 +145,6 @@ _registry.register(
     "cpu",
     _cpu_pixel_contrastive.forward,
     _cpu_pixel_contrastive.backward,
-    _cpu_backend.supports_any_dtype,
+    _cpu_backend.supports,
     _cpu_backend.missing,
 )

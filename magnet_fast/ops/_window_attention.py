@@ -275,6 +275,6 @@ _registry.register(
     "cpu",
     _cpu_window.forward,
     _cpu_window.backward,
-    _cpu_backend.supports_any_dtype,
+    _cpu_backend.supports,
     _cpu_backend.missing,
 )

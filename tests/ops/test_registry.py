@@ -140,16 +140,17 @@ def test_explain_auto():
     ]
 
 
-def on_meta(case):
-    """The case on a device that no kernel knows."""
-    case.leaves = [leaf.to("meta") for leaf in case.leaves]
-    return case
-
-
 def test_explain_says_why_not():
-    elsewhere = explain(on_meta(window_case(dtype=torch.float32)))
+    case = window_case(dtype=torch.float32)
+    case.leaves = [leaf.to("meta") for leaf in case.leaves]
+    elsewhere = explain(case)
     assert elsewhere.chosen == "reference"
     assert elsewhere.reasons["cpu"] == "device meta is not supported, CPU tensors only"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_window_attention_takes_the_extension_in_every_dtype(dtype):
+    assert explain(window_case(dtype=dtype)).chosen == "cpu"
 
 
 def test_explain_checks_its_arguments():
@@ -167,14 +168,14 @@ def test_explain_forced():
 
 @pytest.mark.parametrize("name", ["cpu", "triton", "cuda"])
 def test_forced_backend_that_cannot_run(name):
-    case = on_meta(window_case(dtype=torch.float64))
+    case = window_case()
+    case.leaves = [leaf.to("meta") for leaf in case.leaves]
     with ops.backend(name):
         assert explain(case).chosen == "none"
         with pytest.raises(RuntimeError) as error:
             case()
         assert str(error.value) == str(explain(case))
-    unsupported = "device meta is not supported, CPU tensors only"
-    reason = unsupported if name == "cpu" else "no kernel for this operator yet"
+    reason = "device meta is not supported, CPU tensors only" if name == "cpu" else "no kernel for this operator yet"
     assert f"backend {name!r} is forced and cannot run" in str(error.value)
     assert f"  {name}: {reason}" in str(error.value)
 
