@@ -8,6 +8,11 @@
 namespace magnet_fast {
 namespace MAGNET_FAST_SIMD_LEVEL {
 
+/// Below this width the sums over lanes cost more than transposing does.
+static inline bool prefers_dots(int64_t width) {
+    return width >= 64;
+}
+
 /// Vectors of channels: of words in Real, zeros after the last, and of image rows.
 template <typename Element>
 struct ChannelDot {

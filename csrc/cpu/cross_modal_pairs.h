@@ -91,7 +91,7 @@ using ProductTerms = typename TermsOf<Element>::Type;
 template <typename Element>
 static inline const void* words_for_scores(int64_t words, int64_t width, const Real* packed, Real* room) {
 #if defined(MAGNET_FAST_SIMD_AVX512_BF16)
-    if constexpr (kPairs<Element>) {
+    if (kPairs<Element> && prefers_dots(width)) {
         round_words(words, width, packed, reinterpret_cast<BFloat16*>(room));
         return room;
     }

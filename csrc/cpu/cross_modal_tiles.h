@@ -72,10 +72,32 @@ struct Tile {
     }
 };
 
-#if !defined(MAGNET_FAST_SIMD_AVX512)
 /// Transposes kLanes vectors.
 static inline void transpose(Vec (&v)[kLanes]) {
-#if defined(MAGNET_FAST_SIMD_AVX2)
+#if defined(MAGNET_FAST_SIMD_AVX512)
+    Vec t[16];
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_ps(v[i], v[i + 1]);
+        t[i + 1] = _mm512_unpackhi_ps(v[i], v[i + 1]);
+    }
+    // After this, 128-bit part p of v[4 * g + j] holds column 4 * p + j of rows 4 * g to 4 * g + 3.
+    for (int i = 0; i < 16; i += 4) {
+        v[i] = _mm512_shuffle_ps(t[i], t[i + 2], 0x44);
+        v[i + 1] = _mm512_shuffle_ps(t[i], t[i + 2], 0xEE);
+        v[i + 2] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+        v[i + 3] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0xEE);
+    }
+    for (int j = 0; j < 4; ++j) {
+        const Vec a = _mm512_shuffle_f32x4(v[j], v[4 + j], 0x88),
+                  b = _mm512_shuffle_f32x4(v[j], v[4 + j], 0xDD),
+                  c = _mm512_shuffle_f32x4(v[8 + j], v[12 + j], 0x88),
+                  d = _mm512_shuffle_f32x4(v[8 + j], v[12 + j], 0xDD);
+        v[j] = _mm512_shuffle_f32x4(a, c, 0x88);
+        v[4 + j] = _mm512_shuffle_f32x4(b, d, 0x88);
+        v[8 + j] = _mm512_shuffle_f32x4(a, c, 0xDD);
+        v[12 + j] = _mm512_shuffle_f32x4(b, d, 0xDD);
+    }
+#elif defined(MAGNET_FAST_SIMD_AVX2)
     Vec t[8];
     for (int i = 0; i < 8; i += 4) {
         const Vec a = _mm256_unpacklo_ps(v[i], v[i + 1]), b = _mm256_unpackhi_ps(v[i], v[i + 1]),
@@ -128,8 +150,6 @@ static void transpose_rows(Rows<const Element> from, int64_t pixels, int64_t wid
     }
 }
 
-#endif
-
 /// scores (words x pixels, score_row apart) = scale * words * image rows transposed; pixels from `pixels` to
 /// the next multiple of kLanes get 0. `words` are as words_for_scores made them. This and the two below fetch
 /// what is read or written after them.
@@ -138,14 +158,16 @@ static void score_pixels(int64_t count, int64_t width, const void* words, Rows<c
                          int64_t pixels, Real scale, const Tiles& tiles, Real* scores, int64_t score_row,
                          Ahead ahead) {
 #if defined(MAGNET_FAST_SIMD_AVX512)
-    (void)tiles;
-    const auto* packed = static_cast<const typename ChannelDot<Element>::Word*>(words);
-    int64_t row = packed_row(width);
+    if (prefers_dots(width)) {
+        const auto* packed = static_cast<const typename ChannelDot<Element>::Word*>(words);
+        int64_t row = packed_row(width);
 #if defined(MAGNET_FAST_SIMD_AVX512_BF16)
-    if (kPairs<Element>) row = dot_row(width);
+        if (kPairs<Element>) row = dot_row(width);
 #endif
-    dot_scores(count, width, packed, row, image, pixels, scale, scores, score_row, ahead);
-#else
+        dot_scores(count, width, packed, row, image, pixels, scale, scores, score_row, ahead);
+        return;
+    }
+#endif
     const Real* packed = static_cast<const Real*>(words);
     ahead.spread((pixels + kPanelPixels - 1) / kPanelPixels * product_steps(count, 3, width));
     for (int64_t p = 0, here = 0; p < pixels; p += here) {
@@ -165,7 +187,6 @@ static void score_pixels(int64_t count, int64_t width, const void* words, Rows<c
                 store(at, load(at) * broadcast(scale));
             }
     }
-#endif
 }
 
 /// to (words x packed_row(width)) = or, with `add`, += weights (words x pixels) * image rows.
