@@ -38,7 +38,7 @@ struct Launch {
         int64_t most = 0;
         for (int64_t image = 0; image < sizes.batch; ++image)
             if (words.count(image) > 0)
-                most = std::max(most, cross_modal_scratch(words.count(image), widths));
+                most = std::max(most, cross_modal_scratch<Element>(words.count(image), widths));
         for (int64_t thread = 0; thread < plan.team; ++thread) scratch.emplace_back(most);
     }
 
@@ -64,12 +64,11 @@ struct Launch {
         return packed.get() ? packed.get() + slice * words.most * packed_row(width) : nullptr;
     }
 
-    void pack(const CrossModalTensor& tensor, int64_t slice, int64_t width, double factor,
-              const Numbers<Real>& to) const {
+    void pack(const CrossModalTensor& tensor, int64_t slice, int64_t width, const Numbers<Real>& to) const {
         if (!to.get()) return;
         const int64_t image = slice / sizes.heads, head = slice % sizes.heads;
         kernels.pack(rows(tensor, image, head, width), words.of(image), words.count(image), width,
-                     static_cast<Real>(factor), of_slice(to, slice, width));
+                     of_slice(to, slice, width));
     }
 
     /// Calls work(image, head, run, thread); the heads of a run follow each other, they share cache lines.
@@ -86,6 +85,7 @@ struct Launch {
         const int64_t begin = plan.begin(run);
         work.pixels = plan.begin(run + 1) - begin;
         work.words = words.count(image);
+        work.scale = static_cast<Real>(sizes.scale);
         work.widths = widths;
         work.image_query = rows(inputs.image_query, image, head, widths.similarity).from(begin);
         work.image_key = rows(inputs.image_key, image, head, widths.similarity).from(begin);
@@ -157,9 +157,9 @@ void forward(const CrossModalInputs& a, void* image_out, void* text_out) {
     const Numbers<Real> key = launch.room(a.text_key.data, d), query = launch.room(a.text_query.data, d),
                         value = launch.room(a.text_value.data, widths.text_value);
     for_each(plan.slices, plan.team, [&](int64_t slice, int64_t) {
-        launch.pack(a.text_key, slice, d, a.sizes.scale, key);
-        launch.pack(a.text_query, slice, d, a.sizes.scale, query);
-        launch.pack(a.text_value, slice, widths.text_value, 1, value);
+        launch.pack(a.text_key, slice, d, key);
+        launch.pack(a.text_query, slice, d, query);
+        launch.pack(a.text_value, slice, widths.text_value, value);
     });
 
     const int64_t parts = text_out ? plan.slices * plan.runs * most : 0;
@@ -260,10 +260,10 @@ void backward(const CrossModalInputs& a, const CrossModalTensor& grad_image_out,
     const Numbers<Real> key = launch.room(a.text_key.data, d), value = launch.room(a.text_value.data, dv),
                         query = launch.room(separate && text, d), grad_out = launch.room(text, dw);
     for_each(plan.slices, plan.team, [&](int64_t slice, int64_t) {
-        launch.pack(a.text_key, slice, d, a.sizes.scale, key);
-        launch.pack(a.text_value, slice, dv, 1, value);
-        launch.pack(a.text_query, slice, d, a.sizes.scale, query);
-        launch.pack(grad_text_out, slice, dw, 1, grad_out);
+        launch.pack(a.text_key, slice, d, key);
+        launch.pack(a.text_value, slice, dv, value);
+        launch.pack(a.text_query, slice, d, query);
+        launch.pack(grad_text_out, slice, dw, grad_out);
     });
 
     std::optional<TextDirection<Element>> direction;
@@ -301,14 +301,12 @@ void backward(const CrossModalInputs& a, const CrossModalTensor& grad_image_out,
         launch.backward_kernels.backward(work);
     });
 
-    const auto times = [&](double factor) {
-        return [&, factor](int64_t, int64_t, Real* factors) {
-            std::fill(factors, factors + plan.runs, static_cast<Real>(factor));
-        };
+    const auto ones = [&](int64_t, int64_t, Real* factors) {
+        std::fill(factors, factors + plan.runs, static_cast<Real>(1));
     };
-    if (wanted.text_key) launch.combine(grad_key, d, wanted.text_key, times(a.sizes.scale));
-    if (wanted.text_value) launch.combine(grad_value, dv, wanted.text_value, times(1));
-    if (wanted.text_query) launch.combine(grad_query, d, wanted.text_query, times(a.sizes.scale));
+    if (wanted.text_key) launch.combine(grad_key, d, wanted.text_key, ones);
+    if (wanted.text_value) launch.combine(grad_value, dv, wanted.text_value, ones);
+    if (wanted.text_query) launch.combine(grad_query, d, wanted.text_query, ones);
 }
 
 /// The tensor from image `first` on.

@@ -9,17 +9,19 @@ static void statistics(const CrossModalStatistics<Element>& a) {
     if (a.words == 0) return;
     const Tiles tiles(a.scratch, a.words, a.widths);
     const int64_t d = a.widths.similarity, dw = a.widths.image_value;
-    for (int64_t p = 0, count = 0, next = 0; p < a.pixels; p = next) {
-        count = even_piece(a.pixels - p, tiles.pixels);
-        next = p + count;
-        const int64_t next_count = next < a.pixels ? even_piece(a.pixels - next, tiles.pixels) : 0;
-        const Ahead next_tile(a.image_key.from(next), next_count, d),
-            image_value(a.image_value.from(p), count, dw);
-        score_pixels(a.words, d, a.query, a.image_key.from(p), count, tiles.panel, a.score + p, a.kept_row,
-                     a.grad_weight ? image_value : next_tile);
+    const void* query = words_for_scores<Element>(a.words, d, a.query, tiles.form(0));
+    const void* grad_out =
+        a.grad_weight ? words_for_scores<Element>(a.words, dw, a.grad_text_out, tiles.form(1)) : nullptr;
+    for (int64_t p = 0; p < a.pixels;) {
+        const Tile at(p, a.pixels, tiles.pixels);
+        const Ahead next_tile(a.image_key.from(at.next), at.next_count, d),
+            image_value(a.image_value.from(p), at.count, dw);
+        score_pixels(a.words, d, query, a.image_key.from(p), at.count, a.scale, tiles, a.score + p,
+                     a.kept_row, a.grad_weight ? image_value : next_tile);
         if (a.grad_weight)
-            score_pixels(a.words, dw, a.grad_text_out, a.image_value.from(p), count, tiles.panel,
+            score_pixels(a.words, dw, grad_out, a.image_value.from(p), at.count, Real(1), tiles,
                          a.grad_weight + p, a.kept_row, next_tile);
+        p = at.next;
     }
     hide_padding(a.words, a.pixels, a.score, a.kept_row);
     const int64_t columns = round_up(a.pixels);
@@ -38,22 +40,23 @@ static void statistics(const CrossModalStatistics<Element>& a) {
     }
 }
 
-/// grads (words x pixels): from the gradient of weights to that of scores; the softmax runs over words.
+/// grads (words x pixels): from the gradient of weights to scale times that of scores; the softmax runs over
+/// words.
 static inline void softmax_over_words_backward(int64_t words, int64_t pixels, const Real* weights,
-                                               Real* grads, int64_t row) {
+                                               Real* grads, int64_t row, Real scale) {
     for (int64_t p = 0; p < pixels; p += kLanes) {
         Vec dot = broadcast(0);
         for (int64_t t = 0; t < words; ++t)
             dot = multiply_add(load(weights + t * row + p), load(grads + t * row + p), dot);
         for (int64_t t = 0; t < words; ++t) {
             Real* at = grads + t * row + p;
-            store(at, load(weights + t * row + p) * (load(at) - dot));
+            store(at, load(weights + t * row + p) * (load(at) - dot) * broadcast(scale));
         }
     }
 }
 
 /// The softmax over pixels from its statistics: scores become weights, and the gradients of weights, if any,
-/// those of scores.
+/// scale times those of scores.
 template <typename Element>
 static void softmax_over_pixels_backward(const CrossModalBackward<Element>& a, int64_t first, int64_t count) {
     for (int64_t t = 0; t < a.words; ++t) {
@@ -64,18 +67,28 @@ static void softmax_over_pixels_backward(const CrossModalBackward<Element>& a, i
         for (int64_t p = 0; p < count; p += kLanes) {
             const Vec weight = exponential(load(score + p) - highest) * factor;
             store(score + p, weight);
-            if (grad) store(grad + p, weight * (load(grad + p) - mean));
+            if (grad) store(grad + p, weight * (load(grad + p) - mean) * broadcast(a.scale));
         }
     }
 }
 
-/// A tile of the run, and the one that follows.
-struct Tile {
-    int64_t first, count, next, next_count;
+/// Packed words in the forms that the products want.
+struct Words {
+    const void *key = nullptr, *value = nullptr;
+    const Real *grad_image_query = nullptr, *grad_image_key = nullptr, *grad_image_value = nullptr;
 
-    Tile(int64_t p, int64_t pixels, int64_t most) : first(p), count(even_piece(pixels - p, most)) {
-        next = p + count;
-        next_count = next < pixels ? even_piece(pixels - next, most) : 0;
+    template <typename Element>
+    Words(const CrossModalBackward<Element>& a, const Tiles& tiles) {
+        const int64_t d = a.widths.similarity, dv = a.widths.text_value, dw = a.widths.image_value;
+        if (a.grad_image_out) {
+            key = words_for_scores<Element>(a.words, d, a.key, tiles.form(0));
+            value = words_for_scores<Element>(a.words, dv, a.value, tiles.form(1));
+        }
+        if (a.grad_image_query)
+            grad_image_query = words_for_pixels<Element>(a.words, d, a.key, tiles.form(2));
+        if (a.grad_image_key) grad_image_key = words_for_pixels<Element>(a.words, d, a.query, tiles.form(3));
+        if (a.grad_image_value)
+            grad_image_value = words_for_pixels<Element>(a.words, dw, a.grad_text_out, tiles.form(4));
     }
 };
 
@@ -83,7 +96,7 @@ struct Tile {
 /// into tiles.second.
 template <typename Element>
 static void image_direction(const CrossModalBackward<Element>& a, const Tiles& tiles, const Tile& at,
-                            bool grad_scores) {
+                            const Words& words, bool grad_scores) {
     const int64_t d = a.widths.similarity, dv = a.widths.text_value;
     const Real* score = tiles.first;
     int64_t score_row = tiles.row;
@@ -91,14 +104,14 @@ static void image_direction(const CrossModalBackward<Element>& a, const Tiles& t
         score = a.score + at.first;
         score_row = a.kept_row;
     } else {
-        score_pixels(a.words, d, a.key, a.image_query.from(at.first), at.count, tiles.panel, tiles.first,
-                     tiles.row, Ahead(a.grad_image_out.from(at.first), at.count, dv));
+        score_pixels(a.words, d, words.key, a.image_query.from(at.first), at.count, a.scale, tiles,
+                     tiles.first, tiles.row, Ahead(a.grad_image_out.from(at.first), at.count, dv));
     }
     softmax_over_words(a.words, at.count, score, score_row, tiles.first, tiles.row);
     if (!grad_scores) return;
-    score_pixels(a.words, dv, a.value, a.grad_image_out.from(at.first), at.count, tiles.panel, tiles.second,
-                 tiles.row, Ahead(a.grad_image_query.from(at.first), at.count, d));
-    softmax_over_words_backward(a.words, at.count, tiles.first, tiles.second, tiles.row);
+    score_pixels(a.words, dv, words.value, a.grad_image_out.from(at.first), at.count, Real(1), tiles,
+                 tiles.second, tiles.row, Ahead(a.grad_image_query.from(at.first), at.count, d));
+    softmax_over_words_backward(a.words, at.count, tiles.first, tiles.second, tiles.row, a.scale);
 }
 
 /// From the gradient of scores to those of the image rows and the words that were multiplied.
@@ -109,10 +122,10 @@ static void score_gradients(const CrossModalBackward<Element>& a, const Tiles& t
     const int64_t width = a.widths.similarity;
     const Ahead here(image.from(at.first), at.count, width), next(image.from(at.next), at.next_count, width);
     if (grad_image)
-        write_pixels(a.words, at.count, grads, row, words, width, tiles.rows, grad_image.from(at.first),
+        write_pixels(a.words, at.count, grads, row, words, width, tiles, grad_image.from(at.first),
                      grad_words ? here : next);
     if (grad_words)
-        sum_pixels(a.words, at.count, grads, row, image.from(at.first), width, tiles.rows, at.first > 0,
+        sum_pixels(a.words, at.count, grads, row, image.from(at.first), width, tiles, at.first > 0,
                    grad_words, next);
 }
 
@@ -127,26 +140,27 @@ template <typename Element>
 static void backward(const CrossModalBackward<Element>& a) {
     if (a.words == 0) return clear(a);
     const Tiles tiles(a.scratch, a.words, a.widths);
+    const Words words(a, tiles);
     const bool shared = !a.image_key, image = bool(a.grad_image_out), text = a.grad_text_out != nullptr;
     const bool grad_scores = a.grad_image_query || a.grad_text_key;
     for (int64_t p = 0; p < a.pixels;) {
         const Tile at(p, a.pixels, tiles.pixels);
         if (image) {
-            image_direction(a, tiles, at, grad_scores);
+            image_direction(a, tiles, at, words, grad_scores);
             if (a.grad_text_value)
                 sum_pixels(a.words, at.count, tiles.first, tiles.row, a.grad_image_out.from(p),
-                           a.widths.text_value, tiles.rows, p > 0, a.grad_text_value, Ahead());
+                           a.widths.text_value, tiles, p > 0, a.grad_text_value, Ahead());
         }
         const Real* grads = tiles.second;
         int64_t row = tiles.row;
         if (text) {
             softmax_over_pixels_backward(a, p, at.count);
             if (a.grad_image_value)
-                write_pixels(a.words, at.count, a.score + p, a.kept_row, a.grad_text_out,
-                             a.widths.image_value, tiles.rows, a.grad_image_value.from(p), Ahead());
+                write_pixels(a.words, at.count, a.score + p, a.kept_row, words.grad_image_value,
+                             a.widths.image_value, tiles, a.grad_image_value.from(p), Ahead());
             if (!shared) {
-                score_gradients(a, tiles, at, a.grad_weight + p, a.kept_row, a.query, a.image_key,
-                                a.grad_image_key, a.grad_text_query);
+                score_gradients(a, tiles, at, a.grad_weight + p, a.kept_row, words.grad_image_key,
+                                a.image_key, a.grad_image_key, a.grad_text_query);
             } else if (grad_scores) {
                 for (int64_t t = 0; image && t < a.words; ++t)
                     for (int64_t i = 0; i < at.count; i += kLanes) {
@@ -158,8 +172,8 @@ static void backward(const CrossModalBackward<Element>& a) {
             }
         }
         if (grad_scores)
-            score_gradients(a, tiles, at, grads, row, a.key, a.image_query, a.grad_image_query,
-                            a.grad_text_key);
+            score_gradients(a, tiles, at, grads, row, words.grad_image_query, a.image_query,
+                            a.grad_image_query, a.grad_text_key);
         p = at.next;
     }
 }

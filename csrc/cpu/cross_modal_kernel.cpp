@@ -7,15 +7,13 @@ namespace magnet_fast {
 namespace MAGNET_FAST_SIMD_LEVEL {
 
 template <typename Element>
-static void pack(Rows<const Element> from, const int32_t* words, int64_t count, int64_t width, Real factor,
-                 Real* to) {
-    const Vec scale = broadcast(factor);
+static void pack(Rows<const Element> from, const int32_t* words, int64_t count, int64_t width, Real* to) {
     for (int64_t t = 0; t < count; ++t, to += packed_row(width)) {
         const Element* row = from.data + words[t] * from.stride;
         int64_t c = 0;
-        for (; c + kLanes <= width; c += kLanes) store(to + c, load(row + c) * scale);
+        for (; c + kLanes <= width; c += kLanes) store(to + c, load(row + c));
         if (c < width) {
-            store(to + c, load_part(row + c, width - c) * scale);
+            store(to + c, load_part(row + c, width - c));
             c += kLanes;
         }
         for (; c < packed_row(width); ++c) to[c] = 0;
@@ -69,28 +67,31 @@ static void forward(const CrossModalForward<Element>& a) {
     const int64_t row = tiles.row, read_row = packed_row(a.widths.image_value);
     const int64_t d = a.widths.similarity, dv = a.widths.text_value, dw = a.widths.image_value;
     const bool shared = !a.image_key;
-    for (int64_t p = 0, count = 0, next = 0; p < a.pixels; p = next) {
-        count = even_piece(a.pixels - p, tiles.pixels);
-        next = p + count;
-        const int64_t next_count = next < a.pixels ? even_piece(a.pixels - next, tiles.pixels) : 0;
+    const void* key = a.key ? words_for_scores<Element>(a.words, d, a.key, tiles.form(0)) : nullptr;
+    const void* query = a.query ? words_for_scores<Element>(a.words, d, a.query, tiles.form(1)) : nullptr;
+    const Real* value = a.value ? words_for_pixels<Element>(a.words, dv, a.value, tiles.form(2)) : nullptr;
+    for (int64_t p = 0, next = 0; p < a.pixels; p = next) {
+        const Tile at(p, a.pixels, tiles.pixels);
+        const int64_t count = at.count, next_count = at.next_count;
+        next = at.next;
         const Ahead next_tile(a.image_query ? a.image_query.from(next) : a.image_key.from(next), next_count,
                               d),
             image_key(a.image_key.from(p), count, d), image_value(a.image_value.from(p), count, dw),
             image_out(a.image_out.from(p), count, dv);
         Real* score = tiles.first;
         if (a.image_query)
-            score_pixels(a.words, d, a.key, a.image_query.from(p), count, tiles.panel, score, row,
+            score_pixels(a.words, d, key, a.image_query.from(p), count, a.scale, tiles, score, row,
                          a.image_out ? image_out : image_value);
         if (a.image_out) {
             softmax_over_words(a.words, count, score, row, tiles.second, row);
-            write_pixels(a.words, count, tiles.second, row, a.value, dv, tiles.rows, a.image_out.from(p),
+            write_pixels(a.words, count, tiles.second, row, value, dv, tiles, a.image_out.from(p),
                          !a.text.read ? next_tile
                          : shared     ? image_value
                                       : image_key);
         }
         if (!a.text.read) continue;
         if (!shared)
-            score_pixels(a.words, d, a.query, a.image_key.from(p), count, tiles.panel, score, row,
+            score_pixels(a.words, d, query, a.image_key.from(p), count, a.scale, tiles, score, row,
                          image_value);
         hide_padding(a.words, count, score, row);
         for (int64_t t = 0; t < a.words; ++t) {
@@ -100,7 +101,7 @@ static void forward(const CrossModalForward<Element>& a) {
             Real* read = a.text.read + t * read_row;
             for (int64_t c = 0; c < dw; c += kLanes) store(read + c, load(read + c) * broadcast(shrink));
         }
-        sum_pixels(a.words, count, score, row, a.image_value.from(p), dw, tiles.rows, p > 0, a.text.read,
+        sum_pixels(a.words, count, score, row, a.image_value.from(p), dw, tiles, p > 0, a.text.read,
                    next_tile);
     }
 }

@@ -6,7 +6,7 @@
 // a small panel at a time.
 //
 // Words come *packed*: the words that the mask leaves, one after the other, in Real, packed_row(width) apart
-// and with zeros from width to the next multiple of 16. Keys and queries carry the scale.
+// and with zeros from width to the next multiple of 16.
 #pragma once
 
 #include <cstdint>
@@ -66,6 +66,7 @@ struct CrossModalForward {
     using Real = typename Computed<Element>::Real;
     int64_t pixels;  // of this run
     int64_t words;   // unmasked
+    Real scale;
     CrossModalWidths widths;
     Rows<const Element> image_query, image_key, image_value;  // image_key null: shared similarity
     const Real* key;                                          // packed
@@ -81,6 +82,7 @@ template <typename Element>
 struct CrossModalStatistics {
     using Real = typename Computed<Element>::Real;
     int64_t pixels, words;
+    Real scale;
     CrossModalWidths widths;
     Rows<const Element> image_query, image_key, image_value;  // image_key: image_query when shared
     const Real* query;                                        // packed; the key when the similarity is shared
@@ -98,6 +100,7 @@ template <typename Element>
 struct CrossModalBackward {
     using Real = typename Computed<Element>::Real;
     int64_t pixels, words;
+    Real scale;
     CrossModalWidths widths;
     Rows<const Element> image_query, image_key, image_value;
     Rows<const Element> grad_image_out;  // null: the image direction has no gradient
@@ -114,9 +117,8 @@ struct CrossModalBackward {
 template <typename Element>
 struct CrossModalKernels {
     using Real = typename Computed<Element>::Real;
-    /// to (count, packed_row(width)) = factor * rows words[0 .. count) of `from`.
-    void (*pack)(Rows<const Element> from, const int32_t* words, int64_t count, int64_t width, Real factor,
-                 Real* to);
+    /// to (count, packed_row(width)) = rows words[0 .. count) of `from`.
+    void (*pack)(Rows<const Element> from, const int32_t* words, int64_t count, int64_t width, Real* to);
     /// to (width) = sum of factors[i] * parts[i * stride ...], in this order; count 0: zeros.
     void (*combine)(const Real* parts, int64_t count, int64_t stride, const Real* factors, int64_t width,
                     Element* to);
@@ -129,10 +131,15 @@ struct CrossModalBackwardKernels {
     void (*backward)(const CrossModalBackward<Element>&);
 };
 
+/// Forms of packed words besides their own that a kernel holds at most; of bfloat16 tensors alone.
+constexpr int64_t kWordForms = 5;
+
 /// Numbers of scratch that a kernel needs.
+template <typename Element>
 static inline int64_t cross_modal_scratch(int64_t words, const CrossModalWidths& widths) {
     const int64_t panel = kPanelDepth * kPanelPixels, rows = kTilePixels * kPanelPixels;
-    return panel + rows + 2 * words * (tile_pixels(words, widths.widest()) + 16) + 64;
+    const int64_t forms = sizeof(Element) == 2 ? kWordForms * words * packed_row(widths.widest()) : 0;
+    return panel + rows + 3 * words * (tile_pixels(words, widths.widest()) + 16) + forms + 64;
 }
 
 MAGNET_FAST_DECLARE_KERNELS(CrossModalKernels, cross_modal_kernels)

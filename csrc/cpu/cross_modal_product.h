@@ -3,6 +3,14 @@
 // prefetching does not find them, and issued all at once they would only be waited for.
 #pragma once
 
+#if defined(MAGNET_FAST_SIMD_AVX512) && defined(__GNUC__) && !defined(__clang__)
+// GCC 12 takes the undefined vectors inside of its own intrinsics for mistakes.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+#endif
+
 #include "cpu/cross_modal_kernel.h"
 #include "cpu/simd.h"
 
@@ -39,8 +47,20 @@ class Ahead {
     int64_t stride_ = 0, lines_ = 1, left_ = 0, line_ = 0, burst_ = 0;
 };
 
+/// What a product adds up: single numbers ...
+struct Singles {
+    static inline Vec add(Vec sum, Vec a, Vec b) { return multiply_add(a, b, sum); }
+};
+
+#if defined(MAGNET_FAST_SIMD_AVX512_BF16)
+/// ... or pairs of bfloat16 that stand in for one number of Real each: two products a lane.
+struct Pairs {
+    static inline Vec add(Vec sum, Vec a, Vec b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
+};
+#endif
+
 /// A register tile as in simd_matrix.h: C = init + A * B; init null: zeros.
-template <int Height, int Vectors>
+template <typename Terms, int Height, int Vectors>
 static void fetching_tile(int64_t depth, const Real* a, int64_t a_row, int64_t a_depth, const Real* b,
                           int64_t b_depth, const Real* init, int64_t init_row, Real* c, int64_t c_row,
                           Ahead& outer) {
@@ -58,7 +78,7 @@ static void fetching_tile(int64_t depth, const Real* a, int64_t a_row, int64_t a
         b += b_depth;
         for (int m = 0; m < Height; ++m) {
             const Vec scalar = broadcast(base[m / 3][(m % 3) * a_row]);
-            for (int n = 0; n < Vectors; ++n) sum[m][n] = multiply_add(scalar, row[n], sum[m][n]);
+            for (int n = 0; n < Vectors; ++n) sum[m][n] = Terms::add(sum[m][n], scalar, row[n]);
         }
         for (int g = 0; g < (Height + 2) / 3; ++g) base[g] += a_depth;
     }
@@ -72,7 +92,7 @@ static inline int64_t product_steps(int64_t rows, int64_t vectors, int64_t depth
     return (rows + kTileRows[vectors] - 1) / kTileRows[vectors] * depth;
 }
 
-template <int Vectors>
+template <typename Terms, int Vectors>
 static void fetching_panel(int64_t rows, int64_t depth, const Real* a, int64_t a_row, int64_t a_depth,
                            const Real* b, int64_t b_depth, const Real* init, int64_t init_row, Real* c,
                            int64_t c_row, Ahead& ahead) {
@@ -86,8 +106,8 @@ static void fetching_panel(int64_t rows, int64_t depth, const Real* a, int64_t a
 #define MAGNET_FAST_TILE(R)                                                                                \
     case R:                                                                                                \
         if constexpr (R <= kTileRows[Vectors])                                                             \
-            fetching_tile<R, Vectors>(depth, at, a_row, a_depth, b, b_depth, init_at, init_row, ct, c_row, \
-                                      ahead);                                                              \
+            fetching_tile<Terms, R, Vectors>(depth, at, a_row, a_depth, b, b_depth, init_at, init_row, ct, \
+                                             c_row, ahead);                                                \
         break;
             MAGNET_FAST_TILE(1)
             MAGNET_FAST_TILE(2)
@@ -113,22 +133,22 @@ static inline int64_t panel_vectors(int64_t left) {
 }
 
 /// multiply() of simd_matrix.h that fetches `ahead` on the way.
-static inline void fetching_multiply(int64_t rows, int64_t columns, int64_t depth, const Real* a,
-                                     int64_t a_row, int64_t a_depth, const Real* b, int64_t b_depth,
-                                     const Real* init, int64_t init_row, Real* c, int64_t c_row,
-                                     Ahead& ahead) {
+template <typename Terms>
+static void fetching_multiply(int64_t rows, int64_t columns, int64_t depth, const Real* a, int64_t a_row,
+                              int64_t a_depth, const Real* b, int64_t b_depth, const Real* init,
+                              int64_t init_row, Real* c, int64_t c_row, Ahead& ahead) {
     for (int64_t n = 0, left = columns / kLanes; left > 0;) {
         const int64_t wide = panel_vectors(left);
         const Real* init_at = init ? init + n : nullptr;
         if (wide == 3)
-            fetching_panel<3>(rows, depth, a, a_row, a_depth, b + n, b_depth, init_at, init_row, c + n, c_row,
-                              ahead);
+            fetching_panel<Terms, 3>(rows, depth, a, a_row, a_depth, b + n, b_depth, init_at, init_row, c + n,
+                                     c_row, ahead);
         else if (wide == 2)
-            fetching_panel<2>(rows, depth, a, a_row, a_depth, b + n, b_depth, init_at, init_row, c + n, c_row,
-                              ahead);
+            fetching_panel<Terms, 2>(rows, depth, a, a_row, a_depth, b + n, b_depth, init_at, init_row, c + n,
+                                     c_row, ahead);
         else
-            fetching_panel<1>(rows, depth, a, a_row, a_depth, b + n, b_depth, init_at, init_row, c + n, c_row,
-                              ahead);
+            fetching_panel<Terms, 1>(rows, depth, a, a_row, a_depth, b + n, b_depth, init_at, init_row, c + n,
+                                     c_row, ahead);
         n += wide * kLanes;
         left -= wide;
     }

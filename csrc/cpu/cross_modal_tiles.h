@@ -2,8 +2,7 @@
 // softmax over words; compiled once per SIMD level like simd.h. Weights and scores are words x pixels.
 #pragma once
 
-#include "cpu/cross_modal_kernel.h"
-#include "cpu/cross_modal_product.h"
+#include "cpu/cross_modal_pairs.h"
 
 namespace magnet_fast {
 namespace MAGNET_FAST_SIMD_LEVEL {
@@ -11,20 +10,30 @@ namespace MAGNET_FAST_SIMD_LEVEL {
 /// Pieces of one thread's scratch.
 struct Tiles {
     Real* panel;   // transposed image rows, kPanelDepth x kPanelPixels
-    Real* rows;    // widened image rows, or output rows before they are narrowed
+    Real* rows;    // image rows in another form, or output rows before they are narrowed
     Real* first;   // two tiles of words x row
     Real* second;  //
+    Real* pairs;   // weights in another form, words x row
+    Real* words;   // kWordForms packed words in other forms
     int64_t row;
     int64_t pixels;  // of a tile at most
 
-    Tiles(Real* scratch, int64_t words, const CrossModalWidths& widths) {
-        pixels = tile_pixels(words, widths.widest());
+    Tiles(Real* scratch, int64_t count, const CrossModalWidths& widths)
+        : form_(count * packed_row(widths.widest())) {
+        pixels = tile_pixels(count, widths.widest());
         panel = scratch;
         rows = panel + kPanelDepth * kPanelPixels;
         first = rows + kTilePixels * kPanelPixels;
         row = pixels + 16;
-        second = first + words * row;
+        second = first + count * row;
+        pairs = second + count * row;
+        words = pairs + count * row;
     }
+
+    Real* form(int64_t i) const { return words + i * form_; }
+
+  private:
+    int64_t form_;
 };
 
 static inline int64_t smaller(int64_t a, int64_t b) {
@@ -53,6 +62,16 @@ static inline int64_t even_piece(int64_t left, int64_t most) {
     return smaller(left, piece);
 }
 
+/// A tile of the run, and the one that follows.
+struct Tile {
+    int64_t first, count, next, next_count;
+
+    Tile(int64_t p, int64_t pixels, int64_t most) : first(p), count(even_piece(pixels - p, most)) {
+        next = p + count;
+        next_count = next < pixels ? even_piece(pixels - next, most) : 0;
+    }
+};
+
 /// Transposes kLanes vectors.
 static inline void transpose(Vec (&v)[kLanes]) {
 #if defined(MAGNET_FAST_SIMD_AVX512)
@@ -63,12 +82,10 @@ static inline void transpose(Vec (&v)[kLanes]) {
     }
     // After this, 128-bit part p of v[4 * g + j] holds column 4 * p + j of rows 4 * g to 4 * g + 3.
     for (int i = 0; i < 16; i += 4) {
-        const __m512d a = _mm512_castps_pd(t[i]), b = _mm512_castps_pd(t[i + 1]),
-                      c = _mm512_castps_pd(t[i + 2]), d = _mm512_castps_pd(t[i + 3]);
-        v[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, c));
-        v[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, c));
-        v[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(b, d));
-        v[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, d));
+        v[i] = _mm512_shuffle_ps(t[i], t[i + 2], 0x44);
+        v[i + 1] = _mm512_shuffle_ps(t[i], t[i + 2], 0xEE);
+        v[i + 2] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+        v[i + 3] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0xEE);
     }
     for (int j = 0; j < 4; ++j) {
         const Vec a = _mm512_shuffle_f32x4(v[j], v[4 + j], 0x88),
@@ -133,66 +150,111 @@ static void transpose_rows(Rows<const Element> from, int64_t pixels, int64_t wid
     }
 }
 
-/// scores (words x pixels, score_row apart) = packed words * image rows transposed; pixels from `pixels` to
-/// the next multiple of kLanes get 0. This and the two below fetch what is read or written after them.
+/// scores (words x pixels, score_row apart) = scale * words * image rows transposed; pixels from `pixels` to
+/// the next multiple of kLanes get 0. `words` are as words_for_scores made them. This and the two below fetch
+/// what is read or written after them.
 template <typename Element>
-static void score_pixels(int64_t words, int64_t width, const Real* packed, Rows<const Element> image,
-                         int64_t pixels, Real* panel, Real* scores, int64_t score_row, Ahead ahead) {
-    ahead.spread((pixels + kPanelPixels - 1) / kPanelPixels * product_steps(words, 3, width));
-    for (int64_t p = 0, count = 0; p < pixels; p += count) {
-        count = even_piece(pixels - p, kPanelPixels);
-        const int64_t columns = round_up(count);
+static void score_pixels(int64_t count, int64_t width, const void* words, Rows<const Element> image,
+                         int64_t pixels, Real scale, const Tiles& tiles, Real* scores, int64_t score_row,
+                         Ahead ahead) {
+#if defined(MAGNET_FAST_SIMD_AVX512)
+    if (prefers_dots(width)) {
+        const auto* packed = static_cast<const typename ChannelDot<Element>::Word*>(words);
+        int64_t row = packed_row(width);
+#if defined(MAGNET_FAST_SIMD_AVX512_BF16)
+        if (kPairs<Element>) row = dot_row(width);
+#endif
+        dot_scores(count, width, packed, row, image, pixels, scale, scores, score_row, ahead);
+        return;
+    }
+#endif
+    const Real* packed = static_cast<const Real*>(words);
+    ahead.spread((pixels + kPanelPixels - 1) / kPanelPixels * product_steps(count, 3, width));
+    for (int64_t p = 0, here = 0; p < pixels; p += here) {
+        here = even_piece(pixels - p, kPanelPixels);
+        const int64_t columns = round_up(here);
         for (int64_t c = 0; c < width; c += kPanelDepth) {
             const int64_t depth = smaller(kPanelDepth, width - c);
             const Rows<const Element> part{image.data + p * image.stride + c, image.stride};
-            transpose_rows(part, count, depth, panel, columns);
-            fetching_multiply(words, columns, depth, packed + c, packed_row(width), 1, panel, columns,
-                              c ? scores + p : nullptr, score_row, scores + p, score_row, ahead);
+            transpose_rows(part, here, depth, tiles.panel, columns);
+            fetching_multiply<Singles>(count, columns, depth, packed + c, packed_row(width), 1, tiles.panel,
+                                       columns, c ? scores + p : nullptr, score_row, scores + p, score_row,
+                                       ahead);
         }
+        for (int64_t t = 0; t < count; ++t)
+            for (int64_t i = 0; i < columns; i += kLanes) {
+                Real* at = scores + t * score_row + p + i;
+                store(at, load(at) * broadcast(scale));
+            }
     }
 }
 
 /// to (words x packed_row(width)) = or, with `add`, += weights (words x pixels) * image rows.
 template <typename Element>
 static void sum_pixels(int64_t words, int64_t pixels, const Real* weights, int64_t weight_row,
-                       Rows<const Element> image, int64_t width, Real* widened, bool add, Real* to,
+                       Rows<const Element> image, int64_t width, const Tiles& tiles, bool add, Real* to,
                        Ahead ahead) {
     const int64_t to_row = packed_row(width);
     ahead.spread((width + kPanelPixels - 1) / kPanelPixels * product_steps(words, 3, pixels));
     if constexpr (Same<Element, Real>::value) {
         if (in_place<Element>(width)) {
-            fetching_multiply(words, width, pixels, weights, weight_row, 1, image.data, image.stride,
-                              add ? to : nullptr, to_row, to, to_row, ahead);
+            fetching_multiply<Singles>(words, width, pixels, weights, weight_row, 1, image.data, image.stride,
+                                       add ? to : nullptr, to_row, to, to_row, ahead);
             return;
         }
     }
+#if defined(MAGNET_FAST_SIMD_AVX512_BF16)
+    if constexpr (kPairs<Element>)
+        pair_columns(words, pixels, weights, weight_row, reinterpret_cast<BFloat16*>(tiles.pairs), tiles.row);
+#endif
     for (int64_t c = 0; c < width; c += kPanelPixels) {
         const int64_t channels = smaller(kPanelPixels, width - c), columns = round_up(channels);
+        const Rows<const Element> part{image.data + c, image.stride};
+#if defined(MAGNET_FAST_SIMD_AVX512_BF16)
+        if constexpr (kPairs<Element>) {
+            pair_image_rows(part, pixels, channels, tiles.rows, columns);
+            fetching_multiply<Pairs>(words, columns, (pixels + 1) / 2, tiles.pairs, tiles.row / 2, 1,
+                                     tiles.rows, columns, add ? to + c : nullptr, to_row, to + c, to_row,
+                                     ahead);
+            continue;
+        }
+#endif
         for (int64_t p = 0; p < pixels; ++p) {
-            const Element* at = image.data + p * image.stride + c;
-            Real* wide = widened + p * columns;
+            const Element* at = part.from(p).data;
+            Real* wide = tiles.rows + p * columns;
             int64_t i = 0;
             for (; i + kLanes <= channels; i += kLanes) store(wide + i, load(at + i));
             if (i < channels) store(wide + i, load_part(at + i, channels - i));
         }
-        fetching_multiply(words, columns, pixels, weights, weight_row, 1, widened, columns,
-                          add ? to + c : nullptr, to_row, to + c, to_row, ahead);
+        fetching_multiply<Singles>(words, columns, pixels, weights, weight_row, 1, tiles.rows, columns,
+                                   add ? to + c : nullptr, to_row, to + c, to_row, ahead);
     }
 }
 
-/// image rows = weights (words x pixels) transposed * packed words.
+/// image rows = weights (words x pixels) transposed * words, which are as words_for_pixels made them.
 template <typename Element>
 static void write_pixels(int64_t words, int64_t pixels, const Real* weights, int64_t weight_row,
-                         const Real* packed, int64_t width, Real* wide, Rows<Element> image, Ahead ahead) {
+                         const Real* packed, int64_t width, const Tiles& tiles, Rows<Element> image,
+                         Ahead ahead) {
     // Blocks of few rows: their results are written nearly in the order of memory.
     constexpr int64_t kBlock = 24;
+    using Terms = ProductTerms<Element>;
     ahead.spread((width + kPanelPixels - 1) / kPanelPixels * product_steps(pixels, 3, words));
+#if defined(MAGNET_FAST_SIMD_AVX512_BF16)
+    if constexpr (kPairs<Element>) {
+        pair_rows(words, pixels, weights, weight_row, tiles.pairs, tiles.row);
+        weights = tiles.pairs;
+        weight_row = tiles.row;
+        words = (words + 1) / 2;
+    }
+#endif
     for (int64_t p = 0; p < pixels; p += kBlock) {
         const int64_t rows = smaller(kBlock, pixels - p);
         if constexpr (Same<Element, Real>::value) {
             if (in_place<Element>(width)) {
-                fetching_multiply(rows, width, words, weights + p, 1, weight_row, packed, packed_row(width),
-                                  nullptr, 0, image.data + p * image.stride, image.stride, ahead);
+                fetching_multiply<Terms>(rows, width, words, weights + p, 1, weight_row, packed,
+                                         packed_row(width), nullptr, 0, image.data + p * image.stride,
+                                         image.stride, ahead);
                 continue;
             }
         }
@@ -200,11 +262,11 @@ static void write_pixels(int64_t words, int64_t pixels, const Real* weights, int
         static_assert(kBlock * kChannels <= kTilePixels * kPanelPixels);
         for (int64_t c = 0; c < width; c += kChannels) {
             const int64_t channels = smaller(kChannels, width - c), columns = round_up(channels);
-            fetching_multiply(rows, columns, words, weights + p, 1, weight_row, packed + c, packed_row(width),
-                              nullptr, 0, wide, columns, ahead);
+            fetching_multiply<Terms>(rows, columns, words, weights + p, 1, weight_row, packed + c,
+                                     packed_row(width), nullptr, 0, tiles.rows, columns, ahead);
             for (int64_t r = 0; r < rows; ++r) {
                 Element* at = image.data + (p + r) * image.stride + c;
-                const Real* from = wide + r * columns;
+                const Real* from = tiles.rows + r * columns;
                 int64_t i = 0;
                 for (; i + kLanes <= channels; i += kLanes) store(at + i, load(from + i));
                 if (i < channels) store_part(at + i, load(from + i), channels - i);
