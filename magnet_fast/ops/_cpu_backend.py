@@ -24,3 +24,9 @@ def supports(*arguments: object) -> str | None:
     """None when the arguments' tensors are on the CPU, else the reason why not."""
     first = next(argument for argument in arguments if isinstance(argument, Tensor))
     return None if first.device.type == "cpu" else f"device {first.device.type} is not supported, CPU tensors only"
+
+
+def passed_over(*arguments: object) -> str | None:
+    """Why ``auto`` leaves float64 to the reference."""
+    first = next(argument for argument in arguments if isinstance(argument, Tensor))
+    return "float64 runs in scalar code, meant for gradient checks" if first.dtype == torch.float64 else None

@@ -281,4 +281,5 @@ _registry.register(
     _cpu_cross_modal.backward,
     _cpu_backend.supports,
     _cpu_backend.missing,
+    _cpu_backend.passed_over,
 )

@@ -163,4 +163,5 @@ _registry.register(
     _cpu_deformable.backward,
     _cpu_backend.supports,
     _cpu_backend.missing,
+    _cpu_deformable.passed_over,
 )

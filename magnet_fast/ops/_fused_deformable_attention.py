@@ -158,4 +158,5 @@ _registry.register(
     _cpu_deformable.fused_backward,
     _cpu_backend.supports,
     _cpu_backend.missing,
+    _cpu_deformable.passed_over,
 )

@@ -147,4 +147,5 @@ _registry.register(
     _cpu_pixel_contrastive.backward,
     _cpu_backend.supports,
     _cpu_backend.missing,
+    _cpu_backend.passed_over,
 )

@@ -126,12 +126,15 @@ class Implementation:
         forward, backward: called by the registered operators with the operator's normalised arguments.
         supports: takes the operator's normalised arguments, returns None or the reason why not.
         missing: why the backend cannot run in this process whatever the arguments, or None.
+        passed_over: takes the operator's normalised arguments, returns None or why ``auto`` prefers the next
+            backend although this one can run them: where another has been measured to be faster.
     """
 
     forward: Callable[..., Any]
     backward: Callable[..., Any]
     supports: Callable[..., str | None]
     missing: str | None = None
+    passed_over: Callable[..., str | None] = lambda *arguments: None
 
 
 def register_operator(operator: str, prepare: Callable[..., tuple]) -> None:
@@ -146,11 +149,12 @@ def register(
     backward: Callable[..., Any],
     supports: Callable[..., str | None] = lambda *arguments: None,
     missing: str | None = None,
+    passed_over: Callable[..., str | None] = lambda *arguments: None,
 ) -> None:
     """Add an implementation; see :class:`Implementation`."""
     if name not in BACKENDS:
         raise ValueError(f"name: unknown backend {name!r}; expected one of {', '.join(BACKENDS)}")
-    _implementations[operator, name] = Implementation(forward, backward, supports, missing)
+    _implementations[operator, name] = Implementation(forward, backward, supports, missing, passed_over)
 
 
 def implementation(operator: str, name: str) -> Implementation:
@@ -173,7 +177,7 @@ def choose(operator: str, arguments: tuple) -> str:
             raise BackendError(str(_explanation(operator, requested, arguments)))
         return requested
     for name in _PREFERENCE:
-        if why_not(operator, name, arguments) is None:
+        if why_not(operator, name, arguments) is None and _why_passed_over(operator, name, arguments) is None:
             return name
     raise BackendError(str(_explanation(operator, requested, arguments)))
 
@@ -186,6 +190,10 @@ def why_not(operator: str, name: str, arguments: tuple) -> str | None:
     if item.missing is not None:
         return item.missing
     return item.supports(*arguments)
+
+
+def _why_passed_over(operator: str, name: str, arguments: tuple) -> str | None:
+    return _implementations[operator, name].passed_over(*arguments)
 
 
 def requested_backend(operator: str) -> str:
@@ -204,6 +212,8 @@ def _explanation(operator: str, requested: str, arguments: tuple) -> Explanation
     chosen, reasons = "none", {}
     for name in _PREFERENCE:
         reason = why_not(operator, name, arguments)
+        if reason is None and requested == "auto" and (slower := _why_passed_over(operator, name, arguments)):
+            reason = f"can run, but {slower}"
         if reason is not None:
             reasons[name] = reason
         elif requested == name or (requested == "auto" and chosen == "none"):

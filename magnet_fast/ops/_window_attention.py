@@ -277,4 +277,5 @@ _registry.register(
     _cpu_window.backward,
     _cpu_backend.supports,
     _cpu_backend.missing,
+    _cpu_backend.passed_over,
 )

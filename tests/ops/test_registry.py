@@ -148,9 +148,35 @@ def test_explain_says_why_not():
     assert elsewhere.reasons["cpu"] == "device meta is not supported, CPU tensors only"
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_window_attention_takes_the_extension_in_every_dtype(dtype):
-    assert explain(window_case(dtype=dtype)).chosen == "cpu"
+@pytest.mark.parametrize("name", sorted(all_cases()))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_operator_takes_the_extension(name, dtype):
+    assert explain(all_cases(dtype)[name]).chosen == "cpu"
+
+
+@pytest.mark.parametrize("name", sorted(all_cases()))
+def test_auto_passes_over_what_is_slower(name):
+    """Scalar float64 code is there to be forced, for gradient checks."""
+    case = all_cases(torch.float64)[name]
+    explanation = explain(case)
+    assert explanation.chosen == "reference"
+    assert explanation.reasons["cpu"] == "can run, but float64 runs in scalar code, meant for gradient checks"
+    with ops.backend("cpu"):
+        assert explain(case).chosen == "cpu"
+
+
+def test_auto_passes_over_few_queries_on_large_maps():
+    value, shapes = torch.randn(1, 4000, 1, 4), [(50, 80)]
+
+    def call(queries):
+        return ops.explain(
+            "deformable_attention", value, shapes, torch.rand(1, queries, 1, 1, 4, 2), torch.rand(1, queries, 1, 1, 4)
+        )
+
+    assert call(4000).chosen == "cpu"
+    few = call(2)
+    assert few.chosen == "reference"
+    assert few.reasons["cpu"].startswith("can run, but 2 queries read so little of 4000 positions")
 
 
 def test_explain_checks_its_arguments():
