@@ -24,7 +24,7 @@ from torch import Tensor
 from magnet_fast import ops
 
 CHANNELS, TEMPERATURE = 256, 0.1
-ROUNDS = {30: 15, 60: 5, 120: 2}
+ROUNDS = {30: 15, 60: 4, 120: 2}
 PATHS = ["plain", "reference", "torch.compile", "cpu"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

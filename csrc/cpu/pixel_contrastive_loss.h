@@ -39,9 +39,9 @@ struct PixelContrastiveBackward {
     Element* grad_features;  // (B, P, C), contiguous, written
 };
 
-/// Both throw std::invalid_argument, which names the argument, before anything is written. An image takes
-/// about B * P * C numbers of working memory in the forward pass and twice that in the backward pass, for
-/// each of the images that are treated at once: as many as there are threads when there are that many.
+/// Both throw std::invalid_argument, which names the argument, before anything is written. The working memory
+/// of an image is about P * C numbers in the forward pass and twice that in the backward pass. As many images
+/// as there are threads are treated at once when the batch has that many, else one.
 template <typename Element>
 void pixel_contrastive_forward(const PixelContrastiveForward<Element>& arguments);
 template <typename Element>
