@@ -54,7 +54,7 @@ demo: $(STAMP)
 	@echo "Pictures: $(abspath $(DEMO))/contact-sheet.png  Scores: $(abspath $(DEMO))/metrics.json, metrics-shuffled.json"
 
 bench: $(STAMP)
-	$(BIN)/python -m pytest benchmarks --results build/benchmarks.json
+	$(BIN)/python -m pytest benchmarks --full --results build/benchmarks.json
 	$(BIN)/python -m benchmarks.plot build/benchmarks.json build/benchmarks.png
 
 clean:

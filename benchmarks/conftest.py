@@ -1,27 +1,51 @@
-"""Shared by all benchmarks: a ratio table at the end of the run, and `--results FILE` to keep it with its machine.
+"""Shared by all benchmarks: `--full`, the machine's ceilings, a table at the end, and `--results FILE` to keep it.
 
-A benchmark belongs to a group and says in `extra_info["path"]` which implementation it timed; within a group
-the ratios are to the path that `extra_info["baseline"]` names.
+A benchmark belongs to a group and says in `extra_info["path"]` which implementation it timed; within a group the ratios
+are to the path that `extra_info["baseline"]` names. It may add "bytes" and "flops" (compulsory traffic and operations
+of one run), "dtype" and "peak_bytes": the table then shows its share of the ceilings.
+
+`--full` takes every shape and compiles (`full` is the fixture, a row of path "torch.compile" is skipped without it).
 """
 
 from __future__ import annotations
 
 import json
-import os
-import platform
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-import magnet_fast
-from magnet_fast import ops
+from benchmarks import machine
+
+_KEPT = ("bytes", "flops", "dtype", "peak_bytes")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--results", type=Path, help="write medians and ratios to this JSON file")
+    parser.addoption("--results", type=Path, help="write medians, ratios and shares to this JSON file")
+    parser.addoption("--full", action="store_true", help="all shapes, and torch.compile (minutes to hours)")
+
+
+@pytest.fixture(scope="session")
+def full(request: pytest.FixtureRequest) -> bool:
+    """Whether all shapes are wanted."""
+    return request.config.getoption("--full")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Rows that compile run with --full only: a compilation on a CPU takes minutes."""
+    if config.getoption("--full"):
+        return
+    for item in items:
+        callspec = getattr(item, "callspec", None)
+        if callspec is not None and any("torch.compile" in str(value) for value in callspec.params.values()):
+            item.add_marker(pytest.mark.skip(reason="compiles: --full"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ceilings(request: pytest.FixtureRequest) -> dict[str, float]:
+    """The machine's ceilings, measured once before the first benchmark."""
+    request.config._ceilings = machine.ceilings()
+    return request.config._ceilings
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
@@ -32,51 +56,48 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
             groups.setdefault(bench.group, []).append(bench)
     if not groups:
         return
-    rows = [row for name, members in groups.items() for row in _rows(name, members)]
-    terminalreporter.section("ratios (baseline time / time, medians)")
+    best = config._ceilings
+    rows = [row for name, members in groups.items() for row in _rows(name, members, best)]
+    terminalreporter.section("ratios (baseline time / time, medians) and shares of the ceilings")
+    terminalreporter.write_line(
+        f"ceilings: copy {best['copy'] / 1e9:.1f} GB/s (read + written), matrix product "
+        f"{best['float32'] / 1e9:.0f} GFLOP/s float32, {best['bfloat16'] / 1e9:.0f} bfloat16"
+    )
     for row in rows:
-        terminalreporter.write_line(
-            f"{row['group']:<52} {row['path']:<22} {1e3 * row['median_seconds']:10.2f} ms   {row['ratio']:5.2f}x"
-        )
+        terminalreporter.write_line(_line(row))
     if target := config.getoption("--results"):
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(json.dumps({"machine": _machine(), "rows": rows}, indent=1) + "\n")
+        contents = {"machine": machine.description(), "ceilings": best, "rows": rows}
+        target.write_text(json.dumps(contents, indent=1) + "\n")
         terminalreporter.write_line(f"written to {target}")
 
 
-def _rows(group: str, members: list[Any]) -> list[dict[str, Any]]:
+def _rows(group: str, members: list[Any], best: dict[str, float]) -> list[dict[str, Any]]:
     baseline = members[0].extra_info["baseline"]
-    reference = next((m.stats.median for m in members if m.extra_info["path"] == baseline), float("nan"))
+    reference = next((m.stats.median for m in members if m.extra_info["path"] == baseline), None)
     return [
         {
+            "suite": Path(m.fullname.split("::")[0]).stem.removeprefix("bench_"),
             "group": group,
             "path": m.extra_info["path"],
             "baseline": baseline,
             "median_seconds": m.stats.median,
             "min_seconds": m.stats.min,
             "rounds": m.stats.rounds,
-            "ratio": reference / m.stats.median,
+            "ratio": reference and reference / m.stats.median,  # None where the baseline was not run
+            **{key: m.extra_info[key] for key in _KEPT if key in m.extra_info},
+            **machine.shares(m.extra_info, m.stats.median, best),
         }
         for m in members
     ]
 
 
-def _machine() -> dict[str, Any]:
-    return {
-        "date": date.today().isoformat(),
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "magnet_fast": magnet_fast.__version__,
-        "backends": list(ops.available_backends()),
-    }
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    return names[0].split(":", 1)[1].strip() if names else platform.processor()
+def _line(row: dict[str, Any]) -> str:
+    ratio = f"{row['ratio']:6.2f}x" if row["ratio"] else "      -"
+    text = f"{row['group']:<56} {row['path']:<22} {1e3 * row['median_seconds']:10.2f} ms   {ratio}"
+    for key, what in (("copy_share", "copy"), ("product_share", "product")):
+        if key in row:
+            text += f"   {100 * row[key]:4.0f} % of {what}"
+    if row.get("peak_bytes"):
+        text += f"   peak {row['peak_bytes'] / 2**20:.0f} MiB"
+    return text

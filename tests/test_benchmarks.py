@@ -1,0 +1,54 @@
+"""What the benchmarks report: rows, ratios and shares of the ceilings, and the picture of them. Nothing is timed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks import conftest, machine, plot
+
+BEST = {"copy": 10e9, "float32": 100e9, "bfloat16": 200e9}
+
+
+def bench(path: str, median: float, **info) -> SimpleNamespace:
+    return SimpleNamespace(
+        fullname="benchmarks/bench_magnet.py::test_inference[x]",
+        extra_info={"path": path, "baseline": "plain", **info},
+        stats=SimpleNamespace(median=median, min=median / 2, rounds=3),
+    )
+
+
+def test_rows_hold_ratios_and_shares() -> None:
+    members = [bench("plain", 2.0), bench("cpu", 0.5, flops=25e9, bytes=1e9, dtype="bfloat16", peak_bytes=1 << 20)]
+    plain, ours = conftest._rows("group", members, BEST)
+    assert (plain["ratio"], ours["ratio"], ours["suite"]) == (1.0, 4.0, "magnet")
+    assert ours["product_share"] == pytest.approx(0.25) and ours["copy_share"] == pytest.approx(0.2)
+    assert "copy_share" not in plain
+    line = conftest._line(ours)
+    assert "4.00x" in line and "20 % of copy" in line and "25 % of product" in line and "peak 1 MiB" in line
+    assert plot.nearest_ceiling(ours) == ("product", pytest.approx(0.25)) and plot.nearest_ceiling(plain) is None
+    alone = conftest._rows("group", members[1:], BEST)[0]
+    assert alone["ratio"] is None and "x" not in conftest._line(alone).split("ms")[1]
+    json.dumps(alone, allow_nan=False)
+
+
+def test_picture_of_results(tmp_path, monkeypatch) -> None:
+    rows = conftest._rows("one", [bench("plain", 2.0), bench("cpu", 0.5, flops=25e9)], BEST)
+    rows += conftest._rows("two", [bench("cpu", 0.5)], BEST)
+    source, target = tmp_path / "results.json", tmp_path / "new" / "picture.png"
+    source.write_text(json.dumps({"machine": machine.description(), "ceilings": BEST, "rows": rows}))
+    monkeypatch.setattr(sys, "argv", ["plot", str(source), str(target)])
+    plot.main()
+    with Image.open(target) as picture:
+        colours = {colour for _, colour in picture.convert("RGB").getcolors(1 << 20)}
+    assert {(0x9A, 0xA5, 0xB1), (0x28, 0x78, 0xC8), (0xC0, 0x30, 0x30)} <= colours  # two bars and a ceiling's line
+
+
+def test_peak_memory_is_what_a_call_needs() -> None:
+    needed = machine.peak_bytes(lambda: torch.ones(16 << 20).sum())
+    assert needed == 0 or (60 << 20) < needed < (200 << 20)  # 64 MiB; 0 where the system does not tell
