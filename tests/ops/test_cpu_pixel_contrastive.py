@@ -233,9 +233,9 @@ def test_registration_and_compile():
 
 
 def test_runs_by_itself_and_without_the_reference(monkeypatch):
-    """`auto` takes the kernel for every dtype, in both passes."""
+    """`auto` takes the kernel for what is trained in, in both passes."""
     monkeypatch.setattr(implementation, "pixel_contrastive_loss_reference", None)
-    for dtype in (torch.float32, torch.float64, *LOW):
+    for dtype in (torch.float32, *LOW):
         case = contrastive_case(dtype=dtype)
         assert ops.explain("pixel_contrastive_loss", *case.arguments(*case.leaves)[0]).chosen == "cpu"
         (grad,) = torch.autograd.grad(weighted_sum(case(*case.leaves)), case.leaves)

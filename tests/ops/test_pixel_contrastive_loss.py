@@ -53,6 +53,14 @@ def test_maps_and_sequences_agree():
     torch.testing.assert_close(ops.pixel_contrastive_loss(3 * features, mask), loss)
 
 
+@pytest.fixture
+def reference():
+    """For what is about the reference's own ways."""
+    with ops.backend("reference"):
+        yield
+
+
+@pytest.mark.usefixtures("reference")
 def test_bands_equal_the_whole(monkeypatch):
     case = contrastive_case()
     loss, grads = case(), case.gradients()
@@ -65,6 +73,7 @@ def test_bands_equal_the_whole(monkeypatch):
         torch.compiler.reset()
 
 
+@pytest.mark.usefixtures("reference")
 def test_memory_is_linear_in_the_pixels(monkeypatch):
     """Between the passes nothing of the size P * P is kept."""
     monkeypatch.setattr(implementation, "_CHUNK", 400)

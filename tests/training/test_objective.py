@@ -82,7 +82,7 @@ def test_total_is_the_weighted_sum_of_its_parts(scenes: Path) -> None:
 # What no loss can depend on, by the architecture: biases that a softmax or an instance norm removes; the gate of the
 # last stage, after which no stage comes; similarities of the one query with itself; the token of an absent referent.
 IDLE = ("text_fusion.key.bias", "text_fusion.value.bias", "alignment.3.image_gate", "self_attention.query", "no_mask")
-IDLE += ("self_attention.key",)
+IDLE += ("self_attention.key", "attention.key.bias")
 
 
 def test_gradients_reach_what_should_learn(scenes: Path) -> None:
