@@ -62,7 +62,7 @@ struct Worker {
     using Real = typename Computed<Element>::Real;
     std::vector<GroupBias<Real>> bias;  // one a head of the task
     AlignedFloats scratch;
-    std::vector<const Element*> query, next, grad_out;
+    std::vector<const Element*> query, next, grad_out, next_grad_out;
     std::vector<Element*> written;
     AlignedNumbers<Real> bias_gradient;  // of every head of the task
 
@@ -73,7 +73,7 @@ struct Worker {
         bias.reserve(plan.max_heads);
         for (int64_t h = 0; h < plan.max_heads; ++h) bias.emplace_back(sizes, plan, kernels.bias);
         if (backward) bias_gradient = aligned_numbers<Real>(plan.max_heads * bias.front().capacity());
-        for (auto* pointers : {&query, &next, &grad_out}) pointers->reserve(plan.max_tokens);
+        for (auto* pointers : {&query, &next, &grad_out, &next_grad_out}) pointers->reserve(plan.max_tokens);
         written.reserve(plan.max_tokens);
     }
 
@@ -81,7 +81,7 @@ struct Worker {
 
     /// Moves every pointer on to the next head.
     void advance(int64_t head_dim) {
-        for (auto* pointers : {&query, &next, &grad_out})
+        for (auto* pointers : {&query, &next, &grad_out, &next_grad_out})
             for (const Element*& pointer : *pointers) pointer += head_dim;
         for (Element*& pointer : written) pointer += head_dim;
     }
@@ -252,6 +252,10 @@ void window_attention_backward(const WindowAttentionBackward<Element>& a) {
                 launch.prepare(task, groups[g], window, a.qkv, a.qkv_strides, worker, arguments);
                 launch.locate(task, groups[g], window, a.grad_out, a.grad_out_strides, worker.grad_out);
                 arguments.grad_out = worker.grad_out.data();
+                if (arguments.next)
+                    launch.locate(task, groups[g], window + 1, a.grad_out, a.grad_out_strides,
+                                  worker.next_grad_out);
+                arguments.next_grad_out = worker.next_grad_out.data();
                 arguments.grad_query = nullptr;
                 if (a.grad_qkv) {
                     launch.locate(task, groups[g], window, a.grad_qkv, a.grad_qkv_strides, worker.written);
