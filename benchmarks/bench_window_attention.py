@@ -1,10 +1,20 @@
-"""Window attention at the stages of Swin-B, 480×480, window 12, shifted blocks, batch 1.
+"""Window attention at the stages of Swin, batch 1: float32 and bfloat16, forward and forward+backward.
 
-Floor: q, k, v read once and the result written once, 16·H·W·C bytes (float32); with N = 144 keys a query each
-window-head also takes 4·N²·d operations.
+Without ``--full``: Swin-B at 480 x 480 with window 12, every stage shifted, the first one unshifted as well, and
+the first one with window 7. With it: Swin-T and Swin-B at 224, 384 and 480, windows 7 and 12, and torch.compile of
+the plain form.
+
+Floor of the forward pass: q, k and v read once and the result written once, 4·H·W·C numbers; every query meets
+N = w² keys, which is 4·N·d operations for each of its heads (2·N·d for its logits, as many for its result) and one
+exponential a key. The backward pass reads qkv and the result's gradient and writes qkv's gradient, 7·H·W·C numbers,
+and takes five products to the forward pass's two: 10·N·d operations. Padded tokens count as the one key that they
+are; after a shift, queries meet the keys of their own region only, which `operations` counts.
 """
 
 from __future__ import annotations
+
+from collections import Counter
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -12,22 +22,91 @@ import torch
 from benchmarks import plain
 from magnet_fast import ops
 
-STAGES = {1: (120, 128, 4), 2: (60, 256, 8), 3: (30, 512, 16), 4: (15, 1024, 32)}  # side, channels, heads
-PATHS = ["plain", "plain SDPA", "reference", "cpu"]
+PATHS = ["plain", "plain SDPA", "torch.compile", "reference", "cpu"]
+MODELS = {"Swin-T": (96, 3), "Swin-B": (128, 4)}  # channels and heads of the first stage
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def runner(path: str, stage: int, backward: bool):
-    side, channels, heads = STAGES[stage]
+class Shape(NamedTuple):
+    model: str
+    side: int
+    stage: int
+    window: int
+    shifted: bool
+
+    @property
+    def shift(self) -> int:
+        return self.window // 2 if self.shifted else 0
+
+    @property
+    def extent(self) -> int:
+        """Side of the map."""
+        return -(-self.side // (2 << self.stage))
+
+    @property
+    def channels(self) -> int:
+        return MODELS[self.model][0] << (self.stage - 1)
+
+    @property
+    def heads(self) -> int:
+        return MODELS[self.model][1] << (self.stage - 1)
+
+    def __str__(self) -> str:
+        kind = "shifted" if self.shifted else "unshifted"
+        return f"{self.model} {self.side} stage {self.stage} w {self.window} {kind}"
+
+    def operations(self) -> int:
+        """2 for every multiplication and addition that one product of the forward pass needs."""
+        padded = -(-self.extent // self.window) * self.window
+        # Along one axis: (window, region) -> real tokens, padded tokens.
+        real: Counter[tuple[int, int]] = Counter()
+        padding: Counter[tuple[int, int]] = Counter()
+        for at in range(padded):
+            region = (at >= padded - self.window) + (at >= padded - self.shift) if self.shifted else 0
+            tokens = real if (at + self.shift) % padded < self.extent else padding
+            tokens[at // self.window, region] += 1
+        pairs = 0
+        groups = real.keys() | padding.keys()
+        for row in groups:
+            for column in groups:
+                queries = real[row] * real[column]
+                tokens = (real[row] + padding[row]) * (real[column] + padding[column])
+                pairs += queries * (queries + (tokens > queries))
+        return 2 * pairs * self.channels
+
+
+SUBSET = [
+    *(Shape("Swin-B", 480, stage, 12, True) for stage in (1, 2, 3, 4)),
+    Shape("Swin-B", 480, 1, 12, False),
+    Shape("Swin-B", 480, 1, 7, True),
+]
+ALL = [
+    Shape(model, side, stage, window, shifted)
+    for model in MODELS
+    for side in (224, 384, 480)
+    for stage in (1, 2, 3, 4)
+    for window in (7, 12)
+    for shifted in (False, True)
+]
+
+
+def runner(path: str, shape: Shape, dtype: torch.dtype, backward: bool):
     generator = torch.Generator().manual_seed(0)
-    qkv = torch.randn(1, side, side, 3 * channels, generator=generator, requires_grad=backward)
-    table = (0.1 * torch.randn(23 * 23, heads, generator=generator)).requires_grad_(backward)
-    pad = torch.randn(3 * channels, generator=generator, requires_grad=backward)
-    grad = torch.randn(1, side, side, channels, generator=generator)
-    arguments = {"num_heads": heads, "window_size": 12, "shift": 6, "pad_qkv": pad}
+
+    def draw(*size: int, factor: float = 1.0, grad: bool = backward) -> torch.Tensor:
+        return (factor * torch.randn(size, generator=generator)).to(dtype).requires_grad_(grad)
+
+    extent, channels = shape.extent, shape.channels
+    qkv = draw(1, extent, extent, 3 * channels)
+    table = draw((2 * shape.window - 1) ** 2, shape.heads, factor=0.1)
+    pad = draw(3 * channels)
+    grad = draw(1, extent, extent, channels, grad=False)
+    arguments = {"num_heads": shape.heads, "window_size": shape.window, "shift": shape.shift, "pad_qkv": pad}
+    attend = plain.compiled_window_attention() if path == "torch.compile" else plain.window_attention
 
     def forward() -> torch.Tensor:
-        if path.startswith("plain"):
-            return plain.window_attention(qkv, table, **arguments, fused_softmax=path == "plain SDPA")
+        if path in ("plain", "plain SDPA", "torch.compile"):
+            return attend(qkv, table, **arguments, fused_softmax=path == "plain SDPA")
         with ops.backend(path):
             return ops.window_attention(qkv, table, **arguments)
 
@@ -37,13 +116,29 @@ def runner(path: str, stage: int, backward: bool):
     return both if backward else forward
 
 
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
-def test_window_attention(benchmark, path: str, stage: int, backward: bool) -> None:
-    run = runner(path, stage, backward)
+def traffic(shape: Shape, dtype: torch.dtype, backward: bool) -> dict[str, int]:
+    """What one run cannot do without."""
+    numbers = shape.extent**2 * shape.channels
+    return {
+        "bytes": (4 + 7 * backward) * numbers * dtype.itemsize,
+        "flops": (2 + 5 * backward) * shape.operations(),
+    }
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Rows for --full, or the subset without it."""
+    full = metafunc.config.getoption("--full", default=False)
+    metafunc.parametrize("shape", ALL if full else SUBSET, ids=str)
+    metafunc.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
+    metafunc.parametrize("dtype", DTYPES)
+    metafunc.parametrize("path", [path for path in PATHS if full or path != "torch.compile"])
+
+
+def test_window_attention(benchmark, path: str, dtype: str, backward: bool, shape: Shape) -> None:
+    run = runner(path, shape, DTYPES[dtype], backward)
     if not backward:
-        torch.testing.assert_close(run(), runner("reference", stage, False)(), rtol=1e-4, atol=1e-4)
-    benchmark.group = f"window attention, Swin-B stage {stage}, {'forward+backward' if backward else 'forward'}"
-    benchmark.extra_info.update(path=path, baseline="plain")
-    benchmark.pedantic(run, rounds=15, warmup_rounds=3)
+        step = 1e-4 if dtype == "float32" else 5e-2
+        torch.testing.assert_close(run(), runner("reference", shape, DTYPES[dtype], False)(), rtol=step, atol=step)
+    benchmark.group = f"window attention, {shape}, {dtype}, {'forward+backward' if backward else 'forward'}"
+    benchmark.extra_info.update(path=path, baseline="plain", dtype=dtype, **traffic(shape, DTYPES[dtype], backward))
+    benchmark.pedantic(run, rounds=11 if not backward else 7, warmup_rounds=2)

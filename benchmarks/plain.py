@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 
@@ -42,7 +42,7 @@ def window_attention(
     bias = bias_table[_relative_index(w)].view(w * w, w * w, num_heads).permute(2, 0, 1)[None]
     if shift:
         mask = _shift_mask(rows * w, columns * w, w, shift)  # (windows, N, N)
-        bias = (bias + mask[:, None]).repeat(batch, 1, 1, 1)
+        bias = (bias + mask[:, None].to(bias.dtype)).repeat(batch, 1, 1, 1)
     if fused_softmax:
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
     else:
@@ -53,6 +53,12 @@ def window_attention(
     if shift:
         out = torch.roll(out, (shift, shift), (1, 2))
     return out[:, :height, :width].contiguous()
+
+
+@lru_cache
+def compiled_window_attention() -> Callable[..., Tensor]:
+    """`window_attention` by torch.compile; every new shape compiles for a while."""
+    return torch.compile(window_attention, dynamic=False)
 
 
 @contextmanager

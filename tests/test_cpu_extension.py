@@ -203,6 +203,8 @@ CASES = {
     "head_dim 1": Case(7, 6, (3, 4), (1, 2), head_dim=1, heads=5),
     "head_dim 20": Case(7, 7, (7, 7), (3, 3), head_dim=20),
     "head_dim 72": Case(8, 9, (7, 7), (3, 3), heads=1, head_dim=72),
+    "heads of two tasks": Case(13, 15, (12, 12), (6, 6), heads=5, head_dim=8),
+    "heads of three tasks": Case(5, 6, (3, 4), (1, 2), heads=19, head_dim=3, batch=2),
     "window 16": Case(17, 16, (16, 16), (8, 8), heads=1, head_dim=64),
 }
 
@@ -247,7 +249,7 @@ def test_any_shape(case, level):
     check(case)
 
 
-@pytest.mark.parametrize("case", [CASES["odd shift, rectangular"], CASES["window 12 on 30 x 18"]])
+@pytest.mark.parametrize("case", [CASES["odd shift, rectangular"], CASES["heads of two tasks"]])
 @pytest.mark.parametrize("level", LEVELS)
 def test_threads_do_not_change_a_bit(case, level):
     _cpu.set_simd_level(level)

@@ -60,22 +60,31 @@ void check_tensor(const Number* pointer, const std::string& name) {
 template <typename Element>
 struct Worker {
     using Real = typename Computed<Element>::Real;
-    GroupBias<Real> bias;
+    std::vector<GroupBias<Real>> bias;  // one a head of the task
     AlignedFloats scratch;
-    std::vector<const Element*> query, next, grad_out;
+    std::vector<const Element*> query, next, grad_out, next_grad_out;
     std::vector<Element*> written;
-    std::vector<Real> bias_gradient;
+    AlignedNumbers<Real> bias_gradient;  // of every head of the task
 
     Worker(const WindowAttentionSizes& sizes, const WindowPlan& plan, const WindowKernels<Element>& kernels,
            bool backward)
-        : bias(sizes, plan, kernels.bias),
-          scratch(
-              aligned_floats(kernels.scratch_bytes(plan.max_tokens, sizes.channels / sizes.heads) / 4 + 1)),
-          query(plan.max_tokens),
-          next(plan.max_tokens),
-          grad_out(backward ? plan.max_tokens : 0),
-          written(plan.max_tokens),
-          bias_gradient(backward ? bias.capacity() : 0) {}
+        : scratch(
+              aligned_floats(kernels.scratch_bytes(plan.max_tokens, sizes.channels / sizes.heads) / 4 + 1)) {
+        bias.reserve(plan.max_heads);
+        for (int64_t h = 0; h < plan.max_heads; ++h) bias.emplace_back(sizes, plan, kernels.bias);
+        if (backward) bias_gradient = aligned_numbers<Real>(plan.max_heads * bias.front().capacity());
+        for (auto* pointers : {&query, &next, &grad_out, &next_grad_out}) pointers->reserve(plan.max_tokens);
+        written.reserve(plan.max_tokens);
+    }
+
+    Real* bias_gradient_of(int64_t h) { return bias_gradient.get() + h * bias.front().capacity(); }
+
+    /// Moves every pointer on to the next head.
+    void advance(int64_t head_dim) {
+        for (auto* pointers : {&query, &next, &grad_out, &next_grad_out})
+            for (const Element*& pointer : *pointers) pointer += head_dim;
+        for (Element*& pointer : written) pointer += head_dim;
+    }
 };
 
 /// Everything both passes need: the plan, the padding's key and value, and a worker per thread.
@@ -97,8 +106,8 @@ struct Launch {
         for (int64_t i = 0; i < count; ++i) workers.emplace_back(s, plan, kernels, backward);
     }
 
-    /// Pointers to the channels of `head` for every token of a group; `window` counts a class's windows over
-    /// the batch.
+    /// Pointers to the channels of the task's first head for every token of a group; `window` counts a
+    /// class's windows over the batch.
     template <typename Number>
     void locate(const Task& task, const Group& group, int64_t window, Number* map, const MapStrides& strides,
                 std::vector<Number*>& pointers) const {
@@ -107,16 +116,16 @@ struct Launch {
         const int64_t columns = static_cast<int64_t>(part.columns.size());
         const int64_t* source_y = plan.source_y.data() + part.rows[place / columns] * sizes.window_h;
         const int64_t* source_x = plan.source_x.data() + part.columns[place % columns] * sizes.window_w;
-        Number* origin = map + image * strides.batch + task.head * head_dim;
+        Number* origin = map + image * strides.batch + task.first_head * head_dim;
+        pointers.resize(group.tokens.size());  // never beyond what was reserved
         Number** to = pointers.data();
         for (const Token& token : group.tokens)
             *to++ = origin + source_y[token.y] * strides.height + source_x[token.x] * strides.width;
     }
 
-    /// Fills what the two passes share.
-    void prepare(const Task& task, int64_t g, int64_t window, const Element* qkv, const MapStrides& strides,
-                 Worker<Element>& worker, GroupForward<Element>& arguments) const {
-        const Group& group = plan.classes[task.window_class].groups[g];
+    /// Fills what the two passes share and all heads have in common.
+    void prepare(const Task& task, const Group& group, int64_t window, const Element* qkv,
+                 const MapStrides& strides, Worker<Element>& worker, GroupForward<Element>& arguments) const {
         arguments.tokens = static_cast<int64_t>(group.tokens.size());
         arguments.keys = group.keys();
         arguments.head_dim = head_dim;
@@ -124,17 +133,20 @@ struct Launch {
         arguments.scale = static_cast<Real>(sizes.scale);
         locate(task, group, window, qkv, strides, worker.query);
         arguments.query = worker.query.data();
-        arguments.pad_key = padding.data() + sizes.channels + task.head * head_dim;
-        arguments.pad_value = arguments.pad_key + sizes.channels;
         arguments.zeros = zeros.data();
-        arguments.bias = worker.bias.values(g);
-        arguments.bias_row = worker.bias.row(g);
-        arguments.next = nullptr;
-        if (window + 1 < task.end) {
-            locate(task, group, window + 1, qkv, strides, worker.next);
-            arguments.next = worker.next.data();
-        }
+        worker.next.clear();
+        if (window + 1 < task.end) locate(task, group, window + 1, qkv, strides, worker.next);
+        arguments.next = worker.next.empty() ? nullptr : worker.next.data();
         arguments.scratch = worker.scratch.get();
+    }
+
+    /// Fills what belongs to group g's head h of the task.
+    void prepare_head(const Task& task, int64_t g, int64_t h, const Worker<Element>& worker,
+                      GroupForward<Element>& arguments) const {
+        arguments.pad_key = padding.data() + sizes.channels + (task.first_head + h) * head_dim;
+        arguments.pad_value = arguments.pad_key + sizes.channels;
+        arguments.bias = worker.bias[h].values(g);
+        arguments.bias_row = worker.bias[h].row(g);
     }
 
     /// Calls work(task index, worker) for every task, on all threads.
@@ -147,17 +159,21 @@ struct Launch {
     }
 };
 
-/// Sums the tasks' partial results (length each) head by head, in the tasks' order and in double, so that the
-/// bits do not depend on the number of threads; calls write(head, index, sum).
+/// Sums the tasks' partial results (max_heads of length each) head by head, in the tasks' order and in
+/// double, so that the bits do not depend on the number of threads; calls write(head, index, sum).
 template <typename Real, typename Write>
-void reduce(const std::vector<Task>& tasks, const std::vector<Real>& parts, int64_t heads, int64_t length,
+void reduce(const WindowPlan& plan, const std::vector<Real>& parts, int64_t heads, int64_t length,
             const Write& write) {
     std::vector<double> sums(length);
-    size_t t = 0;
+    size_t first = 0;  // task of the head's block
     for (int64_t head = 0; head < heads; ++head) {
         std::fill(sums.begin(), sums.end(), 0.0);
-        for (; t < tasks.size() && tasks[t].head == head; ++t)
-            for (int64_t index = 0; index < length; ++index) sums[index] += parts[t * length + index];
+        while (first < plan.tasks.size() && head >= plan.tasks[first].first_head + plan.tasks[first].heads)
+            ++first;
+        for (size_t t = first; t < plan.tasks.size() && plan.tasks[t].first_head <= head; ++t) {
+            const Real* part = parts.data() + (t * plan.max_heads + head - plan.tasks[t].first_head) * length;
+            for (int64_t index = 0; index < length; ++index) sums[index] += part[index];
+        }
         for (int64_t index = 0; index < length; ++index) write(head, index, static_cast<Real>(sums[index]));
     }
 }
@@ -178,15 +194,19 @@ void window_attention_forward(const WindowAttentionForward<Element>& a) {
     Launch<Element> launch(a.sizes, a.pad_qkv, /*backward=*/false);
     launch.run([&](int64_t t, Worker<Element>& worker) {
         const Task& task = launch.plan.tasks[t];
-        worker.bias.load(a.bias, task.head, task.window_class);
+        for (int64_t h = 0; h < task.heads; ++h)
+            worker.bias[h].load(a.bias, task.first_head + h, task.window_class);
         const std::vector<Group>& groups = launch.plan.classes[task.window_class].groups;
         for (size_t g = 0; g < groups.size(); ++g) {
             for (int64_t window = task.begin; window < task.end; ++window) {
                 GroupForward<Element> arguments;
-                launch.prepare(task, g, window, a.qkv, a.qkv_strides, worker, arguments);
+                launch.prepare(task, groups[g], window, a.qkv, a.qkv_strides, worker, arguments);
                 launch.locate(task, groups[g], window, a.out, a.out_strides, worker.written);
                 arguments.out = worker.written.data();
-                launch.kernels.forward(arguments);
+                for (int64_t h = 0; h < task.heads; ++h, worker.advance(launch.head_dim)) {
+                    launch.prepare_head(task, g, h, worker, arguments);
+                    launch.kernels.forward(arguments);
+                }
             }
         }
     });
@@ -214,44 +234,57 @@ void window_attention_backward(const WindowAttentionBackward<Element>& a) {
     const std::vector<Task>& tasks = launch.plan.tasks;
     const int64_t d = launch.head_dim, table = (2 * s.window_h - 1) * (2 * s.window_w - 1);
     // A task adds to its own partial sums only, whichever thread runs it.
-    std::vector<Real> bias_parts(a.grad_bias ? tasks.size() * table : 0);
-    std::vector<Real> pad_parts(a.grad_pad_qkv ? tasks.size() * 2 * d : 0);
+    const size_t parts = tasks.size() * launch.plan.max_heads;
+    std::vector<Real> bias_parts(a.grad_bias ? parts * table : 0),
+        pad_parts(a.grad_pad_qkv ? parts * 2 * d : 0);
     launch.run([&](int64_t t, Worker<Element>& worker) {
         const Task& task = tasks[t];
-        worker.bias.load(a.bias, task.head, task.window_class);
-        if (a.grad_bias) std::fill_n(worker.bias_gradient.begin(), worker.bias.size(), Real{0});
+        const int64_t part = t * launch.plan.max_heads;
+        for (int64_t h = 0; h < task.heads; ++h) {
+            worker.bias[h].load(a.bias, task.first_head + h, task.window_class);
+            if (a.grad_bias) std::fill_n(worker.bias_gradient_of(h), worker.bias[h].size(), Real{0});
+        }
         const std::vector<Group>& groups = launch.plan.classes[task.window_class].groups;
         for (size_t g = 0; g < groups.size(); ++g) {
             if (!a.grad_qkv && !a.grad_bias && !(a.grad_pad_qkv && groups[g].pads)) continue;
             for (int64_t window = task.begin; window < task.end; ++window) {
                 GroupBackward<Element> arguments;
-                launch.prepare(task, g, window, a.qkv, a.qkv_strides, worker, arguments);
+                launch.prepare(task, groups[g], window, a.qkv, a.qkv_strides, worker, arguments);
                 launch.locate(task, groups[g], window, a.grad_out, a.grad_out_strides, worker.grad_out);
                 arguments.grad_out = worker.grad_out.data();
+                if (arguments.next)
+                    launch.locate(task, groups[g], window + 1, a.grad_out, a.grad_out_strides,
+                                  worker.next_grad_out);
+                arguments.next_grad_out = worker.next_grad_out.data();
                 arguments.grad_query = nullptr;
                 if (a.grad_qkv) {
                     launch.locate(task, groups[g], window, a.grad_qkv, a.grad_qkv_strides, worker.written);
                     arguments.grad_query = worker.written.data();
                 }
-                arguments.grad_bias =
-                    a.grad_bias ? worker.bias_gradient.data() + worker.bias.offset(g) : nullptr;
-                arguments.grad_pad_key = a.grad_pad_qkv ? pad_parts.data() + t * 2 * d : nullptr;
-                arguments.grad_pad_value = a.grad_pad_qkv ? arguments.grad_pad_key + d : nullptr;
-                launch.kernels.backward(arguments);
+                for (int64_t h = 0; h < task.heads; ++h, worker.advance(d)) {
+                    launch.prepare_head(task, g, h, worker, arguments);
+                    arguments.grad_bias =
+                        a.grad_bias ? worker.bias_gradient_of(h) + worker.bias[h].offset(g) : nullptr;
+                    arguments.grad_pad_key = a.grad_pad_qkv ? pad_parts.data() + (part + h) * 2 * d : nullptr;
+                    arguments.grad_pad_value = a.grad_pad_qkv ? arguments.grad_pad_key + d : nullptr;
+                    launch.kernels.backward(arguments);
+                }
             }
         }
-        if (a.grad_bias) worker.bias.scatter(worker.bias_gradient.data(), bias_parts.data() + t * table);
+        if (a.grad_bias)
+            for (int64_t h = 0; h < task.heads; ++h)
+                worker.bias[h].scatter(worker.bias_gradient_of(h), bias_parts.data() + (part + h) * table);
     });
 
     if (a.grad_bias) {
-        const GroupBias<Real>& layout = launch.workers.front().bias;
-        reduce(tasks, bias_parts, s.heads, table, [&](int64_t head, int64_t index, Real sum) {
+        const GroupBias<Real>& layout = launch.workers.front().bias.front();
+        reduce(launch.plan, bias_parts, s.heads, table, [&](int64_t head, int64_t index, Real sum) {
             a.grad_bias[layout.reversed(index) * s.heads + head] = sum;
         });
     }
     if (a.grad_pad_qkv) {
         std::fill_n(a.grad_pad_qkv, s.channels, Real{0});
-        reduce(tasks, pad_parts, s.heads, 2 * d, [&](int64_t head, int64_t index, Real sum) {
+        reduce(launch.plan, pad_parts, s.heads, 2 * d, [&](int64_t head, int64_t index, Real sum) {
             a.grad_pad_qkv[(1 + index / d) * s.channels + head * d + index % d] = sum;
         });
     }

@@ -105,13 +105,25 @@ static inline void write_key_gradients(const GroupBackward<Element>& g, const Re
     }
 }
 
+template <typename Element>
+static inline void prefetch_row(const Element* row, int64_t d) {
+    for (int64_t c = 0; c < d; c += 64 / static_cast<int64_t>(sizeof(Element)))
+        __builtin_prefetch(row + c, 0, 2);
+}
+
 /// Begins to fetch q, k and v of token i of the group that follows.
 template <typename Element>
 static inline void prefetch_token(const GroupForward<Element>& g, int64_t i) {
     if (!g.next) return;
-    for (int64_t part = 0; part < 3; ++part)
-        for (int64_t c = 0; c < g.head_dim; c += 64 / static_cast<int64_t>(sizeof(Element)))
-            __builtin_prefetch(g.next[i] + part * g.channels + c, 0, 2);
+    for (int64_t part = 0; part < 3; ++part) prefetch_row(g.next[i] + part * g.channels, g.head_dim);
+}
+
+/// And its output's gradient.
+template <typename Element>
+static inline void prefetch_token(const GroupBackward<Element>& g, int64_t i) {
+    if (!g.next) return;
+    prefetch_token(static_cast<const GroupForward<Element>&>(g), i);
+    prefetch_row(g.next_grad_out[i], g.head_dim);
 }
 
 }  // namespace MAGNET_FAST_SIMD_LEVEL

@@ -37,11 +37,12 @@ struct GroupForward {
 template <typename Element>
 struct GroupBackward : GroupForward<Element> {
     using Real = typename Computed<Element>::Real;
-    const Element* const* grad_out;  // (tokens) pointers to d channels
-    Element* const* grad_query;      // (tokens) pointers like `query`, written; null: not wanted
-    Real* grad_bias;                 // (tokens, bias_row), of the unscaled bias, added to; null: not wanted
-    Real* grad_pad_key;              // (d), added to; null: not wanted
-    Real* grad_pad_value;            // (d), added to; null with grad_pad_key
+    const Element* const* grad_out;       // (tokens) pointers to d channels
+    const Element* const* next_grad_out;  // like `next`; null with it
+    Element* const* grad_query;           // (tokens) pointers like `query`, written; null: not wanted
+    Real* grad_bias;       // (tokens, bias_row), of the unscaled bias, added to; null: not wanted
+    Real* grad_pad_key;    // (d), added to; null: not wanted
+    Real* grad_pad_value;  // (d), added to; null with grad_pad_key
 };
 
 /// What joins a group's padded keys into one.

@@ -10,10 +10,14 @@
 namespace magnet_fast {
 namespace {
 
+// Numbers that gather() copies at a time; tables are that much longer.
+constexpr int64_t kCopied = 8;
 template <typename Real>
 constexpr Real kMinusInfinity = -std::numeric_limits<Real>::infinity();
 // Enough tasks to keep many cores busy, few enough that a task's own cost (its bias gradient) stays small.
 constexpr int64_t kTasksWanted = 128;
+// The biases of a task's heads stay in the second cache together, beside their tokens.
+constexpr int64_t kBiasBytes = 384 * 1024, kMostHeads = 8;
 
 /// One axis of the padded, shifted map.
 struct Axis {
@@ -99,13 +103,19 @@ WindowPlan::WindowPlan(const WindowAttentionSizes& sizes) {
             if (!part.groups.empty()) classes.push_back(std::move(part));
         }
     }
-    const int64_t per_class = std::max<int64_t>(1, kTasksWanted / sizes.heads);
-    for (int64_t head = 0; head < sizes.heads; ++head) {
+    const int64_t bias_bytes = static_cast<int64_t>(sizeof(float)) * max_tokens * max_tokens;
+    const int64_t most = std::clamp<int64_t>(kBiasBytes / std::max<int64_t>(1, bias_bytes), 1, kMostHeads);
+    const int64_t blocks = (sizes.heads + most - 1) / most;
+    max_heads = (sizes.heads + blocks - 1) / blocks;
+    const int64_t per_class = std::max<int64_t>(1, kTasksWanted / blocks);
+    for (int64_t head = 0; head < sizes.heads; head += max_heads) {
+        const int64_t heads = std::min(max_heads, sizes.heads - head);
         for (size_t c = 0; c < classes.size(); ++c) {
             const int64_t windows = sizes.batch * classes[c].windows();
             const int64_t chunk = std::max<int64_t>(1, (windows + per_class - 1) / per_class);
             for (int64_t begin = 0; begin < windows; begin += chunk)
-                tasks.push_back({head, static_cast<int64_t>(c), begin, std::min(windows, begin + chunk)});
+                tasks.push_back(
+                    {head, heads, static_cast<int64_t>(c), begin, std::min(windows, begin + chunk)});
         }
     }
     source_y = std::move(y_axis.source);
@@ -120,7 +130,7 @@ GroupBias<Real>::GroupBias(const WindowAttentionSizes& sizes, const WindowPlan& 
       kernels_(kernels),
       table_h_(2 * sizes.window_h - 1),
       table_w_(2 * sizes.window_w - 1),
-      table_(table_h_ * table_w_) {
+      table_(table_h_ * table_w_ + kCopied) {
     size_t largest = 0, most_pads = 0, most_groups = 0;
     for (const WindowClass& part : plan.classes) {
         size_t total = 0;
@@ -136,19 +146,25 @@ GroupBias<Real>::GroupBias(const WindowAttentionSizes& sizes, const WindowPlan& 
     offsets_.reserve(most_groups +
                      1);  // load() runs where an exception could not be caught: it never allocates
     rows_.reserve(most_groups);
-    values_.resize(largest);
-    pads_.resize(most_pads);
+    values_ = aligned_numbers<Real>(largest + kCopied);
+    capacity_ = (largest + kCopied + 15) / 16 * 16;
+    pads_.resize(most_pads + kCopied);
 }
 
 template <typename Real>
 int64_t GroupBias<Real>::position(const Token& query, const Run& run) const {
-    return reversed(bias_row(query.y, query.x, run.first.y, run.first.x, sizes_.window_h, sizes_.window_w));
+    // reversed(bias_row(...)) without its division: the row of the table, and the column from its end.
+    return (query.y - run.first.y + sizes_.window_h - 1) * table_w_ + sizes_.window_w - 1 + run.first.x -
+           query.x;
 }
 
 template <typename Real>
 void GroupBias<Real>::gather(const std::vector<Run>& runs, const Token& query, Real* to) const {
     for (const Run& run : runs) {
-        std::memcpy(to, table_.data() + position(query, run), run.length * sizeof(Real));
+        // Eight at a time: what is written past the run is overwritten by what follows.
+        const Real* from = table_.data() + position(query, run);
+        for (int64_t t = 0; t < run.length; t += kCopied)
+            std::memcpy(to + t, from + t, kCopied * sizeof(Real));
         to += run.length;
     }
 }
@@ -167,8 +183,10 @@ template <typename Real>
 void GroupBias<Real>::load(const Real* table, int64_t head, int64_t window_class) {
     if (head == head_ && window_class == window_class_) return;
     if (head != head_)
-        for (int64_t index = 0; index < table_size(); ++index)
-            table_[reversed(index)] = static_cast<Real>(table[index * sizes_.heads + head] / sizes_.scale);
+        for (int64_t y = 0; y < table_h_; ++y)
+            for (int64_t x = 0; x < table_w_; ++x)
+                table_[(y + 1) * table_w_ - 1 - x] =
+                    static_cast<Real>(table[(y * table_w_ + x) * sizes_.heads + head] / sizes_.scale);
     head_ = head;
     window_class_ = window_class;
 
@@ -177,7 +195,7 @@ void GroupBias<Real>::load(const Real* table, int64_t head, int64_t window_class
     for (const Group& group : plan_.classes[window_class].groups) {
         const int64_t tokens = static_cast<int64_t>(group.tokens.size());
         const int64_t row = whole_vectors(group.keys(), kernels_.lanes);
-        Real* at = values_.data() + offsets_.back();
+        Real* at = values_.get() + offsets_.back();
         for (const Token& query : group.tokens) {
             gather(group.runs, query, at);
             std::fill(at + tokens, at + row, kMinusInfinity<Real>);
@@ -187,7 +205,7 @@ void GroupBias<Real>::load(const Real* table, int64_t head, int64_t window_class
             const int64_t pad_row = whole_vectors(group.pads, kernels_.lanes);
             load_pads(group, pad_row, pads_.data());
             kernels_.log_sum_exp_rows(pads_.data(), tokens, pad_row, static_cast<Real>(sizes_.scale),
-                                      values_.data() + offsets_.back() + tokens, row);
+                                      values_.get() + offsets_.back() + tokens, row);
         }
         rows_.push_back(row);
         offsets_.push_back(offsets_.back() + tokens * row);

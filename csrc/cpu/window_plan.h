@@ -7,6 +7,8 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
+#include <new>
 #include <vector>
 
 #include "cpu/window_attention.h"
@@ -39,9 +41,10 @@ struct WindowClass {
     int64_t windows() const { return static_cast<int64_t>(rows.size() * columns.size()); }
 };
 
-/// A piece of work with its own partial sums: one head of windows [begin, end) of a class, over the batch.
+/// A piece of work with its own partial sums: `heads` heads of windows [begin, end) of a class, over the
+/// batch. Neighbouring heads lie side by side in memory, and so are done one after the other.
 struct Task {
-    int64_t head, window_class, begin, end;
+    int64_t first_head, heads, window_class, begin, end;
 };
 
 struct WindowPlan {
@@ -49,9 +52,23 @@ struct WindowPlan {
 
     std::vector<int64_t> source_y, source_x;  // source coordinate of every shifted coordinate, -1: padding
     std::vector<WindowClass> classes;
-    std::vector<Task> tasks;  // ordered by head; the cut does not depend on the number of threads
+    std::vector<Task> tasks;  // ordered by heads; the cut does not depend on the number of threads
     int64_t max_tokens = 0;   // of any group
+    int64_t max_heads = 0;    // of any task
 };
+
+struct FreeLines {
+    void operator()(void* memory) const { ::operator delete[](memory, std::align_val_t(64)); }
+};
+template <typename Real>
+using AlignedNumbers = std::unique_ptr<Real[], FreeLines>;
+
+/// Uninitialised, at a 64-byte boundary: whole vectors then lie in one cache line each.
+template <typename Real>
+AlignedNumbers<Real> aligned_numbers(int64_t count) {
+    return AlignedNumbers<Real>(
+        static_cast<Real*>(::operator new[](count * sizeof(Real), std::align_val_t(64))));
+}
 
 /// The bias of one head, for the groups of one class of windows, in units of the scale (see window_kernel.h).
 template <typename Real>
@@ -64,10 +81,10 @@ class GroupBias {
     void load(const Real* table, int64_t head, int64_t window_class);
 
     /// (tokens, row(group)) biases of a group of the loaded class; lanes past its keys hold -infinity.
-    const Real* values(int64_t group) const { return values_.data() + offsets_[group]; }
+    const Real* values(int64_t group) const { return values_.get() + offsets_[group]; }
     int64_t row(int64_t group) const { return rows_[group]; }
-    /// Numbers of the largest class.
-    int64_t capacity() const { return static_cast<int64_t>(values_.size()); }
+    /// Numbers of the largest class, in whole cache lines.
+    int64_t capacity() const { return capacity_; }
     /// Numbers of all groups of the loaded class together.
     int64_t size() const { return offsets_.back(); }
     int64_t offset(int64_t group) const { return offsets_[group]; }
@@ -93,7 +110,9 @@ class GroupBias {
     int64_t table_h_, table_w_;
     int64_t head_ = -1, window_class_ = -1;
     std::vector<Real> table_;  // one head's biases, columns reversed: a run of keys then reads forwards
-    std::vector<Real> values_, pads_;
+    AlignedNumbers<Real> values_;
+    int64_t capacity_ = 0;
+    std::vector<Real> pads_;
     std::vector<int64_t> offsets_, rows_;
 };
 
