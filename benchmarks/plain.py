@@ -41,7 +41,7 @@ def window_attention(
     query, key, value = windows.permute(5, 0, 1, 3, 6, 2, 4, 7).reshape(3, batch * rows * columns, num_heads, w * w, -1)
     bias = bias_table[_relative_index(w)].view(w * w, w * w, num_heads).permute(2, 0, 1)[None]
     if shift:
-        mask = _shift_mask(rows * w, columns * w, w, shift)  # (windows, N, N)
+        mask = _shift_mask(rows * w, columns * w, w, shift).to(bias.dtype)  # (windows, N, N)
         bias = (bias + mask[:, None].to(bias.dtype)).repeat(batch, 1, 1, 1)
     if fused_softmax:
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)

@@ -290,10 +290,7 @@ def test_compile_fullgraph():
                 assert torch.equal(ours, theirs)
 
 
-def test_chosen_for_every_dtype():
-    for dtype in (torch.float32, torch.float64, *LOW):
-        args, options = random_case(dtype=dtype).arguments(*random_case(dtype=dtype).leaves)
-        assert ops.explain("cross_modal_attention", *args, **options).chosen == "cpu"
+def test_under_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16), ops.backend("cpu"):
         outputs = random_case()()
     assert all(out.dtype == torch.bfloat16 for out in outputs)
