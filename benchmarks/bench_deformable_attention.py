@@ -23,13 +23,13 @@ from torch import Tensor
 from magnet_fast import ops
 
 SHAPES = {  # side of the picture, channels of a head
-    "tiny model, 64²": (64, 8),
-    "tiny model, 128²": (128, 8),
-    "Swin, 224²": (224, 32),
-    "Swin, 384²": (384, 32),
-    "Swin, 480²": (480, 32),
+    "tiny model, 64x64": (64, 8),
+    "tiny model, 128x128": (128, 8),
+    "Swin, 224x224": (224, 32),
+    "Swin, 384x384": (384, 32),
+    "Swin, 480x480": (480, 32),
 }
-SMALL = ("tiny model, 128²", "Swin, 224²")
+SMALL = ("tiny model, 128x128", "Swin, 224x224")
 HEADS, LEVELS, POINTS = 8, 4, 4
 PATHS = ["plain", "torch.compile", "reference", "cpu, softmax apart", "cpu"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
