@@ -88,6 +88,11 @@ class LAVT(nn.Module):
 
     def _logits(self, image: Tensor, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         check_inputs(image, input_ids, attention_mask, self.text_encoder)
+        outputs, words = self.encode(image, input_ids, attention_mask)
+        return self.decoder(outputs), words
+
+    def encode(self, image: Tensor, input_ids: Tensor, attention_mask: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Stage outputs, channels-last (B, Hᵢ, Wᵢ, Cᵢ) from stride 4 to 32, and the words (B, T, D)."""
         word_mask = attention_mask.bool()
         words = self.text_encoder(input_ids, attention_mask)
         feature = self.image_encoder.first_stage(image)
@@ -98,7 +103,7 @@ class LAVT(nn.Module):
             outputs.append(output)
             if stage.downsample is not None:
                 feature = stages[index + 1](stage.downsample(stream))
-        return self.decoder(outputs), words
+        return outputs, words
 
     @torch.no_grad()
     def predict(

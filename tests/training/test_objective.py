@@ -153,6 +153,29 @@ def test_a_run_with_all_losses_resumes_bit_for_bit(scenes: Path, tmp_path: Path,
     assert same_weights(one["model"], other["model"])
 
 
+def test_mask_grounding_attaches_to_lavt(scenes: Path, tmp_path: Path) -> None:
+    small = {"text__vocab_size": 1280, "image__embed_dim": 8}
+    settings = config(
+        scenes,
+        model={"name": "lavt_tiny", "overrides": small},
+        loss={"bce": 0.0, "dice": 0.0, "grounding": 1.0},
+        grounding={**GROUNDING, "image_stage": 1},
+    )
+    torch.manual_seed(0)
+    model = models.build("lavt_tiny", **small)
+    grounding = build_grounding(settings, model, Tokenizer(max_words=12))
+    losses = Objective(model, settings.loss, "float32", grounding)(**batch())
+    torch.testing.assert_close(losses["total"], losses["grounding"])
+    losses["total"].backward()
+    # The hidden words are predicted from what both encoders and their fusion make of the rest.
+    assert model.fusions[1].fusion.query.weight.grad.any()
+    assert model.text_encoder.bert.encoder.layer[3].output.dense.weight.grad.any()
+    assert model.decoder.classify.weight.grad is None or not model.decoder.classify.weight.grad.any()
+    train(settings, tmp_path)
+    exported, _ = models.load_model(tmp_path / "last.safetensors")
+    assert exported.state_dict().keys() == model.state_dict().keys()
+
+
 def test_refusals(scenes: Path) -> None:
     lavt = models.build("lavt_tiny")
     with pytest.raises(ValueError, match="loss.alignment: LAVT has no mask features"):
