@@ -49,6 +49,11 @@ static void gather_rows(const Element* const* rows, int64_t count, int64_t d, Re
     }
 }
 
+/// Rows of bfloat16 pairs begin where a bfloat16 may, which need not be where a Real may.
+static inline void move_word(Real* to, const Real* from) {
+    std::memcpy(to, from, sizeof(Real));
+}
+
 /// to (d x count) = rows transposed; count is a multiple of kLanes. Words of 32 bits (one lane of level
 /// float64) are moved as they are.
 static void transpose_rows(const Real* const* rows, int64_t count, int64_t d, Real* to) {
@@ -60,10 +65,10 @@ static void transpose_rows(const Real* const* rows, int64_t count, int64_t d, Re
             transpose4(block, to + c * count + i, count);
         }
         for (; c < d; ++c)
-            for (int64_t r = 0; r < 4; ++r) to[c * count + i + r] = rows[i + r][c];
+            for (int64_t r = 0; r < 4; ++r) move_word(to + c * count + i + r, rows[i + r] + c);
     }
     for (; i < count; ++i)
-        for (int64_t c = 0; c < d; ++c) to[c * count + i] = rows[i][c];
+        for (int64_t c = 0; c < d; ++c) move_word(to + c * count + i, rows[i] + c);
 }
 
 /// Pointers to every key's row, `offset` channels after the query: the real tokens', the padding's, then
