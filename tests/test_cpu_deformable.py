@@ -310,9 +310,9 @@ def test_nothing_to_do():
         ({"value_strides": (-1, 48, 16)}, "value_strides: expected strides of at least 0, got -1"),
         ({"value_ptr": 0}, "value_ptr: expected the address of a tensor"),
         ({"locations_ptr": 0}, "locations_ptr: expected the address of a tensor"),
-        ({"weights_ptr": 6}, "weights_ptr: expected an address aligned for float32, got 2"),
-        ({"weights_ptr": 5, "dtype": 1}, "weights_ptr: expected an address aligned for 16-bit numbers, got 1"),
-        ({"weights_ptr": 20, "dtype": 3}, "weights_ptr: expected an address aligned for float64, got 4"),
+        ({"weights_ptr": 6}, "weights_ptr: expected an address aligned for its dtype, got 2"),
+        ({"weights_ptr": 5, "dtype": 1}, "weights_ptr: expected an address aligned for its dtype, got 1"),
+        ({"weights_ptr": 20, "dtype": 3}, "weights_ptr: expected an address aligned for its dtype, got 4"),
         ({"dtype": 4}, "dtype: expected 0 .float32.* got 4"),
     ],
 )
@@ -363,9 +363,9 @@ def test_bad_sizes_are_refused(change, message):
         ({"reference_ptr": 0}, "reference_ptr: expected the address of a tensor"),
         ({"offsets_ptr": 0}, "offsets_ptr: expected the address of a tensor"),
         ({"logits_ptr": 0}, "logits_ptr: expected the address of a tensor"),
-        ({"offsets_ptr": 6}, "offsets_ptr: expected an address aligned for float32, got 2"),
-        ({"logits_ptr": 6, "dtype": 1, "wide": True}, "logits_ptr: expected an address aligned for float32, got 2"),
-        ({"reference_ptr": 6, "dtype": 1}, "reference_ptr: expected an address aligned for float32, got 2"),
+        ({"offsets_ptr": 6}, "offsets_ptr: expected an address aligned for its dtype, got 2"),
+        ({"logits_ptr": 6, "dtype": 1, "wide": True}, "logits_ptr: expected an address aligned for its dtype, got 2"),
+        ({"reference_ptr": 6, "dtype": 1}, "reference_ptr: expected an address aligned for its dtype, got 2"),
     ],
 )
 def test_bad_sizes_of_the_fused_form_are_refused(change, message):

@@ -63,10 +63,7 @@ void check_strides(const std::string& name, std::initializer_list<std::pair<int6
 
 template <typename Number>
 void check_tensor(const void* pointer, const std::string& name) {
-    require(pointer != nullptr, name, "the address of a tensor", 0);
-    const int64_t misaligned = reinterpret_cast<uintptr_t>(pointer) % alignof(Number);
-    const char* type = sizeof(Number) == 2 ? "16-bit numbers" : sizeof(Number) == 4 ? "float32" : "float64";
-    require(misaligned == 0, name, std::string("an address aligned for ") + type, misaligned);
+    check_address(static_cast<const Number*>(pointer), name);
 }
 
 template <typename Number>

@@ -19,10 +19,12 @@ inline void require(bool condition, const std::string& argument, const std::stri
         throw std::invalid_argument(argument + ": expected " + expected + ", got " + std::to_string(got));
 }
 
-inline void check_pointer(const void* pointer, const std::string& argument) {
+/// The same for the address of a tensor's first number.
+template <typename Number>
+void check_address(const Number* pointer, const std::string& argument) {
     require(pointer != nullptr, argument, "the address of a tensor", 0);
-    const int64_t misaligned = reinterpret_cast<uintptr_t>(pointer) % alignof(float);
-    require(misaligned == 0, argument, "an address aligned for float32", misaligned);
+    const int64_t misaligned = reinterpret_cast<uintptr_t>(pointer) % alignof(Number);
+    require(misaligned == 0, argument, "an address aligned for its dtype", misaligned);
 }
 
 /// The calling thread within its parallel region, from 0.

@@ -23,13 +23,6 @@ namespace {
 constexpr double kSharedRange = 40;
 constexpr double kEps = 1e-6;  // the reference's, under which a norm does not fall
 
-template <typename Number>
-void check_address(const Number* pointer, const std::string& argument) {
-    require(pointer != nullptr, argument, "the address of a tensor", 0);
-    const int64_t misaligned = reinterpret_cast<uintptr_t>(pointer) % alignof(Number);
-    require(misaligned == 0, argument, "an address aligned for its numbers", misaligned);
-}
-
 void check(const PixelContrastiveSizes& s, const FeatureStrides& strides) {
     constexpr int64_t kMost = (int64_t{1} << 31) - 1;
     const std::pair<const char*, int64_t> positive[] = {{"pixels", s.pixels}, {"channels", s.channels}};

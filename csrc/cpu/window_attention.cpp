@@ -49,13 +49,6 @@ void check_strides(const WindowAttentionSizes& s, const MapStrides& strides, int
         require(extent <= 1 || stride >= least, name, "strides of at least " + std::to_string(least), stride);
 }
 
-template <typename Number>
-void check_tensor(const Number* pointer, const std::string& name) {
-    require(pointer != nullptr, name, "the address of a tensor", 0);
-    const int64_t misaligned = reinterpret_cast<uintptr_t>(pointer) % alignof(Number);
-    require(misaligned == 0, name, "an address aligned for its dtype", misaligned);
-}
-
 /// What one thread works with. Made before the threads start: an exception could not leave a parallel region.
 template <typename Element>
 struct Worker {
@@ -186,10 +179,10 @@ void window_attention_forward(const WindowAttentionForward<Element>& a) {
     check_strides(a.sizes, a.qkv_strides, 0, "qkv_strides");
     check_strides(a.sizes, a.out_strides, a.sizes.channels, "out_strides");
     if (a.sizes.batch == 0) return;
-    check_tensor(a.qkv, "qkv_ptr");
-    check_tensor(a.bias, "bias_ptr");
-    if (a.pad_qkv) check_tensor(a.pad_qkv, "pad_qkv_ptr");
-    check_tensor(a.out, "out_ptr");
+    check_address(a.qkv, "qkv_ptr");
+    check_address(a.bias, "bias_ptr");
+    if (a.pad_qkv) check_address(a.pad_qkv, "pad_qkv_ptr");
+    check_address(a.out, "out_ptr");
 
     Launch<Element> launch(a.sizes, a.pad_qkv, /*backward=*/false);
     launch.run([&](int64_t t, Worker<Element>& worker) {
@@ -221,14 +214,14 @@ void window_attention_backward(const WindowAttentionBackward<Element>& a) {
     check_strides(s, a.qkv_strides, 0, "qkv_strides");
     if (a.grad_qkv) check_strides(s, a.grad_qkv_strides, 3 * s.channels, "grad_qkv_strides");
     if (s.batch > 0) {
-        check_tensor(a.grad_out, "grad_out_ptr");
-        check_tensor(a.qkv, "qkv_ptr");
-        check_tensor(a.bias, "bias_ptr");
-        if (a.pad_qkv) check_tensor(a.pad_qkv, "pad_qkv_ptr");
-        if (a.grad_qkv) check_tensor(a.grad_qkv, "grad_qkv_ptr");
+        check_address(a.grad_out, "grad_out_ptr");
+        check_address(a.qkv, "qkv_ptr");
+        check_address(a.bias, "bias_ptr");
+        if (a.pad_qkv) check_address(a.pad_qkv, "pad_qkv_ptr");
+        if (a.grad_qkv) check_address(a.grad_qkv, "grad_qkv_ptr");
     }
-    if (a.grad_bias) check_tensor(a.grad_bias, "grad_bias_ptr");
-    if (a.grad_pad_qkv) check_tensor(a.grad_pad_qkv, "grad_pad_ptr");
+    if (a.grad_bias) check_address(a.grad_bias, "grad_bias_ptr");
+    if (a.grad_pad_qkv) check_address(a.grad_pad_qkv, "grad_pad_ptr");
 
     Launch<Element> launch(s, s.batch > 0 ? a.pad_qkv : nullptr, /*backward=*/true);
     const std::vector<Task>& tasks = launch.plan.tasks;
