@@ -9,8 +9,8 @@ from torch import Tensor
 
 from . import _cpu_backend
 
-# A call packs all of `value` first. On maps of 120² to 15² (S = 19,125, 16 points a query) the reference was faster with
-# 20 queries and slower with 300. The line is drawn at about 60, between them: 4 * 16 * 60 rows are a fifth of S.
+# A call packs all of `value` first. On maps of 120² to 15² (S = 19,125, 16 points a query) the reference was faster
+# with 20 queries and slower with 300. The line is drawn at about 60, between them: 4 * 16 * 60 rows are a fifth of S.
 _READ_PER_ROW = 5
 
 
