@@ -206,3 +206,27 @@ def test_contact_sheet_shows_every_example() -> None:
         sheet.save(buffer, "PNG")
     with pytest.raises(ValueError, match="at least one"):
         contact_sheet([])
+
+
+def test_compiled_segmenter_fills_up_the_expressions(metadata, picture, monkeypatch) -> None:
+    """Three expressions run the graph of four, and what a row gives does not depend on what fills it up."""
+    torch.compiler.reset()
+    sizes = []
+
+    def compile_eagerly(module: nn.Module, **options) -> None:
+        assert options["fullgraph"] and options["dynamic"] is False
+        module._compiled_call_impl = module._call_impl
+        module.register_forward_pre_hook(lambda _, arguments: sizes.append(len(arguments[1])))
+
+    monkeypatch.setattr(nn.Module, "compile", compile_eagerly)
+    torch.manual_seed(0)
+    plain = models.build("magnet_tiny", text__vocab_size=1280).eval()
+    with torch.no_grad():
+        plain.mask_decoder.class_head.bias.copy_(torch.tensor([-9.0, 9.0]))
+    expressions = ["red circle", "blue box", "star left", "moon"]
+    expected = Segmenter(plain, Tokenizer(max_words=16), SIZE)(picture, expressions)
+    found = Segmenter(plain, Tokenizer(max_words=16), SIZE, compile=True)
+    for count in (1, 2, 3, 4):
+        for ours, theirs in zip(found(picture, expressions[:count]), expected, strict=False):
+            assert np.allclose(ours.probability, theirs.probability, atol=1e-6)
+    assert sizes == [1, 2, 4, 4]

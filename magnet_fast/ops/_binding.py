@@ -107,10 +107,27 @@ def bind(
     def run(*arguments: Any) -> Any:
         needs_grad = any(arguments[i] is not None and arguments[i].requires_grad for i in differentiable)
         if needs_grad and torch.is_grad_enabled():
-            return Bound.apply(*arguments)
+            return Bound.apply(*(_distinct(arguments) if torch.compiler.is_compiling() else arguments))
         return forward_operator(*arguments)
 
     return run
+
+
+def _distinct(arguments: Sequence[Any]) -> list[Any]:
+    """The arguments with a view in place of a tensor's second mention (keys that are values too).
+
+    Dynamo does not trace an autograd function that is given one tensor twice.
+    """
+    seen: list[Tensor] = []
+    distinct = []
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            if any(argument is other for other in seen):
+                argument = argument.view_as(argument)
+            else:
+                seen.append(argument)
+        distinct.append(argument)
+    return distinct
 
 
 def _present(tensors: Sequence[Tensor | None]) -> Tensor:
