@@ -2,7 +2,7 @@
 
 Every row of a group is timed in one process, one after the other. "reference" runs the plain PyTorch form of every
 operator, "ours" what `auto` chooses; "+ compile" is torch.compile of the whole model, which in inference also captures
-CUDA graphs. Weights are random; gates and offsets are opened as in `bench_magnet`, so that a trained model's work is done.
+CUDA graphs. Weights are random; gates and offsets are opened as in `bench_magnet`: trained models compute behind them.
 """
 
 from __future__ import annotations
