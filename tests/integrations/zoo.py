@@ -232,7 +232,7 @@ def deformable_detr(size: tuple[int, int]) -> nn.Module:
     config = DeformableDetrConfig(
         backbone_config=resnet_config(),
         use_timm_backbone=False,
-        d_model=32,
+        d_model=64,  # 2 channels a group: the last map has one pixel, and the norm of one number is noise
         encoder_layers=1,
         decoder_layers=2,
         encoder_ffn_dim=16,
@@ -298,7 +298,7 @@ def grounding_dino_settings() -> dict[str, Any]:
     return {
         "backbone_config": backbone_config(out_features=["stage2", "stage3", "stage4"]),
         "text_config": text,
-        "d_model": 32,
+        "d_model": 64,
         "encoder_layers": 1,
         "encoder_ffn_dim": 16,
         "encoder_attention_heads": 4,
