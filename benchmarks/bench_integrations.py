@@ -1,9 +1,9 @@
-"""Models of timm, transformers and torchvision before and after `magnet_fast.accelerate`: inference and a training step.
+"""Models of timm, transformers and torchvision before and after `magnet_fast.accelerate`: inference and training steps.
 
 "plain" is the model as its library runs it, "cpu" the same model with the fused operators in place, on `auto`. Random
-weights; sampling offsets, which start in a regular pattern, get noise, as training gives it to them.
+weights; sampling offsets, which start in a regular pattern, get noise, as training gives them.
 
-Without ``--full``: the rows that the project set itself as a measure, in inference. With it: every family, and training.
+Without ``--full``: inference of the models the project measures itself by. With it: every family, and training.
 
     OMP_NUM_THREADS=2 pytest benchmarks/bench_integrations.py --full --results benchmarks/results/integrations_cpu.json
 
@@ -142,12 +142,12 @@ class Encoder(nn.Module):
             words = text.shape[1]
             return self.encoder(
                 vision_features=vision,
-                vision_attention_mask=torch.ones(vision.shape[:2], dtype=torch.bool),
+                vision_attention_mask=torch.zeros(vision.shape[:2], dtype=torch.bool),  # True is padding, in all three
                 vision_position_embedding=position,
                 valid_ratios=ratios,
                 text_features=text,
-                text_attention_mask=torch.zeros(1, words, dtype=torch.bool),  # True is padding here
-                text_self_attention_masks=torch.ones(1, words, words, dtype=torch.bool),
+                text_attention_mask=torch.zeros(1, words, dtype=torch.bool),
+                text_self_attention_masks=torch.zeros(1, words, words, dtype=torch.bool),
                 text_position_ids=torch.arange(words)[None],
                 **common,
             ).last_hidden_state_vision

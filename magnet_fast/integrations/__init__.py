@@ -63,8 +63,8 @@ def restore(model: nn.Module) -> None:
 
     Raises:
         TypeError: `model` is not a module.
-        ValueError: the class of a replaced module was changed once more (FSDP2, a parametrisation) and has to be changed
-            back first; nothing was restored.
+        ValueError: the class of a replaced module was changed once more (FSDP2, a parametrisation) and has to be
+            changed back first; nothing was restored.
     """
     _check(model)
     for name, module in model.named_modules():

@@ -1,9 +1,9 @@
 """What all frameworks share: a class that is replaced, the checks before it, and the class put in its place.
 
 A replaced module keeps its identity, its attributes, parameters and buffers; only its class changes, to a subclass of
-the one it had. So the state dict, names, hooks and ``isinstance`` stay as they were, a deep copy or a pickle is bound to
-itself (a bound method in the instance would stay bound to the module it was copied from), ``nn.DataParallel`` and FSDP2
-may copy and subclass it again, and ``torch.compile`` sees an ordinary method. The way back is the class it had.
+the one it had. So the state dict, names, hooks and ``isinstance`` stay as they were, a copy or a pickle belongs to
+itself (a method bound to the instance cannot be pickled, and in a replica of ``nn.DataParallel`` belongs to the module
+that was replicated), FSDP2 may subclass it again, and ``torch.compile`` sees an ordinary method. The way back is the class it had.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Replacement:
 
 @cache
 def fused_class(replacement: Replacement, upstream: type) -> type:
-    """The subclass of `upstream` that a replaced module gets; a pickle finds it again as an attribute of this package."""
+    """The subclass of `upstream` that a replaced module gets; a pickle finds it as an attribute of this package."""
     return type(
         replacement.fused_name,
         (replacement.mixin, upstream),
@@ -83,8 +83,8 @@ def upstream_class(module: nn.Module) -> type | None:
 def must_run_original(*bypassed: nn.Module) -> bool:
     """Whether a call has to take the upstream way although its module is replaced.
 
-    It has to where a graph is taken for use elsewhere (``torch.jit.trace``, ``torch.export``, ONNX): that graph must not
-    ask for this package. And where one of the submodules that the fused way does not call has a hook to be called.
+    It has to where a graph is taken for use elsewhere (``torch.jit.trace``, ``torch.export``, ONNX): that graph must
+    not ask for this package. And where a submodule that the fused way does not call has a hook to be called.
     """
     if torch.jit.is_tracing() or torch.compiler.is_exporting():
         return True
@@ -95,7 +95,7 @@ def must_run_original(*bypassed: nn.Module) -> bool:
 
 
 def plain_linear(*modules: nn.Module) -> bool:
-    """Whether all are Linears and nothing else: not quantised, adapted, parametrised or sharded by a class of its own."""
+    """Whether all are Linears and nothing else: not quantised, adapted, parametrised, or sharded one by one."""
     return all(type(module) is nn.Linear for module in modules)
 
 

@@ -115,7 +115,12 @@ def maskformer(size: tuple[int, int]) -> nn.Module:
     from transformers import DetrConfig, MaskFormerConfig, MaskFormerModel, MaskFormerSwinConfig
 
     swin_of = MaskFormerSwinConfig(
-        image_size=64, embed_dim=8, depths=[2, 1, 1, 1], num_heads=[1, 2, 4, 4], window_size=4, drop_path_rate=0.0,
+        image_size=64,
+        embed_dim=8,
+        depths=[2, 1, 1, 1],
+        num_heads=[1, 2, 4, 4],
+        window_size=4,
+        drop_path_rate=0.0,
         out_features=["stage1", "stage2", "stage3", "stage4"],
     )
     decoder = DetrConfig(
@@ -126,7 +131,9 @@ def maskformer(size: tuple[int, int]) -> nn.Module:
         num_queries=5,
         dropout=0.0,
     )
-    config = MaskFormerConfig(fpn_feature_size=32, mask_feature_size=32, backbone_config=swin_of, decoder_config=decoder)
+    config = MaskFormerConfig(
+        fpn_feature_size=32, mask_feature_size=32, backbone_config=swin_of, decoder_config=decoder
+    )
     return MaskFormerModel(config)
 
 
@@ -290,9 +297,7 @@ def rt_detr_v2(size: tuple[int, int], **changes: Any) -> nn.Module:
 def grounding_dino_settings() -> dict[str, Any]:
     from transformers import BertConfig
 
-    text = BertConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=60
-    )
+    text = BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=60)
     for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
         setattr(text, name, 0.0)
     return {
