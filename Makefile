@@ -64,7 +64,7 @@ DOCS_EXTRA = from importlib.metadata import requires; \
 
 docs: $(STAMP)
 	$(BIN)/python -m pip install --quiet $$($(BIN)/python -c '$(DOCS_EXTRA)')
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "Documentation: $(abspath build/docs)/index.html"
 
 clean:

@@ -3,7 +3,8 @@
 A replaced module keeps its identity, its attributes, parameters and buffers; only its class changes, to a subclass of
 the one it had. So the state dict, names, hooks and ``isinstance`` stay as they were, a copy or a pickle belongs to
 itself (a method bound to the instance cannot be pickled, and in a replica of ``nn.DataParallel`` belongs to the module
-that was replicated), FSDP2 may subclass it again, and ``torch.compile`` sees an ordinary method. The way back is the class it had.
+that was replicated), FSDP2 may subclass it again, and ``torch.compile`` sees an ordinary method. The way back is the
+class it had.
 """
 
 from __future__ import annotations
