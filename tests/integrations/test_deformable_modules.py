@@ -1,4 +1,4 @@
-"""Every copy of transformers' deformable attention module by itself: points, boxes, masks, and calls left to upstream."""
+"""Every copy of transformers' deformable attention module alone: points, boxes, masks, and calls left to upstream."""
 
 from __future__ import annotations
 
