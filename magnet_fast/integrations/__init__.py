@@ -15,7 +15,7 @@ import importlib
 from torch import nn
 
 from . import grounding_dino, timm, torchvision, transformers_deformable, transformers_swin
-from ._replacement import Replacement, fused_class, upstream_class
+from ._replacement import Replacement, class_path, fused_class, upstream_class
 from ._report import ModuleReport, Report
 
 __all__ = ["ModuleReport", "Report", "accelerate", "restore"]
@@ -47,7 +47,7 @@ def accelerate(model: nn.Module) -> Report:
     _check(model)
     found = []
     for name, module in model.named_modules():
-        path = _path(upstream_class(module) or type(module))
+        path = class_path(upstream_class(module) or type(module))
         if path in _REPLACEMENTS:
             found.append(_replace(name, module, _REPLACEMENTS[path]))
         elif path in _LEFT_ALONE:
@@ -92,12 +92,8 @@ def _replace(name: str, module: nn.Module, replacement: Replacement) -> ModuleRe
 
 
 def _known_base(module: nn.Module) -> str | None:
-    paths = (_path(base) for base in type(module).__mro__[1:])
+    paths = (class_path(base) for base in type(module).__mro__[1:])
     return next((path for path in paths if path in _REPLACEMENTS or path in _LEFT_ALONE), None)
-
-
-def _path(cls: type) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def _check(model: nn.Module) -> None:

@@ -30,6 +30,7 @@ class Replacement:
         parameters: for each upstream method that the mixin stands for or relies on: the parameters it must have, and
             those it may have. Any other means that upstream has changed.
         attributes: dotted names of what the mixin reads from the module.
+        passed_over: submodules that are not called any more, by dotted name, and the class each must have exactly.
         unfit: why a module whose class and attributes are as expected still cannot be replaced, or None.
         note: what its user should know of a replaced module, or None.
     """
@@ -39,6 +40,7 @@ class Replacement:
     operator: str
     parameters: dict[str, tuple[frozenset[str], frozenset[str]]]
     attributes: tuple[str, ...]
+    passed_over: dict[str, str]
     unfit: Callable[[nn.Module], str | None] = lambda module: None
     note: Callable[[nn.Module], str | None] = lambda module: None
 
@@ -52,17 +54,19 @@ class Replacement:
             function = getattr(type(module), method, None)
             if function is None:
                 return f"its class has no method {method}: not a version this was written for"
-            names = set(inspect.signature(function).parameters) - {"self"}
-            if missing := sorted(required - names):
+            given = set(inspect.signature(function).parameters) - {"self"}
+            if missing := sorted(required - given):
                 return f"{method} has no parameter {', '.join(missing)}: not a version this was written for"
-            if unknown := sorted(names - required - optional):
+            if unknown := sorted(given - required - optional):
                 return f"{method} has the unknown parameter {', '.join(unknown)}: not a version this was written for"
-        for name in self.attributes:
+        for name in (*self.passed_over, *self.attributes):
             found: Any = module
             for part in name.split("."):
                 if not hasattr(found, part):
                     return f"it has no attribute {name}: not a version this was written for"
                 found = getattr(found, part)
+            if class_path(type(found)) != self.passed_over.get(name, class_path(type(found))):
+                return f"its {name} is a {class_path(type(found))}, not a {self.passed_over[name]}"
         return self.unfit(module)
 
 
@@ -74,6 +78,11 @@ def fused_class(replacement: Replacement, upstream: type) -> type:
         (replacement.mixin, upstream),
         {"__module__": __package__, "__doc__": replacement.mixin.__doc__, "_upstream_class": upstream},
     )
+
+
+def class_path(cls: type) -> str:
+    """``package.module.Class``"""
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def upstream_class(module: nn.Module) -> type | None:

@@ -18,7 +18,7 @@ class _Block:
     def _attn(self, x: Tensor) -> Tensor:
         attn = self.attn
         dropped = attn.attn_drop.p > 0 and attn.attn_drop.training
-        if dropped or must_run_original(attn) or not plain_linear(attn.qkv):
+        if dropped or must_run_original(attn, attn.softmax, attn.attn_drop) or not plain_linear(attn.qkv):
             return super()._attn(x)
         attended = _window.attend(
             attn.qkv(x),
@@ -35,8 +35,6 @@ class _Block:
 
 def _unfit(block: nn.Module) -> str | None:
     attn = block.attn
-    if type(attn).__qualname__ != "WindowAttention":
-        return f"its attention is a {type(attn).__qualname__}, not timm's WindowAttention"
     if not plain_linear(attn.qkv):
         return f"its qkv projection is a {type(attn.qkv).__qualname__}, not a plain Linear"
     if not _window.table_fits(attn.relative_position_bias_table, block.window_size, attn.num_heads):
@@ -57,10 +55,12 @@ REPLACEMENTS = (
             "attn.relative_position_bias_table",
             "attn.num_heads",
             "attn.scale",
+            "attn.softmax",
             "attn.attn_drop.p",
             "attn.proj",
             "attn.proj_drop",
         ),
+        passed_over={"attn": "timm.models.swin_transformer.WindowAttention"},
         unfit=_unfit,
         note=lambda block: _window.dropout_note(block.attn.attn_drop.p),
     ),

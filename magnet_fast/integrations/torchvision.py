@@ -73,6 +73,7 @@ REPLACEMENTS = (
             "proj",
             "relative_position_bias_table",
         ),
+        passed_over={},
         unfit=_unfit,
         note=lambda attention: _window.dropout_note(attention.attention_dropout),
     ),

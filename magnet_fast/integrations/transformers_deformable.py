@@ -156,12 +156,16 @@ _ATTRIBUTES = (
 def deformable_replacement(path: str, mixin: type = _DeformableAttention) -> Replacement:
     """The replacement of one module that computes as Deformable DETR's does."""
     second = issubclass(mixin, _DeformableAttentionV2)
+    # These two call a function to sample, the others a submodule without parameters.
+    by_function = issubclass(mixin, (_DeformableAttentionV2, _MaskOfPadding))
+    sampling = f"transformers.models.{path.rpartition('.')[0]}.MultiScaleDeformableAttention"
     return Replacement(
         path=f"transformers.models.{path}",
         mixin=mixin,
         operator="fused_deformable_attention",
         parameters={"forward": (_REQUIRED, _OPTIONAL)},
         attributes=(*_ATTRIBUTES, "method", "n_points_list", "offset_scale") if second else _ATTRIBUTES,
+        passed_over={} if by_function else {"attn": sampling},
         unfit=_unfit_v2 if second else _unfit,
     )
 

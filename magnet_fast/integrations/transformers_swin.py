@@ -87,7 +87,7 @@ def _older_unfit_now(layer: nn.Module) -> bool:
     projections = (attention.query, attention.key, attention.value)
     return (
         (attention.dropout.training and attention.dropout.p > 0)
-        or must_run_original(layer.attention, attention, layer.attention.output, *projections)
+        or must_run_original(layer.attention, attention, attention.dropout, layer.attention.output, *projections)
         or not plain_linear(*projections)
         or (layer.window_size, layer.window_size) != tuple(attention.window_size)
     )
@@ -157,6 +157,7 @@ def _unfit_parts(
 
 
 def _older(path: str, mixin: type, more_parameters: str) -> Replacement:
+    attention = f"transformers.models.{path.removesuffix('Layer')}"
     return Replacement(
         path=f"transformers.models.{path}",
         mixin=mixin,
@@ -181,6 +182,11 @@ def _older(path: str, mixin: type, more_parameters: str) -> Replacement:
             "attention.output.dense",
             "attention.output.dropout",
         ),
+        passed_over={
+            "attention": attention + "Attention",
+            "attention.self": attention + "SelfAttention",
+            "attention.output": attention + "SelfOutput",
+        },
         unfit=_older_unfit,
         note=lambda layer: _window.dropout_note(layer.attention.self.dropout.p),
     )
@@ -215,6 +221,10 @@ REPLACEMENTS = (
             "attention.relative_position_bias.window_size",
             "attention.relative_position_bias.relative_position_bias_table",
         ),
+        passed_over={
+            "attention": "transformers.models.swin.modeling_swin.SwinAttention",
+            "attention.relative_position_bias": "transformers.models.swin.modeling_swin.SwinRelativePositionBias",
+        },
         unfit=_unfit,
         note=lambda layer: _window.dropout_note(layer.attention.attention_dropout),
     ),

@@ -191,14 +191,21 @@ def test_attention_dropout_runs_the_original_in_training(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "inner"),
-    [("timm", "WindowAttention"), ("Swin", "SwinAttention"), ("MaskFormer", "MaskFormerSwinSelfAttention")],
+    [
+        ("timm", "WindowAttention"),
+        ("timm", "attn_drop"),
+        ("Swin", "SwinAttention"),
+        ("MaskFormer", "MaskFormerSwinSelfAttention"),
+    ],
 )
 def test_hooks_on_what_is_passed_over_are_called(name: str, inner: str) -> None:
     family = zoo.FAMILIES[name]
     model, inputs = accelerated(family), family.inputs(zoo.EVEN)
     expected = zoo.call(model, inputs)
     called = []
-    attentions = [module for module in model.modules() if type(module).__name__ == inner]
+    attentions = [
+        module for name, module in model.named_modules() if type(module).__name__ == inner or name.endswith(inner)
+    ]
     handles = [module.register_forward_hook(lambda *arguments: called.append(1)) for module in attentions]
     hooked = zoo.call(model, inputs)
     assert len(called) == len(attentions) > 0
@@ -348,6 +355,12 @@ def test_upstream_that_moved(monkeypatch) -> None:
     assert remark() == "it has no attribute attn.scale: not a version this was written for"
     for stage in model.layers:
         for block in stage.blocks:
+            block.attn.scale = 1.0
+            block.attn.__class__ = type("Rotary", (type(block.attn),), {})
+    assert remark().endswith("Rotary, not a timm.models.swin_transformer.WindowAttention")
+    for stage in model.layers:
+        for block in stage.blocks:
+            block.attn.__class__ = type(block.attn).__mro__[1]
             block.attn.scale, block.attn.relative_position_bias_table = 1.0, nn.Parameter(torch.zeros(7, 7))
     assert remark() == "its relative position bias table is not that of Swin v1 for its window"
     monkeypatch.setattr(SwinTransformerBlock, "window_size", property(lambda self: 1 / 0), raising=False)
