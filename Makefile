@@ -1,7 +1,8 @@
 # Every target works from a clean clone: it makes the environment it needs.
 #   make test    all tests                    make demo    train a small MagNet and look at what it does
 #   make lint    style of Python and C++      make bench   all benchmarks, results and plots
-#   make format  rewrite to that style        make clean   remove everything made here
+#   make format  rewrite to that style        make docs    the documentation, in build/docs
+#   make clean   remove everything made here
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -18,7 +19,7 @@ TRAIN = OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node $(DEMO_PROCESSES) -m 
 CPP := $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 2>/dev/null)
 PY := magnet_fast kernels benchmarks tests setup.py
 
-.PHONY: env test lint format demo bench clean
+.PHONY: env test lint format demo bench docs clean
 
 env: $(STAMP)
 
@@ -56,6 +57,15 @@ demo: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m pytest benchmarks --full --results build/benchmarks.json
 	$(BIN)/python -m benchmarks.plot build/benchmarks.json build/benchmarks.png
+
+# The extra's requirements alone: installing the package again for them would compile it again.
+DOCS_EXTRA = from importlib.metadata import requires; \
+	print(*(line.split(";")[0].strip() for line in requires("magnet_fast") if "extra == " in line and "docs" in line))
+
+docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet $$($(BIN)/python -c '$(DOCS_EXTRA)')
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "Documentation: $(abspath build/docs)/index.html"
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info $(DEMO) magnet_fast/*.so

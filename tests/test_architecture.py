@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "magnet_fast"
 LEVELS = [
     {"cli", "__main__"},
     {"training", "evaluation", "inference", "visualize"},
-    {"models", "losses", "data"},
+    {"models", "losses", "data", "integrations"},
     {"ops"},
     {"kernels", "_cpu"},
 ]

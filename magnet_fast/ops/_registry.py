@@ -94,7 +94,8 @@ def explain(operator: str, *args: Any, **kwargs: Any) -> Explanation:
 
     Args:
         operator: an operator's name, e.g. ``"window_attention"``.
-        *args, **kwargs: exactly what the operator itself would be called with.
+        *args: exactly what the operator itself would be called with, by position,
+        **kwargs: and by name.
 
     Raises:
         ValueError: for an unknown operator, and whatever the operator raises for these arguments.

@@ -1,0 +1,275 @@
+"""Models of timm, transformers and torchvision before and after `magnet_fast.accelerate`: inference and training steps.
+
+"plain" is the model as its library runs it, "cpu" the same model with the fused operators in place, on `auto`. Random
+weights; sampling offsets, which start in a regular pattern, get noise, as training gives them.
+
+Without ``--full``: inference of the models the project measures itself by. With it: every family, and training.
+
+    OMP_NUM_THREADS=2 pytest benchmarks/bench_integrations.py --full --results benchmarks/results/integrations_cpu.json
+
+Both answers are compared before anything is timed. The encoder of Grounding DINO is timed twice: its deformable layers
+alone, and the whole encoder with its text layers and its bidirectional attention, which are not replaced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import magnet_fast
+from benchmarks.machine import peak_bytes
+
+PATHS = ["plain", "cpu"]
+Step = Callable[[], Any]
+
+
+class Case(NamedTuple):
+    """A model and its input.
+
+    Attributes:
+        title: what the table calls it.
+        build: makes the model.
+        inputs: makes the arguments of a call.
+        quick: whether inference is measured without --full.
+        training: whether a training step is measured with --full.
+    """
+
+    title: str
+    build: Callable[[], nn.Module]
+    inputs: Callable[[], dict[str, Any]]
+    quick: bool = False
+    training: bool = True
+
+
+def images(batch: int, height: int, width: int, name: str = "pixel_values") -> Callable[[], dict[str, Tensor]]:
+    return lambda: {name: torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(0))}
+
+
+def timm_model(name: str) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        import timm
+
+        return timm.create_model(name, pretrained=False)
+
+    return build
+
+
+def torchvision_swin_b() -> nn.Module:
+    from torchvision.models import swin_b
+
+    return swin_b()
+
+
+SWIN_B = {"embed_dim": 128, "depths": [2, 2, 18, 2], "num_heads": [4, 8, 16, 32], "window_size": 12, "image_size": 384}
+SWIN_T = {"embed_dim": 96, "depths": [2, 2, 6, 2], "num_heads": [3, 6, 12, 24], "window_size": 7, "image_size": 224}
+STAGES = ["stage1", "stage2", "stage3", "stage4"]
+
+
+def swin_classifier() -> nn.Module:
+    from transformers import SwinConfig, SwinForImageClassification
+
+    return SwinForImageClassification(SwinConfig(**{**SWIN_B, "window_size": 7, "image_size": 224}))
+
+
+def mask2former(swin: dict[str, Any]) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        from transformers import Mask2FormerConfig, Mask2FormerModel, SwinConfig
+
+        backbone = SwinConfig(**swin, out_features=STAGES)
+        return Mask2FormerModel(Mask2FormerConfig(backbone_config=backbone))
+
+    return build
+
+
+def oneformer() -> nn.Module:
+    from transformers import OneFormerConfig, OneFormerModel, SwinConfig
+
+    backbone = SwinConfig(**SWIN_T, out_features=STAGES)
+    return OneFormerModel(OneFormerConfig(backbone_config=backbone, is_training=False))
+
+
+def oneformer_inputs() -> dict[str, Tensor]:
+    return {**images(1, 512, 512)(), "task_inputs": torch.ones(1, 77, dtype=torch.long)}
+
+
+def deformable_detr() -> nn.Module:
+    from transformers import DeformableDetrConfig, DeformableDetrForObjectDetection, ResNetConfig
+
+    backbone = ResNetConfig(out_features=["stage2", "stage3", "stage4"])
+    return DeformableDetrForObjectDetection(DeformableDetrConfig(backbone_config=backbone, use_timm_backbone=False))
+
+
+def rt_detr() -> nn.Module:
+    from transformers import RTDetrConfig, RTDetrForObjectDetection
+
+    return RTDetrForObjectDetection(RTDetrConfig())
+
+
+@lru_cache(maxsize=1)
+def grounding_dino() -> nn.Module:
+    from transformers import BertConfig, GroundingDinoConfig, GroundingDinoModel, SwinConfig
+
+    backbone = SwinConfig(**SWIN_T, out_features=STAGES[1:])
+    return GroundingDinoModel(GroundingDinoConfig(backbone_config=backbone, text_config=BertConfig()))
+
+
+def grounding_dino_inputs() -> dict[str, Tensor]:
+    words = torch.tensor([[101, 1037, 4937, 1012, 1037, 6556, 2491, 1012, 102]])  # two phrases of a prompt
+    return {**images(1, 640, 800)(), "input_ids": words}
+
+
+class Encoder(nn.Module):
+    """The encoder of Grounding DINO on the maps of an image of 640 x 800; `deformable_only` leaves the text out."""
+
+    sizes = ((80, 100), (40, 50), (20, 25), (10, 13))
+
+    def __init__(self, deformable_only: bool) -> None:
+        super().__init__()
+        self.encoder = grounding_dino().encoder
+        self.deformable_only = deformable_only
+
+    def forward(self, vision: Tensor, position: Tensor, text: Tensor) -> Tensor:
+        shapes = torch.tensor(self.sizes)
+        starts = torch.cat([shapes.new_zeros(1), shapes.prod(1).cumsum(0)[:-1]])
+        common = {"spatial_shapes": shapes, "spatial_shapes_list": list(self.sizes), "level_start_index": starts}
+        ratios = torch.ones(1, len(self.sizes), 2)
+        if not self.deformable_only:
+            words = text.shape[1]
+            return self.encoder(
+                vision_features=vision,
+                vision_attention_mask=torch.zeros(vision.shape[:2], dtype=torch.bool),  # True is padding, in all three
+                vision_position_embedding=position,
+                valid_ratios=ratios,
+                text_features=text,
+                text_attention_mask=torch.zeros(1, words, dtype=torch.bool),
+                text_self_attention_masks=torch.zeros(1, words, words, dtype=torch.bool),
+                text_position_ids=torch.arange(words)[None],
+                **common,
+            ).last_hidden_state_vision
+        points = self.encoder.get_reference_points(list(self.sizes), ratios, device=vision.device)
+        for layer in self.encoder.layers:
+            vision, _ = layer.deformable_layer(
+                hidden_states=vision,
+                attention_mask=torch.ones(vision.shape[:2], dtype=torch.bool),
+                position_embeddings=position,
+                reference_points=points,
+                **common,
+            )
+        return vision
+
+
+def encoder_inputs() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    pixels = sum(height * width for height, width in Encoder.sizes)
+    vision, position = (torch.randn(1, pixels, 256, generator=generator) for _ in range(2))
+    return {"vision": vision, "position": position, "text": torch.randn(1, 9, 256, generator=generator)}
+
+
+CASES = {
+    "timm_swin_b_224": Case(
+        "timm swin_base_patch4_window7_224, batch 8",
+        timm_model("swin_base_patch4_window7_224"),
+        images(8, 224, 224, "x"),
+        quick=True,
+    ),
+    "timm_swin_b_384": Case(
+        "timm swin_base_patch4_window12_384, batch 8",
+        timm_model("swin_base_patch4_window12_384"),
+        images(8, 384, 384, "x"),
+        quick=True,
+    ),
+    "torchvision_swin_b": Case("torchvision swin_b 224x224, batch 8", torchvision_swin_b, images(8, 224, 224, "x")),
+    "transformers_swin_b": Case("transformers Swin-B 224x224, batch 8", swin_classifier, images(8, 224, 224)),
+    "mask2former_swin_t": Case("Mask2Former Swin-T 512x512, batch 1", mask2former(SWIN_T), images(1, 512, 512)),
+    "mask2former_swin_b": Case(
+        "Mask2Former Swin-B 640x640, batch 1", mask2former(SWIN_B), images(1, 640, 640), quick=True
+    ),
+    "oneformer": Case("OneFormer Swin-T 512x512, batch 1", oneformer, oneformer_inputs),
+    "deformable_detr": Case("Deformable DETR ResNet-50 640x800, batch 1", deformable_detr, images(1, 640, 800)),
+    "rt_detr": Case("RT-DETR ResNet-50 640x640, batch 1", rt_detr, images(1, 640, 640)),
+    "grounding_dino": Case("Grounding DINO Swin-T 640x800, batch 1", grounding_dino, grounding_dino_inputs),
+    "deformable_layers": Case(
+        "Grounding DINO, deformable layers of the encoder, 640x800",
+        lambda: Encoder(deformable_only=True),
+        encoder_inputs,
+        quick=True,
+    ),
+    "encoder": Case(
+        "Grounding DINO, whole encoder, 640x800", lambda: Encoder(deformable_only=False), encoder_inputs, quick=True
+    ),
+}
+
+
+@lru_cache(maxsize=1)
+def model_of(case: str) -> nn.Module:
+    torch.manual_seed(0)
+    model = CASES[case].build().eval()
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "sampling_offsets.weight" in name:
+            parameter.data.copy_(0.3 * parameter.shape[-1] ** -0.5 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def prepare(case: str, path: str) -> nn.Module:
+    model = model_of(case)
+    if path == "plain":
+        magnet_fast.restore(model)
+    else:
+        assert magnet_fast.accelerate(model).replaced
+    return model
+
+
+def first_result(result: Any) -> Tensor:
+    """A tensor that everything before it went into; transformers' outputs give the last hidden state first."""
+    return result if isinstance(result, Tensor) else next(x for x in result.to_tuple() if isinstance(x, Tensor))
+
+
+def measure(benchmark: Any, case: str, mode: str, path: str, step: Step) -> None:
+    benchmark.group = f"{CASES[case].title}, {mode}"
+    benchmark.extra_info.update(path=path, baseline="plain", dtype="float32")
+    benchmark.pedantic(step, rounds=5, warmup_rounds=1)
+    benchmark.extra_info["peak_bytes"] = peak_bytes(step)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("case", CASES)
+def test_inference(benchmark, full: bool, case: str, path: str) -> None:
+    if not (full or CASES[case].quick):
+        pytest.skip("--full")
+    inputs = CASES[case].inputs()
+    if path == "cpu":
+        with torch.no_grad():
+            found = [first_result(prepare(case, path)(**inputs)) for path in PATHS]
+        torch.testing.assert_close(*found, rtol=1e-3, atol=1e-3)
+    model = prepare(case, path).eval()
+
+    def step() -> None:
+        with torch.no_grad():
+            model(**inputs)
+
+    measure(benchmark, case, "inference", path, step)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("case", [name for name, case in CASES.items() if case.training])
+def test_training_step(benchmark, full: bool, case: str, path: str) -> None:
+    """Forward, backward of the mean square of one result, AdamW; the learning rate is 0, so every row has one model."""
+    if not full:
+        pytest.skip("--full")
+    inputs = CASES[case].inputs()
+    model = prepare(case, path).train()
+    optimiser = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
+
+    def step() -> None:
+        optimiser.zero_grad()
+        first_result(model(**inputs)).square().mean().backward()
+        optimiser.step()
+
+    measure(benchmark, case, "training step", path, step)
+    optimiser.zero_grad()

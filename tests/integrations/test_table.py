@@ -1,0 +1,29 @@
+"""The table of a results file."""
+
+from benchmarks.table import table
+
+MACHINE = {
+    "processor": "CPU",
+    "cores": 2,
+    "cpu_capability": "AVX2",
+    "threads": 1,
+    "torch": "2.15",
+    "date": "2026-11-21",
+}
+
+
+def row(suite: str, group: str, path: str, seconds: float, **more: int) -> dict:
+    return {"suite": suite, "group": group, "path": path, "baseline": "plain", "median_seconds": seconds, **more}
+
+
+def test_table_of_a_suite() -> None:
+    rows = [
+        row("integrations", "Swin", "plain", 2.0, peak_bytes=3 << 20),
+        row("integrations", "Swin", "cpu", 0.5, peak_bytes=1 << 20),
+        row("integrations", "DETR", "cpu", 1.0),
+        row("magnet", "MagNet", "plain", 1.0),
+    ]
+    lines = table({"machine": MACHINE, "rows": rows}, "integrations").splitlines()
+    assert lines[0] == "CPU, 2 cores (AVX2), 1 threads, torch 2.15, 2026-11-21"
+    assert lines[-1] == "| Swin | 2.00 s | 500 ms | **4.00×** | 3 MiB | 1 MiB |"
+    assert not any("DETR" in line or "MagNet" in line for line in lines)  # nothing to compare with; another suite
