@@ -80,7 +80,7 @@ def test_several_expressions_for_one_image(checkpoint, picture) -> None:
 
 
 def test_a_training_checkpoint_segments_too(checkpoint, model, metadata, picture, tmp_path) -> None:
-    path = tmp_path / "last.pt"
+    path = tmp_path / "checkpoint.safetensors"
     state = {"model_config": model.config.model_dump(mode="json"), "model": model.state_dict(), "metadata": metadata}
     save_checkpoint(state, path)
     expected = Segmenter.from_checkpoint(checkpoint)(picture, "circle").probability

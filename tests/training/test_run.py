@@ -67,7 +67,7 @@ def environment() -> dict[str, str]:
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
-    return load_checkpoint(out / "last.pt")["model"]
+    return load_checkpoint(out / "checkpoint.safetensors")["model"]
 
 
 def test_killed_at_any_moment_the_run_goes_on_exactly(config_file, tmp_path) -> None:
@@ -128,7 +128,7 @@ def test_two_processes_equal_one(config_file, scenes, tmp_path) -> None:
             assert row["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-2)
     assert rows[0]["loss"] == pytest.approx(expected[0]["loss"], rel=1e-6)
     assert rows[0]["grad_norm"] == pytest.approx(expected[0]["grad_norm"], rel=1e-5)
-    assert len(load_checkpoint(tmp_path / "two" / "last.pt")["rng"]) == 2
+    assert len(load_checkpoint(tmp_path / "two" / "checkpoint.safetensors")["rng"]) == 2
 
     # Two processes score each sentence once.
     model, _ = models.load_model(tmp_path / "two" / "last.safetensors")
@@ -149,7 +149,7 @@ def test_files_of_a_run(config_file, tmp_path) -> None:
     config = load_config(config_file, ["max_steps=2", "validate_every=2 steps"])
     scores = train(config, tmp_path / "run")
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
-        "config.yaml", "metrics.jsonl", "last.pt", "best.safetensors", "last.safetensors",
+        "config.yaml", "metrics.jsonl", "checkpoint.safetensors", "best.safetensors", "last.safetensors",
     }  # fmt: skip
     assert load_config(tmp_path / "run" / "config.yaml") == config
     model, metadata = models.load_model(tmp_path / "run" / "best.safetensors")
@@ -170,7 +170,7 @@ def test_a_folder_with_a_run_is_not_touched(config_file, tmp_path) -> None:
         train(config, tmp_path, resume=True, overwrite=True)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     train(load_config(config_file, ["max_steps=1"]), tmp_path, overwrite=True)
-    assert load_checkpoint(tmp_path / "last.pt")["step"] == 1
+    assert load_checkpoint(tmp_path / "checkpoint.safetensors")["step"] == 1
 
 
 @pytest.mark.parametrize(
