@@ -53,8 +53,8 @@ def _table(runs: Runs, titles: dict[str, str]) -> str:
     worded = {name: found for name, found in runs.items() if "hidden_words" in found[0]}
     if worded:
         parts += [
-            "Hidden words said right, val, percent. Without image and mask: the same weights, given a grey image and no "
-            "mask; the blind control was trained so, too.",
+            "Hidden words said right, val, percent. Without image and mask: the same weights, given a grey image and "
+            "no mask; the blind control was trained so, too.",
             _hidden_words(worded, titles),
         ]
     if "baseline" in runs and all("testB" in run["scores"] for run in every):
