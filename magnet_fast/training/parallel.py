@@ -111,9 +111,9 @@ def shard_like(target: Tensor, value: Tensor) -> Tensor:
     """A whole tensor, cut up as the target is."""
     if not isinstance(target, DTensor):
         return value
-    # Every process has read the file: none must send.
+    # Every process has read the file: none must send. A copy, since a share may be a view that keeps the whole alive.
     value = value.to(target.to_local().device)
-    return distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
+    return distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None).clone()
 
 
 def whole_scalar(value: Tensor) -> Tensor:

@@ -79,15 +79,16 @@ def test_each_process_holds_a_share(found) -> None:
 
 
 def test_a_signal_to_one_stops_both_and_they_go_on_exactly(folder, found) -> None:
-    assert [entry["stopped_at"] for entry in found] == [2, 2]  # it came in step 1, and travels for one more
+    assert [entry["stopped_at"] for entry in found] == [5, 5]  # it came in step 4, and travels for one more
     assert all(entry["received_default"] for entry in found)  # the handler is gone
-    whole, resumed, other = (state_of(folder / name) for name in ("magnet_fsdp", "resumed", "resumed_as_ddp"))
-    assert state_of(folder / "stopped")["step"] == 2
-    assert same_weights(whole["model"], resumed["model"]) and same_weights(whole["grounding"], resumed["grounding"])
+    whole, resumed, other = (state_of(folder / name) for name in ("fsdp", "resumed", "resumed_as_ddp"))
+    assert state_of(folder / "stopped")["step"] == 5
+    assert same_weights(whole["model"], resumed["model"])
+    assert same_weights(whole["ema"]["weights"], resumed["ema"]["weights"])
     for name, entry in whole["optimiser"]["state"].items():
         assert all(torch.equal(entry[key], resumed["optimiser"]["state"][name][key]) for key in entry)
     for name, value in whole["model"].items():  # the format knows nothing of shards
-        assert torch.allclose(value, other["model"][name], rtol=0, atol=2e-4), name
+        assert torch.allclose(value, other["model"][name], rtol=0, atol=1e-5), name
 
 
 def test_exported_weights_are_whole_and_averaged(folder) -> None:

@@ -21,18 +21,19 @@ from magnet_fast.training.checkpoint import CHECKPOINT, load_checkpoint
 from magnet_fast.training.distributed import World
 from magnet_fast.training.objective import build_grounding
 
-from .fakes import SMALL_MAGNET, FakeDataset, FakeModel, fake_config
+from .fakes import SMALLEST_MAGNET, FakeDataset, FakeModel, fake_config
 
 FAKE = {"accumulation": 2, "clip_norm": 0.5, "ema": 0.9, "batch_size": 8, "log_every": 100}
 MAGNET = {
-    "model": {"name": "magnet_tiny", "overrides": SMALL_MAGNET},
+    "model": {"name": "magnet_tiny", "overrides": SMALLEST_MAGNET},
     "loss": {"alignment": 0.5, "grounding": 1.0},
     "grounding": {"layers": 1, "heads": 4, "feedforward": 32},
     "optimiser": {"lr": 1e-3, "eps": 1e-3},
     "epochs": None,
-    "max_steps": 4,
+    "max_steps": 2,
     "batch_size": 4,
     "validate_every": "2 steps",
+    "checkpoint_every": 100,
     "log_every": 1,
 }
 
@@ -80,7 +81,7 @@ def magnet_trainer(out: Path, world: World | None, **changes: object) -> Trainer
     out.mkdir(exist_ok=True)
     torch.manual_seed(11)
     config = fake_config(**{**MAGNET, **changes})
-    model = models.build("magnet_tiny", **SMALL_MAGNET)
+    model = models.build("magnet_tiny", **SMALLEST_MAGNET)
     data = ReadableDataset(16)
     grounding = build_grounding(config, model, data.tokenizer)
     return Trainer(config, model, data, ReadableDataset(5), out, world, {}, grounding)
@@ -96,11 +97,11 @@ def checks(out: Path, world: World) -> dict[str, object]:
     found["share"] = sum(p.to_local().numel() for p in sharded.model.parameters())
 
     # Stopped by SIGTERM to the second process alone, then resumed; and resumed with copies instead of shards.
-    trainer = magnet_trainer(out / "stopped", world, parallel="fsdp")
+    trainer = fake_trainer(out / "stopped", world, parallel="fsdp")
     after = trainer._after_step
 
     def receive() -> None:
-        if trainer.step == 1 and world.rank == 1:
+        if trainer.step == 4 and world.rank == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         after()
 
@@ -111,10 +112,9 @@ def checks(out: Path, world: World) -> dict[str, object]:
         found["stopped_at"] = trainer.step
     found["received_default"] = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     dist.barrier()
-    state = load_checkpoint(out / "stopped" / CHECKPOINT)
     for name, kind in (("resumed", "fsdp"), ("resumed_as_ddp", "ddp")):
-        resumed = magnet_trainer(out / name, world, parallel=kind)
-        resumed.load_state(state)
+        resumed = fake_trainer(out / name, world, parallel=kind)
+        resumed.load_state(load_checkpoint(out / "stopped" / CHECKPOINT))
         resumed.run()
 
     validation = Counted(7)
