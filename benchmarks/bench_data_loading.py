@@ -1,9 +1,9 @@
 """From JPEG files to batches: how many images a second a core prepares, and so how many cores keep a GPU busy.
 
-A folder of synthesised pictures of COCO's usual size (640×480, about 150 kB, more detail than most photographs) with
-polygons in REFER's layout is read as RefCOCO is: decode, squash to 480×480, normalise, polygons to mask, word pieces,
-batches of 8. "in this process" prepares without a worker; the others use DataLoader's workers, whose start is not timed.
-The files lie in the page cache: disks are not measured. `--full` takes 2 and 4 workers as well.
+Synthesised pictures of COCO's usual size (640×480, about 150 kB) with polygons in REFER's layout are read as RefCOCO
+is: decode, squash to 480×480, normalise, polygons to mask, word pieces, batches of 8. "in this process" prepares
+without a worker; the others use DataLoader's workers, whose start is not timed. The files lie in the page cache: disks
+are not measured. `--full` takes 2 and 4 workers as well.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """A run that is killed again and again, for test_killing: forks the run, kills it at random moments, resumes it.
 
-python -m tests.training.killing CONFIG OUT KILLS SEED: prints a JSON list of what was done to each process.
+python -m tests.training.killing CONFIG OUT KILLS SEED: leaves an unbroken run in OUT/whole and the killed one in
+OUT/killed; prints a JSON list of what was done to each process.
 """
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ def start(config: str, out: Path) -> int:
 
 def main() -> None:
     config, out, kills, draw = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), random.Random(int(sys.argv[4]))
+    assert os.waitstatus_to_exitcode(os.waitpid(start(config, out / "whole"), 0)[1]) == 0
+    out = out / "killed"
     total = load_config(config).max_steps
     done = []
     while len(done) < kills:

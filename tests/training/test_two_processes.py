@@ -55,7 +55,7 @@ def test_two_processes_equal_one(folder, tmp_path, kind: str) -> None:
 
 
 def test_shards_train_as_copies_do(folder) -> None:
-    """A real MagNet with its own losses: layer by layer, encoded twice in a step, with unused parameters."""
+    """A real MagNet with its own losses: layer by layer, twice in a step, with unused parameters, recomputed."""
     copies, shards = (state_of(folder / f"magnet_{kind}") for kind in ("ddp", "fsdp"))
     for part in ("model", "grounding"):
         assert copies[part].keys() == shards[part].keys()

@@ -92,7 +92,8 @@ def checks(out: Path, world: World) -> dict[str, object]:
     found: dict[str, object] = {}
     for kind in ("ddp", "fsdp"):
         found[kind] = fake_trainer(out / kind, world, parallel=kind).run()
-        found[f"magnet_{kind}"] = magnet_trainer(out / f"magnet_{kind}", world, parallel=kind).run()
+        recompute = {"activation_checkpointing": kind == "fsdp"}
+        found[f"magnet_{kind}"] = magnet_trainer(out / f"magnet_{kind}", world, parallel=kind, **recompute).run()
     sharded = fake_trainer(out / "shards", world, parallel="fsdp")
     found["share"] = sum(p.to_local().numel() for p in sharded.model.parameters())
 
