@@ -67,17 +67,18 @@ def gradients_stay(module: nn.Module, stay: bool) -> Iterator[None]:
     yield
 
 
-def whole(value: Any) -> Any:
+def whole(value: Any, keep: bool = True) -> Any:
     """A state dict, or any nesting of containers, with every sharded tensor brought together, on the CPU.
 
-    Collective where something is sharded.
+    Collective where something is sharded; a process that only helps says ``keep=False`` and gets None for those.
     """
     if isinstance(value, DTensor):
-        return value.detach().full_tensor().cpu()
+        tensor = value.detach().full_tensor()
+        return tensor.cpu() if keep else None
     if isinstance(value, dict):
-        return {key: whole(entry) for key, entry in value.items()}
+        return {key: whole(entry, keep) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return [whole(entry) for entry in value]
+        return [whole(entry, keep) for entry in value]
     return value
 
 

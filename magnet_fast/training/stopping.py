@@ -57,3 +57,9 @@ class StopRequest:
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self._asked = True
+
+
+def leave_to_the_main_process(worker: int) -> None:
+    """For DataLoader's workers: a scheduler that signals every process of a job must not take them from a run that
+    is about to stop in good order."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -43,7 +43,7 @@ from magnet_fast.training.progress import MetricsFile, RunDisplay, TensorBoard, 
 from magnet_fast.training.recomputation import recompute_activations
 from magnet_fast.training.sampling import EpochBatches
 from magnet_fast.training.schedule import poly_factor, set_learning_rate
-from magnet_fast.training.stopping import StopRequest, TrainingStopped
+from magnet_fast.training.stopping import StopRequest, TrainingStopped, leave_to_the_main_process
 
 
 class Trainer:
@@ -146,16 +146,18 @@ class Trainer:
         return self.scores
 
     def state(self) -> dict[str, Any]:
-        """Everything a run depends on, as tensors and plain containers. Collective: all processes call it."""
+        """Everything a run depends on, as tensors and plain containers. Collective; whole on the first process."""
         epoch, position = divmod(self.step, self.steps_per_epoch)
+        main = self.world.is_main
+        average = self.average
         return {
             "config": self.config.model_dump(mode="json"),
             "model_config": self.model.config.model_dump(mode="json"),
             "metadata": dict(self.metadata),
-            "model": whole(self.model.state_dict()),
-            "grounding": whole(self.grounding.state_dict()) if self.grounding else {},
-            "ema": {"weights": whole(self.average.weights), "updates": self.average.updates} if self.average else {},
-            "optimiser": whole(self.optimiser.state_dict()),
+            "model": whole(self.model.state_dict(), main),
+            "grounding": whole(self.grounding.state_dict(), main) if self.grounding else {},
+            "ema": {"weights": whole(average.weights, main), "updates": average.updates} if average else {},
+            "optimiser": whole(self.optimiser.state_dict(), main),
             "scaler": self.scaler.state_dict(),
             "step": self.step,
             "epoch": epoch,
@@ -440,6 +442,7 @@ class Trainer:
             # A loader draws a seed when its iteration starts: not from the generator that dropout draws from,
             # or a resumed epoch, being entered twice, would draw differently.
             generator=torch.Generator().manual_seed(epoch),
+            worker_init_fn=leave_to_the_main_process,
         )
 
     def _elapsed(self) -> float:

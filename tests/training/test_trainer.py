@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
+import multiprocessing
+import os
 import random
+import signal
 
 import pytest
 import torch
@@ -251,6 +254,16 @@ def test_validation_does_not_disturb_training(tmp_path) -> None:
         trainer.run()
         weights.append(trainer.model.state_dict())
     assert same_weights(*weights)
+
+
+def test_loader_processes_survive_a_signal_to_all_of_the_job(tmp_path) -> None:
+    trainer = make_trainer(tmp_path, data={"image_size": 16, "workers": 1})
+    batches = iter(trainer.loader(0, 0))
+    first = next(batches)
+    for worker in multiprocessing.active_children():
+        os.kill(worker.pid, signal.SIGTERM)
+    rest = list(batches)
+    assert len(rest) == 2 and len(first["image"]) == 8
 
 
 def test_durations() -> None:
