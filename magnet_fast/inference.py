@@ -78,8 +78,8 @@ class Segmenter:
         """Load a segmenter.
 
         Args:
-            path: our ``.safetensors``, a run's weights or its ``checkpoint.safetensors``, or a
-                released MagNet or LAVT ``.pth``; None for the weights of the tiny model that ship with the package.
+            path: our ``.safetensors`` (a run's weights, or its ``checkpoint.safetensors``), or a released MagNet
+                or LAVT ``.pth``; None for the weights of the tiny model that ship with the package.
             device: default: the CPU.
             tokenizer: a ``vocab.txt``, a folder with one or with a ``tokenizer.json``, or a `Tokenizer`. None
                 takes the shipped vocabulary, where the checkpoint was trained on it. Released checkpoints
@@ -266,7 +266,7 @@ def _read_training_checkpoint(path: Path) -> tuple[nn.Module, dict[str, str]] | 
             if not header.get("format", "").startswith("magnet_fast.training/"):
                 return None
             run = json.loads(header["state"])
-            folder = "ema/weights/" if run.get("ema") else "model/"
+            folder = "ema/weights/model." if run.get("ema") else "model/"
             names = [key for key in file.keys() if key.startswith(folder)]  # noqa: SIM118 (not a dict)
             weights = {name.removeprefix(folder): file.get_tensor(name) for name in names}
     except SafetensorError:

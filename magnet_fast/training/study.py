@@ -6,7 +6,6 @@ import copy
 import fcntl
 import json
 import platform
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import date
@@ -142,9 +141,7 @@ def variant_config(config: TrainConfig, variant: Variant, seed: int) -> TrainCon
 
 
 def _run(name: str, config: TrainConfig, folder: Path) -> None:
-    started = time.monotonic()
     train(config, folder, resume=True)
-    seconds = time.monotonic() - started
     state = load_checkpoint(folder / CHECKPOINT)
     result = {
         "variant": name,
@@ -152,7 +149,6 @@ def _run(name: str, config: TrainConfig, folder: Path) -> None:
         "config": config.model_dump(mode="json"),
         "steps": state["step"],
         "training_seconds": state["trained_seconds"],
-        "this_process_seconds": seconds,
         **_scores(config, folder, state["grounding"]),
         "machine": {
             "date": date.today().isoformat(),
