@@ -2,7 +2,7 @@
 
 A benchmark belongs to a group and says in `extra_info["path"]` which implementation it timed; within a group the ratios
 are to the path that `extra_info["baseline"]` names. It may add "bytes" and "flops" (compulsory traffic and operations
-of one run), "dtype" and "peak_bytes": the table then shows its share of the ceilings.
+of one run), "dtype" and "peak_bytes": the table then shows its share of the ceilings; "items" makes it items a second.
 
 `--full` takes every shape and compiles (`full` is the fixture, a row of path "torch.compile" is skipped without it).
 """
@@ -17,7 +17,7 @@ import pytest
 
 from benchmarks import machine
 
-_KEPT = ("bytes", "flops", "dtype", "peak_bytes")
+_KEPT = ("bytes", "flops", "dtype", "peak_bytes", "items")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -98,6 +98,8 @@ def _line(row: dict[str, Any]) -> str:
     for key, what in (("copy_share", "copy"), ("product_share", "product")):
         if key in row:
             text += f"   {100 * row[key]:4.0f} % of {what}"
+    if row.get("items"):
+        text += f"   {row['items'] / row['median_seconds']:.1f} a second"
     if row.get("peak_bytes"):
         text += f"   peak {row['peak_bytes'] / 2**20:.0f} MiB"
     return text

@@ -13,6 +13,7 @@ from typing import NamedTuple, overload
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from magnet_fast import models
@@ -87,8 +88,8 @@ class Segmenter:
         """Load a segmenter.
 
         Args:
-            path: our ``.safetensors``, our training checkpoint ``last.pt``, or a released MagNet or LAVT
-                ``.pth``; None for the weights of the tiny model that ship with the package.
+            path: our ``.safetensors`` (a run's weights, or its ``checkpoint.safetensors``), or a released MagNet
+                or LAVT ``.pth``; None for the weights of the tiny model that ship with the package.
             device: default: the CPU.
             tokenizer: a ``vocab.txt``, a folder with one or with a ``tokenizer.json``, or a `Tokenizer`. None
                 takes the shipped vocabulary, where the checkpoint was trained on it. Released checkpoints
@@ -234,13 +235,8 @@ def load_checkpoint_model(path: str | os.PathLike | None = None) -> LoadedCheckp
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint")
     if path.suffix == ".safetensors":
-        model, metadata = models.load_model(path)
+        model, metadata = _read_training_checkpoint(path) or models.load_model(path)
         return _described(model, path, metadata)
-    state = _read_torch_file(path)
-    if isinstance(state, dict) and str(state.get("format", "")).startswith("magnet_fast.training/"):
-        model = models.from_config(state["model_config"])
-        model.load_state_dict(state["model"])
-        return _described(model, path, state["metadata"])
     # A released file, or something else: the reader of released files says what is missing.
     model = models.from_released(path)
     return LoadedCheckpoint(model.eval(), str(path), RELEASED_IMAGE_SIZE, RELEASED_MAX_WORDS, None, {})
@@ -282,9 +278,19 @@ def _described(model: nn.Module, path: Path, metadata: dict[str, str]) -> Loaded
     )
 
 
-def _read_torch_file(path: Path) -> object:
-    """A file of torch.save, running no code from it; None where it would have to."""
+def _read_training_checkpoint(path: Path) -> tuple[nn.Module, dict[str, str]] | None:
+    """The model of a training checkpoint, with averaged weights where the run keeps them; None for another file."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception:  # the reader of released files has an allow-list and names what is wrong
-        return None
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            if not header.get("format", "").startswith("magnet_fast.training/"):
+                return None
+            run = json.loads(header["state"])
+            folder = "ema/weights/model." if run.get("ema") else "model/"
+            names = [key for key in file.keys() if key.startswith(folder)]  # noqa: SIM118 (not a dict)
+            weights = {name.removeprefix(folder): file.get_tensor(name) for name in names}
+    except SafetensorError:
+        return None  # the reader of models says what is wrong
+    model = models.from_config(run["model_config"])
+    model.load_state_dict(weights)
+    return model, run["metadata"]

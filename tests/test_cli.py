@@ -99,7 +99,8 @@ def test_evaluate(root, trained, tmp_path) -> None:
 
     # All kinds of our checkpoints, at the pictures' own size, and the control.
     original = ["--resolution", "original", "--batch-size", 3, "--limit", 5, "--out", out]
-    assert "original resolution" in run("evaluate", "--checkpoint", trained / "last.pt", "--data", root, *original)
+    whole_run = trained / "checkpoint.safetensors"
+    assert "original resolution" in run("evaluate", "--checkpoint", whole_run, "--data", root, *original)
     assert json.loads(out.read_text())["sentences"] == 5
     shuffled = ["--shuffle-expressions", "--split", "train", "--limit", 20, "--out", out, "--backend", "reference"]
     output = run("evaluate", "--checkpoint", trained / "last.safetensors", "--data", root, *shuffled)

@@ -79,8 +79,21 @@ def test_several_expressions_for_one_image(checkpoint, picture) -> None:
     assert segmenter(picture, []) == []
 
 
+def test_a_checkpoint_with_averaged_weights_segments_with_those(checkpoint, model, metadata, picture, tmp_path) -> None:
+    state = {
+        "model_config": model.config.model_dump(mode="json"),
+        "model": {name: torch.zeros_like(value) for name, value in model.state_dict().items()},
+        "ema": {"weights": {f"model.{name}": value for name, value in model.state_dict().items()}, "updates": 3},
+        "metadata": metadata,
+    }
+    save_checkpoint(state, tmp_path / "checkpoint.safetensors")
+    expected = Segmenter.from_checkpoint(checkpoint)(picture, "circle").probability
+    found = Segmenter.from_checkpoint(tmp_path / "checkpoint.safetensors")(picture, "circle").probability
+    assert np.array_equal(found, expected)
+
+
 def test_a_training_checkpoint_segments_too(checkpoint, model, metadata, picture, tmp_path) -> None:
-    path = tmp_path / "last.pt"
+    path = tmp_path / "checkpoint.safetensors"
     state = {"model_config": model.config.model_dump(mode="json"), "model": model.state_dict(), "metadata": metadata}
     save_checkpoint(state, path)
     expected = Segmenter.from_checkpoint(checkpoint)(picture, "circle").probability

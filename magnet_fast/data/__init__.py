@@ -6,6 +6,7 @@ import importlib
 
 _HOMES = {
     "ExpressionDataset": "dataset",
+    "MixedDataset": "dataset",
     "Refer": "refer",
     "Ref": "refer",
     "Sentence": "refer",

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import random
+from bisect import bisect_right
+from collections.abc import Collection, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +28,7 @@ class ExpressionDataset(Dataset):
 
     The sentence used is its `raw` wording, as in LAVT's and MagNet's released code; what goes beyond the tokenizer's
     max_words is cut off. cache=True keeps resized images (uint8) and masks in memory after their first use, in each
-    process for itself.
+    process for itself. Refs of images in `without_images` (image_ids) are left out.
 
     An item is a dict: image float32 (3, S, S), mask uint8 (S, S) of 0 and 1, input_ids and attention_mask
     int64 (T,), index int. Images are squashed to S x S (see `prepare_image`).
@@ -47,6 +50,7 @@ class ExpressionDataset(Dataset):
         mode: str = "sentences",
         seed: int = 0,
         cache: bool = False,
+        without_images: Collection[int] = (),
     ) -> None:
         if mode not in MODES:
             raise ValueError(f"mode is {mode!r}; expected one of {', '.join(MODES)}")
@@ -54,7 +58,7 @@ class ExpressionDataset(Dataset):
             raise ValueError(f"image_size is {image_size!r}; expected an int of at least 1")
         self.refer, self.split, self.tokenizer = refer, split, tokenizer
         self.image_size, self.mode, self.seed = image_size, mode, seed
-        self._refs = refer.refs(split)
+        self._refs = [ref for ref in refer.refs(split) if ref.image_id not in without_images]
         for ref in self._refs:
             for sentence in ref.sentences:
                 if not isinstance(sentence.raw, str) or not sentence.raw.strip():
@@ -166,6 +170,38 @@ class ExpressionDataset(Dataset):
         if key not in self._cache:
             self._cache[key] = make()
         return self._cache[key]
+
+
+class MixedDataset(Dataset):
+    """The items of several `ExpressionDataset`s one after the other; `index` counts through."""
+
+    def __init__(self, parts: Sequence[ExpressionDataset]) -> None:
+        self.parts = list(parts)
+        self._ends = list(accumulate(len(part) for part in self.parts))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        part, inner = self._place(index)
+        return {**part[inner], "index": index % len(self)}
+
+    def set_epoch(self, epoch: int) -> None:
+        """`ExpressionDataset.set_epoch` of every part."""
+        for part in self.parts:
+            part.set_epoch(epoch)
+
+    def record(self, index: int) -> dict[str, Any]:
+        """`ExpressionDataset.record` of an item."""
+        part, inner = self._place(index)
+        return part.record(inner)
+
+    def _place(self, index: int) -> tuple[ExpressionDataset, int]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"index is {index}; the {len(self.parts)} datasets have {len(self)} items")
+        index %= len(self)
+        number = bisect_right(self._ends, index)
+        return self.parts[number], index - (self._ends[number - 1] if number else 0)
 
 
 def _derangement(image_ids: list[int], seed: int) -> list[int]:

@@ -61,6 +61,11 @@ class TokenMasker:
         self._ordinary = ordinary  # (vocabulary,)
         self._ordinary_ids = ordinary.nonzero()[:, 0]
 
+    @property
+    def ordinary_words(self) -> int:
+        """Entries of the vocabulary that may be chosen."""
+        return len(self._ordinary_ids)
+
     def __call__(self, input_ids: Tensor, attention_mask: Tensor) -> MaskedTokens:
         """input_ids, attention_mask (B, T) as the tokenizer makes them, on one device."""
         device, words = input_ids.device, input_ids.shape[1]

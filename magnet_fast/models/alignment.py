@@ -32,11 +32,11 @@ class PooledLevel(nn.Module):
 
 
 class Mixer(nn.Sequential):
-    """Concatenated levels (B, H, W, 2C) to the stage's output (B, H, W, C)."""
+    """Concatenated levels (B, H, W, 2C), or C without a pyramid, to the stage's output (B, H, W, C)."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, in_channels: int) -> None:
         super().__init__(
-            nn.Linear(2 * channels, channels), nn.LayerNorm(channels), nn.Linear(channels, channels), nn.GELU()
+            nn.Linear(in_channels, channels), nn.LayerNorm(channels), nn.Linear(channels, channels), nn.GELU()
         )
 
 
@@ -53,9 +53,9 @@ class AlignmentModule(nn.Module):
 
     def __init__(self, config: AlignmentConfig, stage: int, channels: int, text_width: int) -> None:
         super().__init__()
-        level_channels = channels // len(config.pyramid)
+        level_channels = channels // max(1, len(config.pyramid))
         self.pools = nn.ModuleList(PooledLevel(channels, level_channels, side) for side in config.pyramid)
-        self.mixer = Mixer(channels)
+        self.mixer = Mixer(channels, channels + level_channels * len(config.pyramid))
         self.image_gate = Gate(channels, nn.GELU)
         self.text_gate = Gate(text_width, nn.ReLU)
         self._build_exchange(config, stage, channels, level_channels, text_width)

@@ -60,7 +60,7 @@ class AlignmentConfig(_Config):
     kind: Literal["pwam", "xmha"] = "pwam"
     masking: Literal["correct", "released"] = "correct"
     fusion_heads: tuple[int, int, int, int] = (1, 1, 1, 1)
-    pyramid: tuple[int, ...] = (1, 2, 3, 6)
+    pyramid: tuple[int, ...] = Field((1, 2, 3, 6), description="sides of the pooled levels; () for none, an ablation")
     head_dim: int = Field(32, gt=0, description="channels per head, alignment 'xmha' only")
     dropout: float = Field(0.0, ge=0, lt=1)
 
@@ -101,7 +101,7 @@ class MagNetConfig(_Config):
     @model_validator(mode="after")
     def _pyramid_divides_channels(self) -> MagNetConfig:
         levels = len(self.alignment.pyramid)
-        if levels == 0 or self.image.embed_dim % levels:
+        if levels and self.image.embed_dim % levels:
             raise ValueError(
                 f"alignment.pyramid has {levels} levels, which must divide image.embed_dim={self.image.embed_dim}"
             )

@@ -1,7 +1,9 @@
 """Training: configurations, the trainer, distribution, checkpoints."""
 
 from magnet_fast.training.config import TrainConfig, load_config
+from magnet_fast.training.guard import TrainingError
 from magnet_fast.training.run import train
-from magnet_fast.training.trainer import Trainer, TrainingError
+from magnet_fast.training.stopping import TrainingStopped
+from magnet_fast.training.trainer import Trainer
 
-__all__ = ["TrainConfig", "Trainer", "TrainingError", "load_config", "train"]
+__all__ = ["TrainConfig", "Trainer", "TrainingError", "TrainingStopped", "load_config", "train"]

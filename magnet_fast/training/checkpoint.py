@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 from collections.abc import Callable
@@ -10,36 +11,83 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
 
-FORMAT = "magnet_fast.training/1"
+FORMAT = "magnet_fast.training/2"
+CHECKPOINT = "checkpoint.safetensors"
 
 
 def save_checkpoint(state: dict[str, Any], path: str | Path) -> None:
-    """Write a checkpoint of tensors and plain containers, atomically; adds the key ``format``."""
-    write_atomically(path, lambda file: torch.save({"format": FORMAT, **state}, file))
+    """Write a checkpoint of tensors and plain containers, atomically, as a safetensors file.
+
+    The tensors lie in it under their path ("optimiser/state/0/exp_avg"); the metadata hold ``format`` and, as JSON,
+    the ``state`` without them. Nothing is pickled.
+
+    Raises:
+        TypeError: the state holds something else than tensors, numbers, text, None and containers of these.
+    """
+    tensors: dict[str, Tensor] = {}
+    skeleton = _without_tensors(state, "", tensors)
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        if tensor.untyped_storage().data_ptr() in storages:  # safetensors refuses what shares memory
+            tensors[name] = tensor.clone()
+        storages.add(tensor.untyped_storage().data_ptr())
+    metadata = {"format": FORMAT, "state": json.dumps(skeleton)}
+    write_atomically(path, lambda file: file.write(save(tensors, metadata)))
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read what `save_checkpoint` wrote, on the CPU. Runs no code from the file (``weights_only=True``).
+    """Read what `save_checkpoint` wrote, on the CPU. Tuples come back as lists.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a file of torch.save, one that holds other objects than tensors, or not a training
-            checkpoint.
+        ValueError: not a safetensors file, or not a training checkpoint.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # on bytes that are no pickle, torch's unpickler fails in many ways
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path}: not a readable checkpoint of torch.save: {reason}") from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise ValueError(f"{path}: not a training checkpoint of this package (expected format {FORMAT!r})")
-    return state
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise ValueError(f"{path}: not a training checkpoint of this package (expected format {FORMAT!r})")
+            return _with_tensors(json.loads(metadata["state"]), file.get_tensor)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a readable checkpoint: {error}") from error
+
+
+_TENSOR, _ITEMS = "$tensor", "$items"
+
+
+def _without_tensors(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    """A JSON form of the value; its tensors go to ``tensors``."""
+    if isinstance(value, Tensor):
+        tensors[path] = value.detach().cpu().contiguous()
+        return {_TENSOR: path}
+    if isinstance(value, dict):
+        below = f"{path}/" if path else ""
+        inner = [(key, _without_tensors(entry, f"{below}{key}", tensors)) for key, entry in value.items()]
+        # JSON's keys are text; an optimiser counts its parameters.
+        return dict(inner) if all(isinstance(key, str) for key in value) else {_ITEMS: inner}
+    if isinstance(value, (list, tuple)):
+        return [_without_tensors(entry, f"{path}/{index}", tensors) for index, entry in enumerate(value)]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(f"state: {path} is a {type(value).__name__}; expected tensors, numbers, text and containers")
+
+
+def _with_tensors(value: Any, tensor: Callable[[str], Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_with_tensors(entry, tensor) for entry in value]
+    if not isinstance(value, dict):
+        return value
+    if value.keys() == {_TENSOR}:
+        return tensor(value[_TENSOR])
+    pairs = value[_ITEMS] if value.keys() == {_ITEMS} else value.items()
+    return {key: _with_tensors(entry, tensor) for key, entry in pairs}
 
 
 def write_atomically(path: str | Path, write: Callable[[Any], None]) -> None:

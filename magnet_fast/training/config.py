@@ -17,6 +17,10 @@ CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs"
 def load_config(source: str | Path | None, overrides: list[str] | tuple[str, ...] = ()) -> TrainConfig:
     """Read a configuration and apply overrides.
 
+    A file may name another one to build on, ``base: magnet_swin_b_refcoco`` (a file beside it or anywhere, or a
+    shipped name): its entries replace those of the base, section by section; lists and ``model.overrides`` as a
+    whole. A length (epochs, max_steps, max_minutes) replaces the base's, whichever that was.
+
     Args:
         source: a YAML file, or the name of a configuration that ships with the package
             (``magnet_tiny_scenes``); None for the defaults.
@@ -31,12 +35,7 @@ def load_config(source: str | Path | None, overrides: list[str] | tuple[str, ...
     if source is not None:
         path = find_config(source)
         where = str(path)
-        try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}: not a YAML file: {error}") from error
-        if not isinstance(values, dict):
-            raise ValueError(f"{path}: expected a mapping of sections, got {type(values).__name__}")
+        values = _read_with_base(path)
     for override in overrides:
         _apply_override(values, override)
     return parse_config(values, where)
@@ -98,6 +97,10 @@ class DataSection(_Section):
     root: str | None = Field(None, description="folder of the data; --data overrides it")
     dataset: str = "refcoco"
     split_by: str = "unc"
+    also: list[Annotated[str, Field(pattern=r"^[^/]+/[^/]+$")]] = Field(
+        default_factory=list,
+        description="train on these, too: 'refcoco+/unc'; images of any of the sets' other splits are left out",
+    )
     train_split: str = "train"
     val_split: str = "val"
     mode: Literal["sentences", "refs"] = Field(
@@ -154,6 +157,7 @@ class GroundingSection(_Section):
     layers: int = Field(6, gt=0)
     heads: int = Field(8, gt=0)
     feedforward: int = Field(768, gt=0)
+    blind: bool = Field(False, description="a control: the predictor sees neither image nor mask")
 
 
 def _read_interval(value: Any) -> Any:
@@ -193,6 +197,11 @@ class TrainConfig(_Section):
     log_every: int = Field(20, gt=0, description="steps between rows of metrics.jsonl; the losses are read only then")
     device: str = Field("auto", description="'auto', 'cpu', 'cuda' or 'cuda:1'")
     compile: bool = Field(False, description="torch.compile the model with its losses")
+    parallel: Literal["ddp", "fsdp"] = Field("ddp", description="several processes hold copies, or shards (FSDP2)")
+    activation_checkpointing: bool = Field(False, description="compute layers again in backward: less memory")
+    ema: float | None = Field(None, gt=0, lt=1, description="decay of averaged weights, validated and exported")
+    deterministic: bool = Field(False, description="PyTorch's deterministic algorithms; slower on a GPU")
+    tensorboard: bool = Field(False, description="also write OUT/tensorboard; needs the extra 'logging'")
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainConfig:
@@ -200,6 +209,8 @@ class TrainConfig(_Section):
         if len(given) != 1:
             found = " and ".join(given) or "none of them"
             raise ValueError(f"exactly one of epochs, max_steps, max_minutes must be given, found {found}")
+        if self.parallel == "fsdp" and self.optimiser.name == "muon":
+            raise ValueError("optimiser.name=muon needs whole matrices, and parallel=fsdp cuts them up: take adamw")
         if self.batch_size % self.accumulation:
             raise ValueError(f"batch_size={self.batch_size} is not a multiple of accumulation={self.accumulation}")
         return self
@@ -213,6 +224,35 @@ class TrainConfig(_Section):
 
 
 _LENGTHS = ("epochs", "max_steps", "max_minutes")
+
+
+def _read_with_base(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A file's entries laid over those of the file it builds on."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a YAML file: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected a mapping of sections, got {type(values).__name__}")
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    if not isinstance(base, str):
+        raise ValueError(f"{path}: base: expected the name or path of a configuration, got {base!r}")
+    beside = path.parent / base
+    below = (beside if beside.is_file() else find_config(base)).resolve()
+    chain = (*above, path.resolve())
+    if below in chain:
+        raise ValueError(f"{path}: base: {base} builds on this file itself")
+    entries = _read_with_base(below, chain)
+    # A mistyped key is told as one of the file that holds it.
+    parse_config(entries if any(key in entries for key in _LENGTHS) else {**entries, "epochs": 1}, str(below))
+    if any(key in values for key in _LENGTHS):
+        entries = {key: value for key, value in entries.items() if key not in _LENGTHS}
+    for key, value in values.items():
+        inner = entries.get(key)
+        entries[key] = {**inner, **value} if isinstance(inner, dict) and isinstance(value, dict) else value
+    return entries
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:

@@ -13,6 +13,9 @@ from torch.optim.adamw import adamw
 # Of the quintic iteration x <- a x + (b x x' + c (x x')²) x: the published coefficients, steep at zero.
 _A, _B, _C, _STEPS = 3.4445, -4.7750, 2.0315, 5
 
+FUSED_DEVICES = ("cpu", "cuda")
+"""Where PyTorch has a fused AdamW."""
+
 
 class Muon(torch.optim.Optimizer):
     """Muon for the groups with ``muon=True``, AdamW for the others.
@@ -88,7 +91,7 @@ class Muon(torch.optim.Optimizer):
             [state["exp_avg_sq"] for state in states],
             [],
             [state["step"] for state in states],
-            fused=True,
+            fused=parameters[0].device.type in FUSED_DEVICES,
             amsgrad=False,
             beta1=group["betas"][0],
             beta2=group["betas"][1],

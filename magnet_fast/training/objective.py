@@ -19,22 +19,40 @@ class Grounding(nn.Module):
 
     The sentence with hidden words goes through the model's encoders with the image once more; the decoders are not
     run for it. That the segmentation reads the whole sentence, in a pass of its own, is our choice.
+
+    ``blind`` is a control: the second pass gets a grey image, and the predictor no mask. What it then says, it says
+    from the other words alone.
     """
 
-    def __init__(self, head: MaskGrounding, masker: TokenMasker, image_stage: int) -> None:
+    def __init__(self, head: MaskGrounding, masker: TokenMasker, image_stage: int, blind: bool = False) -> None:
         super().__init__()
-        self.head, self.masker, self.image_stage = head, masker, image_stage
+        self.head, self.masker, self.image_stage, self.blind = head, masker, image_stage, blind
 
     def forward(
         self, model: nn.Module, image: Tensor, input_ids: Tensor, attention_mask: Tensor, mask: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Loss and accuracy of the hidden words."""
         hidden = self.masker(input_ids, attention_mask)
-        features, words = model.encode(image, hidden.input_ids, attention_mask)
-        embedding = model.text_encoder.bert.get_input_embeddings().weight
-        feature = features[self.image_stage]
-        logits = self.head(words, attention_mask, feature, mask, hidden.positions, embedding)
+        logits = self.predict(model, image, attention_mask, mask, hidden.input_ids, hidden.positions, blind=self.blind)
         return grounding_loss(logits, hidden.targets, hidden.valid)
+
+    def predict(
+        self,
+        model: nn.Module,
+        image: Tensor,
+        attention_mask: Tensor,
+        mask: Tensor,
+        input_ids: Tensor,
+        positions: Tensor,
+        *,
+        blind: bool = False,
+    ) -> Tensor:
+        """Logits (B, K, V) of the words at the positions (B, K), where ``input_ids`` has them hidden."""
+        if blind:  # zeros are ImageNet's mean colour, and a mask without pixels
+            image, mask = torch.zeros_like(image), torch.zeros_like(mask)
+        features, words = model.encode(image, input_ids, attention_mask)
+        embedding = model.text_encoder.bert.get_input_embeddings().weight
+        return self.head(words, attention_mask, features[self.image_stage], mask, positions, embedding)
 
 
 def build_grounding(config: TrainConfig, model: nn.Module, tokenizer: Tokenizer) -> Grounding | None:
@@ -50,7 +68,8 @@ def build_grounding(config: TrainConfig, model: nn.Module, tokenizer: Tokenizer)
         heads=section.heads,
         feedforward=section.feedforward,
     )
-    return Grounding(head, TokenMasker(tokenizer, section.share, section.scheme), section.image_stage)
+    masker = TokenMasker(tokenizer, section.share, section.scheme)
+    return Grounding(head, masker, section.image_stage, section.blind)
 
 
 class Objective(nn.Module):

@@ -12,7 +12,7 @@ from torch import nn
 from magnet_fast.models.bert import BertSlices
 from magnet_fast.models.swin import SwinEncoder
 from magnet_fast.training.config import OptimiserConfig
-from magnet_fast.training.muon import Muon
+from magnet_fast.training.muon import FUSED_DEVICES, Muon
 
 # A projection to fewer outputs is a handful of vectors, whose lengths mean something: not for Muon.
 _SMALLEST_SIDE = 8
@@ -21,12 +21,14 @@ _SMALLEST_SIDE = 8
 def build_optimiser(model: nn.Module, config: OptimiserConfig, head: nn.Module | None = None) -> torch.optim.Optimizer:
     """The optimiser over `parameter_groups`; each group remembers its ``initial_lr`` for the schedule.
 
-    The fused implementation of AdamW is used: one pass instead of one for every parameter or handful of them.
+    The fused implementation of AdamW is used where the device has it: one pass instead of one for every parameter or
+    handful of them.
     """
     groups = parameter_groups(model, config, head)
     if config.name == "muon":
         return Muon(groups, lr=config.lr, momentum=config.momentum, betas=config.betas, eps=config.eps)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    fused = all(parameter.device.type in FUSED_DEVICES for group in groups for parameter in group["params"])
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
 
 
 def parameter_groups(model: nn.Module, config: OptimiserConfig, head: nn.Module | None = None) -> list[dict]:

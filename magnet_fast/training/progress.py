@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +90,50 @@ class MetricsFile:
         temporary = self.path.with_name(f".{self.path.name}.tmp")
         temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
         temporary.replace(self.path)
+
+
+class TensorBoard:
+    """The numbers of the metrics rows as TensorBoard's curves: "train/loss", "validation/by_kind/place/mIoU".
+
+    Args:
+        folder: of the event files.
+        step: where the run goes on; what an earlier process wrote beyond is hidden.
+
+    Raises:
+        ValueError: the package tensorboard is not installed.
+    """
+
+    def __init__(self, folder: Path, step: int = 0) -> None:
+        check_tensorboard()
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder), purge_step=step + 1)
+
+    def __enter__(self) -> TensorBoard:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._writer.close()
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Add a row of the metrics file."""
+        kind, step = row["kind"], row["step"]
+        for name, value in _numbers({key: row[key] for key in row if key not in ("kind", "step")}):
+            self._writer.add_scalar(f"{kind}/{name}", value, step)
+
+
+def check_tensorboard() -> None:
+    """ValueError where TensorBoard cannot be written."""
+    if importlib.util.find_spec("tensorboard") is None:
+        raise ValueError("tensorboard: the package is not installed: pip install 'magnet_fast[logging]'")
+
+
+def _numbers(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _numbers(value, f"{prefix}{key}/")
+        elif isinstance(value, (int, float)):
+            yield f"{prefix}{key}", value
 
 
 def duration(seconds: float) -> str:

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
-import warnings
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from magnet_fast import models
 from magnet_fast.evaluation import evaluate
-from magnet_fast.training.checkpoint import rng_state, save_checkpoint, seed_everything, set_rng_state
+from magnet_fast.training.averaging import WeightAverage
+from magnet_fast.training.checkpoint import CHECKPOINT, rng_state, save_checkpoint, seed_everything, set_rng_state
 from magnet_fast.training.config import TrainConfig
 from magnet_fast.training.distributed import (
     World,
@@ -26,15 +26,24 @@ from magnet_fast.training.distributed import (
     mean_over_world,
     pick_device,
 )
+from magnet_fast.training.guard import FOLDER, NonFiniteGuard, TrainingError, save_batch
+from magnet_fast.training.hidden_words import hidden_word_accuracy
 from magnet_fast.training.objective import AUTOCAST_DTYPE, Grounding, Objective
-from magnet_fast.training.optim import build_optimiser
-from magnet_fast.training.progress import MetricsFile, RunDisplay, duration
+from magnet_fast.training.optim import build_optimiser, freeze_parameters
+from magnet_fast.training.parallel import (
+    gradients_stay,
+    load_whole,
+    load_whole_optimiser,
+    parallelise,
+    synchronise_batch_norm,
+    whole,
+    whole_scalar,
+)
+from magnet_fast.training.progress import MetricsFile, RunDisplay, TensorBoard, duration
+from magnet_fast.training.recomputation import recompute_activations
 from magnet_fast.training.sampling import EpochBatches
 from magnet_fast.training.schedule import poly_factor, set_learning_rate
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on: the loss or the gradient is NaN or infinite."""
+from magnet_fast.training.stopping import StopRequest, TrainingStopped, leave_to_the_main_process
 
 
 class Trainer:
@@ -45,7 +54,7 @@ class Trainer:
         model: a model of this package, on any device; it is moved to the world's.
         training_set: items are dicts of ``image``, ``mask``, ``input_ids``, ``attention_mask``.
         validation_set: an ``ExpressionDataset`` by sentences, or None to train without validation.
-        out: an existing folder for ``last.pt``, ``best.safetensors``, ``last.safetensors``,
+        out: an existing folder for ``checkpoint.safetensors``, ``best.safetensors``, ``last.safetensors``,
             ``metrics.jsonl``.
         world: this process among all; default: one process on ``config.device``.
         metadata: strings kept with the weights.
@@ -72,16 +81,11 @@ class Trainer:
         self.training_set, self.validation_set = training_set, validation_set
         self.steps_per_epoch = self._batches(epoch=0).steps
         self.total_steps = config.max_steps or (config.epochs or 0) * self.steps_per_epoch or None
-        self.model = model.to(self.world.device)
-        objective = Objective(self.model, config.loss, config.precision, grounding).to(self.world.device)
-        self.grounding = grounding
-        # Freezes, so before DDP looks at the model.
-        self.optimiser = build_optimiser(self.model, config.optimiser, grounding)
-        # Losses, the total first, and the gradient's norm: summed between the rows of the log.
-        self._logged = ("loss", *objective.logged, "grad_norm")
-        self._step_module = self._wrap(objective)
+        self.model, self.grounding = model, grounding
+        self._build()
         self.scaler = torch.amp.GradScaler(self.world.device.type, enabled=config.precision == "fp16")
         self.metrics_file = MetricsFile(self.out / "metrics.jsonl")
+        self.tensorboard: TensorBoard | None = None
         self.step = 0
         self.best: float | None = None
         self.scores: dict[str, Any] = {}
@@ -89,38 +93,71 @@ class Trainer:
         self._saved_at = -1
         self._trained_seconds = 0.0  # of the processes before this one
         self._started = time.monotonic()
+        # Losses, the total first, and the gradient's norm: summed between the rows of the log.
+        self._logged = ("loss", *self.objective.logged, "grad_norm")
         self._window = torch.zeros(len(self._logged), device=self.world.device)  # sums since the last row
         self._window_steps = 0
+        # Loss scaling meets infinite gradients now and then, and skips those steps.
+        watched = self._logged[:-1] if self.scaler.is_enabled() else self._logged
+        self.guard = NonFiniteGuard(self._logged, watched, self.world.device)
         # Each process draws its own dropout.
         seed_everything(config.seed + 1 + self.world.rank)
 
+    def _build(self) -> None:
+        """Objective, its form for several processes, optimiser, average: in the one order in which they fit."""
+        config, world = self.config, self.world
+        freeze_parameters(self.model, config.optimiser.freeze)
+        objective = Objective(self.model, config.loss, config.precision, self.grounding).to(world.device)
+        self.objective = synchronise_batch_norm(objective, world)
+        # Sharded, a model cannot be validated (processes have unlike numbers of batches) or exported: a copy is.
+        sharded = config.parallel == "fsdp" and world.size > 1
+        self._replica = copy.deepcopy(self.objective).cpu() if sharded else None
+        if config.activation_checkpointing:
+            recompute_activations(self.objective)
+        self._step_module = parallelise(self.objective, world, config.parallel)
+        if config.compile:
+            self._step_module.compile()
+        self.optimiser = build_optimiser(self.model, config.optimiser, self.grounding)
+        self.average = WeightAverage(self.objective, config.ema) if config.ema else None
+
     def run(self) -> dict[str, Any]:
-        """Train to the end; returns the last validation's scores."""
+        """Train to the end; returns the last validation's scores.
+
+        Raises:
+            TrainingError: a loss or the gradient became NaN or infinite.
+            TrainingStopped: SIGTERM came; the step was finished and a checkpoint written.
+        """
         self._started = time.monotonic()
         self._log_time, self._log_step = self._started, self.step
-        with RunDisplay("training", enabled=self.world.is_main) as self.display:
+        if self.config.tensorboard and self.world.is_main:
+            self.tensorboard = TensorBoard(self.out / "tensorboard", self.step)
+        display = RunDisplay("training", enabled=self.world.is_main)
+        with display as self.display, StopRequest(self.world) as self._stop, self.tensorboard or nullcontext():
             self._announce()
             while not self._done():
                 epoch, first_step = divmod(self.step, self.steps_per_epoch)
-                batches = iter(self._loader(epoch, first_step))
+                batches = iter(self.loader(epoch, first_step))
                 for _ in range(first_step, self.steps_per_epoch):
                     if self._done():
                         break
-                    self._train_step(batches)
+                    self.train_step(batches)
                     self._after_step()
             self._finish()
         return self.scores
 
     def state(self) -> dict[str, Any]:
-        """Everything a run depends on, as tensors and plain containers. Collective: all processes call it."""
+        """Everything a run depends on, as tensors and plain containers. Collective; whole on the first process."""
         epoch, position = divmod(self.step, self.steps_per_epoch)
+        main = self.world.is_main
+        average = self.average
         return {
             "config": self.config.model_dump(mode="json"),
             "model_config": self.model.config.model_dump(mode="json"),
             "metadata": dict(self.metadata),
-            "model": self.model.state_dict(),
-            "grounding": self.grounding.state_dict() if self.grounding else {},
-            "optimiser": self.optimiser.state_dict(),
+            "model": whole(self.model.state_dict(), main),
+            "grounding": whole(self.grounding.state_dict(), main) if self.grounding else {},
+            "ema": {"weights": whole(average.weights, main), "updates": average.updates} if average else {},
+            "optimiser": whole(self.optimiser.state_dict(), main),
             "scaler": self.scaler.state_dict(),
             "step": self.step,
             "epoch": epoch,
@@ -146,10 +183,13 @@ class Trainer:
                 f"checkpoint: its run had {state['steps_per_epoch']} steps an epoch, this one has "
                 f"{self.steps_per_epoch}: the training data are not the same"
             )
-        self.model.load_state_dict(state["model"])
+        load_whole(self.model.state_dict(), state["model"])
         if self.grounding:
-            self.grounding.load_state_dict(state["grounding"])
-        self.optimiser.load_state_dict(state["optimiser"])
+            load_whole(self.grounding.state_dict(), state["grounding"])
+        if self.average:
+            load_whole(self.average.weights, state["ema"]["weights"])
+            self.average.updates = state["ema"]["updates"]
+        load_whole_optimiser(self.optimiser, state["optimiser"])
         self.scaler.load_state_dict(state["scaler"])
         self.step = self._saved_at = state["step"]
         self._trained_seconds = state["trained_seconds"]
@@ -167,36 +207,39 @@ class Trainer:
 
     # ---- one step ----
 
-    def _train_step(self, batches: Iterator[dict[str, Tensor]]) -> None:
+    def train_step(self, batches: Iterator[dict[str, Tensor]]) -> Tensor:
+        """One optimiser step on the next micro-batches; its loss, on the device. Waits for nothing on a GPU."""
         config = self.config
-        self.model.train()
+        self.objective.train()
         factor = poly_factor(self._progress(), self.step, power=config.schedule.power, warmup=config.schedule.warmup)
         set_learning_rate(self.optimiser, factor)
         self.optimiser.zero_grad(set_to_none=True)
         sums = torch.zeros(len(self._logged) - 1, device=self.world.device)
         for micro in range(config.accumulation):
             batch = {key: value.to(self.world.device, non_blocking=True) for key, value in next(batches).items()}
-            last = micro == config.accumulation - 1
             # Gradients travel between the processes once a step, with the last micro-batch.
-            quiet = isinstance(self._step_module, DistributedDataParallel) and not last
-            with self._step_module.no_sync() if quiet else nullcontext():
+            with gradients_stay(self._step_module, micro < config.accumulation - 1):
                 losses = self._step_module(batch["image"], batch["input_ids"], batch["attention_mask"], batch["mask"])
                 self.scaler.scale(losses["total"] / config.accumulation).backward()
             parts = [losses[key].detach() for key in ("total", *self._logged[1:-1])]
             sums += torch.stack(parts) / config.accumulation
         self.scaler.unscale_(self.optimiser)
-        norm = self._clip()
+        values = torch.cat([sums, self._clip()[None]])
         self.scaler.step(self.optimiser)
         self.scaler.update()
-        self._window += torch.cat([sums, norm[None]])
-        self._window_steps += 1
+        if self.average:
+            self.average.update()
         self.step += 1
+        self.guard.watch(self.step, values)
+        self._window += values
+        self._window_steps += 1
+        return sums[0]
 
     def _clip(self) -> Tensor:
         """Clip the gradient where the configuration says so; returns the norm before that, on the device."""
         parameters = [parameter for group in self.optimiser.param_groups for parameter in group["params"]]
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = whole_scalar(torch.nn.utils.get_total_norm(gradients))
         if self.config.clip_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.config.clip_norm, norm)
         return norm
@@ -204,6 +247,8 @@ class Trainer:
     # ---- between the steps ----
 
     def _after_step(self) -> None:
+        if self.world.size == 1 and self.world.device.type == "cpu":
+            self._stop_if_bad(self.guard.first() is not None)  # nothing to wait for
         if self.step % self.config.log_every == 0:
             self._log()
         interval = self.config.interval(self.steps_per_epoch)
@@ -212,6 +257,12 @@ class Trainer:
             self._save()
         elif self.step % self.config.checkpoint_every == 0:
             self._save()
+        if self._stop.agreed() and not self._done():
+            if self._saved_at != self.step:
+                self._save()
+            raise TrainingStopped(
+                f"stopped by SIGTERM after step {self.step}; {self.out / CHECKPOINT} holds it, --resume goes on"
+            )
 
     def _finish(self) -> None:
         if self._window_steps:
@@ -220,8 +271,10 @@ class Trainer:
             self._validate()
         if self._saved_at != self.step:
             self._save()
+        with self._exported() as exported:
+            if self.world.is_main:
+                models.save_model(exported.model, self.out / "last.safetensors", self._extra())
         if self.world.is_main:
-            models.save_model(self.model, self.out / "last.safetensors", self._extra())
             self.display.message(f"done: {self.step} steps in {duration(self._elapsed())}; everything is in {self.out}")
 
     def _log(self) -> None:
@@ -236,13 +289,12 @@ class Trainer:
             return
         row = {
             "kind": "train",
-            "step": self.step,
-            "epoch": round(self.step / self.steps_per_epoch, 4),
+            **self._place(),
             **means,
             "lr": max(group["lr"] for group in self.optimiser.param_groups),
             "images_per_second": round(rate, 2),
         }
-        self.metrics_file.append(row)
+        self._report(row)
         left = self._elapsed() * (1 - share) / share if share > 0 else math.nan
         state = " · ".join(
             [
@@ -259,67 +311,112 @@ class Trainer:
         """Means since the last row over the steps and the processes. Waits for the device."""
         values = mean_over_world(self._window / max(self._window_steps, 1), self.world).tolist()
         means = dict(zip(self._logged, values, strict=True))
-        # Loss scaling meets infinite gradients now and then, and skips those steps.
-        watched = self._logged[:-1] if self.scaler.is_enabled() else self._logged
-        bad = [name for name in watched if not math.isfinite(means[name])]
-        if bad:
-            raise TrainingError(
-                f"{' and '.join(bad)} became NaN or infinite in the {self._window_steps} steps up to step "
-                f"{self.step}; no checkpoint was written since step {max(self._saved_at, 0)}. Lower "
-                "optimiser.lr, set clip_norm, lengthen schedule.warmup, or train in float32 or bf16"
-            )
+        # What is not finite in one process is not finite in the mean: all of them come to the same answer.
+        self._stop_if_bad(not all(math.isfinite(means[name]) for name in self.guard.watched))
         return means
+
+    def _stop_if_bad(self, bad: bool) -> None:
+        """Save each process's share of the first bad step, and raise TrainingError. Collective where ``bad``."""
+        if not bad:
+            return
+        found = gather_objects(self.guard.first(), self.world)
+        step = min(entry[0] for entry in found if entry is not None)
+        names = {
+            name
+            for entry in found
+            if entry and entry[0] == step
+            for name in self.guard.watched
+            if not math.isfinite(entry[1][name])
+        }
+        mine = found[self.world.rank]
+        epoch, position = divmod(step - 1, self.steps_per_epoch)
+        batches = iter(self._batches(epoch, position))
+        indices = [index for _ in range(self.config.accumulation) for index in next(batches)]
+        if self.config.data.mode == "refs":
+            self.training_set.set_epoch(epoch)
+        facts = {
+            "epoch": epoch,
+            "position": position,
+            "found_after_step": self.step,
+            "processes": self.world.size,
+            "values": {key: str(value) for key, value in mine[1].items()} if mine and mine[0] == step else {},
+            "precision": self.config.precision,
+        }
+        saved, _ = save_batch(self.training_set, indices, self.out / FOLDER, step, self.world.rank, facts)
+        gather_objects(None, self.world)  # all have saved theirs before the first one ends the run
+        before = f"{CHECKPOINT} is of step {self._saved_at}" if self._saved_at > 0 else "there is no checkpoint yet"
+        raise TrainingError(
+            f"{' and '.join(name for name in self._logged if name in names)} became NaN or infinite in step {step}, "
+            f"found after step {self.step}; its batch is in {saved} and the .json beside it; {before}. Lower "
+            "optimiser.lr, set clip_norm, lengthen schedule.warmup, or train in float32 or bf16"
+        )
 
     def _validate(self) -> None:
         if self.validation_set is None:
             return
         self._checked_window()
         before = time.monotonic()
-        self.scores = evaluate(
-            self.model,
-            self.validation_set,
-            self.config.eval_batch_size,
-            workers=self.config.data.workers,
-            limit=self.config.data.val_limit,
-            autocast=AUTOCAST_DTYPE[self.config.precision],
-        )
+        with self._exported() as exported:
+            self.scores = self._scored(exported)
+            value = self.scores[self.config.best_metric]
+            better = self.best is None or value > self.best
+            self.best = value if better else self.best
+            if better and self.world.is_main:
+                models.save_model(exported.model, self.out / "best.safetensors", self._extra())
         self._validated_at = self.step
         self._log_time += time.monotonic() - before  # images per second are those of training
-        value = self.scores[self.config.best_metric]
-        better = self.best is None or value > self.best
-        self.best = value if better else self.best
         if not self.world.is_main:
             return
-        row = {"kind": "validation", "step": self.step, "epoch": round(self.step / self.steps_per_epoch, 4)}
-        self.metrics_file.append({**row, **self.scores})
-        if better:
-            models.save_model(self.model, self.out / "best.safetensors", self._extra())
+        self._report({"kind": "validation", **self._place(), **self.scores})
+        words = self.scores.get("hidden_words")
         self.display.message(
             f"step {self.step}: validation oIoU {self.scores['oIoU']:.2f}, mIoU {self.scores['mIoU']:.2f} "
             f"on {self.scores['sentences']} sentences{' (best so far)' if better else ''}"
+            + (f"; hidden words {words['accuracy']:.1f} % right" if words else "")
         )
+
+    def rehearse_validation(self) -> int:
+        """Score one batch a process, for nothing but the time it takes; the number of sentences. Collective."""
+        count = min(self.config.eval_batch_size * self.world.size, len(self.validation_set))
+        with self._exported() as exported:
+            evaluate(exported.model, self.validation_set, self.config.eval_batch_size, limit=count)
+        return count
+
+    def _scored(self, exported: Objective) -> dict[str, Any]:
+        config = self.config
+        common = {
+            "workers": config.data.workers,
+            "autocast": AUTOCAST_DTYPE[config.precision],
+        }
+        data, size = self.validation_set, config.eval_batch_size
+        scores = evaluate(exported.model, data, size, limit=config.data.val_limit, **common)
+        if exported.grounding is not None:
+            scores["hidden_words"] = hidden_word_accuracy(
+                exported.model, exported.grounding, data, size, limit=config.data.val_limit, **common
+            )
+        return scores
+
+    @contextmanager
+    def _exported(self) -> Iterator[Objective]:
+        """Model and Mask Grounding as they are validated and exported: averaged, and whole. Collective."""
+        if self._replica is None:
+            with self.average.in_place() if self.average else nullcontext():
+                yield self.objective
+            return
+        self._replica.load_state_dict(whole(self.average.weights if self.average else self.objective.state_dict()))
+        try:
+            yield self._replica.to(self.world.device)
+        finally:
+            self._replica.cpu()
 
     def _save(self) -> None:
         self._checked_window()
         state = self.state()
         if self.world.is_main:
-            save_checkpoint(state, self.out / "last.pt")
+            save_checkpoint(state, self.out / CHECKPOINT)
         self._saved_at = self.step
 
     # ---- pieces ----
-
-    def _wrap(self, module: nn.Module) -> nn.Module:
-        if self.world.size > 1 and self.world.device.type == "cuda":
-            nn.SyncBatchNorm.convert_sync_batchnorm(module)
-        if self.world.size > 1:
-            devices = [self.world.device] if self.world.device.type == "cuda" else None
-            # For convolutions of size 1 the two layouts it complains of are the same bytes.
-            warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-            # Released architectures hold parameters that nothing uses.
-            module = DistributedDataParallel(module, device_ids=devices, find_unused_parameters=True)
-        if self.config.compile:
-            module.compile()
-        return module
 
     def _batches(self, epoch: int, first_step: int = 0) -> EpochBatches:
         config = self.config
@@ -334,7 +431,7 @@ class Trainer:
             first_step,
         )
 
-    def _loader(self, epoch: int, first_step: int) -> DataLoader:
+    def loader(self, epoch: int, first_step: int) -> DataLoader:
         if self.config.data.mode == "refs":
             self.training_set.set_epoch(epoch)
         return DataLoader(
@@ -345,6 +442,7 @@ class Trainer:
             # A loader draws a seed when its iteration starts: not from the generator that dropout draws from,
             # or a resumed epoch, being entered twice, would draw differently.
             generator=torch.Generator().manual_seed(epoch),
+            worker_init_fn=leave_to_the_main_process,
         )
 
     def _elapsed(self) -> float:
@@ -361,6 +459,14 @@ class Trainer:
 
     def _gathered_window(self) -> list[Tensor]:
         return gather_objects(self._window.cpu().clone(), self.world)
+
+    def _place(self) -> dict[str, Any]:
+        return {"step": self.step, "epoch": round(self.step / self.steps_per_epoch, 4)}
+
+    def _report(self, row: dict[str, Any]) -> None:
+        self.metrics_file.append(row)
+        if self.tensorboard:
+            self.tensorboard.append(row)
 
     def _extra(self) -> dict[str, str]:
         return {**self.metadata, "step": str(self.step), "best_metric": self.config.best_metric}

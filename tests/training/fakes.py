@@ -20,6 +20,14 @@ SMALL_MAGNET = {
     },
 }  # fmt: skip
 
+# One block a stage and no pyramid: a fifth of the tensors, for what costs time by the tensor.
+SMALLEST_MAGNET = {
+    **SMALL_MAGNET,
+    "image__depths": [1, 1, 1, 1],
+    "alignment__pyramid": [],
+    "decoder": {**SMALL_MAGNET["decoder"], "mask_layers": 1},
+}
+
 
 class FakeConfig(BaseModel):
     width: int = 8

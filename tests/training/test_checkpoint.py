@@ -8,8 +8,10 @@ import random
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save, save_file
 
 from magnet_fast.training.checkpoint import (
+    FORMAT,
     load_checkpoint,
     rng_state,
     save_checkpoint,
@@ -20,7 +22,7 @@ from magnet_fast.training.checkpoint import (
 
 
 def test_a_failing_write_leaves_the_old_file(tmp_path) -> None:
-    path = tmp_path / "last.pt"
+    path = tmp_path / "checkpoint.safetensors"
     save_checkpoint({"step": 1}, path)
 
     def fail(file) -> None:
@@ -30,17 +32,17 @@ def test_a_failing_write_leaves_the_old_file(tmp_path) -> None:
     with pytest.raises(KeyboardInterrupt):
         write_atomically(path, fail)
     assert load_checkpoint(path)["step"] == 1
-    assert [entry.name for entry in tmp_path.iterdir()] == ["last.pt"]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["checkpoint.safetensors"]
 
 
 def test_the_old_file_stands_until_the_new_one_is_complete(tmp_path) -> None:
-    path = tmp_path / "last.pt"
+    path = tmp_path / "checkpoint.safetensors"
     save_checkpoint({"step": 1}, path)
-    (tmp_path / ".last.pt.tmp").write_bytes(b"left by a kill")
+    (tmp_path / ".checkpoint.safetensors.tmp").write_bytes(b"left by a kill")
 
     def write(file) -> None:
         assert load_checkpoint(path)["step"] == 1
-        torch.save({"format": "magnet_fast.training/1", "step": 2}, file)
+        file.write(save({}, {"format": FORMAT, "state": '{"step": 2}'}))
         assert load_checkpoint(path)["step"] == 1
 
     write_atomically(path, write)
@@ -53,10 +55,10 @@ def test_random_generators_go_on_after_loading(tmp_path) -> None:
 
     seed_everything(5)
     draw()  # leaves NumPy with a second normal number in store
-    save_checkpoint({"rng": [rng_state()]}, tmp_path / "c.pt")
+    save_checkpoint({"rng": [rng_state()]}, tmp_path / "c.safetensors")
     expected = [draw() for _ in range(3)]
     seed_everything(6)
-    set_rng_state(load_checkpoint(tmp_path / "c.pt")["rng"][0])
+    set_rng_state(load_checkpoint(tmp_path / "c.safetensors")["rng"][0])
     assert [draw() for _ in range(3)] == expected
 
 
@@ -68,9 +70,9 @@ class Payload:
 
 
 def test_a_malicious_pickle_is_refused_and_not_run(tmp_path) -> None:
-    path = tmp_path / "evil.pt"
-    torch.save({"format": "magnet_fast.training/1", "model": Payload()}, path)
-    with pytest.raises(ValueError, match=r"evil\.pt: not a readable checkpoint"):
+    path = tmp_path / "evil.safetensors"
+    torch.save({"format": FORMAT, "model": Payload()}, path)
+    with pytest.raises(ValueError, match=r"evil\.safetensors: not a readable checkpoint"):
         load_checkpoint(path)
     path.write_bytes(pickle.dumps(Payload()))
     with pytest.raises(ValueError, match="not a readable checkpoint"):
@@ -80,15 +82,34 @@ def test_a_malicious_pickle_is_refused_and_not_run(tmp_path) -> None:
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut short", b"something else"])
 def test_unreadable_files(tmp_path, content: bytes) -> None:
-    path = tmp_path / "last.pt"
+    path = tmp_path / "checkpoint.safetensors"
     path.write_bytes(content)
     with pytest.raises(ValueError, match="not a readable checkpoint"):
         load_checkpoint(path)
 
 
-def test_other_files_of_torch(tmp_path) -> None:
-    torch.save({"weight": torch.zeros(2)}, tmp_path / "other.pt")
+def test_other_safetensors_files(tmp_path) -> None:
+    save_file({"weight": torch.zeros(2)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="not a training checkpoint of this package"):
-        load_checkpoint(tmp_path / "other.pt")
-    with pytest.raises(FileNotFoundError, match="none.pt"):
-        load_checkpoint(tmp_path / "none.pt")
+        load_checkpoint(tmp_path / "other.safetensors")
+    with pytest.raises(FileNotFoundError, match="none.safetensors"):
+        load_checkpoint(tmp_path / "none.safetensors")
+
+
+def test_every_kind_of_value_comes_back(tmp_path) -> None:
+    """Nested containers, numbers as keys, tensors of any type and of no dimension, strided ones."""
+    tensors = {
+        "strided": torch.arange(12.0).view(3, 4).T,
+        "scalar": torch.tensor(2.5, dtype=torch.float64),
+        "bytes": torch.arange(5, dtype=torch.uint8),
+        "half": torch.ones(2, dtype=torch.bfloat16),
+        "none": torch.zeros(0, 3),
+    }
+    state = {"a": {0: {"x": tensors["scalar"]}, 7: "seven"}, "b": [None, True, 3, 0.1, float("inf"), ["", {}]]}
+    save_checkpoint({**state, **tensors}, tmp_path / "c.safetensors")
+    found = load_checkpoint(tmp_path / "c.safetensors")
+    assert found["b"] == state["b"] and found["a"][7] == "seven" and found["a"][0]["x"] == 2.5
+    for name, tensor in tensors.items():
+        assert torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype
+    with pytest.raises(TypeError, match="state: a/0 is a set"):
+        save_checkpoint({"a": [{1}]}, tmp_path / "c.safetensors")

@@ -115,8 +115,8 @@ def test_goes_on_from_a_checkpoint_bit_for_bit(tmp_path) -> None:
     trained(first, optimiser)
     second, resumed = fresh()
     second.load_state_dict(first.state_dict())
-    save_checkpoint({"optimiser": optimiser.state_dict()}, tmp_path / "last.pt")
-    resumed.load_state_dict(load_checkpoint(tmp_path / "last.pt")["optimiser"])
+    save_checkpoint({"optimiser": optimiser.state_dict()}, tmp_path / "checkpoint.safetensors")
+    resumed.load_state_dict(load_checkpoint(tmp_path / "checkpoint.safetensors")["optimiser"])
     trained(second, resumed, seed=1)
     for name, parameter in whole.named_parameters():
         assert torch.equal(parameter, second.get_parameter(name))

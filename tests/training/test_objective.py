@@ -148,7 +148,7 @@ def test_a_run_with_all_losses_resumes_bit_for_bit(scenes: Path, tmp_path: Path,
             train(config(scenes), broken)
     torch.manual_seed(123)
     train(config(scenes), broken, resume=True)
-    one, other = (load_checkpoint(folder / "last.pt") for folder in (whole, broken))
+    one, other = (load_checkpoint(folder / "checkpoint.safetensors") for folder in (whole, broken))
     assert one["grounding"] and same_weights(one["grounding"], other["grounding"])
     assert same_weights(one["model"], other["model"])
 

@@ -1,14 +1,10 @@
-"""Whole runs of a real, small MagNet on embedded scenes: folders, resuming, a kill at any moment, two processes."""
+"""Whole runs of a real, small MagNet on embedded scenes: folders, resuming, two processes, a dry run."""
 
 from __future__ import annotations
 
 import json
-import os
-import random
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -22,11 +18,11 @@ from magnet_fast.data.scenes import write_scenes
 from magnet_fast.evaluation import evaluate
 from magnet_fast.training import load_config, train
 from magnet_fast.training.checkpoint import load_checkpoint
+from magnet_fast.training.dry_run import dry_run
 from magnet_fast.training.progress import MetricsFile
 
 from .fakes import SMALL_MAGNET, same_weights
-
-REPOSITORY = Path(__file__).resolve().parents[2]
+from .processes import environment
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -61,38 +57,8 @@ def config_file(tmp_path_factory, scenes) -> Path:
     return path
 
 
-def environment() -> dict[str, str]:
-    paths = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]))
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-
-
 def weights(out: Path) -> dict[str, torch.Tensor]:
-    return load_checkpoint(out / "last.pt")["model"]
-
-
-def test_killed_at_any_moment_the_run_goes_on_exactly(config_file, tmp_path) -> None:
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    train(load_config(config_file, ["max_steps=40"]), whole)
-
-    arguments = ["train", "--config", str(config_file), "--out", str(killed), "--set", "max_steps=40"]
-    moment = random.Random()
-    wanted, pause = moment.randint(1, 30), moment.uniform(0, 0.2)
-    process = subprocess.Popen([sys.executable, "-m", "magnet_fast", *arguments], env=environment())
-    rows = MetricsFile(killed / "metrics.jsonl")
-    deadline = time.monotonic() + 100
-    while not rows.rows() or rows.rows()[-1]["step"] < wanted:
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.005)
-    time.sleep(pause)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "the run must be killed before it ends"
-
-    result = CliRunner().invoke(cli.app, [*arguments, "--resume"])
-    assert result.exit_code == 0, result.output
-    assert same_weights(weights(whole), weights(killed)), f"killed {pause:.3f} s after step {wanted}"
-    assert [row["step"] for row in rows.rows()] == list(range(1, 41))
-    expected = [row["loss"] for row in MetricsFile(whole / "metrics.jsonl").rows()]
-    assert [row["loss"] for row in rows.rows()] == expected
+    return load_checkpoint(out / "checkpoint.safetensors")["model"]
 
 
 def test_two_processes_equal_one(config_file, scenes, tmp_path) -> None:
@@ -104,6 +70,7 @@ def test_two_processes_equal_one(config_file, scenes, tmp_path) -> None:
         "validate_every=3 steps",
         "clip_norm=1.0",
         "data.mode=refs",
+        "loss.alignment=0.5",
     ]
     flags = [argument for change in changes for argument in ("--set", change)]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -128,7 +95,7 @@ def test_two_processes_equal_one(config_file, scenes, tmp_path) -> None:
             assert row["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-2)
     assert rows[0]["loss"] == pytest.approx(expected[0]["loss"], rel=1e-6)
     assert rows[0]["grad_norm"] == pytest.approx(expected[0]["grad_norm"], rel=1e-5)
-    assert len(load_checkpoint(tmp_path / "two" / "last.pt")["rng"]) == 2
+    assert len(load_checkpoint(tmp_path / "two" / "checkpoint.safetensors")["rng"]) == 2
 
     # Two processes score each sentence once.
     model, _ = models.load_model(tmp_path / "two" / "last.safetensors")
@@ -149,7 +116,7 @@ def test_files_of_a_run(config_file, tmp_path) -> None:
     config = load_config(config_file, ["max_steps=2", "validate_every=2 steps"])
     scores = train(config, tmp_path / "run")
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
-        "config.yaml", "metrics.jsonl", "last.pt", "best.safetensors", "last.safetensors",
+        "config.yaml", "metrics.jsonl", "checkpoint.safetensors", "best.safetensors", "last.safetensors",
     }  # fmt: skip
     assert load_config(tmp_path / "run" / "config.yaml") == config
     model, metadata = models.load_model(tmp_path / "run" / "best.safetensors")
@@ -170,7 +137,7 @@ def test_a_folder_with_a_run_is_not_touched(config_file, tmp_path) -> None:
         train(config, tmp_path, resume=True, overwrite=True)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     train(load_config(config_file, ["max_steps=1"]), tmp_path, overwrite=True)
-    assert load_checkpoint(tmp_path / "last.pt")["step"] == 1
+    assert load_checkpoint(tmp_path / "checkpoint.safetensors")["step"] == 1
 
 
 @pytest.mark.parametrize(
@@ -216,3 +183,19 @@ def test_lavt_trains_too(config_file, tmp_path) -> None:
     train(load_config(config_file, changes), tmp_path)
     losses = [row["loss"] for row in MetricsFile(tmp_path / "metrics.jsonl").rows()]
     assert len(losses) == 4 and losses[-1] < losses[0]
+
+
+def test_a_dry_run_tells_and_leaves_nothing(config_file, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    changes = ["--set", "validate_every=100 steps", "--set", "max_steps=1000", "--set", "log_every=1"]
+    command = ["train", "--config", str(config_file), *changes, "--dry-run"]
+    result = CliRunner().invoke(cli.app, command)
+    assert result.exit_code == 0, result.output
+    assert list(tmp_path.iterdir()) == []
+    assert "losses of 8 steps" in result.output and "images/s" in result.output and "GiB" in result.output
+    assert "(1000 steps) takes about" in result.output and "; 10 of them" in result.output
+    without = CliRunner().invoke(cli.app, command[:-1])
+    assert without.exit_code == 2 and "--out" in without.output
+    report = dry_run(load_config(config_file, ["max_steps=3"]))  # fewer steps than it takes
+    assert report.memory > 50 << 20 and report.device_memory is None and report.validations == 0
+    assert report.remaining == pytest.approx(3 * report.seconds)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import copy
 import math
+import multiprocessing
+import os
 import random
+import signal
 
 import pytest
 import torch
 from torch.nn import functional as F
 
 from magnet_fast.evaluation import evaluate
-from magnet_fast.training.checkpoint import load_checkpoint
+from magnet_fast.training import Trainer, TrainingError
+from magnet_fast.training.checkpoint import CHECKPOINT, load_checkpoint
 from magnet_fast.training.progress import MetricsFile, duration
-from magnet_fast.training.trainer import Trainer, TrainingError
 
 from .fakes import FakeDataset, FakeModel, fake_config, same_weights
 
@@ -25,7 +28,7 @@ def make_trainer(out, dropout: float = 0.1, length: int = 24, validation: int | 
 
 
 def finished_weights(out) -> dict[str, torch.Tensor]:
-    return load_checkpoint(out / "last.pt")["model"]
+    return load_checkpoint(out / "checkpoint.safetensors")["model"]
 
 
 def test_training_learns(tmp_path) -> None:
@@ -127,14 +130,14 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, stop: int) -> None:
     random.seed(0)
     torch.manual_seed(99)
     second = make_trainer(broken)
-    if (broken / "last.pt").exists():
-        second.load_state(load_checkpoint(broken / "last.pt"))
+    if (broken / "checkpoint.safetensors").exists():
+        second.load_state(load_checkpoint(broken / "checkpoint.safetensors"))
     else:
         assert stop < 2
         second.metrics_file.drop_after(0)
     assert second.run() == expected
     assert same_weights(finished_weights(whole), finished_weights(broken))
-    one, other = load_checkpoint(whole / "last.pt"), load_checkpoint(broken / "last.pt")
+    one, other = load_checkpoint(whole / "checkpoint.safetensors"), load_checkpoint(broken / "checkpoint.safetensors")
     for name, state in one["optimiser"]["state"].items():
         assert all(torch.equal(state[key], other["optimiser"]["state"][name][key]) for key in state)
 
@@ -171,7 +174,7 @@ def test_a_broken_metrics_line_is_dropped_on_resume(tmp_path) -> None:
 
 def test_nan_stops_before_a_checkpoint(tmp_path) -> None:
     trainer = make_trainer(tmp_path, checkpoint_every=3, log_every=100)
-    train_step = trainer._train_step
+    train_step = trainer.train_step
 
     def spoil(batches) -> None:
         if trainer.step == 4:
@@ -179,17 +182,19 @@ def test_nan_stops_before_a_checkpoint(tmp_path) -> None:
                 trainer.model.mask.weight.fill_(math.nan)
         train_step(batches)
 
-    trainer._train_step = spoil
-    with pytest.raises(TrainingError, match="loss.*became NaN or infinite .* since step 3"):
+    trainer.train_step = spoil
+    with pytest.raises(
+        TrainingError, match=f"loss.*became NaN or infinite in step 5, found after step 5.*{CHECKPOINT} is of step 3"
+    ):
         trainer.run()
-    state = load_checkpoint(tmp_path / "last.pt")
+    state = load_checkpoint(tmp_path / "checkpoint.safetensors")
     assert state["step"] == 3
     assert all(torch.isfinite(value).all() for value in state["model"].values())
 
 
 def test_a_checkpoint_of_another_model_or_data_is_refused(tmp_path) -> None:
     make_trainer(tmp_path).run()
-    state = load_checkpoint(tmp_path / "last.pt")
+    state = load_checkpoint(tmp_path / "checkpoint.safetensors")
     wider = Trainer(fake_config(), FakeModel(width=4), FakeDataset(), None, tmp_path)
     with pytest.raises(ValueError, match="of another model"):
         wider.load_state(state)
@@ -206,7 +211,7 @@ def test_a_run_by_the_clock_ends_and_decays(tmp_path) -> None:
     assert rates == sorted(rates, reverse=True)
     assert rates[-1] < rates[0]
     # The time already spent counts after resuming: nothing is left here.
-    state = load_checkpoint(tmp_path / "last.pt")
+    state = load_checkpoint(tmp_path / "checkpoint.safetensors")
     assert state["trained_seconds"] > 0
     resumed = make_trainer(tmp_path, **config)
     resumed.load_state({**state, "trained_seconds": 0.6})
@@ -249,6 +254,16 @@ def test_validation_does_not_disturb_training(tmp_path) -> None:
         trainer.run()
         weights.append(trainer.model.state_dict())
     assert same_weights(*weights)
+
+
+def test_loader_processes_survive_a_signal_to_all_of_the_job(tmp_path) -> None:
+    trainer = make_trainer(tmp_path, data={"image_size": 16, "workers": 1})
+    batches = iter(trainer.loader(0, 0))
+    first = next(batches)
+    for worker in multiprocessing.active_children():
+        os.kill(worker.pid, signal.SIGTERM)
+    rest = list(batches)
+    assert len(rest) == 2 and len(first["image"]) == 8
 
 
 def test_durations() -> None:

@@ -5,7 +5,6 @@ Commands import what they need when they run, so that ``--help`` is quick.
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import sys
@@ -16,6 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from . import errors
+from .errors import user_errors
+from .study import study_app
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -32,6 +35,7 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Make data, or check what is there.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+app.add_typer(study_app, name="study")
 
 
 class Resolution(str, Enum):  # noqa: UP042 (StrEnum is younger than Python 3.10)
@@ -58,7 +62,7 @@ class Precision(str, Enum):  # noqa: UP042
 
 Checkpoint = Annotated[
     Path | None,
-    typer.Option(help="Our .safetensors or last.pt, or a released .pth; the shipped weights if left out."),
+    typer.Option(help="A run's .safetensors, or a released .pth; the shipped weights if left out."),
 ]
 TokenizerOption = Annotated[
     str | None,
@@ -80,32 +84,12 @@ def main() -> None:
     app()
 
 
-def user_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Print what a user can mend as one clean message, exit status 2; other errors show their traceback."""
-
-    @functools.wraps(command)
-    def wrapped(*args: Any, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-        except (ValueError, TypeError, OSError, RuntimeError) as error:
-            mendable = not isinstance(error, RuntimeError) or type(error).__name__ in ("TrainingError", "BackendError")
-            if _traceback_wanted or not mendable:
-                raise
-            _fail(error)
-
-    return wrapped
-
-
-_traceback_wanted = False
-
-
 @app.callback()
 def options(
     traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error came from.")] = False,
 ) -> None:
     """Referring image segmentation: MagNet and its family on fused operators."""
-    global _traceback_wanted
-    _traceback_wanted = traceback
+    errors.traceback_wanted = traceback
 
 
 @app.command()
@@ -114,23 +98,40 @@ def train(
     config: Annotated[
         str, typer.Option(help="YAML file, or the name of a shipped configuration (magnet_tiny_scenes).")
     ],
-    out: Annotated[Path, typer.Option(help="Folder for the checkpoints and metrics of this run.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for the checkpoints and metrics of this run.")] = None,
     data: Annotated[Path | None, typer.Option(help="Folder of the data; data.root of the configuration.")] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Change an entry: optimiser.lr=1e-4."),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from OUT/last.pt.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from OUT's checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the run that OUT holds.")] = False,
+    rehearse: Annotated[
+        bool, typer.Option("--dry-run", help="Take a few steps; report memory, speed and time; write nothing.")
+    ] = False,
     backend: BackendOption = None,
 ) -> None:
-    """Train a model; under torchrun, on several processes."""
-    from magnet_fast.training import load_config
+    """Train a model; under torchrun, on several processes. Exit status 75: stopped by SIGTERM, --resume goes on."""
+    from magnet_fast.training import TrainingStopped, load_config
     from magnet_fast.training import train as run_training
+    from magnet_fast.training.dry_run import dry_run
+    from magnet_fast.training.stopping import EXIT_STATUS
 
     overrides = [*([f"data.root={json.dumps(str(data))}"] if data is not None else []), *(set_ or [])]
+    settings = load_config(config, overrides)
+    if out is None and not rehearse:
+        raise ValueError("--out: no folder given for the run (only a --dry-run needs none)")
     with _backend(backend):
-        run_training(load_config(config, overrides), out, resume=resume, overwrite=overwrite)
+        if rehearse:
+            report = dry_run(settings)
+            if int(os.environ.get("RANK", "0")) == 0:
+                typer.echo(report.text())
+            return
+        try:
+            run_training(settings, out, resume=resume, overwrite=overwrite)
+        except TrainingStopped as stopped:
+            typer.echo(str(stopped), err=True)
+            raise typer.Exit(EXIT_STATUS) from None
 
 
 @app.command()
@@ -437,14 +438,6 @@ def _check_picture_name(path: Path | None) -> None:
     PillowImage.init()
     if path is not None and path.suffix.lower() not in PillowImage.EXTENSION:
         raise ValueError(f"{path}: not the name of a picture; end it in .png or .jpg")
-
-
-def _fail(error: BaseException) -> None:
-    message = str(error)
-    if isinstance(error, OSError) and error.strerror:
-        message = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    typer.echo(f"error: {message}", err=True)
-    raise typer.Exit(2)
 
 
 def _backend(name: str | None) -> Any:

@@ -1,0 +1,35 @@
+"""What a user can mend, as one clean line."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import typer
+
+traceback_wanted = False  # --traceback
+
+
+def user_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """Print what a user can mend as one clean message, exit status 2; other errors show their traceback."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except (ValueError, TypeError, OSError, RuntimeError) as error:
+            mendable = not isinstance(error, RuntimeError) or type(error).__name__ in ("TrainingError", "BackendError")
+            if traceback_wanted or not mendable:
+                raise
+            _fail(error)
+
+    return wrapped
+
+
+def _fail(error: BaseException) -> None:
+    message = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        message = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    typer.echo(f"error: {message}", err=True)
+    raise typer.Exit(2)

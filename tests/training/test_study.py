@@ -1,0 +1,138 @@
+"""The ablation study from end to end, with runs of two steps; what its variants are; its table."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from magnet_fast import cli, models
+from magnet_fast.data.scenes import write_scenes
+from magnet_fast.training.config import load_config
+from magnet_fast.training.optim import build_optimiser
+from magnet_fast.training.study import VARIANTS, run_ablation, variant_config
+from magnet_fast.training.study_report import spread, write_report
+
+from .fakes import SMALL_MAGNET
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory) -> Path:
+    return Path(write_scenes(tmp_path_factory.mktemp("scenes"), 24, 3, level="hard", image_size=64))
+
+
+def settings(scenes: Path, *changes: str) -> list[str]:
+    model = {key: value for key, value in SMALL_MAGNET.items() if key != "text__vocab_size"}
+    return [
+        f"data.root={scenes}", "data.image_size=32", "batch_size=4", "max_steps=2", "data.val_limit=6",
+        "eval_batch_size=8", f"model.overrides={json.dumps(model)}", "grounding.layers=1", *changes,
+    ]  # fmt: skip
+
+
+def test_variants_turn_off_what_they_go_without() -> None:
+    base = load_config("magnet_tiny_scenes_study", ["data.root=x"])
+    configs = {name: variant_config(base, variant, 3) for name, variant in VARIANTS.items()}
+    parts = {
+        name: (config.loss.grounding > 0, config.loss.alignment > 0, config.grounding.blind)
+        for name, config in configs.items()
+    }
+    assert parts == {
+        "baseline": (False, False, False), "cam": (False, False, False), "grounding": (True, False, False),
+        "alignment": (False, True, False), "all": (True, True, False), "all_xmha": (True, True, False),
+        "all_released": (True, True, False), "all_blind": (True, True, True), "lavt": (False, False, False),
+        "lavt_grounding": (True, False, False),
+    }  # fmt: skip
+    built = {name: models.preset_config(c.model.name, **c.model.overrides) for name, c in configs.items()}
+    assert [name for name, model in built.items() if model.architecture == "lavt"] == ["lavt", "lavt_grounding"]
+    magnets = {name: model.alignment for name, model in built.items() if model.architecture == "magnet"}
+    assert {name for name, module in magnets.items() if not module.pyramid} == {"baseline", "grounding", "alignment"}
+    assert magnets["all_xmha"].kind == "xmha" and magnets["all_released"].masking == "released"
+    assert all(config.seed == 3 and config.max_steps == base.max_steps for config in configs.values())
+    assert configs["cam"].optimiser.freeze == []
+
+
+def test_in_the_baseline_no_word_reads_a_pixel() -> None:
+    """Pixels read words at full resolution, and nothing else of the alignment module is there or learns."""
+    config = variant_config(load_config("magnet_tiny_scenes_study"), VARIANTS["baseline"], 0)
+    model = models.build(config.model.name, **config.model.overrides)
+    build_optimiser(model, config.optimiser)
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert any("alignment.0.fusion." in name for name in names)
+    assert not [name for name in names if "text_" in name and name.startswith("alignment")]
+    assert not any("pools" in name or "level_fusions" in name for name in names)
+    ids, mask = torch.tensor([[2, 9, 8, 3]]), torch.ones(1, 4, dtype=torch.int64)
+    one, other = (model.encode(torch.randn(1, 3, 32, 32), ids, mask)[1] for _ in range(2))
+    assert torch.equal(one, other)
+    assert torch.equal(one, model.text_encoder(ids, mask))
+
+
+def test_from_end_to_end(scenes: Path, tmp_path) -> None:
+    out = tmp_path / "study"
+    flags = [flag for change in settings(scenes) for flag in ("--set", change)]
+    command = ["study", "ablation", "--data", str(scenes), "--out", str(out), *flags, "--seeds", "2", "--variants"]
+    result = CliRunner().invoke(cli.app, [*command, "baseline,all"])
+    assert result.exit_code == 0, (result.output, result.exception)
+    runs = json.loads((out / "results.json").read_text())
+    assert {name: [run["seed"] for run in found] for name, found in runs.items()} == {"baseline": [0, 1], "all": [0, 1]}
+    run = runs["all"][0]
+    assert run["steps"] == 2 and set(run["scores"]) == {"val", "testA", "testB"}
+    assert 0 <= run["hidden_words"]["accuracy"] <= 100 and "hidden_words" not in runs["baseline"][0]
+    assert run["machine"]["torch"] == torch.__version__
+    table = (out / "table.md").read_text()
+    assert "| baseline (PWAM into the pixels) | 2 |" in table and "| all (pwam, correct masking) | 2 |" in table
+    assert "4 runs of 2 steps, batch 4, 32×32 pixels" in table and "Against the baseline" in table
+    with Image.open(out / "plot.png") as picture:
+        assert picture.width == 1000
+
+    # A finished run is not run again; one more variant joins the table.
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
+    result = CliRunner().invoke(cli.app, [*command, "all,lavt_grounding"])
+    assert result.output.count("finished before") == 2
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert "| LAVT + Mask Grounding | 2 |" in (out / "table.md").read_text()
+
+    other = CliRunner().invoke(cli.app, [*command, "all", "--set", "optimiser.lr=0.1"])
+    assert other.exit_code == 2 and "another configuration (optimiser)" in other.output
+    with open(out / "all" / "seed-0" / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert "all, seed 0: another process has it" in CliRunner().invoke(cli.app, [*command, "all"]).output
+
+
+def test_mistakes(scenes: Path, tmp_path) -> None:
+    config = load_config("magnet_tiny_scenes_study", settings(scenes))
+    with pytest.raises(ValueError, match="variants: unknown bilinear; known: baseline, cam"):
+        run_ablation(config, tmp_path, variants=["bilinear"])
+    with pytest.raises(ValueError, match="same length"):
+        run_ablation(load_config("magnet_tiny_scenes", settings(scenes)[:1]), tmp_path)
+    with pytest.raises(FileNotFoundError, match="no finished run"):
+        write_report(tmp_path, {"all": "all"}, "result.json")
+    assert list(tmp_path.iterdir()) == []
+
+
+def result(seed: int, value: float) -> dict:
+    scores = {"oIoU": value, "mIoU": value + 1, "by_kind": {"place": {"oIoU": value}}}
+    return {
+        "seed": seed, "steps": 5, "training_seconds": 10.0, "scores": dict.fromkeys(("val", "testA", "testB"), scores),
+        "config": {"batch_size": 4, "data": {"image_size": 32}},
+        "machine": {"date": "2026-01-01", "processor": "abacus", "gpu": None, "threads": 1, "torch": "2"},
+    }  # fmt: skip
+
+
+def test_the_table_says_mean_spread_and_difference(tmp_path) -> None:
+    values = {"baseline": (10.0, 12.0, 14.0), "all": (13.0, 16.0, 19.0), "lavt": (12.0, 12.0, 12.5)}
+    for name, found in values.items():
+        for seed, value in enumerate(found):
+            folder = tmp_path / name / f"seed-{seed}"
+            folder.mkdir(parents=True)
+            (folder / "result.json").write_text(json.dumps(result(seed, value)))
+    table = write_report(tmp_path, {name: name.upper() for name in values}, "result.json").read_text()
+    row = next(line for line in table.splitlines() if line.startswith("| ALL"))
+    assert row == f"| ALL | 3 |{' 16.00 ± 3.00 | 17.00 ± 3.00 |' * 3}"
+    assert "- ALL: +4.00, more than the spread over seeds (3.00)" in table
+    assert "- LAVT: +0.17, not more than the spread over seeds (2.00)" in table
+    assert spread([5.0]) == "5.00"

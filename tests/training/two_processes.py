@@ -1,0 +1,162 @@
+"""What two Gloo processes do in test_two_processes: run as a module with a folder, leaves runs and JSON there."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from magnet_fast import models
+from magnet_fast.data import Tokenizer
+from magnet_fast.evaluation import evaluate
+from magnet_fast.training import Trainer, TrainingError, TrainingStopped
+from magnet_fast.training.checkpoint import CHECKPOINT, load_checkpoint
+from magnet_fast.training.distributed import World
+from magnet_fast.training.objective import build_grounding
+
+from .fakes import SMALLEST_MAGNET, FakeDataset, FakeModel, fake_config
+
+FAKE = {"accumulation": 2, "clip_norm": 0.5, "ema": 0.9, "batch_size": 8, "log_every": 100}
+MAGNET = {
+    "model": {"name": "magnet_tiny", "overrides": SMALLEST_MAGNET},
+    "loss": {"alignment": 0.5, "grounding": 1.0},
+    "grounding": {"layers": 1, "heads": 4, "feedforward": 32},
+    "optimiser": {"lr": 1e-3, "eps": 1e-3},
+    "epochs": None,
+    "max_steps": 2,
+    "batch_size": 4,
+    "validate_every": "2 steps",
+    "checkpoint_every": 100,
+    "log_every": 1,
+}
+
+
+class Counted(FakeDataset):
+    """Notes which items were asked for; one of them is not a number."""
+
+    def __init__(self, length: int, broken: int | None = None) -> None:
+        super().__init__(length)
+        self.asked: list[int] = []
+        self.broken = broken
+
+    def __getitem__(self, index: int) -> dict:
+        self.asked.append(index)
+        item = super().__getitem__(index)
+        if index == self.broken:
+            item["image"][0, 0, 0] = float("nan")
+        return item
+
+
+class ReadableDataset(FakeDataset):
+    """With sentences and their tokenizer, for the hidden words."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__(length)
+        self.tokenizer = Tokenizer(max_words=6)
+
+    def __getitem__(self, index: int) -> dict:
+        ids, mask = self.tokenizer(self.record(index)["expression"])
+        return {**super().__getitem__(index), "input_ids": ids[0], "attention_mask": mask[0]}
+
+    def record(self, index: int) -> dict:
+        colour = ("red", "blue", "green")[index % 3]
+        return {**super().record(index), "expression": f"the {colour} circle"}
+
+
+def fake_trainer(out: Path, world: World | None, **changes: object) -> Trainer:
+    out.mkdir(exist_ok=True)
+    torch.manual_seed(11)
+    config = fake_config(**{**FAKE, **changes})
+    return Trainer(config, FakeModel(), FakeDataset(24), FakeDataset(7), out, world)
+
+
+def magnet_trainer(out: Path, world: World | None, **changes: object) -> Trainer:
+    out.mkdir(exist_ok=True)
+    torch.manual_seed(11)
+    config = fake_config(**{**MAGNET, **changes})
+    model = models.build("magnet_tiny", **SMALLEST_MAGNET)
+    data = ReadableDataset(16)
+    grounding = build_grounding(config, model, data.tokenizer)
+    return Trainer(config, model, data, ReadableDataset(5), out, world, {}, grounding)
+
+
+def checks(out: Path, world: World) -> dict[str, object]:
+    """All that is done in both processes; what each found."""
+    found: dict[str, object] = {}
+    for kind in ("ddp", "fsdp"):
+        found[kind] = fake_trainer(out / kind, world, parallel=kind).run()
+        recompute = {"activation_checkpointing": kind == "fsdp"}
+        found[f"magnet_{kind}"] = magnet_trainer(out / f"magnet_{kind}", world, parallel=kind, **recompute).run()
+    sharded = fake_trainer(out / "shards", world, parallel="fsdp")
+    found["share"] = sum(p.to_local().numel() for p in sharded.model.parameters())
+
+    # Stopped by SIGTERM to the second process alone, then resumed; and resumed with copies instead of shards.
+    trainer = fake_trainer(out / "stopped", world, parallel="fsdp")
+    after = trainer._after_step
+
+    def receive() -> None:
+        if trainer.step == 4 and world.rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        after()
+
+    trainer._after_step = receive
+    try:
+        trainer.run()
+    except TrainingStopped:
+        found["stopped_at"] = trainer.step
+    found["received_default"] = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    dist.barrier()
+    for name, kind in (("resumed", "fsdp"), ("resumed_as_ddp", "ddp")):
+        resumed = fake_trainer(out / name, world, parallel=kind)
+        resumed.load_state(load_checkpoint(out / "stopped" / CHECKPOINT))
+        resumed.run()
+
+    validation = Counted(7)
+    found["scores"] = evaluate(FakeModel().eval(), validation, batch_size=2)
+    found["scored"] = validation.asked
+
+    broken = out / "broken"
+    broken.mkdir(exist_ok=True)
+    torch.manual_seed(11)
+    training_set = Counted(24, broken=17)
+    trainer = Trainer(fake_config(**{**FAKE, "ema": None}), FakeModel(), training_set, None, broken, world)
+    try:
+        trainer.run()
+    except TrainingError as error:
+        found["error"] = str(error)
+    found["batch_norms"] = sum(isinstance(m, nn.SyncBatchNorm) for m in trainer.model.modules())
+    return found
+
+
+def main() -> None:
+    out, size = Path(sys.argv[1]), 2
+    children = []
+    for rank in range(size):
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                torch.set_num_threads(1)
+                dist.init_process_group("gloo", init_method=f"file://{out}/store", rank=rank, world_size=size)
+                found = checks(out, World(rank, size, torch.device("cpu")))
+                (out / f"found-{rank}.json").write_text(json.dumps(found))
+                dist.destroy_process_group()
+                status = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                os._exit(status)
+        children.append(child)
+    sys.exit(any(os.waitpid(child, 0)[1] for child in children))
+
+
+if __name__ == "__main__":
+    main()
