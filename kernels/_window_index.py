@@ -33,7 +33,7 @@ def token_places(
     WINDOW_W: tl.constexpr,
     PAD_FIRST: tl.constexpr,
 ):
-    """Of TILE tokens from FIRST on: y, x on the map, whether that is a token of the map, and its region after the shift.
+    """Of TILE tokens from FIRST on: y and x on the map, whether they are tokens of the map, regions after the shift.
 
     The roll comes as geometry's roll_h and roll_w, which lie within what is rolled: the padded map, or the map.
     """
@@ -44,7 +44,7 @@ def token_places(
     token = tl.minimum(token, WINDOW_H * WINDOW_W - 1)
     y = window_y * WINDOW_H + token // WINDOW_W
     x = window_x * WINDOW_W + token % WINDOW_W
-    # Swin's three regions an axis: the first ends where the last window begins, so within a window only the cut at
+    # Of Swin's three regions an axis, the first ends where the last window begins; so within a window only the cut at
     # length - shift separates anything.
     region = 2 * (y >= rows * WINDOW_H - shift_h).to(tl.int32) + (x >= columns * WINDOW_W - shift_w).to(tl.int32)
     if PAD_FIRST:
@@ -62,10 +62,9 @@ def token_places(
 
 
 @triton.jit
-def token_offsets(image, y, x, stride_image, stride_y, stride_x):
-    """Offsets of tokens in elements, in 64 bits."""
-    image_offset = tl.cast(image, tl.int64) * stride_image
-    return image_offset + y.to(tl.int64) * stride_y + x.to(tl.int64) * stride_x
+def token_offsets(image, y, x, strides):
+    """Offsets of tokens in elements, in 64 bits; strides of image, y and x."""
+    return image.to(tl.int64) * strides[0] + y.to(tl.int64) * strides[1] + x.to(tl.int64) * strides[2]
 
 
 @triton.jit
@@ -89,32 +88,56 @@ def store_tokens(pointer, offsets, real, values, D: tl.constexpr, D_TILE: tl.con
 
 
 @triton.jit
+def load_keys(
+    key,  # pointer to k of this head in token (0, 0, 0)
+    value,
+    pad_key,  # (D_TILE): k of this head in a padded token
+    pad_value,
+    offsets,
+    real,
+    D: tl.constexpr,
+    D_TILE: tl.constexpr,
+    PAD: tl.constexpr,
+):
+    """Keys and values (tokens, D_TILE), those of padded tokens included."""
+    keys = load_tokens(key, offsets, real, D, D_TILE)
+    values = load_tokens(value, offsets, real, D, D_TILE)
+    if PAD:
+        keys = tl.where(real[:, None], keys, pad_key[None, :])
+        values = tl.where(real[:, None], values, pad_value[None, :])
+    return keys, values
+
+
+@triton.jit
 def load_channels(pointer, D: tl.constexpr, D_TILE: tl.constexpr):
-    """(D_TILE): the channels of one head from one token."""
+    """(D_TILE): the channels of one head from one token; 0 beyond D."""
     channel = tl.arange(0, D_TILE)
     return tl.load(pointer + channel, mask=channel < D, other=0.0)
 
 
 @triton.jit
-def bias_piece(
+def relative_bias(
     table,  # this head's entries of the bias table, ((2 * WINDOW_H - 1) * (2 * WINDOW_W - 1)) contiguous
     FIRST_QUERY,
+    FIRST_KEY,
     QUERIES: tl.constexpr,
-    FIRST_KEY: tl.constexpr,
     KEYS: tl.constexpr,
     WINDOW_H: tl.constexpr,
     WINDOW_W: tl.constexpr,
+    KEYS_FIRST: tl.constexpr,
 ):
-    """(QUERIES, KEYS) in float32: the bias times log2(e), -infinity for lanes of keys beyond the window."""
-    last: tl.constexpr = WINDOW_H * WINDOW_W - 1
-    query = tl.minimum(FIRST_QUERY + tl.arange(0, QUERIES), last)
+    """(QUERIES, KEYS), or (KEYS, QUERIES) with KEYS_FIRST, in float32: the bias times log2(e), and -infinity for lanes
+    of keys beyond the window."""
+    LAST: tl.constexpr = WINDOW_H * WINDOW_W - 1
+    ROW: tl.constexpr = 2 * WINDOW_W - 1
+    query = tl.minimum(FIRST_QUERY + tl.arange(0, QUERIES), LAST)
     key_lane = FIRST_KEY + tl.arange(0, KEYS)
-    key = tl.minimum(key_lane, last)
-    # The entry of (query - key) is a difference of one number for the query and one for the key.
-    row: tl.constexpr = 2 * WINDOW_W - 1
-    query_entry = (query // WINDOW_W + WINDOW_H - 1) * row + query % WINDOW_W + WINDOW_W - 1
-    key_entry = (key // WINDOW_W) * row + key % WINDOW_W
-    bias = tl.load(table + (query_entry[:, None] - key_entry[None, :])).to(tl.float32) * LOG2E
-    if FIRST_KEY + KEYS > last + 1:
-        bias = tl.where((key_lane <= last)[None, :], bias, float("-inf"))
-    return bias
+    key = tl.minimum(key_lane, LAST)
+    # The table's row for (query - key) is a difference of one number for the query and one for the key.
+    query_part = (query // WINDOW_W + WINDOW_H - 1) * ROW + query % WINDOW_W + WINDOW_W - 1
+    key_part = (key // WINDOW_W) * ROW + key % WINDOW_W
+    if KEYS_FIRST:
+        bias = tl.load(table + (query_part[None, :] - key_part[:, None])).to(tl.float32) * LOG2E
+        return tl.where((key_lane <= LAST)[:, None], bias, float("-inf"))
+    bias = tl.load(table + (query_part[:, None] - key_part[None, :])).to(tl.float32) * LOG2E
+    return tl.where((key_lane <= LAST)[None, :], bias, float("-inf"))
