@@ -9,44 +9,61 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._runtime import rounded
+from ._runtime import dot, rounded
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+
+# Changing values of these are not worth another compilation.
+COUNTS = ["height", "width", "rows", "columns", "shift_h", "shift_w", "roll_h", "roll_w", "windows", "programs"]
 
 
 @triton.jit
 def window_place(window, rows, columns):
-    """(image, row of windows, column of windows) of the window with this number."""
+    """(image, row of windows, column of windows, cut, 0) of the window with this number.
+
+    cut has bit 1 in the last row of windows and bit 0 in the last column: only there does the shift put together what
+    was apart before. Of Swin's three regions an axis, the first ends where the last window begins. The 0 is one that
+    the compiler cannot know: what is computed from it stays in the loop over windows, and takes no registers outside.
+    """
     image = window // (rows * columns)
     inside = window - image * (rows * columns)
     window_y = inside // columns
-    return image, window_y, inside - window_y * columns
+    window_x = inside - window_y * columns
+    cut = 2 * (window_y == rows - 1).to(tl.int32) + (window_x == columns - 1).to(tl.int32)
+    return image, window_y, window_x, cut, tl.minimum(window, 0)
+
+
+@triton.jit
+def shift_sides(FIRST, TILE: tl.constexpr, shift_h, shift_w, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr):
+    """On which side of a cut TILE tokens from FIRST on lie: bit 1 below the horizontal, bit 0 beside the vertical one.
+    Two tokens of a window see each other if these agree in the bits of the window's cut."""
+    token = tl.minimum(FIRST + tl.arange(0, TILE), WINDOW_H * WINDOW_W - 1)
+    below = token >= (WINDOW_H - shift_h) * WINDOW_W
+    beside = token % WINDOW_W >= WINDOW_W - shift_w
+    return 2 * below.to(tl.int32) + beside.to(tl.int32)
 
 
 @triton.jit
 def token_places(
-    place,  # (image, row of windows, column of windows)
-    geometry,  # (height, width, rows, columns, shift_h, shift_w, roll_h, roll_w)
+    place,  # what window_place returned
+    geometry,  # (height, width, rows, columns, roll_h, roll_w, shift_h, shift_w)
     FIRST,
     TILE: tl.constexpr,
     WINDOW_H: tl.constexpr,
     WINDOW_W: tl.constexpr,
     PAD_FIRST: tl.constexpr,
 ):
-    """Of TILE tokens from FIRST on: y and x on the map, whether they are tokens of the map, regions after the shift.
+    """Of TILE tokens from FIRST on: y and x on the map, whether they are tokens of the map, and of the window.
 
     The roll comes as geometry's roll_h and roll_w, which lie within what is rolled: the padded map, or the map.
     """
-    image, window_y, window_x = place
-    height, width, rows, columns, shift_h, shift_w, roll_h, roll_w = geometry
-    token = FIRST + tl.arange(0, TILE)
-    real = token < WINDOW_H * WINDOW_W
+    height, width, rows, columns, roll_h, roll_w, shift_h, shift_w = geometry
+    token = FIRST + place[4] + tl.arange(0, TILE)
+    inside = token < WINDOW_H * WINDOW_W
+    real = inside
     token = tl.minimum(token, WINDOW_H * WINDOW_W - 1)
-    y = window_y * WINDOW_H + token // WINDOW_W
-    x = window_x * WINDOW_W + token % WINDOW_W
-    # Of Swin's three regions an axis, the first ends where the last window begins; so within a window only the cut at
-    # length - shift separates anything.
-    region = 2 * (y >= rows * WINDOW_H - shift_h).to(tl.int32) + (x >= columns * WINDOW_W - shift_w).to(tl.int32)
+    y = place[1] * WINDOW_H + token // WINDOW_W
+    x = place[2] * WINDOW_W + token % WINDOW_W
     if PAD_FIRST:
         rolled_h, rolled_w = rows * WINDOW_H, columns * WINDOW_W
     else:
@@ -58,13 +75,13 @@ def token_places(
     x = tl.where(x >= rolled_w, x - rolled_w, x)
     if PAD_FIRST:
         real = real & (y < height) & (x < width)
-    return y, x, real, region
+    return y, x, real, inside
 
 
 @triton.jit
-def token_offsets(image, y, x, strides):
-    """Offsets of tokens in elements, in 64 bits; strides of image, y and x."""
-    return image.to(tl.int64) * strides[0] + y.to(tl.int64) * strides[1] + x.to(tl.int64) * strides[2]
+def token_offsets(y, x, strides):
+    """Offsets of tokens within their image, in elements: these fit into 32 bits, those of images do not."""
+    return y * strides[1] + x * strides[2]
 
 
 @triton.jit
@@ -78,41 +95,40 @@ def load_tokens(pointer, offsets, real, D: tl.constexpr, D_TILE: tl.constexpr):
 
 
 @triton.jit
-def store_tokens(pointer, offsets, real, values, D: tl.constexpr, D_TILE: tl.constexpr):
+def store_tokens(pointers, real, values, D: tl.constexpr, D_TILE: tl.constexpr):
     """Writes the channels of one head to each real token."""
     channel = tl.arange(0, D_TILE)
     mask = real[:, None]
     if D < D_TILE:
         mask = mask & (channel < D)[None, :]
-    tl.store(pointer + offsets[:, None] + channel[None, :], rounded(values, pointer.dtype.element_ty), mask=mask)
+    tl.store(pointers[:, None] + channel[None, :], rounded(values, pointers.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def load_keys(
-    key,  # pointer to k of this head in token (0, 0, 0)
-    value,
-    pad_key,  # (D_TILE): k of this head in a padded token
-    pad_value,
+    qkv,  # q of this head in the image's token (0, 0)
+    pad,  # q of this head in a padded token
     offsets,
     real,
+    inside,
+    CHANNELS: tl.constexpr,
     D: tl.constexpr,
     D_TILE: tl.constexpr,
     PAD: tl.constexpr,
 ):
-    """Keys and values (tokens, D_TILE), those of padded tokens included."""
-    keys = load_tokens(key, offsets, real, D, D_TILE)
-    values = load_tokens(value, offsets, real, D, D_TILE)
+    """Keys and values (tokens, D_TILE), those of padded tokens included; 0 for lanes beyond the window."""
+    tokens = qkv + offsets
+    mask = real
     if PAD:
-        keys = tl.where(real[:, None], keys, pad_key[None, :])
-        values = tl.where(real[:, None], values, pad_value[None, :])
-    return keys, values
-
-
-@triton.jit
-def load_channels(pointer, D: tl.constexpr, D_TILE: tl.constexpr):
-    """(D_TILE): the channels of one head from one token; 0 beyond D."""
+        tokens = tl.where(real, tokens, pad)
+        mask = inside
+    mask = mask[:, None]
     channel = tl.arange(0, D_TILE)
-    return tl.load(pointer + channel, mask=channel < D, other=0.0)
+    if D < D_TILE:
+        mask = mask & (channel < D)[None, :]
+    pointers = tokens[:, None] + channel[None, :]
+    keys = tl.load(pointers + CHANNELS, mask=mask, other=0.0)
+    return keys, tl.load(pointers + 2 * CHANNELS, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -138,6 +154,84 @@ def relative_bias(
     key_part = (key // WINDOW_W) * ROW + key % WINDOW_W
     if KEYS_FIRST:
         bias = tl.load(table + (query_part[None, :] - key_part[:, None])).to(tl.float32) * LOG2E
-        return tl.where((key_lane <= LAST)[:, None], bias, float("-inf"))
-    bias = tl.load(table + (query_part[:, None] - key_part[None, :])).to(tl.float32) * LOG2E
-    return tl.where((key_lane <= LAST)[None, :], bias, float("-inf"))
+        bias = tl.where((key_lane <= LAST)[:, None], bias, float("-inf"))
+    else:
+        bias = tl.load(table + (query_part[:, None] - key_part[None, :])).to(tl.float32) * LOG2E
+        bias = tl.where((key_lane <= LAST)[None, :], bias, float("-inf"))
+    return bias
+
+
+@triton.jit
+def load_piece(
+    qkv,
+    pad,
+    place,
+    geometry,
+    strides,
+    FIRST: tl.constexpr,
+    KEYS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    D: tl.constexpr,
+    D_TILE: tl.constexpr,
+    WINDOW_H: tl.constexpr,
+    WINDOW_W: tl.constexpr,
+    PAD_FIRST: tl.constexpr,
+    PAD: tl.constexpr,
+):
+    """Keys and values (KEYS, D_TILE) from token FIRST of a window on."""
+    y, x, real, inside = token_places(place, geometry, FIRST, KEYS, WINDOW_H, WINDOW_W, PAD_FIRST)
+    offsets = token_offsets(y, x, strides)
+    return load_keys(qkv, pad, offsets, real, inside, CHANNELS, D, D_TILE, PAD)
+
+
+@triton.jit
+def relative_logits(
+    query,  # (QUERIES, D_TILE)
+    key,  # (KEYS, D_TILE)
+    bias,  # (QUERIES, KEYS), or (KEYS, QUERIES) with KEYS_FIRST
+    place,
+    geometry,
+    scale,
+    FIRST_QUERY,
+    FIRST_KEY,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+    WINDOW_H: tl.constexpr,
+    WINDOW_W: tl.constexpr,
+    KEYS_FIRST: tl.constexpr,
+    SHIFTED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """In the shape of bias: similarity times log2(e), -infinity where the window's cut separates query and key."""
+    if KEYS_FIRST:
+        logits = dot(key, tl.trans(query), None, PRECISION) * scale + bias
+    else:
+        logits = dot(query, tl.trans(key), None, PRECISION) * scale + bias
+    if SHIFTED:  # noqa: SIM102 - constant, and not
+        if place[3] != 0:
+            query_side = shift_sides(FIRST_QUERY + place[4], QUERIES, geometry[6], geometry[7], WINDOW_H, WINDOW_W)
+            key_side = shift_sides(FIRST_KEY + place[4], KEYS, geometry[6], geometry[7], WINDOW_H, WINDOW_W)
+            if KEYS_FIRST:
+                apart = (key_side[:, None] ^ query_side[None, :]) & place[3]
+            else:
+                apart = (query_side[:, None] ^ key_side[None, :]) & place[3]
+            logits = tl.where(apart == 0, logits, float("-inf"))
+    return logits
+
+
+@triton.jit
+def has_padding(place, geometry, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, PAD_FIRST: tl.constexpr):
+    """False only for windows without a padded token."""
+    bottom, right = place[1] * WINDOW_H + WINDOW_H, place[2] * WINDOW_W + WINDOW_W
+    if PAD_FIRST:
+        bottom += geometry[4]
+        right += geometry[5]
+    return (bottom > geometry[0]) | (right > geometry[1])
+
+
+@triton.jit
+def store_pad(part, grad_pad_key, grad_pad_value, CHANNELS: tl.constexpr, D: tl.constexpr, D_TILE: tl.constexpr):
+    """Writes a program's sums of dK and dV over padded tokens."""
+    channel = tl.arange(0, D_TILE)
+    tl.store(part + channel, grad_pad_key, mask=channel < D)
+    tl.store(part + CHANNELS + channel, grad_pad_value, mask=channel < D)
