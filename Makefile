@@ -2,6 +2,7 @@
 #   make test    all tests                    make demo    train a small MagNet and look at what it does
 #   make lint    style of Python and C++      make bench   all benchmarks, results and plots
 #   make format  rewrite to that style        make clean   remove everything made here
+#   make gpu-check  tests and benchmarks on a GPU, with the Python (PYTHON=) that has torch and Triton for it
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -18,7 +19,7 @@ TRAIN = OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node $(DEMO_PROCESSES) -m 
 CPP := $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 2>/dev/null)
 PY := magnet_fast kernels benchmarks tests setup.py
 
-.PHONY: env test lint format demo bench clean
+.PHONY: env test lint format demo bench gpu-check clean
 
 env: $(STAMP)
 
@@ -56,6 +57,10 @@ demo: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m pytest benchmarks --full --results build/benchmarks.json
 	$(BIN)/python -m benchmarks.plot build/benchmarks.json build/benchmarks.png
+
+# No environment of its own: a machine with a GPU often has no network, and torch for that GPU already.
+gpu-check:
+	$(PYTHON) -m benchmarks.gpu_check
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info $(DEMO) magnet_fast/*.so

@@ -305,16 +305,16 @@ def backward_keys_kernel(
         if QUERIES_B > 0:
             grad_key, grad_value, grad_logits = _add_queries(
                 grad_key, grad_value, key, value, table, first_key, image_qkv, image_grad, totals, means, place,
-                geometry, strides, grad_strides, scale, QUERIES_A, QUERIES_B, KEYS, D, D_TILE, WINDOW_H, WINDOW_W, PAD_FIRST,
-                SHIFTED, PRECISION,
+                geometry, strides, grad_strides, scale, QUERIES_A, QUERIES_B, KEYS, D, D_TILE, WINDOW_H, WINDOW_W,
+                PAD_FIRST, SHIFTED, PRECISION,
             )  # fmt: skip
             if slabs is not None:
                 grad_bias_b += grad_logits
         if QUERIES_C > 0:
             grad_key, grad_value, grad_logits = _add_queries(
                 grad_key, grad_value, key, value, table, first_key, image_qkv, image_grad, totals, means, place,
-                geometry, strides, grad_strides, scale, QUERIES_A + QUERIES_B, QUERIES_C, KEYS, D, D_TILE, WINDOW_H, WINDOW_W,
-                PAD_FIRST, SHIFTED, PRECISION,
+                geometry, strides, grad_strides, scale, QUERIES_A + QUERIES_B, QUERIES_C, KEYS, D, D_TILE, WINDOW_H,
+                WINDOW_W, PAD_FIRST, SHIFTED, PRECISION,
             )  # fmt: skip
             if slabs is not None:
                 grad_bias_c += grad_logits
