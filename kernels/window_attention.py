@@ -6,9 +6,10 @@ softmax is taken to base 2, with log2(e) folded into scale and bias. The backwar
 bias' gradient is the sum of dS over windows, which stays on chip until the program ends. Nothing is added to with
 atomics: programs write partial sums, which are added in a fixed order.
 
-A program takes a tile of a window's N queries, and all keys in one or two pieces (144 = 128 + 16), so that few lanes
-are idle. Up to N = 64 the tile is the whole window, and one backward kernel gives everything. Above, its programs give
-dQ and the bias' gradient, and those of a second kernel, each with a tile of keys, give dK and dV.
+A program takes a tile of a window's N queries, and all keys in up to three pieces (144 = 64 + 64 + 16), so that few
+lanes are idle; tiles are as large as the registers allow. In low precision a whole window of N <= 64 fits, and one
+backward kernel gives everything. Otherwise tiles of queries give dQ and each query's sums, and then tiles of keys give
+dK, dV and the bias' gradient. Tiles of one window run side by side, so that they read its tokens from the L2.
 
 Source: Liu et al., "Swin Transformer" (arXiv 2103.14030), section 3.2.
 """
@@ -41,6 +42,9 @@ from ._window_index import (
 
 LARGEST_WINDOW = 256
 """Tokens of a window that the kernels take."""
+
+LARGEST_IMAGE = 2**31 - 1
+"""Elements that one image of a batch may span: offsets within an image have 32 bits, those of images 64."""
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -242,7 +246,7 @@ def window_attention_backward(
         wanted: for each of the three, whether it is.
     """
     call = _Call(qkv, bias_table, pad_qkv, num_heads, window_h, window_w, shift_h, shift_w, scale, pad_first)
-    if grad_out.stride(3) != 1:  # for one, the expanded gradient of a sum
+    if grad_out.stride(3) != 1 or extent_of_image(grad_out) > LARGEST_IMAGE:  # for one, the expanded gradient of a sum
         grad_out = grad_out.contiguous()
     want_qkv, want_table = wanted[:2]
     want_pad = wanted[2] and pad_qkv is not None and call.padded
@@ -289,6 +293,11 @@ def window_attention_backward(
         if pad_parts is not None:
             grad_pad[channels:] = pad_parts.sum(0).flatten()
     return [grad_qkv, grad_table, grad_pad]
+
+
+def extent_of_image(tensor: Tensor) -> int:
+    """Elements from the first to the last of one image of (B, H, W, C)."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape[1:], tensor.stride()[1:], strict=True))
 
 
 _LARGEST_TILE = 64
@@ -376,30 +385,36 @@ def _forward_candidates(tokens: int, d: int, dtype: torch.dtype, precision: str)
     Only such as need no more registers than there are, which `magnet_fast.kernels.report` tells. A warp takes 16 rows
     of a product: 64 queries and 4 warps where their bias fits, else 16 queries, whose keys the warps share.
     """
+    a, b, c = _pieces(tokens)
     large = dtype != torch.float32 and (tokens <= _LARGEST_TILE or (tokens <= 144 and d <= 32))
-    tile = min(_LARGEST_TILE, power_of_two(tokens)) if large else 16
-    keys = _pieces(tokens)
-    sizes = {"QUERIES": tile, "KEYS_A": keys[0], "KEYS_B": keys[1], "KEYS_C": keys[2]}
-    return _by_programs(sizes, (1, 2, 4) if tile <= 64 and tokens <= 64 else (1, 2))
+    sizes = {"QUERIES": min(_LARGEST_TILE, power_of_two(tokens)) if large else 16}
+    return _by_programs({**sizes, "KEYS_A": a, "KEYS_B": b, "KEYS_C": c}, 4 if large else 8)
 
 
 def _backward_candidates(tokens: int, d: int, dtype: torch.dtype, precision: str) -> Sequence[triton.Config]:
-    return _by_programs({"TILE": power_of_two(tokens)}, (2, 1))
+    return _by_programs({"TILE": power_of_two(tokens)}, 4)
 
 
 def _backward_queries_candidates(tokens: int, d: int, dtype: torch.dtype, precision: str) -> Sequence[triton.Config]:
-    keys = _pieces(tokens)
-    return _by_programs({"QUERIES": 16, "KEYS_A": keys[0], "KEYS_B": keys[1], "KEYS_C": keys[2]}, (2, 1))
+    a, b, c = _pieces(tokens)
+    return _by_programs({"QUERIES": 16, "KEYS_A": a, "KEYS_B": b, "KEYS_C": c}, _warps(tokens, d, dtype))
 
 
 def _backward_keys_candidates(tokens: int, d: int, dtype: torch.dtype, precision: str) -> Sequence[triton.Config]:
-    queries = _pieces(tokens)
-    return _by_programs({"KEYS": 16, "QUERIES_A": queries[0], "QUERIES_B": queries[1], "QUERIES_C": queries[2]}, (2, 1))
+    a, b, c = _pieces(tokens)
+    return _by_programs({"KEYS": 16, "QUERIES_A": a, "QUERIES_B": b, "QUERIES_C": c}, _warps(tokens, d, dtype))
 
 
-def _by_programs(sizes: dict[str, int], resident: Sequence[int]) -> list[triton.Config]:
-    """One configuration for each number of programs that a multiprocessor should have."""
-    return [triton.Config({**sizes, "RESIDENT": count}, num_warps=4, num_stages=1) for count in resident]
+def _warps(tokens: int, d: int, dtype: torch.dtype) -> int:
+    return 8 if dtype == torch.float32 or d > 32 or tokens > 144 else 4
+
+
+def _by_programs(sizes: dict[str, int], warps: int) -> list[triton.Config]:
+    """One configuration for each number of programs that a multiprocessor should have: 8 warps of them are what the
+    registers of these kernels allow at once; with more the device balances work better, but sums are in more parts."""
+    return [
+        triton.Config({**sizes, "RESIDENT": times * 8 // warps}, num_warps=warps, num_stages=1) for times in (1, 2, 4)
+    ]
 
 
 _forward_autotuner = Autotuner(_forward_candidates, _forward_kernel)
@@ -410,13 +425,13 @@ _backward_keys_autotuner = Autotuner(_backward_keys_candidates, backward_keys_ke
 
 def launches(dtype: torch.dtype, quick: bool) -> Iterator[tuple[str, Callable[[], object]]]:
     """Calls that :mod:`.report` compiles: windows and head widths, shifted and padded, on meta tensors."""
-    sizes = [(7, 32), (8, 32), (12, 32), (16, 32), (7, 16), (12, 16), (7, 64), (12, 64), (16, 64)]
-    for side, d in [(7, 32), (12, 32)] if quick else sizes:
-        heads, shift = 4, side // 2
-        qkv = torch.empty(16, 30, 30, 3 * heads * d, dtype=dtype, device="meta")
+    sizes = [(7, 32), (8, 32), (12, 32), (16, 32), (7, 64), (12, 64)]
+    for side, d in sizes[:1] if quick else sizes:
+        heads, shift, extent = 4, side // 2, 30 if side > 7 else 31
+        qkv = torch.empty(16, extent, extent, 3 * heads * d, dtype=dtype, device="meta")
         table = torch.empty((2 * side - 1) ** 2, heads, dtype=dtype, device="meta")
         pad = torch.empty(3 * heads * d, dtype=dtype, device="meta")
         arguments = (qkv, table, pad, heads, side, side, shift, shift, d**-0.5, True)
-        grad = torch.empty(16, 30, 30, heads * d, dtype=dtype, device="meta")
+        grad = torch.empty(16, extent, extent, heads * d, dtype=dtype, device="meta")
         yield f"w {side}, d {d}", functools.partial(window_attention_forward, *arguments)
         yield f"w {side}, d {d}", functools.partial(window_attention_backward, grad, *arguments, (True, True, True))

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from . import _triton_backend
 
-# `magnet_fast.kernels.window_attention.LARGEST_WINDOW`, which cannot be asked before Triton is imported.
+# As in `magnet_fast.kernels.window_attention`, which cannot be asked before Triton is imported.
 _LARGEST_WINDOW = 256
+_LARGEST_IMAGE = 2**31 - 1
 _LARGEST_HEAD = 128
 
 
@@ -20,6 +21,10 @@ def supports(qkv: Tensor, bias_table: Tensor, pad_qkv: Tensor | None, num_heads:
         return f"a window of {window_h}x{window_w} tokens is not supported, at most {_LARGEST_WINDOW} tokens"
     if d > _LARGEST_HEAD:
         return f"{d} channels a head are not supported, at most {_LARGEST_HEAD}"
+    _, height, width, channels = qkv.shape
+    span = max(height * width * channels, (height - 1) * qkv.stride(1) + (width - 1) * qkv.stride(2) + channels)
+    if span > _LARGEST_IMAGE:
+        return f"an image of {span} numbers is not supported, at most {_LARGEST_IMAGE}"
     return _triton_backend.supports(qkv)
 
 

@@ -4,19 +4,26 @@ import pytest
 import torch
 
 from magnet_fast import ops
+from magnet_fast.kernels import window_attention
+from magnet_fast.ops import _triton_window
 from tests.ops.cases import assert_low_precision, weighted_sum, window_case
 
 ORDERS = pytest.mark.parametrize("pad_first", [True, False], ids=["pad first", "roll first"])
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
 NAMES = ("output", "gradient of qkv", "gradient of bias_table", "gradient of pad_qkv")
-# Two multiprocessors in the interpreter: with one head, two programs share the windows.
+# The interpreter pretends to have two multiprocessors: with one head, several programs share the windows.
 SHAPES = {
     "rectangular": {"size": (5, 4), "window": (2, 3), "shift": (1, 2), "d": 8},
-    "w 7": {"size": (15, 8), "window": (7, 7), "shift": (3, 3), "heads": 1, "d": 32},
-    "odd numbers": {"size": (7, 9), "window": (3, 5), "shift": (1, 0), "d": 5},
-    "map smaller than the shift": {"size": (3, 9), "window": (5, 5), "shift": (4, 2), "d": 8},
-    "no padding, no shift": {"size": (8, 4), "window": (4, 4), "shift": (0, 0), "heads": 1, "d": 16},
+    "w 7": {"size": (9, 8), "window": (7, 7), "shift": (3, 3), "d": 32},
+    "odd numbers": {"size": (7, 6), "window": (3, 5), "shift": (1, 0), "d": 5},
+    "map smaller than the shift": {"size": (3, 6), "window": (5, 5), "shift": (4, 2), "d": 8},
+    "no padding, no shift": {"size": (8, 4), "window": (4, 4), "shift": (0, 0), "d": 16},
 }
+W_12 = {"size": (12, 11), "window": (12, 12), "shift": (6, 6), "d": 16}
+
+
+def small(**options):
+    return window_case(**{"batch": 1, "heads": 1, "dtype": torch.float32, **options})
 
 
 def run(case, backend):
@@ -45,72 +52,72 @@ def assert_near(case):
 
 @DTYPES
 @ORDERS
-@pytest.mark.parametrize("shape", ["rectangular", "w 7"])
-def test_agrees_with_the_reference(shape, pad_first, dtype):
-    assert_agrees(window_case(**SHAPES[shape], pad_first=pad_first, dtype=dtype))
+def test_agrees_with_the_reference(pad_first, dtype):
+    assert_agrees(small(**SHAPES["rectangular"], heads=2, pad_first=pad_first, dtype=dtype))
+
+
+@DTYPES
+def test_w_7(dtype):
+    """A whole window in one tile in low precision, tiles of 16 in float32."""
+    assert_agrees(small(**SHAPES["w 7"], dtype=dtype))
 
 
 @ORDERS
 @pytest.mark.parametrize("padding", [True, False], ids=["pad_qkv", "zeros"])
 @pytest.mark.parametrize("shape", sorted(SHAPES.keys() - {"rectangular", "w 7"}))
 def test_agrees_in_float32(shape, padding, pad_first):
-    assert_near(window_case(**SHAPES[shape], padding=padding, pad_first=pad_first, batch=1, dtype=torch.float32))
+    assert_near(small(**SHAPES[shape], padding=padding, pad_first=pad_first))
 
 
 def test_w_12():
-    """Three tiles of queries, two pieces of keys, another kernel for dK and dV."""
-    options = {"size": (13, 11), "window": (12, 12), "shift": (6, 6), "heads": 1, "d": 16, "batch": 1}
-    assert_agrees(window_case(**options, dtype=torch.bfloat16))
-    assert_near(window_case(**options, pad_first=False, dtype=torch.float32))
-
-
-def test_largest_window():
-    assert_near(window_case(size=(16, 17), window=(16, 16), shift=(0, 5), heads=1, d=8, batch=1, dtype=torch.float32))
-
-
-@ORDERS
-def test_every_padding_residue(pad_first):
-    for height in range(4, 8):
-        for width in (height, height + 1):
-            case = window_case(
-                batch=1, size=(height, width), window=(4, 4), shift=(2, 1), heads=1, d=2, pad_first=pad_first,
-                dtype=torch.float32,
-            )  # fmt: skip
-            assert_near(case)
-
-
-@pytest.mark.parametrize("shape", ["rectangular", "w 12"])
-@pytest.mark.parametrize("which", range(3), ids=["qkv", "bias_table", "pad_qkv"])
-def test_one_gradient_at_a_time(which, shape):
-    w_12 = {"size": (13, 12), "window": (12, 12), "shift": (6, 6), "heads": 1, "d": 8, "batch": 1}
-    case = window_case(**SHAPES.get(shape, w_12), dtype=torch.float32)
-    with ops.backend("reference"):
-        expected = in_float64(case).gradients()[which]
-    with ops.backend("triton"):
-        leaves = [leaf if i == which else leaf.detach() for i, leaf in enumerate(case.leaves)]
-        (alone,) = torch.autograd.grad(weighted_sum(case(*leaves)), leaves[which])
-    torch.testing.assert_close(alone, expected.float(), rtol=2e-5, atol=2e-5)
-
-
-def test_same_bits_twice():
-    case = window_case(batch=3, size=(9, 7), window=(3, 3), shift=(1, 1), heads=1, d=16, dtype=torch.bfloat16)
-    assert all(torch.equal(a, b) for a, b in zip(run(case, "triton"), run(case, "triton"), strict=True))
-
-
-def test_table_and_padding_token_in_float32():
-    case = window_case(**SHAPES["rectangular"], dtype=torch.bfloat16)
+    """Several tiles, three pieces of keys, another kernel for dK and dV; a table in float32 beside bfloat16."""
+    case = small(**W_12, pad_first=False, dtype=torch.bfloat16)
     case.leaves[1:] = [leaf.detach().float().requires_grad_() for leaf in case.leaves[1:]]
     assert_agrees(case)
 
 
+def test_w_12_in_float32():
+    assert_near(small(**{**W_12, "d": 8}))
+
+
+def test_largest_window():
+    """No gradients: those are `test_w_12`'s, in other tiles."""
+    case = small(size=(16, 15), window=(16, 16), shift=(0, 5), d=8)
+    with ops.backend("triton"):
+        ours = case()[0]
+    torch.testing.assert_close(ours, run(in_float64(case), "reference")[0].float(), rtol=1e-5, atol=1e-5)
+
+
+@ORDERS
+def test_every_padding_residue(pad_first):
+    for height, width in ((2, 3), (3, 4), (4, 2), (3, 3)):
+        assert_near(small(size=(height, width), window=(3, 3), shift=(2, 1), d=2, pad_first=pad_first))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["tiles", "whole window"])
+@pytest.mark.parametrize("which", range(3), ids=["qkv", "bias_table", "pad_qkv"])
+def test_one_gradient_at_a_time(which, dtype):
+    case = small(**SHAPES["rectangular"], dtype=dtype)
+    with ops.backend("triton"):
+        together = case.gradients()[which]
+        leaves = [leaf if i == which else leaf.detach() for i, leaf in enumerate(case.leaves)]
+        (alone,) = torch.autograd.grad(weighted_sum(case(*leaves)), leaves[which])
+    assert torch.equal(alone, together)
+
+
+def test_same_bits_twice():
+    case = small(size=(9, 7), window=(3, 3), shift=(1, 1), d=16, dtype=torch.bfloat16)
+    assert all(torch.equal(a, b) for a, b in zip(run(case, "triton"), run(case, "triton"), strict=True))
+
+
 def test_views():
     """A slice of a wider tensor, of every other image, and a gradient with strides of its own."""
-    case = window_case(batch=4, size=(5, 4), window=(3, 3), shift=(1, 1), d=8, dtype=torch.float32)
+    case = small(batch=4, size=(5, 4), window=(3, 3), shift=(1, 1), d=8)
     qkv, table, pad = (leaf.detach() for leaf in case.leaves)
     wide = torch.full((4, 5, 6, qkv.shape[3] + 9), torch.nan)
     wide[:, :, 1:-1, 3:-6] = qkv
     view = wide[::2, :, 1:-1, 3:-6].requires_grad_()
-    grad = torch.randn(2, 4, 5, 16).transpose(1, 2)  # (2, 5, 4, 16)
+    grad = torch.randn(2, 4, 5, 8).transpose(1, 2)  # (2, 5, 4, 8)
     found = {}
     for backend in ("triton", "reference"):
         with ops.backend(backend):
@@ -122,14 +129,14 @@ def test_views():
 
 
 def test_nan_goes_where_the_reference_sends_it():
-    case = window_case(size=(7, 9), window=(4, 5), shift=(2, 2), d=8, dtype=torch.float32)
+    case = small(size=(7, 9), window=(4, 5), shift=(2, 2), d=8)
     case.leaves[0].data[0, 3, 4] = torch.nan
     ours, plain = (run(case, backend)[0].isnan() for backend in ("triton", "reference"))
     assert torch.equal(ours, plain) and 0 < ours.sum() < ours.numel()
 
 
 def test_minus_infinity_in_the_table():
-    case = window_case(size=(6, 7), window=(4, 4), shift=(2, 2), d=8, dtype=torch.float32)
+    case = small(size=(6, 7), window=(4, 4), shift=(2, 2), d=8)
     case.leaves[1].data[:20] = -torch.inf
     results = run(case, "triton")
     assert all(tensor.isfinite().all() for tensor in results)
@@ -137,7 +144,7 @@ def test_minus_infinity_in_the_table():
 
 
 def test_registered_for_compilation():
-    case = window_case(batch=1, size=(3, 4), window=(2, 3), d=8, dtype=torch.float32)
+    case = small(size=(3, 4), window=(2, 3), d=8)
     arguments = [a.detach() if isinstance(a, torch.Tensor) else a for a in case.normalised()]
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.magnet_fast.window_attention.default, (*arguments, "triton"), test_utils=checks)
@@ -165,3 +172,11 @@ def test_auto_never_takes_the_interpreter():
 def test_what_the_kernels_do_not_take(reason, change):
     with ops.backend("triton"), pytest.raises(ops.BackendError, match=reason):
         window_case(**{"dtype": torch.float32, **change})()
+
+
+def test_limits_are_the_kernels():
+    assert _triton_window._LARGEST_WINDOW == window_attention.LARGEST_WINDOW
+    assert _triton_window._LARGEST_IMAGE == window_attention.LARGEST_IMAGE
+    huge = torch.empty(24).expand(1, 40_000, 30_000, 24)
+    with ops.backend("triton"), pytest.raises(ops.BackendError, match="an image of 28800000000 numbers"):
+        ops.window_attention(huge, torch.zeros(9, 1), num_heads=1, window_size=2)
