@@ -3,6 +3,7 @@
 #   make lint    style of Python and C++      make bench   all benchmarks, results and plots
 #   make format  rewrite to that style        make docs    the documentation, in build/docs
 #   make clean   remove everything made here
+#   make gpu-check  tests and benchmarks on a GPU, with the Python (PYTHON=) that has torch and Triton for it
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -19,7 +20,7 @@ TRAIN = OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node $(DEMO_PROCESSES) -m 
 CPP := $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 2>/dev/null)
 PY := magnet_fast kernels benchmarks tests setup.py
 
-.PHONY: env test lint format demo bench docs clean
+.PHONY: env test lint format demo bench docs gpu-check clean
 
 env: $(STAMP)
 
@@ -66,6 +67,10 @@ docs: $(STAMP)
 	$(BIN)/python -m pip install --quiet $$($(BIN)/python -c '$(DOCS_EXTRA)')
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "Documentation: $(abspath build/docs)/index.html"
+
+# No environment of its own: a machine with a GPU often has no network, and torch for that GPU already.
+gpu-check:
+	$(PYTHON) -m benchmarks.gpu_check
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info $(DEMO) magnet_fast/*.so

@@ -13,66 +13,15 @@ are; after a shift, queries meet the keys of their own region only, which `opera
 
 from __future__ import annotations
 
-from collections import Counter
-from typing import NamedTuple
-
 import pytest
 import torch
 
 from benchmarks import plain
+from benchmarks.window_shapes import MODELS, Shape, traffic
 from magnet_fast import ops
 
 PATHS = ["plain", "plain SDPA", "torch.compile", "reference", "cpu"]
-MODELS = {"Swin-T": (96, 3), "Swin-B": (128, 4)}  # channels and heads of the first stage
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-class Shape(NamedTuple):
-    model: str
-    side: int
-    stage: int
-    window: int
-    shifted: bool
-
-    @property
-    def shift(self) -> int:
-        return self.window // 2 if self.shifted else 0
-
-    @property
-    def extent(self) -> int:
-        """Side of the map."""
-        return -(-self.side // (2 << self.stage))
-
-    @property
-    def channels(self) -> int:
-        return MODELS[self.model][0] << (self.stage - 1)
-
-    @property
-    def heads(self) -> int:
-        return MODELS[self.model][1] << (self.stage - 1)
-
-    def __str__(self) -> str:
-        kind = "shifted" if self.shifted else "unshifted"
-        return f"{self.model} {self.side} stage {self.stage} w {self.window} {kind}"
-
-    def operations(self) -> int:
-        """2 for every multiplication and addition that one product of the forward pass needs."""
-        padded = -(-self.extent // self.window) * self.window
-        # Along one axis: (window, region) -> real tokens, padded tokens.
-        real: Counter[tuple[int, int]] = Counter()
-        padding: Counter[tuple[int, int]] = Counter()
-        for at in range(padded):
-            region = (at >= padded - self.window) + (at >= padded - self.shift) if self.shifted else 0
-            tokens = real if (at + self.shift) % padded < self.extent else padding
-            tokens[at // self.window, region] += 1
-        pairs = 0
-        groups = real.keys() | padding.keys()
-        for row in groups:
-            for column in groups:
-                queries = real[row] * real[column]
-                tokens = (real[row] + padding[row]) * (real[column] + padding[column])
-                pairs += queries * (queries + (tokens > queries))
-        return 2 * pairs * self.channels
 
 
 SUBSET = [
@@ -114,15 +63,6 @@ def runner(path: str, shape: Shape, dtype: torch.dtype, backward: bool):
         torch.autograd.grad(forward(), (qkv, table, pad), grad, allow_unused=True)  # pad: only where it pads
 
     return both if backward else forward
-
-
-def traffic(shape: Shape, dtype: torch.dtype, backward: bool) -> dict[str, int]:
-    """What one run cannot do without."""
-    numbers = shape.extent**2 * shape.channels
-    return {
-        "bytes": (4 + 7 * backward) * numbers * dtype.itemsize,
-        "flops": (2 + 5 * backward) * shape.operations(),
-    }
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

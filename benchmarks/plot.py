@@ -23,6 +23,8 @@ COLOURS = {
     "cpu window attention": "#6aaee8",
     "cpu": "#2878c8",
     "auto": "#2878c8",
+    "triton": "#2878c8",
+    "FlexAttention": "#50b090",
 }
 _CEILING = "#c03030"
 
@@ -77,10 +79,12 @@ def _section_height(rows: list[dict]) -> int:
 
 
 def _caption(machine: dict) -> str:
-    return (
-        f"Times as fast as the baseline (longer is better). {machine['processor']}, {machine['threads']} threads, "
-        f"{machine['cpu_capability']}, torch {machine['torch']}, {machine['date']}"
-    )
+    if machine.get("driver"):  # measured on a GPU
+        where = f"{machine['gpu']}, driver {machine['driver']}, Triton {machine['triton']}"
+    else:
+        where = f"{machine['processor']}, {machine['threads']} threads, {machine['cpu_capability']}"
+    head = "Times as fast as the baseline (longer is better)."
+    return f"{head} {where}, torch {machine['torch']}, {machine['date']}"
 
 
 def _legend(ceilings: dict | None) -> str:

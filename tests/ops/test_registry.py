@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from magnet_fast import ops
-from magnet_fast.ops import _registry
+from magnet_fast.ops import _registry, _triton_backend
 
 from .cases import all_cases, window_case
 
 NAMES = "reference, cpu, triton, cuda, auto"
+TRITON = _triton_backend.missing or "device cpu is not supported, CUDA tensors only"
 
 
 def chosen(case=None) -> str:
@@ -128,14 +129,14 @@ def test_explain_auto():
     assert explanation.chosen == "cpu"
     assert explanation.reasons == {
         "cuda": "no kernel for this operator yet",
-        "triton": "no kernel for this operator yet",
+        "triton": TRITON,
         "reference": "can run, but cpu is preferred",
     }
     assert str(explanation) == repr(explanation)
     assert str(explanation).splitlines() == [
         "window_attention: cpu would run (the fastest that can)",
         "  cuda: no kernel for this operator yet",
-        "  triton: no kernel for this operator yet",
+        f"  triton: {TRITON}",
         "  reference: can run, but cpu is preferred",
     ]
 
@@ -201,9 +202,13 @@ def test_forced_backend_that_cannot_run(name):
         with pytest.raises(RuntimeError) as error:
             case()
         assert str(error.value) == str(explain(case))
-    reason = "device meta is not supported, CPU tensors only" if name == "cpu" else "no kernel for this operator yet"
+    reasons = {
+        "cpu": "device meta is not supported, CPU tensors only",
+        "triton": TRITON.replace("device cpu", "device meta"),
+        "cuda": "no kernel for this operator yet",
+    }
     assert f"backend {name!r} is forced and cannot run" in str(error.value)
-    assert f"  {name}: {reason}" in str(error.value)
+    assert f"  {name}: {reasons[name]}" in str(error.value)
 
 
 def test_extension_that_is_not_built(monkeypatch, only_window_attention):

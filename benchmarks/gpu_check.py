@@ -1,0 +1,52 @@
+"""Everything that needs a GPU, in one command and without a network: python -m benchmarks.gpu_check
+
+Tests of the kernels on the device (tests/gpu), the same on a few shapes under compute-sanitizer where there is one, and
+the benchmarks with their results file and picture. Nothing is installed: the kernels are found in the checkout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def find_kernels() -> None:
+    """Make `magnet_fast.kernels` importable in a checkout that was not installed: it is the top folder kernels/."""
+    link = ROOT / "magnet_fast" / "kernels"
+    if importlib.util.find_spec("magnet_fast.kernels") is None:
+        link.symlink_to(Path("..", "kernels"), target_is_directory=True)
+
+
+def commands(results: Path, picture: Path) -> list[list[str]]:
+    """What is run, one after the other."""
+    tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu"]
+    found = [tests]
+    if sanitizer := shutil.which("compute-sanitizer"):
+        found.append([sanitizer, "--error-exitcode", "1", *tests, "-k", "agrees"])
+    found.append([sys.executable, "-m", "benchmarks.gpu", "--results", str(results), "--picture", str(picture)])
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "gpu.json")
+    parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "benchmarks-gpu.png")
+    options = parser.parse_args()
+    find_kernels()
+    failed = []
+    for command in commands(options.results, options.picture):
+        print("+", *command, flush=True)
+        if subprocess.run(command, cwd=ROOT).returncode:
+            failed.append(" ".join(command))
+    if failed:
+        raise SystemExit("gpu_check: failed:\n  " + "\n  ".join(failed))
+
+
+if __name__ == "__main__":
+    main()
