@@ -1,0 +1,373 @@
+"""The backward pass of cross-modal attention: the words' statistics again, then all gradients in one walk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import _runtime
+from ._cross_modal_launch import Similarity, rows, walks
+from ._cross_modal_tiles import LOG2_E, load_rows, pixel_weights, store_rows, words_of
+from ._runtime import dot
+from .cross_modal_attention import merge, product
+
+
+@triton.jit
+def _merged_statistics(
+    maximum_ptr,
+    total_ptr,
+    weighted_ptr,
+    slot,
+    runs,
+    SCORES: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """The runs' statistics of one head put together, each (BLOCK_T,): log2 of the sum of 2^score over all pixels, and
+    the mean, by weight, of the weights' gradient (0 unless SCORES)."""
+    word, run = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_R)
+    maximum = load_rows(maximum_ptr + slot * BLOCK_T * runs, runs, word, word < BLOCK_T, run, run < runs)
+    total = load_rows(total_ptr + slot * BLOCK_T * runs, runs, word, word < BLOCK_T, run, run < runs)
+    maximum = tl.where((run < runs)[None, :], maximum, float("-inf"))
+    largest = tl.max(maximum, 1)
+    base = tl.where(largest == float("-inf"), 0.0, largest)
+    kept = tl.exp2(maximum - base[:, None])
+    total = tl.sum(total * kept, 1)
+    mean = tl.zeros([BLOCK_T], tl.float32)
+    if SCORES:
+        weighted = load_rows(weighted_ptr + slot * BLOCK_T * runs, runs, word, word < BLOCK_T, run, run < runs)
+        mean = tl.sum(weighted * kept, 1) / total
+    return base + tl.log2(total), mean
+
+
+@triton.jit
+def _statistics_kernel(
+    pixel_ptr,  # (B, P, h * width)
+    word_ptr,  # (B, T, h * width)
+    image_value_ptr,  # (B, P, h * image_width)
+    grad_text_ptr,  # (B, T, h * image_width): gradient of text_out
+    mask_ptr,  # (B, T) uint8, contiguous
+    products_ptr,  # (B, h, P, BLOCK_T) float32, contiguous: wide heads' products of pixel and word
+    text_products_ptr,  # the same of image_value and grad_text
+    maximum_ptr,  # (B, h, BLOCK_T, runs) float32, contiguous, out
+    total_ptr,  # (B, h, BLOCK_T, runs) float32, contiguous, out
+    weighted_ptr,  # (B, h, BLOCK_T, runs) float32, contiguous, out: sum of 2^(score - maximum) * gradient of the weight
+    pixel_batch,
+    pixel_stride,
+    word_batch,
+    word_stride,
+    image_value_batch,
+    image_value_stride,
+    grad_text_batch,
+    grad_text_stride,
+    pixels,
+    words,
+    heads,
+    runs,
+    run_pixels,
+    width,
+    image_width,
+    scale,
+    HAS_MASK: tl.constexpr,
+    SCORES: tl.constexpr,  # the gradient of the scores is wanted, and with it `weighted`
+    WIDE: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """A run of pixels: what the words' softmax and its derivative need to know of all pixels."""
+    index = tl.program_id(0).to(tl.int64)
+    head = index % heads
+    run = (index // heads % runs).to(tl.int32)
+    image = index // heads // runs
+    first, last = run * run_pixels, tl.minimum((run + 1) * run_pixels, pixels)
+    is_word = words_of(mask_ptr, image, words, HAS_MASK, BLOCK_T)
+    word = tl.arange(0, BLOCK_T)
+    channel = tl.arange(0, BLOCK_D)
+    pixel_ptr += image * pixel_batch + head * width
+    image_value_ptr += image * image_value_batch + head * image_width
+    products_ptr += (image * heads + head) * pixels * BLOCK_T
+    text_products_ptr += (image * heads + head) * pixels * BLOCK_T
+
+    if not WIDE:
+        word_ptr += image * word_batch + head * width
+        word_rows = tl.trans(load_rows(word_ptr, word_stride, word, is_word, channel, channel < width))
+        if SCORES:
+            grad_text_ptr += image * grad_text_batch + head * image_width
+            grad_text = load_rows(grad_text_ptr, grad_text_stride, word, is_word, channel, channel < image_width)
+            grad_text = tl.trans(grad_text)
+    maximum = tl.full([BLOCK_T], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_T], tl.float32)
+    weighted = tl.zeros([BLOCK_T], tl.float32)
+    for start in range(first, last, BLOCK_P):
+        pixel = start + tl.arange(0, BLOCK_P)
+        is_pixel = pixel < last
+        if WIDE:
+            scores = load_rows(products_ptr, BLOCK_T, pixel, is_pixel, word, word < BLOCK_T)
+        else:
+            rows = load_rows(pixel_ptr, pixel_stride, pixel, is_pixel, channel, channel < width)
+            scores = dot(rows, word_rows, None, PRECISION)
+        scores = tl.where(is_pixel[:, None], scores * (scale * LOG2_E), float("-inf"))
+        larger = tl.maximum(maximum, tl.max(scores, 0))
+        base = tl.where(larger == float("-inf"), 0.0, larger)
+        weights, kept = tl.exp2(scores - base[None, :]), tl.exp2(maximum - base)
+        total = total * kept + tl.sum(weights, 0)
+        maximum = larger
+        if SCORES:
+            if WIDE:
+                grad_weights = load_rows(text_products_ptr, BLOCK_T, pixel, is_pixel, word, word < BLOCK_T)
+            else:
+                rows = load_rows(image_value_ptr, image_value_stride, pixel, is_pixel, channel, channel < image_width)
+                grad_weights = dot(rows, grad_text, None, PRECISION)
+            weighted = weighted * kept + tl.sum(weights * grad_weights, 0)
+    row = ((image * heads + head) * BLOCK_T + word) * runs + run
+    tl.store(maximum_ptr + row, maximum)
+    tl.store(total_ptr + row, total)
+    if SCORES:
+        tl.store(weighted_ptr + row, weighted)
+
+
+@triton.jit
+def _backward_kernel(
+    pixel_ptr,  # (B, P, h * width): image_query or image_key
+    word_ptr,  # (B, T, h * width): text_key or text_query
+    text_value_ptr,  # (B, T, h * text_width)
+    image_value_ptr,  # (B, P, h * image_width)
+    grad_image_ptr,  # (B, P, h * text_width): gradient of image_out
+    grad_text_ptr,  # (B, T, h * image_width): gradient of text_out
+    mask_ptr,  # (B, T) uint8, contiguous
+    products_ptr,  # (B, h, P, BLOCK_T) float32, contiguous: wide heads' products of pixel and word
+    image_products_ptr,  # the same of grad_image and text_value
+    text_products_ptr,  # the same of image_value and grad_text
+    maximum_ptr,  # (B, h, BLOCK_T, runs) float32, contiguous: of `_statistics_kernel`, as the next two
+    total_ptr,
+    weighted_ptr,
+    grad_pixel_ptr,  # (B, P, h * width), contiguous, out
+    grad_image_value_ptr,  # (B, P, h * image_width), contiguous, out
+    word_sums_ptr,  # (B, h, runs, BLOCK_T, width) float32, contiguous, out: a run's part of the gradient of word
+    text_value_sums_ptr,  # (B, h, runs, BLOCK_T, text_width) float32, contiguous, out: and of text_value
+    pixel_batch,
+    pixel_stride,
+    word_batch,
+    word_stride,
+    text_value_batch,
+    text_value_stride,
+    image_value_batch,
+    image_value_stride,
+    grad_image_batch,
+    grad_image_stride,
+    grad_text_batch,
+    grad_text_stride,
+    pixels,
+    words,
+    heads,
+    runs,
+    run_pixels,
+    blocks,
+    width,
+    text_width,
+    image_width,
+    scale,
+    HAS_MASK: tl.constexpr,
+    HAS_IMAGE: tl.constexpr,  # a gradient of image_out came
+    HAS_TEXT: tl.constexpr,  # a gradient of text_out came
+    WANT_PIXEL: tl.constexpr,
+    WANT_WORD: tl.constexpr,
+    WANT_TEXT_VALUE: tl.constexpr,  # never without HAS_IMAGE
+    WANT_IMAGE_VALUE: tl.constexpr,  # never without HAS_TEXT
+    WIDE: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,  # at least `runs`
+    PRECISION: tl.constexpr,
+):
+    """A run of pixels: the pixels' gradients, and the run's part of the words'. Wide heads: of one block of channels.
+
+    With W and V the weights of the two directions and G their gradients, the scores' gradient is
+    W * (G_W - rowsum(W * G_W)) + V * (G_V - columnsum(V * G_V)).
+    """
+    SCORES: tl.constexpr = WANT_PIXEL or WANT_WORD
+    index = tl.program_id(0).to(tl.int64)
+    block = (index % blocks).to(tl.int32)
+    head = index // blocks % heads
+    run = (index // blocks // heads % runs).to(tl.int32)
+    image = index // blocks // heads // runs
+    first, last = run * run_pixels, tl.minimum((run + 1) * run_pixels, pixels)
+    is_word = words_of(mask_ptr, image, words, HAS_MASK, BLOCK_T)
+    word = tl.arange(0, BLOCK_T)
+    channel = block * BLOCK_D + tl.arange(0, BLOCK_D)
+    slot = image * heads + head
+    pixel_ptr += image * pixel_batch + head * width
+    grad_pixel_ptr += image * pixels * heads * width + head * width
+    products_ptr += slot * pixels * BLOCK_T
+    image_products_ptr += slot * pixels * BLOCK_T
+    text_products_ptr += slot * pixels * BLOCK_T
+
+    word_ptr += image * word_batch + head * width
+    word_rows = load_rows(word_ptr, word_stride, word, is_word, channel, channel < width)
+    if HAS_IMAGE:
+        text_value_ptr += image * text_value_batch + head * text_width
+        grad_image_ptr += image * grad_image_batch + head * text_width
+        text_value = load_rows(text_value_ptr, text_value_stride, word, is_word, channel, channel < text_width)
+    if HAS_TEXT:
+        image_value_ptr += image * image_value_batch + head * image_width
+        grad_image_value_ptr += image * pixels * heads * image_width + head * image_width
+        grad_text_ptr += image * grad_text_batch + head * image_width
+        grad_text = load_rows(grad_text_ptr, grad_text_stride, word, is_word, channel, channel < image_width)
+        log_total, mean = _merged_statistics(maximum_ptr, total_ptr, weighted_ptr, slot, runs, SCORES, BLOCK_T, BLOCK_R)
+    grad_word = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
+    grad_text_value = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
+    for start in range(first, last, BLOCK_P):
+        pixel = start + tl.arange(0, BLOCK_P)
+        is_pixel = pixel < last
+        if WANT_WORD or not WIDE:
+            pixel_rows = load_rows(pixel_ptr, pixel_stride, pixel, is_pixel, channel, channel < width)
+        if WIDE:
+            scores = load_rows(products_ptr, BLOCK_T, pixel, is_pixel, word, word < BLOCK_T)
+        else:
+            scores = dot(pixel_rows, tl.trans(word_rows), None, PRECISION)
+        scores *= scale * LOG2_E
+        grad_scores = tl.zeros([BLOCK_P, BLOCK_T], tl.float32)
+        if HAS_IMAGE:
+            weights = pixel_weights(scores, is_word)
+            if WANT_TEXT_VALUE or not WIDE:
+                rows = load_rows(grad_image_ptr, grad_image_stride, pixel, is_pixel, channel, channel < text_width)
+            if SCORES:
+                if WIDE:
+                    grads = load_rows(image_products_ptr, BLOCK_T, pixel, is_pixel, word, word < BLOCK_T)
+                else:
+                    grads = dot(rows, tl.trans(text_value), None, PRECISION)
+                grad_scores += weights * (grads - tl.sum(weights * grads, 1)[:, None])
+            if WANT_TEXT_VALUE:
+                grad_text_value = dot(tl.trans(weights.to(rows.dtype)), rows, grad_text_value, PRECISION)
+        if HAS_TEXT:
+            weights = tl.exp2(scores - log_total[None, :])
+            # Masked words have the weights of a score of 0, which may be anything.
+            weights = tl.where(is_pixel[:, None] & is_word[None, :], weights, 0.0)
+            if SCORES:
+                if WIDE:
+                    grads = load_rows(text_products_ptr, BLOCK_T, pixel, is_pixel, word, word < BLOCK_T)
+                else:
+                    rows = load_rows(
+                        image_value_ptr, image_value_stride, pixel, is_pixel, channel, channel < image_width
+                    )
+                    grads = dot(rows, tl.trans(grad_text), None, PRECISION)
+                grad_scores += weights * (grads - mean[None, :])
+            if WANT_IMAGE_VALUE:
+                out = dot(weights.to(grad_text.dtype), grad_text, None, PRECISION)
+                store_rows(
+                    grad_image_value_ptr, heads * image_width, pixel, is_pixel, channel, channel < image_width, out
+                )
+        if SCORES:
+            grad_scores = grad_scores.to(word_rows.dtype)
+        if WANT_PIXEL:
+            out = dot(grad_scores, word_rows, None, PRECISION) * scale
+            store_rows(grad_pixel_ptr, heads * width, pixel, is_pixel, channel, channel < width, out)
+        if WANT_WORD:
+            grad_word = dot(tl.trans(grad_scores), pixel_rows, grad_word, PRECISION)
+    if WANT_WORD:
+        word_sums_ptr += (slot * runs + run) * BLOCK_T * width
+        store_rows(word_sums_ptr, width, word, is_word, channel, channel < width, grad_word)
+    if WANT_TEXT_VALUE:
+        text_value_sums_ptr += (slot * runs + run) * BLOCK_T * text_width
+        store_rows(text_value_sums_ptr, text_width, word, is_word, channel, channel < text_width, grad_text_value)
+
+
+def backward(
+    similarity: Similarity, grad_image: Tensor | None, grad_text: Tensor | None, wanted: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of pixel, word, text_value and image_value, None for those not wanted.
+
+    Args:
+        grad_image, grad_text: gradients of image_out and text_out, with a contiguous last dimension; not both None.
+        wanted: which of the four. text_value only beside grad_image, image_value only beside grad_text.
+    """
+    this, batch, (width, text_width, _) = similarity, similarity.pixel.shape[0], similarity.widths
+    given = (this.pixel, this.word, this.text_value, this.image_value)
+    contiguous = torch.contiguous_format
+    grads = [torch.empty_like(t, memory_format=contiguous) if w else None for t, w in zip(given, wanted, strict=True)]
+    scores = wanted[0] or wanted[1]
+
+    # Pointers that a kernel does not follow point at a tensor of the right dtype.
+    nothing = this.scratch(1)
+    products = image_products = text_products = nothing
+    if this.wide:
+        products = product(this, this.pixel, this.word)
+        if scores and grad_image is not None:
+            image_products = product(this, grad_image, this.text_value)
+        if scores and grad_text is not None:
+            text_products = product(this, this.image_value, grad_text)
+    inputs = {
+        **rows("pixel", this.pixel, this.pixel),
+        **rows("word", this.word, this.pixel),
+        **rows("image_value", this.image_value, this.pixel),
+        **rows("grad_text", grad_text, this.pixel),
+        "mask_ptr": this.mask_or_placeholder,
+        "products_ptr": products,
+        "text_products_ptr": text_products,
+    }
+    maximum = total = weighted = nothing
+    if grad_text is not None:
+        maximum, total, weighted = this.statistics(), this.statistics(), this.statistics()
+
+        def launch_statistics(config: triton.Config) -> None:
+            sizes = this.walk_sizes()
+            del sizes["blocks"], sizes["text_width"]
+            _statistics_kernel[_runtime.grid(batch * this.heads * this.runs)](
+                **inputs,
+                maximum_ptr=maximum,
+                total_ptr=total,
+                weighted_ptr=weighted,
+                **this.sizes(),
+                **sizes,
+                SCORES=scores,
+                **config.all_kwargs(),
+            )
+
+        _STATISTICS(launch_statistics, this.pixel.device, *this.key(1 + scores), scores)
+
+    word_sums = this.partials(width) if wanted[1] else nothing
+    text_value_sums = this.partials(text_width) if wanted[2] else nothing
+
+    def launch(config: triton.Config) -> None:
+        _backward_kernel[_runtime.grid(batch * this.heads * this.runs * this.blocks)](
+            **inputs,
+            **rows("text_value", this.text_value, this.pixel),
+            **rows("grad_image", grad_image, this.pixel),
+            image_products_ptr=image_products,
+            maximum_ptr=maximum,
+            total_ptr=total,
+            weighted_ptr=weighted,
+            grad_pixel_ptr=this.pixel if grads[0] is None else grads[0],
+            grad_image_value_ptr=this.pixel if grads[3] is None else grads[3],
+            word_sums_ptr=word_sums,
+            text_value_sums_ptr=text_value_sums,
+            **this.sizes(),
+            **this.walk_sizes(),
+            HAS_IMAGE=grad_image is not None,
+            HAS_TEXT=grad_text is not None,
+            WANT_PIXEL=wanted[0],
+            WANT_WORD=wanted[1],
+            WANT_TEXT_VALUE=wanted[2],
+            WANT_IMAGE_VALUE=wanted[3],
+            BLOCK_R=_runtime.power_of_two(this.runs, 1),
+            **config.all_kwargs(),
+        )
+
+    tiles = 1 + (grad_image is not None) + (grad_text is not None)
+    _BACKWARD(launch, this.pixel.device, *this.key(tiles), grad_image is None, grad_text is None, *wanted)
+    if wanted[1]:
+        merge(this, word_sums, grads[1], factor=this.scale)
+    if wanted[2]:
+        merge(this, text_value_sums, grads[2])
+    return tuple(grads)
+
+
+_STATISTICS = _runtime.Autotuner(walks, _statistics_kernel)
+_BACKWARD = _runtime.Autotuner(walks, _backward_kernel)

@@ -1,0 +1,146 @@
+"""Host side of the cross-modal kernels: one similarity and what is read through it, and how its work is cut."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import triton
+from torch import Tensor
+
+from . import _runtime
+
+# Numbers of one accumulator of words by channels. The backward pass holds two, and three tiles of words beside them.
+_ACCUMULATOR = 4096
+_LARGEST_BLOCK = 128
+# Pixels of a run are a multiple of this, so that every BLOCK_P cuts runs at the same place.
+_RUN_STEP = 128
+# Programs that one image should give, for a large GPU at batch 1; and the runs that one merge takes.
+_PROGRAMS, _MOST_RUNS = 256, 64
+# Maps beyond this many pixels choose as this one.
+_MOST_PIXELS = 4096
+
+
+@dataclass(frozen=True)
+class Similarity:
+    """Pixels times words, read by pixels (text_value -> image_out), by words (image_value -> text_out) or by both.
+
+    All tensors have a contiguous last dimension and any other strides.
+    """
+
+    pixel: Tensor  # (B, P, h * width): image_query or image_key
+    word: Tensor  # (B, T, h * width): text_key or text_query
+    text_value: Tensor | None  # (B, T, h * text_width)
+    image_value: Tensor | None  # (B, P, h * image_width)
+    mask: Tensor | None  # (B, T) uint8, contiguous
+    heads: int
+    scale: float
+
+    @cached_property
+    def widths(self) -> tuple[int, int, int]:
+        """Channels of one head: of the similarity, of text_value and of image_value (0 without)."""
+        tensors = (self.pixel, self.text_value, self.image_value)
+        return tuple(0 if tensor is None else tensor.shape[2] // self.heads for tensor in tensors)
+
+    @cached_property
+    def block_t(self) -> int:
+        return _runtime.power_of_two(self.word.shape[1])
+
+    @cached_property
+    def wide(self) -> bool:
+        """Whether a tile of words with all channels of a head is too much for one program."""
+        block = _runtime.power_of_two(max(self.widths))
+        return block > _LARGEST_BLOCK or block * self.block_t > _ACCUMULATOR
+
+    @cached_property
+    def block_d(self) -> int:
+        if not self.wide:
+            return _runtime.power_of_two(max(self.widths))
+        sizes = [size for size in (_LARGEST_BLOCK, 64) if size * self.block_t <= _ACCUMULATOR]
+        return min(sizes, key=lambda size: triton.cdiv(max(self.widths), size) * size)
+
+    @cached_property
+    def blocks(self) -> int:
+        """Blocks of channels, each walked over by programs of its own."""
+        return triton.cdiv(max(self.widths), self.block_d)
+
+    @cached_property
+    def run_pixels(self) -> int:
+        pixels = self.pixel.shape[1]
+        runs = max(1, min(_PROGRAMS // (self.heads * self.blocks), _MOST_RUNS))
+        return triton.cdiv(triton.cdiv(pixels, runs), _RUN_STEP) * _RUN_STEP
+
+    @cached_property
+    def runs(self) -> int:
+        return triton.cdiv(self.pixel.shape[1], self.run_pixels)
+
+    def sizes(self) -> dict[str, int | float]:
+        """Arguments of every kernel."""
+        return {
+            "pixels": self.pixel.shape[1],
+            "words": self.word.shape[1],
+            "heads": self.heads,
+            "scale": self.scale,
+            "HAS_MASK": self.mask is not None,
+            "BLOCK_T": self.block_t,
+            "PRECISION": _runtime.input_precision(self.pixel.dtype),
+        }
+
+    def walk_sizes(self) -> dict[str, int | bool]:
+        """Arguments of the kernels that walk over runs of pixels."""
+        width, text_width, image_width = self.widths
+        return {
+            "runs": self.runs,
+            "run_pixels": self.run_pixels,
+            "blocks": self.blocks,
+            "width": width,
+            "text_width": text_width,
+            "image_width": image_width,
+            "WIDE": self.wide,
+            "BLOCK_D": self.block_d,
+        }
+
+    def key(self, tiles: int) -> tuple[object, ...]:
+        """What a configuration is chosen by; ``tiles`` of (BLOCK_P, block_d) are loaded in a step."""
+        pixels = min(_runtime.power_of_two(self.pixel.shape[1]), _MOST_PIXELS)
+        many = (_runtime.input_precision(self.pixel.dtype), self.heads, self.wide, *self.widths, self.mask is None)
+        return (self.pixel.dtype, pixels, self.block_t, self.block_d, tiles, *many)
+
+    @property
+    def mask_or_placeholder(self) -> Tensor:
+        return self.pixel if self.mask is None else self.mask
+
+    def scratch(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=self.pixel.device)
+
+    def partials(self, width: int) -> Tensor:
+        """What each run adds to a tensor of the words: (B, h, runs, BLOCK_T, width)."""
+        return self.scratch(self.pixel.shape[0], self.heads, self.runs, self.block_t, width)
+
+    def statistics(self) -> Tensor:
+        """A number of each word and run: (B, h, BLOCK_T, runs)."""
+        return self.scratch(self.pixel.shape[0], self.heads, self.block_t, self.runs)
+
+
+def rows(name: str, tensor: Tensor | None, placeholder: Tensor) -> dict[str, Tensor | int]:
+    """A tensor's arguments of a kernel; one that is not there is never read, but its pointer needs a dtype."""
+    if tensor is None:
+        return {f"{name}_ptr": placeholder, f"{name}_batch": 0, f"{name}_stride": 0}
+    return {f"{name}_ptr": tensor, f"{name}_batch": tensor.stride(0), f"{name}_stride": tensor.stride(1)}
+
+
+def walks(dtype: torch.dtype, pixels: int, block_t: int, block_d: int, tiles: int, *_: object) -> list[triton.Config]:
+    """Configurations of a walk over pixels, the best guess first, for a key of `Similarity.key`."""
+    # What the loads ahead may take: the rest of 100 KB or more goes to the words and to exchanges.
+    rows_ahead = _AHEAD_BYTES // (tiles * block_d * dtype.itemsize)
+    found = [
+        triton.Config({"BLOCK_P": block_p}, num_warps=warps, num_stages=stages)
+        for block_p, warps, stages in _WALKS
+        if block_p * stages <= rows_ahead and block_p <= pixels
+    ]
+    return found or [triton.Config({"BLOCK_P": 16}, num_warps=4, num_stages=1)]
+
+
+_AHEAD_BYTES = 64 * 1024
+_WALKS = ((64, 4, 2), (64, 8, 2), (64, 4, 3), (128, 8, 2), (32, 4, 2), (32, 4, 3), (16, 4, 2), (16, 4, 3))

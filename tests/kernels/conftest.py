@@ -1,0 +1,16 @@
+"""Two kinds of tests: the files of this folder that INTERPRETED names run in Triton's interpreter, in a process of
+their own (`test_interpreted.py` starts it), the others beside all other tests.
+
+Triton decides when it is imported, its own functions included, whether it interprets. So a process can do one of the
+two, and a variable set in the middle of a test session would depend on which test imported Triton first. To run one
+file alone, or with a debugger: TRITON_INTERPRET=1 pytest tests/kernels/test_window_attention.py
+"""
+
+from pathlib import Path
+
+from magnet_fast.ops import _triton_backend
+
+COMPILED = {"test_interpreted.py", "test_report.py", "test_runtime.py"}
+INTERPRETED = sorted(path.name for path in Path(__file__).parent.glob("test_*.py") if path.name not in COMPILED)
+
+collect_ignore = sorted(COMPILED) if _triton_backend.INTERPRETED else INTERPRETED
