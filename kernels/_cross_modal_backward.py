@@ -12,7 +12,7 @@ from torch import Tensor
 from . import _runtime
 from ._cross_modal_launch import Similarity, rows, walks
 from ._cross_modal_tiles import LOG2_E, load_rows, pixel_weights, store_rows, words_of
-from ._runtime import dot
+from ._runtime import dot, rounded
 from .cross_modal_attention import merge, product
 
 
@@ -30,8 +30,8 @@ def _merged_statistics(
     """The runs' statistics of one head put together, each (BLOCK_T,): log2 of the sum of 2^score over all pixels, and
     the mean, by weight, of the weights' gradient (0 unless SCORES)."""
     word, run = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_R)
-    maximum = load_rows(maximum_ptr + slot * BLOCK_T * runs, runs, word, word < BLOCK_T, run, run < runs)
-    total = load_rows(total_ptr + slot * BLOCK_T * runs, runs, word, word < BLOCK_T, run, run < runs)
+    maximum = load_rows(maximum_ptr + slot * BLOCK_T * runs, runs, 0, word, word < BLOCK_T, run, run < runs)
+    total = load_rows(total_ptr + slot * BLOCK_T * runs, runs, 0, word, word < BLOCK_T, run, run < runs)
     maximum = tl.where((run < runs)[None, :], maximum, float("-inf"))
     largest = tl.max(maximum, 1)
     base = tl.where(largest == float("-inf"), 0.0, largest)
@@ -39,7 +39,7 @@ def _merged_statistics(
     total = tl.sum(total * kept, 1)
     mean = tl.zeros([BLOCK_T], tl.float32)
     if SCORES:
-        weighted = load_rows(weighted_ptr + slot * BLOCK_T * runs, runs, word, word < BLOCK_T, run, run < runs)
+        weighted = load_rows(weighted_ptr + slot * BLOCK_T * runs, runs, 0, word, word < BLOCK_T, run, run < runs)
         mean = tl.sum(weighted * kept, 1) / total
     return base + tl.log2(total), mean
 
@@ -83,7 +83,7 @@ def _statistics_kernel(
     """A run of pixels: what the words' softmax and its derivative need to know of all pixels."""
     index = tl.program_id(0).to(tl.int64)
     head = index % heads
-    run = (index // heads % runs).to(tl.int32)
+    run = index // heads % runs
     image = index // heads // runs
     first, last = run * run_pixels, tl.minimum((run + 1) * run_pixels, pixels)
     is_word = words_of(mask_ptr, image, words, HAS_MASK, BLOCK_T)
@@ -96,21 +96,21 @@ def _statistics_kernel(
 
     if not WIDE:
         word_ptr += image * word_batch + head * width
-        word_rows = tl.trans(load_rows(word_ptr, word_stride, word, is_word, channel, channel < width))
+        word_rows = tl.trans(load_rows(word_ptr, word_stride, 0, word, is_word, channel, channel < width))
         if SCORES:
             grad_text_ptr += image * grad_text_batch + head * image_width
-            grad_text = load_rows(grad_text_ptr, grad_text_stride, word, is_word, channel, channel < image_width)
+            grad_text = load_rows(grad_text_ptr, grad_text_stride, 0, word, is_word, channel, channel < image_width)
             grad_text = tl.trans(grad_text)
     maximum = tl.full([BLOCK_T], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_T], tl.float32)
     weighted = tl.zeros([BLOCK_T], tl.float32)
+    pixel = tl.arange(0, BLOCK_P)
     for start in range(first, last, BLOCK_P):
-        pixel = start + tl.arange(0, BLOCK_P)
-        is_pixel = pixel < last
+        is_pixel = pixel < last - start
         if WIDE:
-            scores = load_rows(products_ptr, BLOCK_T, pixel, is_pixel, word, word < BLOCK_T)
+            scores = load_rows(products_ptr, BLOCK_T, start, pixel, is_pixel, word, word < BLOCK_T)
         else:
-            rows = load_rows(pixel_ptr, pixel_stride, pixel, is_pixel, channel, channel < width)
+            rows = load_rows(pixel_ptr, pixel_stride, start, pixel, is_pixel, channel, channel < width)
             scores = dot(rows, word_rows, None, PRECISION)
         scores = tl.where(is_pixel[:, None], scores * (scale * LOG2_E), float("-inf"))
         larger = tl.maximum(maximum, tl.max(scores, 0))
@@ -120,9 +120,11 @@ def _statistics_kernel(
         maximum = larger
         if SCORES:
             if WIDE:
-                grad_weights = load_rows(text_products_ptr, BLOCK_T, pixel, is_pixel, word, word < BLOCK_T)
+                grad_weights = load_rows(text_products_ptr, BLOCK_T, start, pixel, is_pixel, word, word < BLOCK_T)
             else:
-                rows = load_rows(image_value_ptr, image_value_stride, pixel, is_pixel, channel, channel < image_width)
+                rows = load_rows(
+                    image_value_ptr, image_value_stride, start, pixel, is_pixel, channel, channel < image_width
+                )
                 grad_weights = dot(rows, grad_text, None, PRECISION)
             weighted = weighted * kept + tl.sum(weights * grad_weights, 0)
     row = ((image * heads + head) * BLOCK_T + word) * runs + run
@@ -196,7 +198,7 @@ def _backward_kernel(
     index = tl.program_id(0).to(tl.int64)
     block = (index % blocks).to(tl.int32)
     head = index // blocks % heads
-    run = (index // blocks // heads % runs).to(tl.int32)
+    run = index // blocks // heads % runs
     image = index // blocks // heads // runs
     first, last = run * run_pixels, tl.minimum((run + 1) * run_pixels, pixels)
     is_word = words_of(mask_ptr, image, words, HAS_MASK, BLOCK_T)
@@ -210,26 +212,26 @@ def _backward_kernel(
     text_products_ptr += slot * pixels * BLOCK_T
 
     word_ptr += image * word_batch + head * width
-    word_rows = load_rows(word_ptr, word_stride, word, is_word, channel, channel < width)
+    word_rows = load_rows(word_ptr, word_stride, 0, word, is_word, channel, channel < width)
     if HAS_IMAGE:
         text_value_ptr += image * text_value_batch + head * text_width
         grad_image_ptr += image * grad_image_batch + head * text_width
-        text_value = load_rows(text_value_ptr, text_value_stride, word, is_word, channel, channel < text_width)
+        text_value = load_rows(text_value_ptr, text_value_stride, 0, word, is_word, channel, channel < text_width)
     if HAS_TEXT:
         image_value_ptr += image * image_value_batch + head * image_width
         grad_image_value_ptr += image * pixels * heads * image_width + head * image_width
         grad_text_ptr += image * grad_text_batch + head * image_width
-        grad_text = load_rows(grad_text_ptr, grad_text_stride, word, is_word, channel, channel < image_width)
+        grad_text = load_rows(grad_text_ptr, grad_text_stride, 0, word, is_word, channel, channel < image_width)
         log_total, mean = _merged_statistics(maximum_ptr, total_ptr, weighted_ptr, slot, runs, SCORES, BLOCK_T, BLOCK_R)
     grad_word = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
     grad_text_value = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
+    pixel = tl.arange(0, BLOCK_P)
     for start in range(first, last, BLOCK_P):
-        pixel = start + tl.arange(0, BLOCK_P)
-        is_pixel = pixel < last
+        is_pixel = pixel < last - start
         if WANT_WORD or not WIDE:
-            pixel_rows = load_rows(pixel_ptr, pixel_stride, pixel, is_pixel, channel, channel < width)
+            pixel_rows = load_rows(pixel_ptr, pixel_stride, start, pixel, is_pixel, channel, channel < width)
         if WIDE:
-            scores = load_rows(products_ptr, BLOCK_T, pixel, is_pixel, word, word < BLOCK_T)
+            scores = load_rows(products_ptr, BLOCK_T, start, pixel, is_pixel, word, word < BLOCK_T)
         else:
             scores = dot(pixel_rows, tl.trans(word_rows), None, PRECISION)
         scores *= scale * LOG2_E
@@ -237,46 +239,55 @@ def _backward_kernel(
         if HAS_IMAGE:
             weights = pixel_weights(scores, is_word)
             if WANT_TEXT_VALUE or not WIDE:
-                rows = load_rows(grad_image_ptr, grad_image_stride, pixel, is_pixel, channel, channel < text_width)
+                rows = load_rows(
+                    grad_image_ptr, grad_image_stride, start, pixel, is_pixel, channel, channel < text_width
+                )
             if SCORES:
                 if WIDE:
-                    grads = load_rows(image_products_ptr, BLOCK_T, pixel, is_pixel, word, word < BLOCK_T)
+                    grads = load_rows(image_products_ptr, BLOCK_T, start, pixel, is_pixel, word, word < BLOCK_T)
                 else:
                     grads = dot(rows, tl.trans(text_value), None, PRECISION)
                 grad_scores += weights * (grads - tl.sum(weights * grads, 1)[:, None])
             if WANT_TEXT_VALUE:
-                grad_text_value = dot(tl.trans(weights.to(rows.dtype)), rows, grad_text_value, PRECISION)
+                grad_text_value = dot(tl.trans(rounded(weights, rows.dtype)), rows, grad_text_value, PRECISION)
         if HAS_TEXT:
             weights = tl.exp2(scores - log_total[None, :])
             # Masked words have the weights of a score of 0, which may be anything.
             weights = tl.where(is_pixel[:, None] & is_word[None, :], weights, 0.0)
             if SCORES:
                 if WIDE:
-                    grads = load_rows(text_products_ptr, BLOCK_T, pixel, is_pixel, word, word < BLOCK_T)
+                    grads = load_rows(text_products_ptr, BLOCK_T, start, pixel, is_pixel, word, word < BLOCK_T)
                 else:
                     rows = load_rows(
-                        image_value_ptr, image_value_stride, pixel, is_pixel, channel, channel < image_width
+                        image_value_ptr, image_value_stride, start, pixel, is_pixel, channel, channel < image_width
                     )
                     grads = dot(rows, tl.trans(grad_text), None, PRECISION)
                 grad_scores += weights * (grads - mean[None, :])
             if WANT_IMAGE_VALUE:
-                out = dot(weights.to(grad_text.dtype), grad_text, None, PRECISION)
+                out = dot(rounded(weights, grad_text.dtype), grad_text, None, PRECISION)
                 store_rows(
-                    grad_image_value_ptr, heads * image_width, pixel, is_pixel, channel, channel < image_width, out
+                    grad_image_value_ptr,
+                    heads * image_width,
+                    start,
+                    pixel,
+                    is_pixel,
+                    channel,
+                    channel < image_width,
+                    out,
                 )
         if SCORES:
-            grad_scores = grad_scores.to(word_rows.dtype)
+            grad_scores = rounded(grad_scores, word_rows.dtype)
         if WANT_PIXEL:
             out = dot(grad_scores, word_rows, None, PRECISION) * scale
-            store_rows(grad_pixel_ptr, heads * width, pixel, is_pixel, channel, channel < width, out)
+            store_rows(grad_pixel_ptr, heads * width, start, pixel, is_pixel, channel, channel < width, out)
         if WANT_WORD:
             grad_word = dot(tl.trans(grad_scores), pixel_rows, grad_word, PRECISION)
     if WANT_WORD:
         word_sums_ptr += (slot * runs + run) * BLOCK_T * width
-        store_rows(word_sums_ptr, width, word, is_word, channel, channel < width, grad_word)
+        store_rows(word_sums_ptr, width, 0, word, is_word, channel, channel < width, grad_word)
     if WANT_TEXT_VALUE:
         text_value_sums_ptr += (slot * runs + run) * BLOCK_T * text_width
-        store_rows(text_value_sums_ptr, text_width, word, is_word, channel, channel < text_width, grad_text_value)
+        store_rows(text_value_sums_ptr, text_width, 0, word, is_word, channel, channel < text_width, grad_text_value)
 
 
 def backward(

@@ -41,6 +41,16 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
     return tl.dot(a, b, acc=acc, input_precision=PRECISION)
 
 
+@triton.jit
+def rounded(values, ELEMENT: tl.constexpr):
+    """float32 values in dtype ELEMENT, to the nearest. The interpreter alone would cut bfloat16's digits off."""
+    if _INTERPRETED:
+        if ELEMENT == tl.bfloat16:
+            bits = values.to(tl.int32, bitcast=True)
+            values = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+    return values.to(ELEMENT)
+
+
 def input_precision(dtype: torch.dtype) -> str:
     """`tl.dot`'s precision of float32 operands: "tf32" where torch's own products may use it, else "ieee"."""
     allowed = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"

@@ -19,7 +19,7 @@ from torch import Tensor
 from . import _runtime
 from ._cross_modal_launch import Similarity, rows, walks
 from ._cross_modal_tiles import LOG2_E, load_rows, pixel_weights, store_rows, tile_products, words_of
-from ._runtime import dot
+from ._runtime import dot, rounded
 
 
 @triton.jit
@@ -54,10 +54,10 @@ def _product_kernel(
     """Wide heads: left @ right^T of a tile of pixels, and image_out from them."""
     index = tl.program_id(0).to(tl.int64)
     head = index % heads
-    tile = (index // heads % tiles).to(tl.int32)
+    tile = index // heads % tiles
     image = index // heads // tiles
-    pixel = tile * BLOCK_P + tl.arange(0, BLOCK_P)
-    is_pixel = pixel < pixels
+    first, pixel = tile * BLOCK_P, tl.arange(0, BLOCK_P)
+    is_pixel = pixel < pixels - first
     is_word = words_of(mask_ptr, image, words, HAS_MASK, BLOCK_T)
     word = tl.arange(0, BLOCK_T)
 
@@ -66,7 +66,7 @@ def _product_kernel(
         right_ptr + image * right_batch + head * width,
         left_stride,
         right_stride,
-        pixel,
+        first,
         is_pixel,
         is_word,
         width,
@@ -77,16 +77,16 @@ def _product_kernel(
     )
     if STORE:
         base = products_ptr + (image * heads + head) * pixels * BLOCK_T
-        store_rows(base, BLOCK_T, pixel, is_pixel, word, word < BLOCK_T, products)
+        store_rows(base, BLOCK_T, first, pixel, is_pixel, word, word < BLOCK_T, products)
     if HAS_IMAGE:
-        weights = pixel_weights(products * (scale * LOG2_E), is_word).to(value_ptr.dtype.element_ty)
+        weights = rounded(pixel_weights(products * (scale * LOG2_E), is_word), value_ptr.dtype.element_ty)
         value_ptr += image * value_batch + head * value_width
         image_out_ptr += image * pixels * heads * value_width + head * value_width
         for start in range(0, value_width, BLOCK_D):
             channel = start + tl.arange(0, BLOCK_D)
-            value = load_rows(value_ptr, value_stride, word, is_word, channel, channel < value_width)
+            value = load_rows(value_ptr, value_stride, 0, word, is_word, channel, channel < value_width)
             out = dot(weights, value, None, PRECISION)
-            store_rows(image_out_ptr, heads * value_width, pixel, is_pixel, channel, channel < value_width, out)
+            store_rows(image_out_ptr, heads * value_width, first, pixel, is_pixel, channel, channel < value_width, out)
 
 
 @triton.jit
@@ -132,7 +132,7 @@ def _forward_kernel(
     index = tl.program_id(0).to(tl.int64)
     block = (index % blocks).to(tl.int32)
     head = index // blocks % heads
-    run = (index // blocks // heads % runs).to(tl.int32)
+    run = index // blocks // heads % runs
     image = index // blocks // heads // runs
     first, last = run * run_pixels, tl.minimum((run + 1) * run_pixels, pixels)
     is_word = words_of(mask_ptr, image, words, HAS_MASK, BLOCK_T)
@@ -144,27 +144,27 @@ def _forward_kernel(
     products_ptr += (image * heads + head) * pixels * BLOCK_T
 
     if not WIDE:
-        word_rows = tl.trans(load_rows(word_ptr, word_stride, word, is_word, channel, channel < width))
+        word_rows = tl.trans(load_rows(word_ptr, word_stride, 0, word, is_word, channel, channel < width))
     if HAS_IMAGE:
         text_value_ptr += image * text_value_batch + head * text_width
         image_out_ptr += image * pixels * heads * text_width + head * text_width
-        text_value = load_rows(text_value_ptr, text_value_stride, word, is_word, channel, channel < text_width)
+        text_value = load_rows(text_value_ptr, text_value_stride, 0, word, is_word, channel, channel < text_width)
     maximum = tl.full([BLOCK_T], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_T], tl.float32)
     gathered = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
+    pixel = tl.arange(0, BLOCK_P)
     for start in range(first, last, BLOCK_P):
-        pixel = start + tl.arange(0, BLOCK_P)
-        is_pixel = pixel < last
+        is_pixel = pixel < last - start
         if WIDE:
-            scores = load_rows(products_ptr, BLOCK_T, pixel, is_pixel, word, word < BLOCK_T)
+            scores = load_rows(products_ptr, BLOCK_T, start, pixel, is_pixel, word, word < BLOCK_T)
         else:
-            pixel_rows = load_rows(pixel_ptr, pixel_stride, pixel, is_pixel, channel, channel < width)
+            pixel_rows = load_rows(pixel_ptr, pixel_stride, start, pixel, is_pixel, channel, channel < width)
             scores = dot(pixel_rows, word_rows, None, PRECISION)
         scores *= scale * LOG2_E
         if HAS_IMAGE:
-            weights = pixel_weights(scores, is_word).to(text_value.dtype)
+            weights = rounded(pixel_weights(scores, is_word), text_value.dtype)
             out = dot(weights, text_value, None, PRECISION)
-            store_rows(image_out_ptr, heads * text_width, pixel, is_pixel, channel, channel < text_width, out)
+            store_rows(image_out_ptr, heads * text_width, start, pixel, is_pixel, channel, channel < text_width, out)
         if HAS_TEXT:
             scores = tl.where(is_pixel[:, None], scores, float("-inf"))
             larger = tl.maximum(maximum, tl.max(scores, 0))
@@ -172,8 +172,10 @@ def _forward_kernel(
             base = tl.where(larger == float("-inf"), 0.0, larger)
             weights, kept = tl.exp2(scores - base[None, :]), tl.exp2(maximum - base)
             total = total * kept + tl.sum(weights, 0)
-            rows = load_rows(image_value_ptr, image_value_stride, pixel, is_pixel, channel, channel < image_width)
-            gathered = dot(tl.trans(weights.to(rows.dtype)), rows, gathered * kept[:, None], PRECISION)
+            rows = load_rows(
+                image_value_ptr, image_value_stride, start, pixel, is_pixel, channel, channel < image_width
+            )
+            gathered = dot(tl.trans(rounded(weights, rows.dtype)), rows, gathered * kept[:, None], PRECISION)
             maximum = larger
     if HAS_TEXT:
         row = ((image * heads + head) * BLOCK_T + word) * runs + run
@@ -181,7 +183,7 @@ def _forward_kernel(
             tl.store(maximum_ptr + row, maximum)
             tl.store(total_ptr + row, total)
         partial_ptr += ((image * heads + head) * runs + run) * BLOCK_T * image_width
-        store_rows(partial_ptr, image_width, word, is_word, channel, channel < image_width, gathered)
+        store_rows(partial_ptr, image_width, 0, word, is_word, channel, channel < image_width, gathered)
 
 
 @triton.jit
@@ -201,31 +203,31 @@ def _merge_kernel(
     NORMALIZE: tl.constexpr,  # partial sums of a softmax, else plain ones times `factor`
     BLOCK_T: tl.constexpr,
     BLOCK_R: tl.constexpr,  # at least `runs`
-    BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr,
 ):
-    """One word: the runs' partial sums added in a fixed order. Masked words become 0."""
+    """BLOCK_E of a head's (T, width) numbers: the runs' partial sums added in a fixed order. Masked words become 0."""
     index = tl.program_id(0).to(tl.int64)
-    channel = index % blocks * BLOCK_D + tl.arange(0, BLOCK_D)
+    element = (index % blocks).to(tl.int32) * BLOCK_E + tl.arange(0, BLOCK_E)
     head = index // blocks % heads
-    word = index // blocks // heads % words
-    image = index // blocks // heads // words
+    image = index // blocks // heads
     run = tl.arange(0, BLOCK_R)
-    is_run, is_channel = run < runs, channel < width
-    partial_ptr += ((image * heads + head) * runs * BLOCK_T + word) * width
-    sums = load_rows(partial_ptr, BLOCK_T * width, run, is_run, channel, is_channel)
+    word, exists = element // width, element < words * width
+    is_run = (run < runs)[:, None] & exists[None, :]
+    partial_ptr += (image * heads + head) * runs * BLOCK_T * width
+    sums = tl.load(partial_ptr + run[:, None] * (BLOCK_T * width) + element[None, :], mask=is_run, other=0.0)
     if NORMALIZE:
-        row = ((image * heads + head) * BLOCK_T + word) * runs + run
+        row = ((image * heads + head) * BLOCK_T + word[None, :]) * runs + run[:, None]
         maximum = tl.load(maximum_ptr + row, mask=is_run, other=float("-inf"))
         total = tl.load(total_ptr + row, mask=is_run, other=0.0)
         largest = tl.max(maximum, 0)
-        kept = tl.exp2(maximum - tl.where(largest == float("-inf"), 0.0, largest))
-        out = tl.sum(sums * kept[:, None], 0) / tl.sum(total * kept, 0)
+        kept = tl.exp2(maximum - tl.where(largest == float("-inf"), 0.0, largest)[None, :])
+        out = tl.sum(sums * kept, 0) / tl.sum(total * kept, 0)
     else:
         out = tl.sum(sums, 0) * factor
     if HAS_MASK:
-        out = tl.where(tl.load(mask_ptr + image * words + word) != 0, out, 0.0)
-    out_ptr += (image * words + word) * heads * width + head * width
-    tl.store(out_ptr + channel, out.to(out_ptr.dtype.element_ty), mask=is_channel)
+        out = tl.where(tl.load(mask_ptr + image * words + word, mask=exists, other=0) != 0, out, 0.0)
+    out_ptr += (image * words + word) * heads * width + head * width + element % width
+    tl.store(out_ptr, rounded(out, out_ptr.dtype.element_ty), mask=exists)
 
 
 def forward(similarity: Similarity) -> tuple[Tensor | None, Tensor | None]:
@@ -319,9 +321,9 @@ def merge(
     this, (batch, words, channels) = similarity, out.shape
     width = channels // this.heads
     block_r = _runtime.power_of_two(this.runs, 1)
-    block_d = min(_runtime.power_of_two(width), _LARGEST_MERGE // block_r)
-    blocks = triton.cdiv(width, block_d)
-    _merge_kernel[_runtime.grid(batch * words * this.heads * blocks)](
+    block_e = min(_runtime.power_of_two(words * width), _LARGEST_MERGE // block_r)
+    blocks = triton.cdiv(words * width, block_e)
+    _merge_kernel[_runtime.grid(batch * this.heads * blocks)](
         maximum_ptr=partial if maximum is None else maximum,
         total_ptr=partial if total is None else total,
         partial_ptr=partial,
@@ -337,7 +339,7 @@ def merge(
         NORMALIZE=maximum is not None,
         BLOCK_T=this.block_t,
         BLOCK_R=block_r,
-        BLOCK_D=block_d,
+        BLOCK_E=block_e,
     )
 
 
