@@ -1,0 +1,222 @@
+"""Compiles every Triton kernel ahead of time, without a GPU, and tells what each program takes of the chip.
+
+    python -m magnet_fast.kernels.report [--quick] [--kernel NAME] [--arch 80 90] [--markdown docs/kernels.md]
+
+A kernel file takes part by a function ``launches(dtype, quick)`` that yields (label, call): each call runs the file's
+host function on *meta* tensors. Nothing is launched: every launch of a call, with every configuration that its
+autotuner may choose, is compiled as it would be on a GPU, from the same arguments. Registers and spills are those of
+``cuobjdump`` on the compiled program, so what Triton wrote is what is counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import date
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from . import _runtime
+
+KERNEL_FILES = (
+    "window_attention",
+    "cross_modal_attention",
+    "deformable_attention",
+    "fused_deformable_attention",
+    "pixel_contrastive_loss",
+)
+"""Modules of this package with kernels; those that are not there are passed over."""
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10}
+"""Bytes of shared memory that one block can have, by architecture."""
+
+_REGISTERS, _THREADS, _BLOCKS = 1 << 16, 2048, 32  # of a multiprocessor, both architectures
+_SHARED = {80: 164 << 10, 90: 228 << 10}  # of a multiprocessor
+_SHARED_RESERVED = 1 << 10  # of every block
+_MULTIPROCESSORS = {80: 108, 90: 132}  # A100, H100 and H200: they decide how many programs are beside each other
+_POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.bool: "*i1"}
+_POINTERS |= {torch.int32: "*i32", torch.int64: "*i64", torch.uint8: "*u8"}
+
+
+class Launch(NamedTuple):
+    """One launch as a host function asked for it."""
+
+    kernel: JITFunction
+    arguments: dict[str, Any]
+    options: dict[str, int]
+
+
+class Program(NamedTuple):
+    """One compiled kernel."""
+
+    kernel: str
+    label: str
+    dtype: str
+    arch: int
+    options: str
+    registers: int  # of a thread
+    spills: int  # bytes of local memory of a thread: spilled registers, and arrays
+    shared: int  # bytes of a block
+    warps: int
+
+    @property
+    def occupancy(self) -> float:
+        """Share of a multiprocessor's threads that can be there at once, by registers, shared memory and blocks."""
+        threads = 32 * self.warps
+        registers = -(-self.registers * 32 // 256) * 256 * self.warps  # allocated by the warp, 256 at a time
+        blocks = min(
+            _REGISTERS // registers,
+            _SHARED[self.arch] // (self.shared + _SHARED_RESERVED),
+            _THREADS // threads,
+            _BLOCKS,
+        )
+        return blocks * threads / _THREADS
+
+    @property
+    def fits(self) -> bool:
+        return self.spills == 0 and self.shared <= SHARED_LIMIT[self.arch]
+
+
+def launches(
+    dtype: torch.dtype, quick: bool = False, kernel: str = "", arch: int = 90
+) -> Iterator[tuple[str, list[Launch]]]:
+    """(label, launches) of every call of every kernel file, every configuration included."""
+    for name in KERNEL_FILES:
+        if not (Path(__file__).with_name(f"{name}.py")).exists():
+            continue
+        for label, call in import_module(f".{name}", __package__).launches(dtype, quick):
+            with _recording(arch) as found:
+                call()
+            wanted = [launch for launch in found if kernel in launch.kernel.__name__]
+            if wanted:
+                yield label, wanted
+
+
+@contextmanager
+def _recording(arch: int) -> Iterator[list[Launch]]:
+    """Within the context launches are noted instead of run, and an autotuner tries all of its candidates."""
+    found: list[Launch] = []
+
+    def note(kernel: JITFunction, *arguments: Any, grid: Any, warmup: bool, **named: Any) -> None:
+        options = {key: named.pop(key) for key in ("num_warps", "num_stages", "num_ctas", "maxnreg") if key in named}
+        bound = {**dict(zip(kernel.arg_names, arguments, strict=False)), **named}
+        found.append(Launch(kernel, {name: bound[name] for name in kernel.arg_names}, options))
+
+    def try_all(tuner: _runtime.Autotuner, launch: Callable[..., Any], device: torch.device, *key: Any) -> Any:
+        return [launch(config) for config in tuner.candidates(*key)][-1]
+
+    replaced = [
+        (JITFunction, "run", note),
+        (_runtime.Autotuner, "__call__", try_all),
+        (torch.cuda, "get_device_properties", lambda device: _Properties(_MULTIPROCESSORS[arch])),
+    ]
+    originals = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
+    try:
+        for owner, name, value in replaced:
+            setattr(owner, name, value)
+        yield found
+    finally:
+        for owner, name, value in originals:
+            setattr(owner, name, value)
+
+
+class _Properties(NamedTuple):
+    multi_processor_count: int
+
+
+def compile_launch(launch: Launch, label: str, dtype: torch.dtype, arch: int) -> Program:
+    """Compile one launch for an architecture, as Triton would on such a GPU."""
+    signature, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(launch.kernel.params):
+        value = launch.arguments[parameter.name]
+        if isinstance(value, torch.Tensor):
+            signature[parameter.name] = _POINTERS[value.dtype]
+            attributes[index,] = [["tt.divisibility", 16]]  # torch's allocations are
+            continue
+        free = not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or isinstance(value, bool) or (free and value == 1):
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+        elif isinstance(value, int):
+            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if free and value % 16 == 0:
+                attributes[index,] = [["tt.divisibility", 16]]
+        else:
+            signature[parameter.name] = "fp32"
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
+    registers, spills = _resources(compiled.asm["cubin"])
+    options = {key: value for key, value in constants.items() if key in _varied(launch)}
+    text = " ".join(f"{key.lower()}={value}" for key, value in {**options, **launch.options}.items())
+    name, warps = launch.kernel.__name__.strip("_"), compiled.metadata.num_warps
+    return Program(name, label, str(dtype)[6:], arch, text, registers, spills, compiled.metadata.shared, warps)
+
+
+def _varied(launch: Launch) -> set[str]:
+    """Constants that say how a launch is cut into tiles."""
+    return {
+        name for name in launch.arguments if re.match(r"(QUERIES|KEYS|PIXELS|WORDS|ROWS|COLUMNS|BLOCK|.*TILE)", name)
+    }
+
+
+def _resources(binary: bytes) -> tuple[int, int]:
+    """(registers, bytes of local memory) of a compiled kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
+    return int(found[1]), int(found[2]) + int(found[3])
+
+
+def programs(quick: bool = False, kernel: str = "", archs: tuple[int, ...] = (80, 90)) -> Iterator[Program]:
+    """Compile everything, each distinct program once."""
+    for arch in archs:
+        for dtype in DTYPES:
+            seen = set()
+            for label, found in launches(dtype, quick, kernel, arch):
+                for launch in found:
+                    program = compile_launch(launch, label, dtype, arch)
+                    if program not in seen:
+                        seen.add(program)
+                        yield program
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="the few launches that the tests compile")
+    parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
+    parser.add_argument("--arch", type=int, nargs="+", choices=sorted(SHARED_LIMIT), default=sorted(SHARED_LIMIT))
+    parser.add_argument("--markdown", type=Path, help="replace the table in this file")
+    arguments = parser.parse_args()
+    found = []
+    for program in programs(arguments.quick, arguments.kernel, tuple(arguments.arch)):
+        found.append(program)
+        print(_line(program), flush=True)
+    print(f"{len(found)} programs, {sum(not p.fits for p in found)} of them spill or do not fit")
+
+
+def _line(p: Program) -> str:
+    return (
+        f"sm_{p.arch} {p.dtype:<8} {p.kernel:<24} {p.label:<28} {p.registers:4} registers {p.spills:5} B spilled "
+        f"{p.shared / 1024:6.1f} KB shared {100 * p.occupancy:4.0f} % occupancy  {p.options}"
+    )
+
+
+if __name__ == "__main__":
+    main()
