@@ -11,37 +11,10 @@ from torch import Tensor
 
 from . import _runtime
 from ._cross_modal_launch import Similarity, rows, walks
-from ._cross_modal_tiles import LOG2_E, load_rows, pixel_weights, store_rows, words_of
+from ._cross_modal_tiles import LOG2_E, load_rows, merged_statistics, pixel_weights, store_rows, text_weights, words_of
+from ._cross_modal_wide import Products
 from ._runtime import dot, rounded
-from .cross_modal_attention import merge, product
-
-
-@triton.jit
-def _merged_statistics(
-    maximum_ptr,
-    total_ptr,
-    weighted_ptr,
-    slot,
-    runs,
-    SCORES: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
-    """The runs' statistics of one head put together, each (BLOCK_T,): log2 of the sum of 2^score over all pixels, and
-    the mean, by weight, of the weights' gradient (0 unless SCORES)."""
-    word, run = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_R)
-    maximum = load_rows(maximum_ptr + slot * BLOCK_T * runs, runs, 0, word, word < BLOCK_T, run, run < runs)
-    total = load_rows(total_ptr + slot * BLOCK_T * runs, runs, 0, word, word < BLOCK_T, run, run < runs)
-    maximum = tl.where((run < runs)[None, :], maximum, float("-inf"))
-    largest = tl.max(maximum, 1)
-    base = tl.where(largest == float("-inf"), 0.0, largest)
-    kept = tl.exp2(maximum - base[:, None])
-    total = tl.sum(total * kept, 1)
-    mean = tl.zeros([BLOCK_T], tl.float32)
-    if SCORES:
-        weighted = load_rows(weighted_ptr + slot * BLOCK_T * runs, runs, 0, word, word < BLOCK_T, run, run < runs)
-        mean = tl.sum(weighted * kept, 1) / total
-    return base + tl.log2(total), mean
+from .cross_modal_attention import merge
 
 
 @triton.jit
@@ -143,9 +116,6 @@ def _backward_kernel(
     grad_image_ptr,  # (B, P, h * text_width): gradient of image_out
     grad_text_ptr,  # (B, T, h * image_width): gradient of text_out
     mask_ptr,  # (B, T) uint8, contiguous
-    products_ptr,  # (B, h, P, BLOCK_T) float32, contiguous: wide heads' products of pixel and word
-    image_products_ptr,  # the same of grad_image and text_value
-    text_products_ptr,  # the same of image_value and grad_text
     maximum_ptr,  # (B, h, BLOCK_T, runs) float32, contiguous: of `_statistics_kernel`, as the next two
     total_ptr,
     weighted_ptr,
@@ -170,7 +140,6 @@ def _backward_kernel(
     heads,
     runs,
     run_pixels,
-    blocks,
     width,
     text_width,
     image_width,
@@ -182,34 +151,29 @@ def _backward_kernel(
     WANT_WORD: tl.constexpr,
     WANT_TEXT_VALUE: tl.constexpr,  # never without HAS_IMAGE
     WANT_IMAGE_VALUE: tl.constexpr,  # never without HAS_TEXT
-    WIDE: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,  # at least `runs`
     PRECISION: tl.constexpr,
 ):
-    """A run of pixels: the pixels' gradients, and the run's part of the words'. Wide heads: of one block of channels.
+    """A run of pixels of a narrow head: the pixels' gradients, and the run's part of the words'.
 
     With W and V the weights of the two directions and G their gradients, the scores' gradient is
     W * (G_W - rowsum(W * G_W)) + V * (G_V - columnsum(V * G_V)).
     """
     SCORES: tl.constexpr = WANT_PIXEL or WANT_WORD
     index = tl.program_id(0).to(tl.int64)
-    block = (index % blocks).to(tl.int32)
-    head = index // blocks % heads
-    run = index // blocks // heads % runs
-    image = index // blocks // heads // runs
+    head = index % heads
+    run = index // heads % runs
+    image = index // heads // runs
     first, last = run * run_pixels, tl.minimum((run + 1) * run_pixels, pixels)
     is_word = words_of(mask_ptr, image, words, HAS_MASK, BLOCK_T)
     word = tl.arange(0, BLOCK_T)
-    channel = block * BLOCK_D + tl.arange(0, BLOCK_D)
+    channel = tl.arange(0, BLOCK_D)
     slot = image * heads + head
     pixel_ptr += image * pixel_batch + head * width
     grad_pixel_ptr += image * pixels * heads * width + head * width
-    products_ptr += slot * pixels * BLOCK_T
-    image_products_ptr += slot * pixels * BLOCK_T
-    text_products_ptr += slot * pixels * BLOCK_T
 
     word_ptr += image * word_batch + head * width
     word_rows = load_rows(word_ptr, word_stride, 0, word, is_word, channel, channel < width)
@@ -222,46 +186,30 @@ def _backward_kernel(
         grad_image_value_ptr += image * pixels * heads * image_width + head * image_width
         grad_text_ptr += image * grad_text_batch + head * image_width
         grad_text = load_rows(grad_text_ptr, grad_text_stride, 0, word, is_word, channel, channel < image_width)
-        log_total, mean = _merged_statistics(maximum_ptr, total_ptr, weighted_ptr, slot, runs, SCORES, BLOCK_T, BLOCK_R)
+        log_total, mean = merged_statistics(maximum_ptr, total_ptr, weighted_ptr, slot, runs, SCORES, BLOCK_T, BLOCK_R)
     grad_word = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
     grad_text_value = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
     pixel = tl.arange(0, BLOCK_P)
     for start in range(first, last, BLOCK_P):
         is_pixel = pixel < last - start
-        if WANT_WORD or not WIDE:
-            pixel_rows = load_rows(pixel_ptr, pixel_stride, start, pixel, is_pixel, channel, channel < width)
-        if WIDE:
-            scores = load_rows(products_ptr, BLOCK_T, start, pixel, is_pixel, word, word < BLOCK_T)
-        else:
-            scores = dot(pixel_rows, tl.trans(word_rows), None, PRECISION)
-        scores *= scale * LOG2_E
+        pixel_rows = load_rows(pixel_ptr, pixel_stride, start, pixel, is_pixel, channel, channel < width)
+        scores = dot(pixel_rows, tl.trans(word_rows), None, PRECISION) * (scale * LOG2_E)
         grad_scores = tl.zeros([BLOCK_P, BLOCK_T], tl.float32)
         if HAS_IMAGE:
             weights = pixel_weights(scores, is_word)
-            if WANT_TEXT_VALUE or not WIDE:
-                rows = load_rows(
-                    grad_image_ptr, grad_image_stride, start, pixel, is_pixel, channel, channel < text_width
-                )
+            rows = load_rows(grad_image_ptr, grad_image_stride, start, pixel, is_pixel, channel, channel < text_width)
             if SCORES:
-                if WIDE:
-                    grads = load_rows(image_products_ptr, BLOCK_T, start, pixel, is_pixel, word, word < BLOCK_T)
-                else:
-                    grads = dot(rows, tl.trans(text_value), None, PRECISION)
+                grads = dot(rows, tl.trans(text_value), None, PRECISION)
                 grad_scores += weights * (grads - tl.sum(weights * grads, 1)[:, None])
             if WANT_TEXT_VALUE:
                 grad_text_value = dot(tl.trans(rounded(weights, rows.dtype)), rows, grad_text_value, PRECISION)
         if HAS_TEXT:
-            weights = tl.exp2(scores - log_total[None, :])
-            # Masked words have the weights of a score of 0, which may be anything.
-            weights = tl.where(is_pixel[:, None] & is_word[None, :], weights, 0.0)
+            weights = text_weights(scores, log_total, is_pixel, is_word)
             if SCORES:
-                if WIDE:
-                    grads = load_rows(text_products_ptr, BLOCK_T, start, pixel, is_pixel, word, word < BLOCK_T)
-                else:
-                    rows = load_rows(
-                        image_value_ptr, image_value_stride, start, pixel, is_pixel, channel, channel < image_width
-                    )
-                    grads = dot(rows, tl.trans(grad_text), None, PRECISION)
+                rows = load_rows(
+                    image_value_ptr, image_value_stride, start, pixel, is_pixel, channel, channel < image_width
+                )
+                grads = dot(rows, tl.trans(grad_text), None, PRECISION)
                 grad_scores += weights * (grads - mean[None, :])
             if WANT_IMAGE_VALUE:
                 out = dot(rounded(weights, grad_text.dtype), grad_text, None, PRECISION)
@@ -300,85 +248,80 @@ def backward(
         wanted: which of the four. text_value only beside grad_image, image_value only beside grad_text.
     """
     this, batch, (width, text_width, _) = similarity, similarity.pixel.shape[0], similarity.widths
-    given = (this.pixel, this.word, this.text_value, this.image_value)
-    contiguous = torch.contiguous_format
+    given, contiguous = (this.pixel, this.word, this.text_value, this.image_value), torch.contiguous_format
     grads = [torch.empty_like(t, memory_format=contiguous) if w else None for t, w in zip(given, wanted, strict=True)]
-    scores = wanted[0] or wanted[1]
-
-    # Pointers that a kernel does not follow point at a tensor of the right dtype.
+    # Pointers that a kernel does not follow need a dtype all the same.
     nothing = this.scratch(1)
-    products = image_products = text_products = nothing
-    if this.wide:
-        products = product(this, this.pixel, this.word)
-        if scores and grad_image is not None:
-            image_products = product(this, grad_image, this.text_value)
-        if scores and grad_text is not None:
-            text_products = product(this, this.image_value, grad_text)
+    scores = wanted[0] or wanted[1]
+    products = Products(this, grad_image, grad_text, scores) if this.wide else None
     inputs = {
         **rows("pixel", this.pixel, this.pixel),
         **rows("word", this.word, this.pixel),
         **rows("image_value", this.image_value, this.pixel),
         **rows("grad_text", grad_text, this.pixel),
         "mask_ptr": this.mask_or_placeholder,
-        "products_ptr": products,
-        "text_products_ptr": text_products,
     }
     maximum = total = weighted = nothing
     if grad_text is not None:
         maximum, total, weighted = this.statistics(), this.statistics(), this.statistics()
 
         def launch_statistics(config: triton.Config) -> None:
-            sizes = this.walk_sizes()
-            del sizes["blocks"], sizes["text_width"]
             _statistics_kernel[_runtime.grid(batch * this.heads * this.runs)](
                 **inputs,
+                products_ptr=nothing if products is None else products.scores,
+                text_products_ptr=nothing if products is None or not scores else products.text,
                 maximum_ptr=maximum,
                 total_ptr=total,
                 weighted_ptr=weighted,
                 **this.sizes(),
-                **sizes,
+                **this.walk_sizes("width", "image_width"),
                 SCORES=scores,
+                WIDE=this.wide,
                 **config.all_kwargs(),
             )
 
         _STATISTICS(launch_statistics, this.pixel.device, *this.key(1 + scores), scores)
+    statistics = {"maximum_ptr": maximum, "total_ptr": total, "weighted_ptr": weighted}
+    if products is not None:
+        products.to_weights(statistics, grad_image is not None, grad_text is not None, wanted)
 
     word_sums = this.partials(width) if wanted[1] else nothing
     text_value_sums = this.partials(text_width) if wanted[2] else nothing
+    inputs |= {
+        **rows("grad_image", grad_image, this.pixel),
+        "grad_pixel_ptr": this.pixel if grads[0] is None else grads[0],
+        "grad_image_value_ptr": this.pixel if grads[3] is None else grads[3],
+        "word_sums_ptr": word_sums,
+        "text_value_sums_ptr": text_value_sums,
+        **this.sizes(),
+        **this.walk_sizes("width", "text_width", "image_width"),
+        **dict(zip(_WANTS, wanted, strict=True)),
+    }
 
     def launch(config: triton.Config) -> None:
-        _backward_kernel[_runtime.grid(batch * this.heads * this.runs * this.blocks)](
+        _backward_kernel[_runtime.grid(batch * this.heads * this.runs)](
             **inputs,
             **rows("text_value", this.text_value, this.pixel),
-            **rows("grad_image", grad_image, this.pixel),
-            image_products_ptr=image_products,
-            maximum_ptr=maximum,
-            total_ptr=total,
-            weighted_ptr=weighted,
-            grad_pixel_ptr=this.pixel if grads[0] is None else grads[0],
-            grad_image_value_ptr=this.pixel if grads[3] is None else grads[3],
-            word_sums_ptr=word_sums,
-            text_value_sums_ptr=text_value_sums,
-            **this.sizes(),
-            **this.walk_sizes(),
+            **statistics,
             HAS_IMAGE=grad_image is not None,
             HAS_TEXT=grad_text is not None,
-            WANT_PIXEL=wanted[0],
-            WANT_WORD=wanted[1],
-            WANT_TEXT_VALUE=wanted[2],
-            WANT_IMAGE_VALUE=wanted[3],
             BLOCK_R=_runtime.power_of_two(this.runs, 1),
             **config.all_kwargs(),
         )
 
-    tiles = 1 + (grad_image is not None) + (grad_text is not None)
-    _BACKWARD(launch, this.pixel.device, *this.key(tiles), grad_image is None, grad_text is None, *wanted)
+    if products is not None:
+        products.apply({name: value for name, value in inputs.items() if not name.startswith("image_value")})
+    else:
+        tiles = 1 + (grad_image is not None) + (grad_text is not None)
+        _BACKWARD(launch, this.pixel.device, *this.key(tiles), grad_image is None, grad_text is None, *wanted)
     if wanted[1]:
         merge(this, word_sums, grads[1], factor=this.scale)
     if wanted[2]:
         merge(this, text_value_sums, grads[2])
     return tuple(grads)
 
+
+_WANTS = ("WANT_PIXEL", "WANT_WORD", "WANT_TEXT_VALUE", "WANT_IMAGE_VALUE")
 
 _STATISTICS = _runtime.Autotuner(walks, _statistics_kernel)
 _BACKWARD = _runtime.Autotuner(walks, _backward_kernel)

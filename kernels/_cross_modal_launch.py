@@ -10,9 +10,11 @@ import triton
 from torch import Tensor
 
 from . import _runtime
+from ._precision import precision
 
-# Numbers of one accumulator of words by channels. The backward pass holds two, and three tiles of words beside them.
-_ACCUMULATOR = 4096
+# Bytes of a tile (words, channels) with all channels of a narrow head: the forward pass holds three of them and an
+# accumulator, the backward pass twice as much. And the tile of a wide head's block of channels.
+_NARROW_BYTES, _NARROW_BACKWARD_BYTES, _WIDE_BYTES = 8192, 4096, 8192
 _LARGEST_BLOCK = 128
 # Pixels of a run are a multiple of this, so that every BLOCK_P cuts runs at the same place.
 _RUN_STEP = 128
@@ -36,6 +38,7 @@ class Similarity:
     mask: Tensor | None  # (B, T) uint8, contiguous
     heads: int
     scale: float
+    backward: bool = False  # for which pass
 
     @cached_property
     def widths(self) -> tuple[int, int, int]:
@@ -51,13 +54,15 @@ class Similarity:
     def wide(self) -> bool:
         """Whether a tile of words with all channels of a head is too much for one program."""
         block = _runtime.power_of_two(max(self.widths))
-        return block > _LARGEST_BLOCK or block * self.block_t > _ACCUMULATOR
+        limit = _NARROW_BACKWARD_BYTES if self.backward else _NARROW_BYTES
+        return block > _LARGEST_BLOCK or block * self.block_t * self.pixel.element_size() > limit
 
     @cached_property
     def block_d(self) -> int:
         if not self.wide:
             return _runtime.power_of_two(max(self.widths))
-        sizes = [size for size in (_LARGEST_BLOCK, 64) if size * self.block_t <= _ACCUMULATOR]
+        limit = _WIDE_BYTES // (self.block_t * self.pixel.element_size())
+        sizes = [size for size in (_LARGEST_BLOCK, 64, 32) if size <= limit]
         return min(sizes, key=lambda size: triton.cdiv(max(self.widths), size) * size)
 
     @cached_property
@@ -84,28 +89,20 @@ class Similarity:
             "scale": self.scale,
             "HAS_MASK": self.mask is not None,
             "BLOCK_T": self.block_t,
-            "PRECISION": _runtime.input_precision(self.pixel.dtype),
+            "PRECISION": precision(self.pixel.dtype),
         }
 
-    def walk_sizes(self) -> dict[str, int | bool]:
-        """Arguments of the kernels that walk over runs of pixels."""
-        width, text_width, image_width = self.widths
-        return {
-            "runs": self.runs,
-            "run_pixels": self.run_pixels,
-            "blocks": self.blocks,
-            "width": width,
-            "text_width": text_width,
-            "image_width": image_width,
-            "WIDE": self.wide,
-            "BLOCK_D": self.block_d,
-        }
+    def walk_sizes(self, *widths: str) -> dict[str, int]:
+        """Arguments of the kernels that walk over runs of pixels, and the widths of one head that they ask for."""
+        named = dict(zip(("width", "text_width", "image_width"), self.widths, strict=True))
+        cut = {"runs": self.runs, "run_pixels": self.run_pixels, "BLOCK_D": self.block_d}
+        return cut | {name: named[name] for name in widths}
 
     def key(self, tiles: int) -> tuple[object, ...]:
         """What a configuration is chosen by; ``tiles`` of (BLOCK_P, block_d) are loaded in a step."""
         pixels = min(_runtime.power_of_two(self.pixel.shape[1]), _MOST_PIXELS)
-        many = (_runtime.input_precision(self.pixel.dtype), self.heads, self.wide, *self.widths, self.mask is None)
-        return (self.pixel.dtype, pixels, self.block_t, self.block_d, tiles, *many)
+        rest = (precision(self.pixel.dtype), self.heads, self.wide, *self.widths, self.mask is None)
+        return (self.pixel.dtype, pixels, self.block_t, self.block_d, tiles, *rest)
 
     @property
     def mask_or_placeholder(self) -> Tensor:

@@ -53,6 +53,42 @@ def pixel_weights(scores, is_word):
 
 
 @triton.jit
+def text_weights(scores, log_total, is_pixel, is_word):
+    """Softmax over all pixels of scores in powers of 2, (pixels, BLOCK_T), given log2 of each word's total."""
+    weights = tl.exp2(scores - log_total[None, :])
+    # Masked words have the weights of a score of 0, which may be anything.
+    return tl.where(is_pixel[:, None] & is_word[None, :], weights, 0.0)
+
+
+@triton.jit
+def merged_statistics(
+    maximum_ptr,
+    total_ptr,
+    weighted_ptr,
+    slot,
+    runs,
+    SCORES: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """The runs' statistics of one head put together, each (BLOCK_T,): log2 of the sum of 2^score over all pixels, and
+    the mean, by weight, of the weights' gradient (0 unless SCORES)."""
+    word, run = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_R)
+    maximum = load_rows(maximum_ptr + slot * BLOCK_T * runs, runs, 0, word, word < BLOCK_T, run, run < runs)
+    total = load_rows(total_ptr + slot * BLOCK_T * runs, runs, 0, word, word < BLOCK_T, run, run < runs)
+    maximum = tl.where((run < runs)[None, :], maximum, float("-inf"))
+    largest = tl.max(maximum, 1)
+    base = tl.where(largest == float("-inf"), 0.0, largest)
+    kept = tl.exp2(maximum - base[:, None])
+    total = tl.sum(total * kept, 1)
+    mean = tl.zeros([BLOCK_T], tl.float32)
+    if SCORES:
+        weighted = load_rows(weighted_ptr + slot * BLOCK_T * runs, runs, 0, word, word < BLOCK_T, run, run < runs)
+        mean = tl.sum(weighted * kept, 1) / total
+    return base + tl.log2(total), mean
+
+
+@triton.jit
 def tile_products(
     left_ptr,
     right_ptr,

@@ -82,10 +82,15 @@ class Points:
 
 def gathers(block_p: int, block_d: int, *_: object) -> list[triton.Config]:
     """Configurations of a kernel that reads the corners of all points of some queries, for a key of `Points.key`."""
-    found = []
-    for tile, warps in ((_TILE_OF_WARP, 4), (2 * _TILE_OF_WARP, 4), (_TILE_OF_WARP, 2), (_TILE_OF_WARP, 8)):
-        block_q = max(1, tile * warps // (block_p * block_d))
-        config = triton.Config({"BLOCK_Q": block_q}, num_warps=warps, num_stages=1)
-        if str(config) not in map(str, found):
-            found.append(config)
-    return found
+    return _tiles(block_p, block_d, ((_TILE_OF_WARP, 4), (_TILE_OF_WARP, 2), (2 * _TILE_OF_WARP, 4)))
+
+
+def gathers_backward(block_p: int, block_d: int, *_: object) -> list[triton.Config]:
+    """The same for the backward pass, which holds more beside a tile."""
+    return _tiles(block_p, block_d, ((_TILE_OF_WARP, 4), (_TILE_OF_WARP, 2), (_TILE_OF_WARP // 2, 4)))
+
+
+def _tiles(block_p: int, block_d: int, sizes: Sequence[tuple[int, int]]) -> list[triton.Config]:
+    """Of sizes in numbers of a warp, and warps."""
+    found = {(max(1, tile * warps // (block_p * block_d)), warps): None for tile, warps in sizes}
+    return [triton.Config({"BLOCK_Q": block_q}, num_warps=warps, num_stages=1) for block_q, warps in found]

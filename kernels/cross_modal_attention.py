@@ -6,8 +6,8 @@ of the runs, so no float is ever added atomically. Where the runs end depends on
 batch.
 
 *Narrow* heads, all channels of which fit on chip beside the words, take their products on the way. *Wide* ones, up to
-1024 channels, would need more registers than there are: `_product_kernel` first writes the products of pixels and
-words, T float32 numbers a pixel beside its up to 1024 channels, and the walks then take one block of channels each.
+1024 channels, would need more registers than there are: their products of pixels and words, T numbers a pixel, go
+through memory (:mod:`._cross_modal_wide`), and the walks then take one block of channels each.
 """
 
 from __future__ import annotations
@@ -18,75 +18,9 @@ from torch import Tensor
 
 from . import _runtime
 from ._cross_modal_launch import Similarity, rows, walks
-from ._cross_modal_tiles import LOG2_E, load_rows, pixel_weights, store_rows, tile_products, words_of
+from ._cross_modal_tiles import LOG2_E, load_rows, pixel_weights, store_rows, words_of
+from ._cross_modal_wide import product
 from ._runtime import dot, rounded
-
-
-@triton.jit
-def _product_kernel(
-    left_ptr,  # (B, P, h * width): a tensor of the pixels
-    right_ptr,  # (B, T, h * width): one of the words
-    value_ptr,  # (B, T, h * value_width): text_value
-    mask_ptr,  # (B, T) uint8, contiguous
-    products_ptr,  # (B, h, P, BLOCK_T) float32, contiguous, out
-    image_out_ptr,  # (B, P, h * value_width), contiguous, out
-    left_batch,
-    left_stride,
-    right_batch,
-    right_stride,
-    value_batch,
-    value_stride,
-    pixels,
-    words,
-    heads,
-    tiles,  # of BLOCK_P pixels, in an image
-    width,
-    value_width,
-    scale,
-    HAS_MASK: tl.constexpr,
-    HAS_IMAGE: tl.constexpr,  # image_out is wanted
-    STORE: tl.constexpr,  # the products are
-    BLOCK_P: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Wide heads: left @ right^T of a tile of pixels, and image_out from them."""
-    index = tl.program_id(0).to(tl.int64)
-    head = index % heads
-    tile = index // heads % tiles
-    image = index // heads // tiles
-    first, pixel = tile * BLOCK_P, tl.arange(0, BLOCK_P)
-    is_pixel = pixel < pixels - first
-    is_word = words_of(mask_ptr, image, words, HAS_MASK, BLOCK_T)
-    word = tl.arange(0, BLOCK_T)
-
-    products = tile_products(
-        left_ptr + image * left_batch + head * width,
-        right_ptr + image * right_batch + head * width,
-        left_stride,
-        right_stride,
-        first,
-        is_pixel,
-        is_word,
-        width,
-        BLOCK_P,
-        BLOCK_T,
-        BLOCK_D,
-        PRECISION,
-    )
-    if STORE:
-        base = products_ptr + (image * heads + head) * pixels * BLOCK_T
-        store_rows(base, BLOCK_T, first, pixel, is_pixel, word, word < BLOCK_T, products)
-    if HAS_IMAGE:
-        weights = rounded(pixel_weights(products * (scale * LOG2_E), is_word), value_ptr.dtype.element_ty)
-        value_ptr += image * value_batch + head * value_width
-        image_out_ptr += image * pixels * heads * value_width + head * value_width
-        for start in range(0, value_width, BLOCK_D):
-            channel = start + tl.arange(0, BLOCK_D)
-            value = load_rows(value_ptr, value_stride, 0, word, is_word, channel, channel < value_width)
-            out = dot(weights, value, None, PRECISION)
-            store_rows(image_out_ptr, heads * value_width, first, pixel, is_pixel, channel, channel < value_width, out)
 
 
 @triton.jit
@@ -258,7 +192,9 @@ def forward(similarity: Similarity) -> tuple[Tensor | None, Tensor | None]:
                 total_ptr=total,
                 partial_ptr=partial,
                 **this.sizes(),
-                **this.walk_sizes(),
+                **this.walk_sizes("width", "text_width", "image_width"),
+                blocks=this.blocks,
+                WIDE=this.wide,
                 HAS_IMAGE=image_out is not None and not this.wide,
                 HAS_TEXT=this.image_value is not None,
                 **config.all_kwargs(),
@@ -270,41 +206,6 @@ def forward(similarity: Similarity) -> tuple[Tensor | None, Tensor | None]:
         text_out = this.pixel.new_empty(batch, this.word.shape[1], this.heads * image_width)
         merge(this, partial, text_out, maximum=maximum, total=total)
     return image_out, text_out
-
-
-def product(
-    similarity: Similarity, left: Tensor, right: Tensor, image_out: Tensor | None = None, *, store: bool = True
-) -> Tensor | None:
-    """left @ right^T of every head, (B, h, P, BLOCK_T) float32 (None unless ``store``); and into ``image_out`` what the
-    pixels read from text_value with it.
-
-    Args:
-        left: (B, P, h * width), right: (B, T, h * width).
-    """
-    this, (batch, pixels, channels) = similarity, left.shape
-    products = this.scratch(batch, this.heads, pixels, this.block_t) if store else None
-
-    def launch(config: triton.Config) -> None:
-        tiles = triton.cdiv(pixels, config.kwargs["BLOCK_P"])
-        _product_kernel[_runtime.grid(batch * this.heads * tiles)](
-            **rows("left", left, left),
-            **rows("right", right, left),
-            **rows("value", this.text_value if image_out is not None else None, left),
-            mask_ptr=this.mask_or_placeholder,
-            products_ptr=left if products is None else products,
-            image_out_ptr=left if image_out is None else image_out,
-            tiles=tiles,
-            width=channels // this.heads,
-            value_width=this.widths[1],
-            **this.sizes(),
-            HAS_IMAGE=image_out is not None,
-            STORE=store,
-            BLOCK_D=this.block_d,
-            **config.all_kwargs(),
-        )
-
-    _PRODUCT(launch, left.device, *this.key(2), channels, image_out is None, store)
-    return products
 
 
 def merge(
@@ -347,4 +248,3 @@ def merge(
 _LARGEST_MERGE = 4096
 
 _FORWARD = _runtime.Autotuner(walks, _forward_kernel)
-_PRODUCT = _runtime.Autotuner(walks, _product_kernel)

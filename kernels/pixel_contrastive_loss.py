@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _runtime
+from ._precision import precision
 from ._runtime import dot, rounded
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
@@ -287,7 +288,7 @@ def _backward_kernel(
             lower = rounded(grad_similarity - upper.to(tl.float32), tl.bfloat16)
             grad = dot(lower, features, grad, PRECISION)
         else:
-            # Factors of 1 / P^2 are too small for float16.
+            # Factors of about 1 / P^2 are too small for float16.
             grad = dot(grad_similarity, features.to(tl.float32), grad, PRECISION)
 
     if NORMALIZE:
@@ -395,14 +396,8 @@ def _inputs(
         "pixels": pixels,
         "channels": channels,
         "inverse_temperature": 1.0 / temperature,
-        "PRECISION": _precision(features),
+        "PRECISION": precision(features.dtype),
     }
-
-
-def _precision(features: Tensor) -> str:
-    """float32's products have 24 bits: three of TF32 give them on the matrix units, where "ieee" would not use these.
-    (Of float16 features the products are exact anyhow; their gradient's are such products too.)"""
-    return "tf32" if _runtime.input_precision(features.dtype) == "tf32" else "tf32x3"
 
 
 def _channels(features: Tensor) -> dict[str, int | bool]:
@@ -414,7 +409,7 @@ def _channels(features: Tensor) -> dict[str, int | bool]:
 
 def _key(features: Tensor) -> tuple[object, ...]:
     pixels = min(_runtime.power_of_two(features.shape[1]), _MOST_PIXELS)
-    return (features.dtype, pixels, features.shape[2], features.stride(2) == 1, _precision(features))
+    return (features.dtype, pixels, features.shape[2], features.stride(2) == 1, precision(features.dtype))
 
 
 def _tiles(dtype: torch.dtype, pixels: int, *_: object) -> list[triton.Config]:

@@ -40,7 +40,7 @@ def forward(*arguments: Tensor | None) -> tuple[Tensor, Tensor]:
 
     like, outs = next(tensor for tensor in arguments if tensor is not None), [None, None]
     with _runtime.on_device(like):
-        for similarity, _ in _similarities(*arguments):
+        for similarity, _ in _similarities(*arguments, backward=False):
             found = cross_modal_attention.forward(similarity)
             outs = [out if new is None else new for out, new in zip(outs, found, strict=True)]
     image_out, text_out = (like.new_empty(0) if out is None else out for out in outs)
@@ -56,7 +56,7 @@ def backward(
     *arguments, wanted = arguments
     tensors, grads = arguments[:6], [None] * 6
     with _runtime.on_device(next(tensor for tensor in tensors if tensor is not None)):
-        for similarity, places in _similarities(*arguments):
+        for similarity, places in _similarities(*arguments, backward=True):
             # An empty gradient is that of a result which the call does not have.
             image = grad_image_out if similarity.text_value is not None else None
             text = grad_text_out if similarity.image_value is not None else None
@@ -88,6 +88,8 @@ def _similarities(
     text_mask: Tensor | None,
     num_heads: int,
     scale: float,
+    *,
+    backward: bool,
 ) -> list[tuple[Similarity, tuple[int, ...]]]:
     """What the kernels take: one similarity for both directions, or one for each; and where the tensors of each (pixel,
     word, text_value, image_value) stand among the operator's."""
@@ -95,7 +97,7 @@ def _similarities(
 
     def similarity(*tensors: Tensor | None) -> Similarity:
         mask = None if text_mask is None else text_mask.contiguous().view(torch.uint8)
-        return Similarity(*map(_channels_together, tensors), mask, num_heads, scale)
+        return Similarity(*map(_channels_together, tensors), mask, num_heads, scale, backward)
 
     if text_query is None:
         return [(similarity(image_query, text_key, text_value, image_value), (0, 1, 2, 5))]
