@@ -27,40 +27,39 @@ _LEAST_NORM = tl.constexpr(1e-6)
 
 
 @triton.jit
-def _load_features(ptr, pixel_stride, channel_stride, pixel, pixels, channel, channels):
-    """Of one image, (pixels, channels); zeros beyond either."""
-    offsets = pixel.to(tl.int64)[:, None] * pixel_stride + channel.to(tl.int64)[None, :] * channel_stride
-    return tl.load(ptr + offsets, mask=(pixel < pixels)[:, None] & (channel < channels)[None, :], other=0.0)
+def _load_features(ptr, pixel_stride, channel_stride, first, pixel, pixels, channel, channels):
+    """Of the pixels first + pixel of one image, (pixels, channels); zeros beyond either. Offsets from the first pixel
+    have 32 bits (`_within_reach`), which saves registers."""
+    ptr += tl.cast(first, tl.int64) * pixel_stride
+    offsets = pixel[:, None] * pixel_stride + channel[None, :] * channel_stride
+    return tl.load(ptr + offsets, mask=(pixel < pixels - first)[:, None] & (channel < channels)[None, :], other=0.0)
 
 
 @triton.jit
-def _similarities(
+def _products(
     features_ptr,
-    row_features,  # (BLOCK_M, BLOCK_C) if ONE
     pixel_stride,
     channel_stride,
-    row,
-    column,
+    first_row,
+    first_column,
     pixels,
     channels,
-    ONE: tl.constexpr,  # a block holds all channels
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """(products of the rows' and the columns' features (BLOCK_M, BLOCK_N) float32, the columns' features if ONE)."""
-    channel = tl.arange(0, BLOCK_C)
-    features = _load_features(features_ptr, pixel_stride, channel_stride, column, pixels, channel, channels)
-    if ONE:
-        return dot(row_features, tl.trans(features), None, PRECISION), features
+    """Products of the features of a tile of rows and one of columns over all channels, (BLOCK_M, BLOCK_N) float32."""
+    row, column = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     products = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, channels, BLOCK_C):
         channel = start + tl.arange(0, BLOCK_C)
-        left = _load_features(features_ptr, pixel_stride, channel_stride, row, pixels, channel, channels)
-        right = _load_features(features_ptr, pixel_stride, channel_stride, column, pixels, channel, channels)
+        left = _load_features(features_ptr, pixel_stride, channel_stride, first_row, row, pixels, channel, channels)
+        right = _load_features(
+            features_ptr, pixel_stride, channel_stride, first_column, column, pixels, channel, channels
+        )
         products = dot(left, tl.trans(right), products, PRECISION)
-    return products, features
+    return products
 
 
 @triton.jit
@@ -78,18 +77,18 @@ def _norm_kernel(
 ):
     index = tl.program_id(0).to(tl.int64)
     image = index // blocks
-    pixel = (index % blocks).to(tl.int32) * BLOCK_M + tl.arange(0, BLOCK_M)
+    first, pixel = (index % blocks).to(tl.int32) * BLOCK_M, tl.arange(0, BLOCK_M)
     features_ptr += image * batch_stride
     squares = tl.zeros([BLOCK_M], tl.float32)
     for start in range(0, channels, BLOCK_C):
         channel = start + tl.arange(0, BLOCK_C)
-        features = _load_features(features_ptr, pixel_stride, channel_stride, pixel, pixels, channel, channels)
+        features = _load_features(features_ptr, pixel_stride, channel_stride, first, pixel, pixels, channel, channels)
         features = features.to(tl.float32)
         squares += tl.sum(features * features, 1)
     # Written so that NaN stays NaN.
     norm = tl.sqrt(squares)
     norm = tl.where(norm < _LEAST_NORM, _LEAST_NORM, norm)
-    tl.store(inverse_ptr + image * pixels + pixel, 1.0 / norm, mask=pixel < pixels)
+    tl.store(inverse_ptr + image * pixels + first + pixel, 1.0 / norm, mask=pixel < pixels - first)
 
 
 @triton.jit
@@ -121,7 +120,8 @@ def _forward_kernel(
     is factor * 2^(similarity - base), with (base, factor) of its own side and of the other one: four statistics."""
     index = tl.program_id(0).to(tl.int64)
     image, block = index // blocks, index % blocks
-    row = block.to(tl.int32) * BLOCK_M + tl.arange(0, BLOCK_M)
+    first = block.to(tl.int32) * BLOCK_M
+    row = first + tl.arange(0, BLOCK_M)
     is_row = row < pixels
     features_ptr += image * batch_stride
     inverse_ptr += image * pixels
@@ -130,8 +130,11 @@ def _forward_kernel(
     scale = tl.full([BLOCK_M], inverse_temperature * _LOG2_E, tl.float32)
     if NORMALIZE:
         scale *= tl.load(inverse_ptr + row, mask=is_row, other=0.0)
-    channel = tl.arange(0, BLOCK_C)
-    row_features = _load_features(features_ptr, pixel_stride, channel_stride, row, pixels, channel, channels)
+    tile_row, tile_column, channel = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_C)
+    if ONE:
+        row_features = _load_features(
+            features_ptr, pixel_stride, channel_stride, first, tile_row, pixels, channel, channels
+        )
 
     own_maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
     other_maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -140,21 +143,25 @@ def _forward_kernel(
     for start in range(0, pixels, BLOCK_N):
         column = start + tl.arange(0, BLOCK_N)
         is_column = column < pixels
-        similarity, _ = _similarities(
-            features_ptr,
-            row_features,
-            pixel_stride,
-            channel_stride,
-            row,
-            column,
-            pixels,
-            channels,
-            ONE,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_C,
-            PRECISION,
-        )
+        if ONE:
+            features = _load_features(
+                features_ptr, pixel_stride, channel_stride, start, tile_column, pixels, channel, channels
+            )
+            similarity = dot(row_features, tl.trans(features), None, PRECISION)
+        else:
+            similarity = _products(
+                features_ptr,
+                pixel_stride,
+                channel_stride,
+                first,
+                start,
+                pixels,
+                channels,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_C,
+                PRECISION,
+            )
         similarity *= scale[:, None]
         if NORMALIZE:
             similarity *= tl.load(inverse_ptr + column, mask=is_column, other=0.0)[None, :]
@@ -208,11 +215,10 @@ def _backward_kernel(
     channel_blocks,
     inverse_temperature,
     NORMALIZE: tl.constexpr,
-    ONE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    BLOCK_G: tl.constexpr,  # channels of the gradient; BLOCK_C if ONE
+    BLOCK_G: tl.constexpr,  # channels of the gradient
     PRECISION: tl.constexpr,
 ):
     """A block of rows and of channels of the gradient."""
@@ -220,7 +226,8 @@ def _backward_kernel(
     first_channel = (index % channel_blocks).to(tl.int32) * BLOCK_G
     block = index // channel_blocks % blocks
     image = index // channel_blocks // blocks
-    row = block.to(tl.int32) * BLOCK_M + tl.arange(0, BLOCK_M)
+    first = block.to(tl.int32) * BLOCK_M
+    row = first + tl.arange(0, BLOCK_M)
     is_row = row < pixels
     features_ptr += image * batch_stride
     inverse_ptr += image * pixels
@@ -235,9 +242,7 @@ def _backward_kernel(
     inverse = tl.full([BLOCK_M], 1.0, tl.float32)
     if NORMALIZE:
         inverse = tl.load(inverse_ptr + row, mask=is_row, other=0.0)
-    row_features = _load_features(
-        features_ptr, pixel_stride, channel_stride, row, pixels, tl.arange(0, BLOCK_C), channels
-    )
+    tile_row, tile_column = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     channel = first_channel + tl.arange(0, BLOCK_G)
 
     grad = tl.zeros([BLOCK_M, BLOCK_G], tl.float32)
@@ -245,16 +250,14 @@ def _backward_kernel(
     for start in range(0, pixels, BLOCK_N):
         column = start + tl.arange(0, BLOCK_N)
         is_column = column < pixels
-        cosine, features = _similarities(
+        cosine = _products(
             features_ptr,
-            row_features,
             pixel_stride,
             channel_stride,
-            row,
-            column,
+            first,
+            start,
             pixels,
             channels,
-            ONE,
             BLOCK_M,
             BLOCK_N,
             BLOCK_C,
@@ -279,8 +282,9 @@ def _backward_kernel(
         grad_similarity = tl.where(is_column[None, :], grad_similarity, 0.0)
         along += tl.sum(grad_similarity * cosine, 1)
         grad_similarity *= column_inverse[None, :]
-        if not ONE:
-            features = _load_features(features_ptr, pixel_stride, channel_stride, column, pixels, channel, channels)
+        features = _load_features(
+            features_ptr, pixel_stride, channel_stride, start, tile_column, pixels, channel, channels
+        )
         if features.dtype == tl.bfloat16:
             # Rounded once the factors would have 8 bits; in two pieces they have 16.
             upper = rounded(grad_similarity, tl.bfloat16)
@@ -292,7 +296,9 @@ def _backward_kernel(
             grad = dot(grad_similarity, features.to(tl.float32), grad, PRECISION)
 
     if NORMALIZE:
-        features = _load_features(features_ptr, pixel_stride, channel_stride, row, pixels, channel, channels)
+        features = _load_features(
+            features_ptr, pixel_stride, channel_stride, first, tile_row, pixels, channel, channels
+        )
         # A norm below the least is taken for a constant.
         along = tl.where(inverse < 1.0 / _LEAST_NORM, along * inverse, 0.0)
         grad = (grad - along[:, None] * features.to(tl.float32)) * inverse[:, None]
@@ -304,20 +310,21 @@ def _backward_kernel(
 
 def forward(features: Tensor, inside: Tensor, temperature: float, normalize: bool) -> Tensor:
     """(B,) float32 losses of features (B, P, C), any strides, and inside (B, P) uint8, contiguous."""
+    features = _within_reach(features)
     loss, _, _ = _rows(features, inside, temperature, normalize, None)
     return loss
 
 
 def backward(grad_loss: Tensor, features: Tensor, inside: Tensor, temperature: float, normalize: bool) -> Tensor:
     """The gradient of features, (B, P, C), contiguous, for that of the losses, (B,) float32, contiguous."""
+    features = _within_reach(features)
     (batch, pixels, channels), device = features.shape, features.device
     _, statistics, inverse = _rows(features, inside, temperature, normalize, grad_loss)
     grad = torch.empty_like(features, memory_format=torch.contiguous_format)
+    block_g = min(_runtime.power_of_two(channels), _GRADIENT_CHANNELS)
 
     def launch(config: triton.Config) -> None:
         blocks = triton.cdiv(pixels, config.kwargs["BLOCK_M"])
-        cut = _channels(features)
-        block_g = cut["BLOCK_C"] if cut["ONE"] else _GRADIENT_CHANNELS
         channel_blocks = triton.cdiv(channels, block_g)
         _backward_kernel[_runtime.grid(batch * blocks * channel_blocks)](
             **_inputs(features, inside, inverse, temperature),
@@ -326,13 +333,20 @@ def backward(grad_loss: Tensor, features: Tensor, inside: Tensor, temperature: f
             blocks=blocks,
             channel_blocks=channel_blocks,
             NORMALIZE=normalize,
+            BLOCK_C=min(_runtime.power_of_two(channels), _STEP_BYTES // features.element_size()),
             BLOCK_G=block_g,
-            **cut,
             **config.all_kwargs(),
         )
 
     _BACKWARD(launch, device, *_key(features), normalize)
     return grad
+
+
+def _within_reach(features: Tensor) -> Tensor:
+    """The features, copied where a tile of them would reach over 2^31 numbers."""
+    _, _, channels = features.shape
+    reach = _LARGEST_TILE * features.stride(1) + channels * features.stride(2)
+    return features if reach < 2**31 else features.contiguous()
 
 
 def _rows(
@@ -404,7 +418,7 @@ def _channels(features: Tensor) -> dict[str, int | bool]:
     """How a row of channels is cut: whole where a few such tiles fit on chip."""
     whole = _runtime.power_of_two(features.shape[2])
     one = whole * features.element_size() <= _WHOLE_BYTES
-    return {"ONE": one, "BLOCK_C": whole if one else _WHOLE_BYTES // 4 // features.element_size()}
+    return {"ONE": one, "BLOCK_C": whole if one else _STEP_BYTES // features.element_size()}
 
 
 def _key(features: Tensor) -> tuple[object, ...]:
@@ -413,9 +427,16 @@ def _key(features: Tensor) -> tuple[object, ...]:
 
 
 def _tiles(dtype: torch.dtype, pixels: int, *_: object) -> list[triton.Config]:
-    sizes = [(64, 64, 4, 2), (64, 64, 8, 2), (64, 32, 4, 3), (32, 32, 4, 2)]
-    if dtype != torch.float32:
-        sizes = [(128, 64, 8, 2), *sizes]
+    sizes = [(64, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 3), (32, 32, 4, 2)]
+    return _fitting(sizes if dtype == torch.float32 else [(128, 64, 8, 2), *sizes], pixels)
+
+
+def _backward_tiles(dtype: torch.dtype, pixels: int, *_: object) -> list[triton.Config]:
+    return _fitting([(64, 64, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2)], pixels)
+
+
+def _fitting(sizes: list[tuple[int, int, int, int]], pixels: int) -> list[triton.Config]:
+    """Of (rows, columns, warps, stages)."""
     found = [
         triton.Config({"BLOCK_M": rows, "BLOCK_N": columns}, num_warps=warps, num_stages=stages)
         for rows, columns, warps, stages in sizes
@@ -424,11 +445,12 @@ def _tiles(dtype: torch.dtype, pixels: int, *_: object) -> list[triton.Config]:
     return found or [triton.Config({"BLOCK_M": 16, "BLOCK_N": 16}, num_warps=4, num_stages=2)]
 
 
-_NORM_PIXELS = 64
-# Bytes of a pixel's channels of which whole tiles are held; and channels of the gradient that a program makes beyond.
-_WHOLE_BYTES, _GRADIENT_CHANNELS = 512, 128
+_NORM_PIXELS, _LARGEST_TILE = 64, 128
+# Bytes of a pixel's channels up to which the forward pass holds them all, and of a step where it does not; channels of
+# the gradient that one program makes.
+_WHOLE_BYTES, _STEP_BYTES, _GRADIENT_CHANNELS = 512, 128, 128
 # Maps beyond this many pixels choose as this one.
 _MOST_PIXELS = 4096
 
 _FORWARD = _runtime.Autotuner(_tiles, _forward_kernel)
-_BACKWARD = _runtime.Autotuner(_tiles, _backward_kernel)
+_BACKWARD = _runtime.Autotuner(_backward_tiles, _backward_kernel)
