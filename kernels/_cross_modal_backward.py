@@ -10,11 +10,11 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _runtime
-from ._cross_modal_launch import Similarity, rows, walks
+from ._cross_modal_launch import Similarity, rows, walks, walks_backward
+from ._cross_modal_merge import merge
 from ._cross_modal_tiles import LOG2_E, load_rows, merged_statistics, pixel_weights, store_rows, text_weights, words_of
 from ._cross_modal_wide import Products
 from ._runtime import dot, rounded
-from .cross_modal_attention import merge
 
 
 @triton.jit
@@ -312,8 +312,7 @@ def backward(
     if products is not None:
         products.apply({name: value for name, value in inputs.items() if not name.startswith("image_value")})
     else:
-        tiles = 1 + (grad_image is not None) + (grad_text is not None)
-        _BACKWARD(launch, this.pixel.device, *this.key(tiles), grad_image is None, grad_text is None, *wanted)
+        _BACKWARD(launch, this.pixel.device, *this.key(3), grad_image is None, grad_text is None, *wanted)
     if wanted[1]:
         merge(this, word_sums, grads[1], factor=this.scale)
     if wanted[2]:
@@ -324,4 +323,4 @@ def backward(
 _WANTS = ("WANT_PIXEL", "WANT_WORD", "WANT_TEXT_VALUE", "WANT_IMAGE_VALUE")
 
 _STATISTICS = _runtime.Autotuner(walks, _statistics_kernel)
-_BACKWARD = _runtime.Autotuner(walks, _backward_kernel)
+_BACKWARD = _runtime.Autotuner(walks_backward, _backward_kernel)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,9 +13,9 @@ from torch import Tensor
 from . import _runtime
 from ._precision import precision
 
-# Bytes of a tile (words, channels) with all channels of a narrow head: the forward pass holds three of them and an
-# accumulator, the backward pass twice as much. And the tile of a wide head's block of channels.
-_NARROW_BYTES, _NARROW_BACKWARD_BYTES, _WIDE_BYTES = 8192, 4096, 8192
+# Bytes of a tile (words, channels) with all channels of a narrow head, of which the forward pass holds two and an
+# accumulator, and numbers of the same for the backward pass, with three and two. Bytes of such a tile of a wide head.
+_NARROW_BYTES, _NARROW_BACKWARD_NUMBERS, _WIDE_BYTES = 8192, 1024, 8192
 _LARGEST_BLOCK = 128
 # Pixels of a run are a multiple of this, so that every BLOCK_P cuts runs at the same place.
 _RUN_STEP = 128
@@ -54,8 +55,8 @@ class Similarity:
     def wide(self) -> bool:
         """Whether a tile of words with all channels of a head is too much for one program."""
         block = _runtime.power_of_two(max(self.widths))
-        limit = _NARROW_BACKWARD_BYTES if self.backward else _NARROW_BYTES
-        return block > _LARGEST_BLOCK or block * self.block_t * self.pixel.element_size() > limit
+        limit = _NARROW_BACKWARD_NUMBERS if self.backward else _NARROW_BYTES // self.pixel.element_size()
+        return block > _LARGEST_BLOCK or block * self.block_t > limit
 
     @cached_property
     def block_d(self) -> int:
@@ -129,15 +130,29 @@ def rows(name: str, tensor: Tensor | None, placeholder: Tensor) -> dict[str, Ten
 
 def walks(dtype: torch.dtype, pixels: int, block_t: int, block_d: int, tiles: int, *_: object) -> list[triton.Config]:
     """Configurations of a walk over pixels, the best guess first, for a key of `Similarity.key`."""
+    return _fitting(_WALKS, dtype, pixels, block_d, tiles)
+
+
+def walks_backward(dtype: torch.dtype, pixels: int, block_t: int, block_d: int, *_: object) -> list[triton.Config]:
+    """The same for the narrow heads' backward pass, which holds more in registers."""
+    sizes = [size for size in _WALKS_BACKWARD if size[0] * block_t <= _BACKWARD_SCORES]
+    return _fitting(sizes, dtype, pixels, block_d, 3)
+
+
+def _fitting(
+    sizes: Sequence[tuple[int, int, int]], dtype: torch.dtype, pixels: int, block_d: int, tiles: int
+) -> list[triton.Config]:
+    """Of (BLOCK_P, warps, stages)."""
     # What the loads ahead may take: the rest of 100 KB or more goes to the words and to exchanges.
     rows_ahead = _AHEAD_BYTES // (tiles * block_d * dtype.itemsize)
     found = [
         triton.Config({"BLOCK_P": block_p}, num_warps=warps, num_stages=stages)
-        for block_p, warps, stages in _WALKS
+        for block_p, warps, stages in sizes
         if block_p * stages <= rows_ahead and block_p <= pixels
     ]
-    return found or [triton.Config({"BLOCK_P": 16}, num_warps=4, num_stages=1)]
+    return found or [triton.Config({"BLOCK_P": 16}, num_warps=4, num_stages=2)]
 
 
 _AHEAD_BYTES = 64 * 1024
-_WALKS = ((64, 4, 2), (64, 8, 2), (64, 4, 3), (128, 8, 2), (32, 4, 2), (32, 4, 3), (16, 4, 2), (16, 4, 3))
+_WALKS = ((64, 4, 2), (64, 8, 2), (32, 4, 3), (128, 8, 2), (16, 4, 3))
+_WALKS_BACKWARD, _BACKWARD_SCORES = ((32, 4, 2), (32, 4, 3), (16, 4, 2)), 1024

@@ -14,7 +14,8 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 def load_rows(ptr, stride, first, row, row_mask, channel, channel_mask):
     """Channels of the rows first + row, (rows, channels); zeros where a mask is false, which is never read.
 
-    Within a tile offsets have 32 bits, which saves registers (`LARGEST_STRIDE`); to its first row they have 64.
+    Within a tile offsets have 32 bits, which saves registers (the caller copies what has longer strides); to its first
+    row they have 64.
     """
     offsets = row[:, None] * stride + channel[None, :]
     return tl.load(ptr + first * stride + offsets, mask=row_mask[:, None] & channel_mask[None, :], other=0.0)

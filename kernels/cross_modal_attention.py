@@ -12,12 +12,18 @@ through memory (:mod:`._cross_modal_wide`), and the walks then take one block of
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Iterator
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import _runtime
+from ._cross_modal_backward import backward
 from ._cross_modal_launch import Similarity, rows, walks
+from ._cross_modal_merge import merge
 from ._cross_modal_tiles import LOG2_E, load_rows, pixel_weights, store_rows, words_of
 from ._cross_modal_wide import product
 from ._runtime import dot, rounded
@@ -120,50 +126,6 @@ def _forward_kernel(
         store_rows(partial_ptr, image_width, 0, word, is_word, channel, channel < image_width, gathered)
 
 
-@triton.jit
-def _merge_kernel(
-    maximum_ptr,  # (B, h, BLOCK_T, runs) float32, contiguous
-    total_ptr,  # (B, h, BLOCK_T, runs) float32, contiguous
-    partial_ptr,  # (B, h, runs, BLOCK_T, width) float32, contiguous
-    mask_ptr,  # (B, T) uint8, contiguous
-    out_ptr,  # (B, T, h * width), contiguous, out
-    words,
-    heads,
-    runs,
-    blocks,
-    width,
-    factor,
-    HAS_MASK: tl.constexpr,
-    NORMALIZE: tl.constexpr,  # partial sums of a softmax, else plain ones times `factor`
-    BLOCK_T: tl.constexpr,
-    BLOCK_R: tl.constexpr,  # at least `runs`
-    BLOCK_E: tl.constexpr,
-):
-    """BLOCK_E of a head's (T, width) numbers: the runs' partial sums added in a fixed order. Masked words become 0."""
-    index = tl.program_id(0).to(tl.int64)
-    element = (index % blocks).to(tl.int32) * BLOCK_E + tl.arange(0, BLOCK_E)
-    head = index // blocks % heads
-    image = index // blocks // heads
-    run = tl.arange(0, BLOCK_R)
-    word, exists = element // width, element < words * width
-    is_run = (run < runs)[:, None] & exists[None, :]
-    partial_ptr += (image * heads + head) * runs * BLOCK_T * width
-    sums = tl.load(partial_ptr + run[:, None] * (BLOCK_T * width) + element[None, :], mask=is_run, other=0.0)
-    if NORMALIZE:
-        row = ((image * heads + head) * BLOCK_T + word[None, :]) * runs + run[:, None]
-        maximum = tl.load(maximum_ptr + row, mask=is_run, other=float("-inf"))
-        total = tl.load(total_ptr + row, mask=is_run, other=0.0)
-        largest = tl.max(maximum, 0)
-        kept = tl.exp2(maximum - tl.where(largest == float("-inf"), 0.0, largest)[None, :])
-        out = tl.sum(sums * kept, 0) / tl.sum(total * kept, 0)
-    else:
-        out = tl.sum(sums, 0) * factor
-    if HAS_MASK:
-        out = tl.where(tl.load(mask_ptr + image * words + word, mask=exists, other=0) != 0, out, 0.0)
-    out_ptr += (image * words + word) * heads * width + head * width + element % width
-    tl.store(out_ptr, rounded(out, out_ptr.dtype.element_ty), mask=exists)
-
-
 def forward(similarity: Similarity) -> tuple[Tensor | None, Tensor | None]:
     """image_out (B, P, h * text_width) and text_out (B, T, h * image_width), None without text_value or image_value.
 
@@ -208,43 +170,25 @@ def forward(similarity: Similarity) -> tuple[Tensor | None, Tensor | None]:
     return image_out, text_out
 
 
-def merge(
-    similarity: Similarity,
-    partial: Tensor,
-    out: Tensor,
-    *,
-    maximum: Tensor | None = None,
-    total: Tensor | None = None,
-    factor: float = 1.0,
-) -> None:
-    """Adds the runs' parts (B, h, runs, BLOCK_T, width) into ``out`` (B, T, h * width), as parts of a softmax when its
-    statistics are given, else as they are, times ``factor``."""
-    this, (batch, words, channels) = similarity, out.shape
-    width = channels // this.heads
-    block_r = _runtime.power_of_two(this.runs, 1)
-    block_e = min(_runtime.power_of_two(words * width), _LARGEST_MERGE // block_r)
-    blocks = triton.cdiv(words * width, block_e)
-    _merge_kernel[_runtime.grid(batch * this.heads * blocks)](
-        maximum_ptr=partial if maximum is None else maximum,
-        total_ptr=partial if total is None else total,
-        partial_ptr=partial,
-        mask_ptr=this.mask_or_placeholder,
-        out_ptr=out,
-        words=words,
-        heads=this.heads,
-        runs=this.runs,
-        blocks=blocks,
-        width=width,
-        factor=factor,
-        HAS_MASK=this.mask is not None,
-        NORMALIZE=maximum is not None,
-        BLOCK_T=this.block_t,
-        BLOCK_R=block_r,
-        BLOCK_E=block_e,
-    )
-
-
-# Numbers that one program of a merge holds.
-_LARGEST_MERGE = 4096
-
 _FORWARD = _runtime.Autotuner(walks, _forward_kernel)
+
+
+def launches(dtype: torch.dtype, quick: bool) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Calls that :mod:`.report` compiles: the heads of the models, shared and one direction alone, on meta tensors."""
+    sizes = [(20, 32, 8), (64, 32, 8), (20, 128, 1), (20, 1024, 1), (64, 1024, 1)]
+    for words, d, heads in [(20, 32, 8), (20, 1024, 1)] if quick else sizes:
+        pixels = 14400 if d < 256 else 900
+
+        def rows_of(count: int, width: int = heads * d) -> Tensor:
+            return torch.empty(2, count, width, dtype=dtype, device="meta")
+
+        mask = torch.empty(2, words, dtype=torch.uint8, device="meta")
+        image, text = rows_of(pixels), rows_of(words)
+        for form in ["both"] if quick else ["both", "image", "text"]:
+            values = (text if form != "text" else None, image if form != "image" else None)
+            call = functools.partial(Similarity, image, text, *values, mask, heads, d**-0.5)
+            label = f"{form}, T {words}, d {d}"
+            yield label, functools.partial(forward, call())
+            grads = (image if form != "text" else None, text if form != "image" else None)
+            wanted = (True, True, form != "text", form != "image")
+            yield label, functools.partial(backward, call(backward=True), *grads, wanted)

@@ -8,7 +8,8 @@ two programs; the gradient of `value` is, and has kernels of its own in :mod:`._
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import triton
@@ -295,3 +296,28 @@ def backward(
 
 _FORWARD = _runtime.Autotuner(gathers, _forward_kernel)
 _BACKWARD = _runtime.Autotuner(gathers_backward, _backward_kernel)
+
+
+def launches(dtype: torch.dtype, quick: bool) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Calls that :mod:`.report` compiles: pyramids of three and four maps, all forms, on meta tensors."""
+    pyramids = [("fused", [60, 60, 30, 30, 15, 15], 32, 2)]
+    if not quick:
+        pyramids += [
+            ("plain", [60, 60, 30, 30, 15, 15], 32, 0),
+            ("boxes", [60, 60, 30, 30, 15, 15], 32, 4),
+            ("fused", [120, 120, 60, 60, 30, 30, 15, 15], 32, 2),
+            ("fused", [60, 60, 30, 30, 15, 15], 64, 2),
+        ]
+    for form, sizes, d, coordinates in pyramids:
+        levels, count = len(sizes) // 2, sum(h * w for h, w in zip(sizes[::2], sizes[1::2], strict=True))
+
+        def tensor(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.empty(2, *shape, dtype=dtype, device="meta")
+
+        reference = tensor(count, levels, coordinates) if coordinates else None
+        value, weights = tensor(count, 8, d, dtype=dtype), tensor(count, 8, levels, 4, dtype=dtype)
+        points = Points(value, tensor(count, 8, levels, 4, 2), weights, reference, sizes)
+        label = f"{form}, {levels} levels, d {d}"
+        yield label, functools.partial(forward, points)
+        wanted = (True, True, True, form == "boxes")
+        yield label, functools.partial(backward, tensor(count, 8 * d, dtype=dtype), points, wanted)

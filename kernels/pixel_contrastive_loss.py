@@ -11,6 +11,9 @@ units without being rounded again, and the result is that of float32.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Iterator
+
 import torch
 import triton
 import triton.language as tl
@@ -454,3 +457,16 @@ _MOST_PIXELS = 4096
 
 _FORWARD = _runtime.Autotuner(_tiles, _forward_kernel)
 _BACKWARD = _runtime.Autotuner(_backward_tiles, _backward_kernel)
+
+
+def launches(dtype: torch.dtype, quick: bool) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Calls that :mod:`.report` compiles: channels first and last, few and many, on meta tensors."""
+    for channels, first in [(256, True)] if quick else [(256, True), (256, False), (64, False), (512, True)]:
+        shape = (2, channels, 14400) if first else (2, 14400, channels)
+        features = torch.empty(shape, dtype=dtype, device="meta")
+        features = features.transpose(1, 2) if first else features
+        inside = torch.empty(2, 14400, dtype=torch.uint8, device="meta")
+        grad_loss = torch.empty(2, dtype=torch.float32, device="meta")
+        label = f"C {channels}, channels {'first' if first else 'last'}"
+        yield label, functools.partial(forward, features, inside, 0.1, True)
+        yield label, functools.partial(backward, grad_loss, features, inside, 0.1, True)

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 MOST_WORDS = 64
 WIDEST_HEAD = 1024
+# A tile has up to 128 rows.
+_LARGEST_STRIDE = 2**24
 
 
 def supports(*arguments: object) -> str | None:
@@ -51,7 +53,7 @@ def backward(
     grad_image_out: Tensor | None, grad_text_out: Tensor | None, *arguments: Tensor | Sequence[bool] | None
 ) -> list[Tensor | None]:
     """Gradients of the six tensors, None for those not wanted."""
-    from ..kernels import _cross_modal_backward, _runtime
+    from ..kernels import _runtime, cross_modal_attention
 
     *arguments, wanted = arguments
     tensors, grads = arguments[:6], [None] * 6
@@ -64,7 +66,7 @@ def backward(
             reached = (scores, scores, image is not None, text is not None)
             want = [wanted[place] and into for place, into in zip(places, reached, strict=True)]
             if any(want):
-                found = _cross_modal_backward.backward(
+                found = cross_modal_attention.backward(
                     similarity, _channels_together(image), _channels_together(text), want
                 )
                 for place, into, grad in zip(places, want, found, strict=True):
@@ -108,6 +110,7 @@ def _similarities(
 
 
 def _channels_together(tensor: Tensor | None) -> Tensor | None:
-    """The kernels read tensors with any strides but the last."""
-    together = tensor is None or tensor.stride(2) == 1 or tensor.shape[2] == 1
-    return tensor if together else tensor.contiguous()
+    """The kernels read tensors with any strides but the last, if a tile of rows is within 32 bits."""
+    if tensor is None or (tensor.stride(2) == 1 or tensor.shape[2] == 1) and tensor.stride(1) < _LARGEST_STRIDE:
+        return tensor
+    return tensor.contiguous()

@@ -52,7 +52,7 @@ def random_case(
 def all_wide(monkeypatch):
     """Every head counts as wide, in blocks of 32 channels: the way of the widest heads with few channels."""
     monkeypatch.setattr(_cross_modal_launch, "_NARROW_BYTES", 0)
-    monkeypatch.setattr(_cross_modal_launch, "_NARROW_BACKWARD_BYTES", 0)
+    monkeypatch.setattr(_cross_modal_launch, "_NARROW_BACKWARD_NUMBERS", 0)
     monkeypatch.setattr(_cross_modal_launch, "_WIDE_BYTES", 2048)
 
 
