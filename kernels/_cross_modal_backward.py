@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _runtime
-from ._cross_modal_launch import Similarity, rows, walks, walks_backward
+from ._cross_modal_launch import Similarity, backward_walks, product_walks, rows
 from ._cross_modal_merge import merge
 from ._cross_modal_tiles import LOG2_E, load_rows, merged_statistics, pixel_weights, store_rows, text_weights, words_of
 from ._cross_modal_wide import Products
@@ -322,5 +322,5 @@ def backward(
 
 _WANTS = ("WANT_PIXEL", "WANT_WORD", "WANT_TEXT_VALUE", "WANT_IMAGE_VALUE")
 
-_STATISTICS = _runtime.Autotuner(walks, _statistics_kernel)
-_BACKWARD = _runtime.Autotuner(walks_backward, _backward_kernel)
+_STATISTICS = _runtime.Autotuner(product_walks, _statistics_kernel)
+_BACKWARD = _runtime.Autotuner(backward_walks, _backward_kernel)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,9 +12,10 @@ from torch import Tensor
 from . import _runtime
 from ._precision import precision
 
-# Bytes of a tile (words, channels) with all channels of a narrow head, of which the forward pass holds two and an
-# accumulator, and numbers of the same for the backward pass, with three and two. Bytes of such a tile of a wide head.
-_NARROW_BYTES, _NARROW_BACKWARD_NUMBERS, _WIDE_BYTES = 8192, 1024, 8192
+# Numbers of a tile (words, channels), by bytes of one, that registers have room for. A narrow head's tile has all of
+# its channels: the forward pass holds two and an accumulator, the backward pass three and two. A wide head's has a
+# block of them.
+_NARROW, _NARROW_BACKWARD, _WIDE = {2: 4096, 4: 1024}, {2: 1024, 4: 512}, {2: 4096, 4: 2048}
 _LARGEST_BLOCK = 128
 # Pixels of a run are a multiple of this, so that every BLOCK_P cuts runs at the same place.
 _RUN_STEP = 128
@@ -55,14 +55,14 @@ class Similarity:
     def wide(self) -> bool:
         """Whether a tile of words with all channels of a head is too much for one program."""
         block = _runtime.power_of_two(max(self.widths))
-        limit = _NARROW_BACKWARD_NUMBERS if self.backward else _NARROW_BYTES // self.pixel.element_size()
-        return block > _LARGEST_BLOCK or block * self.block_t > limit
+        limits = _NARROW_BACKWARD if self.backward else _NARROW
+        return block > _LARGEST_BLOCK or block * self.block_t > limits[self.pixel.element_size()]
 
     @cached_property
     def block_d(self) -> int:
         if not self.wide:
             return _runtime.power_of_two(max(self.widths))
-        limit = _WIDE_BYTES // (self.block_t * self.pixel.element_size())
+        limit = _WIDE[self.pixel.element_size()] // self.block_t
         sizes = [size for size in (_LARGEST_BLOCK, 64, 32) if size <= limit]
         return min(sizes, key=lambda size: triton.cdiv(max(self.widths), size) * size)
 
@@ -128,31 +128,36 @@ def rows(name: str, tensor: Tensor | None, placeholder: Tensor) -> dict[str, Ten
     return {f"{name}_ptr": tensor, f"{name}_batch": tensor.stride(0), f"{name}_stride": tensor.stride(1)}
 
 
-def walks(dtype: torch.dtype, pixels: int, block_t: int, block_d: int, tiles: int, *_: object) -> list[triton.Config]:
-    """Configurations of a walk over pixels, the best guess first, for a key of `Similarity.key`."""
-    return _fitting(_WALKS, dtype, pixels, block_d, tiles)
-
-
-def walks_backward(dtype: torch.dtype, pixels: int, block_t: int, block_d: int, *_: object) -> list[triton.Config]:
-    """The same for the narrow heads' backward pass, which holds more in registers."""
-    sizes = [size for size in _WALKS_BACKWARD if size[0] * block_t <= _BACKWARD_SCORES]
-    return _fitting(sizes, dtype, pixels, block_d, 3)
-
-
-def _fitting(
-    sizes: Sequence[tuple[int, int, int]], dtype: torch.dtype, pixels: int, block_d: int, tiles: int
+def product_walks(
+    dtype: torch.dtype, pixels: int, block_t: int, block_d: int, tiles: int, *_: object
 ) -> list[triton.Config]:
-    """Of (BLOCK_P, warps, stages)."""
+    """Configurations of a walk over pixels that makes products with words and little else, the best guess first, for a
+    key of `Similarity.key`."""
+    return _fitting(4096 // block_t, dtype, pixels, block_d, tiles)
+
+
+def walks(dtype: torch.dtype, pixels: int, block_t: int, block_d: int, tiles: int, *_: object) -> list[triton.Config]:
+    """The same for a walk that also reads words by them. float32 takes three pieces of each operand."""
+    return _fitting((1024 if dtype == torch.float32 else 4096) // block_t, dtype, pixels, block_d, tiles)
+
+
+def backward_walks(
+    dtype: torch.dtype, pixels: int, block_t: int, block_d: int, tiles: int, *_: object
+) -> list[triton.Config]:
+    """The same for the narrow heads' backward pass, which holds most."""
+    return _fitting(1024 // block_t, dtype, pixels, block_d, tiles)
+
+
+def _fitting(largest: int, dtype: torch.dtype, pixels: int, block_d: int, tiles: int) -> list[triton.Config]:
+    """Of at most ``largest`` pixels a step."""
     # What the loads ahead may take: the rest of 100 KB or more goes to the words and to exchanges.
     rows_ahead = _AHEAD_BYTES // (tiles * block_d * dtype.itemsize)
     found = [
         triton.Config({"BLOCK_P": block_p}, num_warps=warps, num_stages=stages)
-        for block_p, warps, stages in sizes
-        if block_p * stages <= rows_ahead and block_p <= pixels
+        for block_p, warps, stages in ((64, 4, 2), (64, 8, 2), (32, 4, 3), (128, 8, 2), (16, 4, 3))
+        if block_p <= min(largest, pixels) and block_p * stages <= rows_ahead
     ]
     return found or [triton.Config({"BLOCK_P": 16}, num_warps=4, num_stages=2)]
 
 
 _AHEAD_BYTES = 64 * 1024
-_WALKS = ((64, 4, 2), (64, 8, 2), (32, 4, 3), (128, 8, 2), (16, 4, 3))
-_WALKS_BACKWARD, _BACKWARD_SCORES = ((32, 4, 2), (32, 4, 3), (16, 4, 2)), 1024

@@ -37,17 +37,18 @@ T = TypeVar("T")
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """a @ b + acc in float32; acc is None for 0. The interpreter would take bfloat16's bits for integers."""
     if _INTERPRETED:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc=acc, input_precision=PRECISION)
+        a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, acc=acc, input_precision=PRECISION)
 
 
 @triton.jit
 def rounded(values, ELEMENT: tl.constexpr):
     """float32 values in dtype ELEMENT, to the nearest. The interpreter alone would cut bfloat16's digits off."""
-    if _INTERPRETED:
-        if ELEMENT == tl.bfloat16:
+    if _INTERPRETED:  # noqa: SIM102 - constant, and not
+        if ELEMENT == tl.bfloat16:  # noqa: SIM300
             bits = values.to(tl.int32, bitcast=True)
-            values = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+            bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+            values = bits.to(tl.float32, bitcast=True)
     return values.to(ELEMENT)
 
 

@@ -5,20 +5,17 @@
 A kernel file takes part by a function ``launches(dtype, quick)`` that yields (label, call): each call runs the file's
 host function on *meta* tensors. Nothing is launched: every launch of a call, with every configuration that its
 autotuner may choose, is compiled as it would be on a GPU, from the same arguments. Registers and spills are those of
-``cuobjdump`` on the compiled program, so what Triton wrote is what is counted.
+the compiled program as ``cuobjdump`` and ``nvdisasm`` see it.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import date
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -70,7 +67,7 @@ class Program(NamedTuple):
     arch: int
     options: str
     registers: int  # of a thread
-    spills: int  # bytes of local memory of a thread: spilled registers, and arrays
+    spills: int  # instructions that store to, or load from, local memory
     shared: int  # bytes of a block
     warps: int
 
@@ -176,14 +173,17 @@ def _varied(launch: Launch) -> set[str]:
 
 
 def _resources(binary: bytes) -> tuple[int, int]:
-    """(registers, bytes of local memory) of a compiled kernel."""
+    """(registers, instructions that go to local memory, where spilled registers are) of a compiled kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary)
         file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
-    return int(found[1]), int(found[2]) + int(found[3])
+        usage = _output(triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name)
+        code = _output(triton.knobs.nvidia.nvdisasm.path, "-c", file.name)
+    return int(re.search(r"REG:(\d+)", usage)[1]), len(re.findall(r"\b(?:STL|LDL)\b", code))
+
+
+def _output(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def programs(quick: bool = False, kernel: str = "", archs: tuple[int, ...] = (80, 90)) -> Iterator[Program]:
@@ -215,7 +215,7 @@ def main() -> None:
 
 def _line(p: Program) -> str:
     return (
-        f"sm_{p.arch} {p.dtype:<8} {p.kernel:<24} {p.label:<28} {p.registers:4} registers {p.spills:5} B spilled "
+        f"sm_{p.arch} {p.dtype:<8} {p.kernel:<24} {p.label:<28} {p.registers:4} registers {p.spills:5} spills "
         f"{p.shared / 1024:6.1f} KB shared {100 * p.occupancy:4.0f} % occupancy  {p.options}"
     )
 

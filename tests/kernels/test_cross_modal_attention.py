@@ -51,9 +51,8 @@ def random_case(
 @pytest.fixture
 def all_wide(monkeypatch):
     """Every head counts as wide, in blocks of 32 channels: the way of the widest heads with few channels."""
-    monkeypatch.setattr(_cross_modal_launch, "_NARROW_BYTES", 0)
-    monkeypatch.setattr(_cross_modal_launch, "_NARROW_BACKWARD_NUMBERS", 0)
-    monkeypatch.setattr(_cross_modal_launch, "_WIDE_BYTES", 2048)
+    for name, limit in (("_NARROW", 0), ("_NARROW_BACKWARD", 0), ("_WIDE", 512)):
+        monkeypatch.setattr(_cross_modal_launch, name, {2: limit, 4: limit})
 
 
 @FORMS
