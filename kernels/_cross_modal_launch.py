@@ -141,6 +141,13 @@ def walks(dtype: torch.dtype, pixels: int, block_t: int, block_d: int, tiles: in
     return _fitting((1024 if dtype == torch.float32 else 4096) // block_t, dtype, pixels, block_d, tiles)
 
 
+def apply_walks(
+    dtype: torch.dtype, pixels: int, block_t: int, block_d: int, tiles: int, *_: object
+) -> list[triton.Config]:
+    """The same for a walk that does so twice, and adds to words as often."""
+    return _fitting((512 if dtype == torch.float32 else 4096) // block_t, dtype, pixels, block_d, tiles)
+
+
 def backward_walks(
     dtype: torch.dtype, pixels: int, block_t: int, block_d: int, tiles: int, *_: object
 ) -> list[triton.Config]:

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _runtime
-from ._cross_modal_launch import Similarity, product_walks, rows, walks
+from ._cross_modal_launch import Similarity, apply_walks, product_walks, rows
 from ._cross_modal_tiles import (
     LOG2_E,
     load_rows,
@@ -354,4 +354,4 @@ _WEIGHTS = ("grad_scores_ptr", "image_weights_ptr", "text_weights_ptr")
 _WEIGHT_PIXELS = 64
 
 _PRODUCT = _runtime.Autotuner(product_walks, _product_kernel)
-_APPLY = _runtime.Autotuner(walks, _apply_kernel)
+_APPLY = _runtime.Autotuner(apply_walks, _apply_kernel)
