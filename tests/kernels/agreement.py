@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -28,18 +29,24 @@ def in_float64(case: Case) -> Case:
 
 def assert_agree(case: Case) -> tuple[Tensor, ...]:
     """Both against the reference in float64: the kernel's error is that of its dtype. Returns the kernel's results."""
-    dtype = case.leaves[0].dtype
     results = run(case, "triton"), run(case, "reference"), run(in_float64(case), "reference")
-    for i, (ours, theirs, truth) in enumerate(zip(*results, strict=True)):
-        assert ours.dtype == theirs.dtype and ours.shape == theirs.shape and ours.is_contiguous()
-        if ours.dtype in LOW:
-            assert_low_precision(ours, theirs, truth, ours.dtype, f"result {i}")
-            continue
-        # Results in float32 of low-precision inputs are as good as those of float32 inputs.
-        error, baseline = (ours - truth).abs().max(), (theirs - truth).abs().max()
-        limit = 4 * baseline + 32 * torch.finfo(torch.float32).eps * truth.abs().max().clamp_min(1e-2)
-        assert error <= limit, f"result {i} of {dtype}: error {error:.3g}, the reference has {baseline:.3g}"
+    assert_accurate(*results, case.leaves[0].dtype)
+    assert all(ours.is_contiguous() for ours in results[0])
     return results[0]
+
+
+def assert_accurate(
+    ours: Sequence[Tensor], plain: Sequence[Tensor], truth: Sequence[Tensor], dtype: torch.dtype
+) -> None:
+    """Our results for inputs of ``dtype`` are as exact as the reference's, both against float64."""
+    for i, (our, reference, true) in enumerate(zip(ours, plain, truth, strict=True)):
+        assert our.dtype == reference.dtype and our.shape == reference.shape
+        if our.dtype in LOW:
+            assert_low_precision(our, reference, true, our.dtype, f"result {i}")
+            continue
+        error, baseline = (our - true).abs().max(), (reference - true).abs().max()
+        limit = 4 * baseline + 32 * torch.finfo(torch.float32).eps * true.abs().max().clamp_min(1e-2)
+        assert error <= limit, f"result {i} of {dtype}: error {error:.3g}, the reference has {baseline:.3g}"
 
 
 def assert_each_gradient_alone(case: Case) -> None:
