@@ -82,7 +82,8 @@ class Points:
 
 def gathers(block_p: int, block_d: int, *_: object) -> list[triton.Config]:
     """Configurations of a kernel that reads the corners of all points of some queries, for a key of `Points.key`."""
-    return _tiles(block_p, block_d, ((_TILE_OF_WARP, 4), (_TILE_OF_WARP, 2), (2 * _TILE_OF_WARP, 4)))
+    sizes = ((_TILE_OF_WARP, 4), (_TILE_OF_WARP, 2), (2 * _TILE_OF_WARP, 4), (_TILE_OF_WARP // 2, 4))
+    return _tiles(block_p, block_d, sizes)
 
 
 def gathers_backward(block_p: int, block_d: int, *_: object) -> list[triton.Config]:
