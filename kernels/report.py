@@ -168,6 +168,8 @@ def _source(launch: Launch) -> ASTSource:
             signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
             if free and value % 16 == 0:
                 attributes[index,] = [["tt.divisibility", 16]]
+        elif isinstance(value, tuple):  # of ints
+            signature[parameter.name] = ("i32",) * len(value)
         else:
             signature[parameter.name] = "fp32"
     return ASTSource(launch.kernel, signature, constants, attributes)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _autocast, _checks, _cpu_backend, _cpu_deformable, _registry
+from . import _autocast, _checks, _cpu_backend, _cpu_deformable, _registry, _triton_backend, _triton_deformable
 from ._binding import bind, recomputed_backward
 
 _NAME = "deformable_attention"
@@ -164,4 +164,13 @@ _registry.register(
     _cpu_backend.supports,
     _cpu_backend.missing,
     _cpu_deformable.passed_over,
+)
+_registry.register(
+    _NAME,
+    "triton",
+    _triton_deformable.forward,
+    _triton_deformable.backward,
+    _triton_deformable.supports,
+    _triton_backend.missing,
+    _triton_backend.passed_over,
 )

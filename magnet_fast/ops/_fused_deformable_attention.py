@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import _autocast, _checks, _cpu_backend, _cpu_deformable, _registry
+from . import _autocast, _checks, _cpu_backend, _cpu_deformable, _registry, _triton_backend, _triton_deformable
 from ._binding import bind, recomputed_backward
 from ._deformable_attention import deformable_attention_reference, flat_sizes
 
@@ -159,4 +159,13 @@ _registry.register(
     _cpu_backend.supports,
     _cpu_backend.missing,
     _cpu_deformable.passed_over,
+)
+_registry.register(
+    _NAME,
+    "triton",
+    _triton_deformable.fused_forward,
+    _triton_deformable.fused_backward,
+    _triton_deformable.supports,
+    _triton_backend.missing,
+    _triton_backend.passed_over,
 )

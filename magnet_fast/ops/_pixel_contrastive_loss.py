@@ -7,7 +7,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from . import _autocast, _checks, _cpu_backend, _cpu_pixel_contrastive, _registry
+from . import (
+    _autocast,
+    _checks,
+    _cpu_backend,
+    _cpu_pixel_contrastive,
+    _registry,
+    _triton_backend,
+    _triton_pixel_contrastive,
+)
 from ._binding import bind, recomputed_backward
 
 _NAME = "pixel_contrastive_loss"
@@ -148,4 +156,13 @@ _registry.register(
     _cpu_backend.supports,
     _cpu_backend.missing,
     _cpu_backend.passed_over,
+)
+_registry.register(
+    _NAME,
+    "triton",
+    _triton_pixel_contrastive.forward,
+    _triton_pixel_contrastive.backward,
+    _triton_backend.supports,
+    _triton_backend.missing,
+    _triton_backend.passed_over,
 )

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from magnet_fast.kernels import window_attention
 
 from magnet_fast import ops
-from magnet_fast.kernels import window_attention
 from magnet_fast.ops import _triton_window
 from tests.ops.cases import assert_low_precision, weighted_sum, window_case
 

@@ -1,0 +1,77 @@
+"""Calls of an operator on the device, and what every operator's kernels must do there."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from magnet_fast import ops
+from tests.kernels.agreement import assert_accurate, in_float64
+from tests.ops.cases import Case, weighted_sum
+
+
+def on_gpu(case: Case) -> Case:
+    leaves = [leaf.detach().cuda().requires_grad_() for leaf in case.leaves]
+
+    def arguments(*given: Tensor) -> tuple[tuple, dict]:
+        args, kwargs = case.arguments(*given)
+        return tuple(map(_moved, args)), {name: _moved(value) for name, value in kwargs.items()}
+
+    return Case(case.operator, leaves, arguments)
+
+
+def _moved(value: object) -> object:
+    return value.cuda() if isinstance(value, Tensor) else value
+
+
+def run(case: Case, backend: str) -> list[Tensor]:
+    """The outputs and every gradient, on the CPU."""
+    with ops.backend(backend):
+        outputs = case()
+        found = (*outputs, *torch.autograd.grad(_loss(outputs), case.leaves))
+    return [result.detach().cpu() for result in found]
+
+
+def _loss(outputs: tuple[Tensor, ...]) -> Tensor:
+    """The weights are made where the outputs are, from the same numbers."""
+    return weighted_sum(tuple(out.cpu() for out in outputs))
+
+
+def assert_agrees(case: Case) -> None:
+    """The kernels on the device and the reference, both against the reference in float64 on the CPU."""
+    results = run(on_gpu(case), "triton"), run(case, "reference"), run(in_float64(case), "reference")
+    assert_accurate(*results, case.leaves[0].dtype)
+
+
+def assert_same_bits(case: Case, times: int = 20) -> None:
+    case = on_gpu(case)
+    first = run(case, "triton")
+    for _ in range(times):
+        assert all(torch.equal(a, b) for a, b in zip(run(case, "triton"), first, strict=True))
+
+
+def assert_captured(case: Case) -> None:
+    """Forward and backward pass wait for nothing on the host, and a CUDA graph of them gives the same bits."""
+    case = on_gpu(case)
+
+    def both() -> tuple[Tensor, ...]:
+        with ops.backend("triton"):
+            outputs = case()
+            return (*outputs, *torch.autograd.grad([out.sum() for out in outputs], case.leaves))
+
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        expected = both()  # compiles, and chooses configurations
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            both()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.graph(graph):
+        found = both()
+    for result in found:
+        result.detach().fill_(torch.nan)
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

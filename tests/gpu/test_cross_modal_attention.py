@@ -1,0 +1,37 @@
+"""Cross-modal attention's Triton kernels on the device, against the reference in float64 on the CPU."""
+
+import pytest
+import torch
+
+from tests.kernels.test_cross_modal_attention import random_case
+from tests.ops.cases import CROSS_MODAL_FORMS
+
+from .device import assert_agrees, assert_captured, assert_same_bits
+
+FORMS = pytest.mark.parametrize("form", CROSS_MODAL_FORMS)
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
+SHAPES = {
+    "8 heads of 32": {"batch": 2, "pixels": 900, "words": 20, "heads": 8, "widths": (32, 32, 32)},
+    "one head of 128": {"batch": 2, "pixels": 3600, "words": 22, "widths": (128, 128, 128)},
+    "one head of 1024": {"batch": 2, "pixels": 225, "words": 20, "widths": (1024, 1024, 1024)},
+    "many words": {"batch": 2, "pixels": 300, "words": 64, "heads": 2, "widths": (48, 32, 160), "mask": "empty"},
+    "one pixel, one word": {"pixels": 1, "words": 1, "mask": "none"},
+    "odd numbers": {"batch": 3, "pixels": 37, "words": 5, "heads": 3, "widths": (8, 5, 13), "mask": "empty"},
+}
+
+
+@FORMS
+@DTYPES
+@pytest.mark.parametrize("shape", SHAPES)
+def test_agrees(form, shape, dtype):
+    assert_agrees(random_case(form, **SHAPES[shape], dtype=dtype))
+
+
+@pytest.mark.parametrize("shape", ["8 heads of 32", "one head of 1024"])
+def test_same_bits_over_and_over(shape):
+    assert_same_bits(random_case("shared", **SHAPES[shape], dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("shape", ["8 heads of 32", "one head of 1024"])
+def test_cuda_graph_without_synchronisation(shape):
+    assert_captured(random_case("shared", **SHAPES[shape], dtype=torch.bfloat16))

@@ -1,0 +1,34 @@
+"""Deformable attention's Triton kernels on the device, against the reference in float64 on the CPU."""
+
+import pytest
+import torch
+
+from tests.kernels.test_deformable_attention import random_case
+
+from .device import assert_agrees, assert_captured, assert_same_bits
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
+PYRAMID = [(30, 28), (15, 14), (8, 7)]
+SHAPES = {
+    "pyramid": {"batch": 2, "maps": PYRAMID, "queries": 500, "heads": 8, "d": 32, "spread": 0.3},
+    "wide heads": {"maps": PYRAMID, "queries": 100, "heads": 2, "d": 72, "points": 3},
+    "crowded": {"maps": [(2, 2), (1, 1)], "queries": 3000, "heads": 2, "d": 16, "spread": 0.2},
+    "one query": {"maps": [(5, 3)], "queries": 1, "points": 1, "d": 5},
+}
+
+
+@DTYPES
+@pytest.mark.parametrize("form", ["plain", "fused", "boxes"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_agrees(form, shape, dtype):
+    assert_agrees(random_case(form=form, **SHAPES[shape], dtype=dtype))
+
+
+@DTYPES
+@pytest.mark.parametrize("shape", ["pyramid", "crowded"])
+def test_same_bits_over_and_over(shape, dtype):
+    assert_same_bits(random_case(form="fused", **SHAPES[shape], dtype=dtype))
+
+
+def test_cuda_graph_without_synchronisation():
+    assert_captured(random_case(form="fused", **SHAPES["pyramid"], dtype=torch.bfloat16))
