@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _autocast, _checks, _cpu_backend, _cpu_window, _registry
+from . import _autocast, _checks, _cpu_backend, _cpu_window, _cuda_backend, _cuda_window, _registry
 from ._binding import bind, recomputed_backward
 
 _NAME = "window_attention"
@@ -278,4 +278,13 @@ _registry.register(
     _cpu_backend.supports,
     _cpu_backend.missing,
     _cpu_backend.passed_over,
+)
+_registry.register(
+    _NAME,
+    "cuda",
+    _cuda_window.forward,
+    _cuda_window.backward,
+    _cuda_window.supports,
+    _cuda_backend.missing,
+    _cuda_backend.passed_over,
 )
