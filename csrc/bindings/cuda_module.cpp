@@ -10,6 +10,7 @@ using py::literals::operator""_a;
 
 namespace magnet_fast {
 // Each in the file of its operator, cuda_*.cpp.
+void bind_cuda_cross_modal_attention(py::module_& m);
 void bind_cuda_window_attention(py::module_& m);
 #if defined(MAGNET_FAST_EMULATE_CUDA)
 void bind_emulation(py::module_& m);
@@ -24,6 +25,7 @@ PYBIND11_MODULE(MAGNET_FAST_MODULE, m) {
         "reports, such as a missing driver. Calls start kernels and return; the caller keeps the tensors alive "
         "until the stream has done them.";
 
+    bind_cuda_cross_modal_attention(m);
     bind_cuda_window_attention(m);
 #if defined(MAGNET_FAST_EMULATE_CUDA)
     bind_emulation(m);

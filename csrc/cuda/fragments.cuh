@@ -32,6 +32,13 @@ struct Tensor16 {
         load_matrices(rows.pair, tile + lane % 16 * pitch + lane / 16 * 8);
         return rows;
     }
+    /// Rows of tile[k][row].
+    MAGNET_FAST_DEVICE Rows load_rows_transposed(const Element* tile, int pitch) {
+        const int lane = thread_index() % kWarpSize;
+        Rows rows;
+        load_matrices_transposed(rows.pair, tile + (lane % 8 + lane / 16 * 8) * pitch + lane / 8 % 2 * 8);
+        return rows;
+    }
     /// Two blocks of Columns, 0 .. 7 and 8 .. 15, of tile[column][k].
     MAGNET_FAST_DEVICE void load_columns(Columns (&to)[2], const Element* tile, int pitch) {
         const int lane = thread_index() % kWarpSize;
@@ -90,6 +97,16 @@ struct Fragments<float> {
         for (int i = 0; i < 4; ++i)
             rows.pair[i] = load_shared(
                 reinterpret_cast<const Floats2*>(tile + (g + i % 2 * 8) * pitch + 2 * t + i / 2 * 8));
+        return rows;
+    }
+    MAGNET_FAST_DEVICE Rows load_rows_transposed(const float* tile, int pitch) {
+        const int g = thread_index() % kWarpSize / 4, t = thread_index() % 4;
+        Rows rows;
+        MAGNET_FAST_UNROLL
+        for (int i = 0; i < 4; ++i) {
+            const float* at = tile + (2 * t + i / 2 * 8) * pitch + g + i % 2 * 8;
+            rows.pair[i] = {load_shared(at), load_shared(at + pitch)};
+        }
         return rows;
     }
     MAGNET_FAST_DEVICE void load_columns(Columns (&to)[2], const float* tile, int pitch) {

@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "common/window_index.h"
 #include "cuda/launch.h"
 
 namespace magnet_fast {
@@ -69,18 +70,18 @@ void window_attention_backward(WindowParams params, Dtype dtype, const Place& pl
 
 /// The forward kernels take 8 * tiles keys at a time: 64 (all keys of a 7 x 7 or 8 x 8 window at once), or 48
 /// (those of a 12 x 12 window in three turns; 16-bit elements only).
-constexpr int forward_tiles(int tokens, bool wide_element) {
+MAGNET_FAST_HOST_DEVICE constexpr int forward_tiles(int tokens, bool wide_element) {
     const int of_8 = (tokens + 63) / 64 * 64, of_6 = (tokens + 47) / 48 * 48;
     return !wide_element && of_6 < of_8 ? 6 : 8;
 }
 
 /// Warps of a block, at most: 16 queries each of 64, 32 of 144.
-constexpr int forward_warps(int tiles) {
+MAGNET_FAST_HOST_DEVICE constexpr int forward_warps(int tiles) {
     return tiles == 8 ? 4 : 5;
 }
 
 /// And of the backward kernels: 16 queries, then 16 keys each, of 144; or 32, where registers are short.
-constexpr int backward_warps(int width, int element_bytes) {
+MAGNET_FAST_HOST_DEVICE constexpr int backward_warps(int width, int element_bytes) {
     return width * element_bytes <= 64 ? 9 : 5;
 }
 
@@ -110,22 +111,22 @@ constexpr int kStages = 2;  // windows in shared memory: one is computed while t
 constexpr int kRowPadding = 8;
 
 /// Tokens in whole blocks of 16.
-constexpr int whole_rows(int tokens) {
+MAGNET_FAST_HOST_DEVICE constexpr int whole_rows(int tokens) {
     return (tokens + 15) / 16 * 16;
 }
 
 /// Of the sums of the bias's gradients: numbers of a row (pairs of a half-warp lie in different banks), and of
 /// all rows.
-constexpr int sums_pitch(int tokens) {
+MAGNET_FAST_HOST_DEVICE constexpr int sums_pitch(int tokens) {
     return whole_rows(tokens) + 8;
 }
-constexpr int window_sums(int tokens) {
+MAGNET_FAST_HOST_DEVICE constexpr int window_sums(int tokens) {
     return whole_rows(tokens) * sums_pitch(tokens);
 }
 
 /// `tensors` of width `width`, of elements of `bytes` bytes, for every stage; row_numbers and pad_numbers
 /// floats for every token and every warp, and the sums of the bias's gradients, in the backward pass.
-constexpr WindowLayout window_layout(int tokens, int entries, int warps, int width, int bytes, int tensors,
+MAGNET_FAST_HOST_DEVICE constexpr WindowLayout window_layout(int tokens, int entries, int warps, int width, int bytes, int tensors,
                                      int row_numbers, int pad_numbers, bool sums) {
     const int rows = whole_rows(tokens), pitch = (width + kRowPadding) * bytes;
     WindowLayout at{};
@@ -140,10 +141,10 @@ constexpr WindowLayout window_layout(int tokens, int entries, int warps, int wid
     return at;
 }
 
-constexpr WindowLayout window_forward_layout(int tokens, int entries, int warps, int width, int bytes) {
+MAGNET_FAST_HOST_DEVICE constexpr WindowLayout window_forward_layout(int tokens, int entries, int warps, int width, int bytes) {
     return window_layout(tokens, entries, warps, width, bytes, /*tensors=*/3, 0, 0, false);
 }
-constexpr WindowLayout window_backward_layout(int tokens, int entries, int warps, int width, int bytes, bool sums) {
+MAGNET_FAST_HOST_DEVICE constexpr WindowLayout window_backward_layout(int tokens, int entries, int warps, int width, int bytes, bool sums) {
     return window_layout(tokens, entries, warps, width, bytes, /*tensors=*/4, /*row_numbers=*/2, 2 * width, sums);
 }
 
