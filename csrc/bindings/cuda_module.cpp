@@ -12,24 +12,22 @@ namespace magnet_fast {
 // Each in the file of its operator, cuda_*.cpp.
 void bind_cuda_cross_modal_attention(py::module_& m);
 void bind_cuda_window_attention(py::module_& m);
-#if defined(MAGNET_FAST_EMULATE_CUDA)
-void bind_emulation(py::module_& m);
-#endif
 }  // namespace magnet_fast
 
 PYBIND11_MODULE(MAGNET_FAST_MODULE, m) {
     m.doc() =
-        "CUDA operators. Addresses come from Tensor.data_ptr() on the GPU, dtype is 0 (float32), 1 (bfloat16) or "
-        "2 (float16), strides are counted in elements, device is CUDA's number and stream a cudaStream_t as an "
+        "CUDA operators. Addresses come from Tensor.data_ptr() on the GPU, dtype is 0 (float32), 1 "
+        "(bfloat16) or "
+        "2 (float16), strides are counted in elements, device is CUDA's number and stream a cudaStream_t as "
+        "an "
         "integer. Sizes are checked again here: ValueError names the argument; RuntimeError says what CUDA "
-        "reports, such as a missing driver. Calls start kernels and return; the caller keeps the tensors alive "
+        "reports, such as a missing driver. Calls start kernels and return; the caller keeps the tensors "
+        "alive "
         "until the stream has done them.";
 
     bind_cuda_cross_modal_attention(m);
     bind_cuda_window_attention(m);
-#if defined(MAGNET_FAST_EMULATE_CUDA)
-    bind_emulation(m);
-#else
+#if !defined(MAGNET_FAST_EMULATE_CUDA)
     m.def("device_status", &cuda::device_status, "device"_a,
           "None when the kernels can run on this device, else the reason why not.");
 #endif

@@ -20,9 +20,9 @@ cuda::MapStrides map_strides(const Strides& s) {
 /// A function of the arguments that every call has, followed by More.
 template <typename Result, typename... More>
 auto with_inputs(Result (*call)(cuda::WindowParams, Dtype, const cuda::Place&, More...)) {
-    return [call](int dtype, int device, Address stream, bool tf32, Address qkv, Address bias, Address pad_qkv,
-                  int64_t batch, int32_t height, int32_t width, int32_t channels, int32_t heads,
-                  int32_t window_h, int32_t window_w, int32_t shift_h, int32_t shift_w,
+    return [call](int dtype, int device, Address stream, bool tf32, Address qkv, Address bias,
+                  Address pad_qkv, int64_t batch, int32_t height, int32_t width, int32_t channels,
+                  int32_t heads, int32_t window_h, int32_t window_w, int32_t shift_h, int32_t shift_w,
                   const Strides& qkv_strides, double scale, bool pad_first, More... more) {
         cuda::WindowParams p{};
         p.qkv = pointer<const void>(qkv);
@@ -45,7 +45,8 @@ auto with_inputs(Result (*call)(cuda::WindowParams, Dtype, const cuda::Place&, M
     };
 }
 
-void forward(cuda::WindowParams p, Dtype dtype, const cuda::Place& place, Address out, const Strides& out_strides) {
+void forward(cuda::WindowParams p, Dtype dtype, const cuda::Place& place, Address out,
+             const Strides& out_strides) {
     p.out = pointer<void>(out);
     p.out_strides = map_strides(out_strides);
     cuda::window_attention_forward(p, dtype, place);
@@ -68,40 +69,43 @@ int64_t workspace(cuda::WindowParams p, Dtype dtype, const cuda::Place& place, A
                   const Strides& grad_out_strides, Address grad_qkv, const Strides& grad_qkv_strides,
                   Address grad_bias, Address grad_pad) {
     return cuda::window_attention_workspace(
-        backward_params(p, grad_out, grad_out_strides, grad_qkv, grad_qkv_strides, grad_bias, grad_pad), dtype,
-        place);
+        backward_params(p, grad_out, grad_out_strides, grad_qkv, grad_qkv_strides, grad_bias, grad_pad),
+        dtype, place);
 }
 
 void backward(cuda::WindowParams p, Dtype dtype, const cuda::Place& place, Address grad_out,
               const Strides& grad_out_strides, Address grad_qkv, const Strides& grad_qkv_strides,
               Address grad_bias, Address grad_pad, Address workspace, int64_t workspace_bytes) {
     cuda::window_attention_backward(
-        backward_params(p, grad_out, grad_out_strides, grad_qkv, grad_qkv_strides, grad_bias, grad_pad), dtype,
-        place, pointer<void>(workspace), workspace_bytes);
+        backward_params(p, grad_out, grad_out_strides, grad_qkv, grad_qkv_strides, grad_bias, grad_pad),
+        dtype, place, pointer<void>(workspace), workspace_bytes);
 }
 
 /// Defines a function with the names of the common arguments and more.
 template <typename Call, typename... Names>
 void define(py::module_& m, const char* name, const Call& call, const char* text, const Names&... names) {
-    m.def(name, with_inputs(call), py::call_guard<py::gil_scoped_release>(), py::kw_only(), "dtype"_a, "device"_a,
-          "stream"_a, "tf32"_a, "qkv_ptr"_a, "bias_ptr"_a, "pad_qkv_ptr"_a, "batch"_a, "height"_a, "width"_a,
-          "channels"_a, "heads"_a, "window_h"_a, "window_w"_a, "shift_h"_a, "shift_w"_a, "qkv_strides"_a,
-          "scale"_a, "pad_first"_a, names..., text);
+    m.def(name, with_inputs(call), py::call_guard<py::gil_scoped_release>(), py::kw_only(), "dtype"_a,
+          "device"_a, "stream"_a, "tf32"_a, "qkv_ptr"_a, "bias_ptr"_a, "pad_qkv_ptr"_a, "batch"_a, "height"_a,
+          "width"_a, "channels"_a, "heads"_a, "window_h"_a, "window_w"_a, "shift_h"_a, "shift_w"_a,
+          "qkv_strides"_a, "scale"_a, "pad_first"_a, names..., text);
 }
 
 }  // namespace
 
 void bind_cuda_window_attention(py::module_& m) {
     define(m, "window_attention_forward", &forward,
-           "Shifted-window attention. qkv (B, H, W, 3C), bias ((2wh-1)(2ww-1), heads) float32 contiguous, pad_qkv "
+           "Shifted-window attention. qkv (B, H, W, 3C), bias ((2wh-1)(2ww-1), heads) float32 contiguous, "
+           "pad_qkv "
            "(3C) or 0 for zeros, out (B, H, W, C) written; strides are (batch, height, width). tf32: float32 "
            "products may be made in TF32.",
            "out_ptr"_a, "out_strides"_a);
     define(m, "window_attention_workspace", &workspace,
-           "Bytes of device memory that window_attention_backward with these arguments needs.", "grad_out_ptr"_a,
-           "grad_out_strides"_a, "grad_qkv_ptr"_a, "grad_qkv_strides"_a, "grad_bias_ptr"_a, "grad_pad_ptr"_a);
+           "Bytes of device memory that window_attention_backward with these arguments needs.",
+           "grad_out_ptr"_a, "grad_out_strides"_a, "grad_qkv_ptr"_a, "grad_qkv_strides"_a, "grad_bias_ptr"_a,
+           "grad_pad_ptr"_a);
     define(m, "window_attention_backward", &backward,
-           "Gradients of window_attention_forward. grad_qkv, and in float32 grad_bias and grad_pad, are shaped like "
+           "Gradients of window_attention_forward. grad_qkv, and in float32 grad_bias and grad_pad, are "
+           "shaped like "
            "their tensors and overwritten; address 0: that gradient is not wanted.",
            "grad_out_ptr"_a, "grad_out_strides"_a, "grad_qkv_ptr"_a, "grad_qkv_strides"_a, "grad_bias_ptr"_a,
            "grad_pad_ptr"_a, "workspace_ptr"_a, "workspace_bytes"_a);

@@ -22,11 +22,12 @@ void check_sizes(const CrossModalSizes& s) {
     require(s.pixels > 0 && s.pixels < kMost, "pixels", "1 .. 2^30 - 1", s.pixels);
     require(s.words > 0 && s.words <= kMostWords, "words", "1 .. " + std::to_string(kMostWords), s.words);
     require(s.heads > 0 && s.heads < kMost, "heads", "1 .. 2^30 - 1", s.heads);
-    const std::pair<const char*, int64_t> widths[] = {
-        {"width", s.width}, {"text_value_width", s.text_value_width}, {"image_value_width", s.image_value_width}};
+    const std::pair<const char*, int64_t> widths[] = {{"width", s.width},
+                                                      {"text_value_width", s.text_value_width},
+                                                      {"image_value_width", s.image_value_width}};
     for (const auto& [name, width] : widths) {
-        require(width >= 0 && width % s.heads == 0, name, "a multiple of heads (" + std::to_string(s.heads) + ")",
-                width);
+        require(width >= 0 && width % s.heads == 0, name,
+                "a multiple of heads (" + std::to_string(s.heads) + ")", width);
         require(width / s.heads <= kMostCrossModalHeadDim, name,
                 "heads of at most " + std::to_string(kMostCrossModalHeadDim) + " channels", width);
     }
@@ -35,16 +36,19 @@ void check_sizes(const CrossModalSizes& s) {
         throw std::invalid_argument("scale: expected a finite number above 0");
     const int64_t most = std::numeric_limits<int64_t>::max() / 1024;
     const int64_t widest = std::max({s.width, s.text_value_width, s.image_value_width, s.heads * kMostWords});
-    require(s.pixels <= most / widest / s.batch, "batch", "batch * pixels * width numbers to be addressable", s.batch);
+    require(s.pixels <= most / widest / s.batch, "batch", "batch * pixels * width numbers to be addressable",
+            s.batch);
 }
 
 /// Data of a tensor, or null; its strides must not be negative.
 void check_tensor(const RowTensor& tensor, const std::string& name, bool given, int64_t bytes) {
-    require(given == (tensor.data != nullptr), name, given ? "the address of a tensor" : "no tensor in this form",
+    require(given == (tensor.data != nullptr), name,
+            given ? "the address of a tensor" : "no tensor in this form",
             static_cast<int64_t>(tensor.data != nullptr));
     if (!given) return;
     check_address(tensor.data, bytes, name);
-    require(tensor.batch >= 0 && tensor.row >= 0, name, "strides of at least 0", std::min(tensor.batch, tensor.row));
+    require(tensor.batch >= 0 && tensor.row >= 0, name, "strides of at least 0",
+            std::min(tensor.batch, tensor.row));
 }
 
 /// Which of the tensors a form has; the others must be absent.
@@ -62,8 +66,10 @@ void check_form(const CrossModalInputs& in, Dtype dtype) {
     check_tensor(in.text_query, "text_query", separate, bytes);
     check_tensor(in.image_key, "image_key", separate, bytes);
     check_tensor(in.image_value, "image_value", text, bytes);
-    require(!image || in.sizes.text_value_width > 0, "text_value_width", "1 or more", in.sizes.text_value_width);
-    require(!text || in.sizes.image_value_width > 0, "image_value_width", "1 or more", in.sizes.image_value_width);
+    require(!image || in.sizes.text_value_width > 0, "text_value_width", "1 or more",
+            in.sizes.text_value_width);
+    require(!text || in.sizes.image_value_width > 0, "image_value_width", "1 or more",
+            in.sizes.image_value_width);
 }
 
 /// Shares of the pixels: enough blocks of one call of gather to fill the device twice.
@@ -84,7 +90,8 @@ struct Workspace {
         column_parts = rows * whole(s.pixels, kTilePixels) * words * 2;
         parts = 0;
         for (const int64_t width : {s.width, s.text_value_width, s.image_value_width})
-            if (width > 0) parts = std::max(parts, splits_of(s, width, device) * rows * words * (width / s.heads));
+            if (width > 0)
+                parts = std::max(parts, splits_of(s, width, device) * rows * words * (width / s.heads));
     }
     /// Two similarities and two gradients; row_log; column_log and column_sums.
     int64_t bytes() const { return (4 * matrix + row_log + 2 * columns + column_parts + parts) * 4; }
@@ -94,15 +101,19 @@ CrossModalKernel chosen(Dtype dtype, CrossModalKernel (*bfloat16)(), CrossModalK
                         CrossModalKernel (*float32)()) {
     return dtype == Dtype::kBFloat16 ? bfloat16() : dtype == Dtype::kFloat16 ? float16() : float32();
 }
-#define MAGNET_FAST_CHOSEN(name)                                                                     \
+#define MAGNET_FAST_CHOSEN(name)                                                          \
     chosen(dtype_, &CrossModalKernels<BFloat16>::name, &CrossModalKernels<Float16>::name, \
            &CrossModalKernels<float>::name)
 
 /// A call's device, workspace and common parameters, and its steps.
 class Call {
   public:
-    Call(const CrossModalInputs& in, Dtype dtype, const Place& place, void* workspace, int64_t workspace_bytes)
-        : in_(in), dtype_(dtype), bytes_(static_cast<int>(bytes_of(dtype))), device_(place),
+    Call(const CrossModalInputs& in, Dtype dtype, const Place& place, void* workspace,
+         int64_t workspace_bytes)
+        : in_(in),
+          dtype_(dtype),
+          bytes_(static_cast<int>(bytes_of(dtype))),
+          device_(place),
           sizes_(in.sizes, device_) {
         require(workspace_bytes >= sizes_.bytes(), "workspace_bytes",
                 "at least " + std::to_string(sizes_.bytes()) + ", see cross_modal_attention_workspace",
@@ -110,7 +121,8 @@ class Call {
         check_address(workspace, 16, "workspace_ptr");
         float* at = static_cast<float*>(workspace);
         const auto take = [&](int64_t count) { return std::exchange(at, at + count); };
-        for (float** matrix : {&similarity[0], &similarity[1], &slopes[0], &slopes[1]}) *matrix = take(sizes_.matrix);
+        for (float** matrix : {&similarity[0], &similarity[1], &slopes[0], &slopes[1]})
+            *matrix = take(sizes_.matrix);
         base_.row_log = take(sizes_.row_log);
         base_.column_log = take(sizes_.columns);
         base_.column_sums = take(sizes_.columns);
@@ -130,40 +142,43 @@ class Call {
     float *similarity[2], *slopes[2];  // of the image's attention and the text's
 
     /// to = factor * image . text, with the softmax's sums over words or pixels.
-    void scores(const RowTensor& image, const RowTensor& text, int64_t width, double factor, float* to, bool row_log,
-                bool columns) {
+    void scores(const RowTensor& image, const RowTensor& text, int64_t width, double factor, float* to,
+                bool row_log, bool columns) {
         CrossModalParams p = product(image, text, width, factor);
         p.scores = to;
         if (!row_log) p.row_log = nullptr;
         if (!columns) p.column_parts = nullptr;
         device_.start(MAGNET_FAST_CHOSEN(scores), p.rows * p.tiles, kCrossModalThreads,
-                      cross_modal_shared(2, 2, p.padded_words, bytes_, 0), p);
+                      cross_modal_shared(2, 2, p.padded_words, bytes_), p);
         if (columns)
             device_.start(cross_modal_columns(), whole(p.rows * p.padded_words, kCrossModalThreads),
                           kCrossModalThreads, 0, p);
     }
 
     /// out (batch, pixels, width) = factor * weights text.
-    void spread(const float* matrix, Weights weights, const RowTensor& text, int64_t width, double factor, void* out) {
+    void spread(const float* matrix, Weights weights, const RowTensor& text, int64_t width, double factor,
+                void* out) {
         CrossModalParams p = product({}, text, width, factor);
         p.scores = const_cast<float*>(matrix);
         p.weights = weights;
         set_out(p, out);
         device_.start(MAGNET_FAST_CHOSEN(spread), p.rows * p.tiles, kCrossModalThreads,
-                      cross_modal_shared(1, 2, p.padded_words, bytes_, 0), p);
+                      cross_modal_shared(1, 2, p.padded_words, bytes_), p);
     }
 
     /// out (batch, words, width) = factor * weights image.
-    void gather(const float* matrix, Weights weights, const RowTensor& image, int64_t width, double factor, void* out) {
+    void gather(const float* matrix, Weights weights, const RowTensor& image, int64_t width, double factor,
+                void* out) {
         CrossModalParams p = product(image, {}, width, factor);
         p.scores = const_cast<float*>(matrix);
         p.weights = weights;
         p.splits = static_cast<int32_t>(splits_of(in_.sizes, width, device_));
         p.out = out;
-        device_.start(MAGNET_FAST_CHOSEN(gather), p.rows * whole(p.width, kChunk) * p.splits, kCrossModalThreads,
-                      cross_modal_shared(3, 0, p.padded_words, bytes_, 0), p);
+        device_.start(MAGNET_FAST_CHOSEN(gather), p.rows * whole(p.width, kChunk) * p.splits,
+                      kCrossModalThreads, cross_modal_shared(3, 0, p.padded_words, bytes_), p);
         const int64_t numbers = in_.sizes.batch * in_.sizes.words * width;
-        device_.start(MAGNET_FAST_CHOSEN(merge), whole(numbers, kCrossModalThreads), kCrossModalThreads, 0, p);
+        device_.start(MAGNET_FAST_CHOSEN(merge), whole(numbers, kCrossModalThreads), kCrossModalThreads, 0,
+                      p);
     }
 
     /// slopes[0], the gradients of the image's weights, become those of its similarities.
@@ -185,13 +200,14 @@ class Call {
         // Whole warps, and a thread for every word of as many pixels as fit.
         const int threads = p.padded_words * (p.padded_words == 48 ? 4 : 4 * kMostWords / p.padded_words);
         device_.start(cross_modal_text_parts(), p.rows * p.tiles, threads, threads * 4, p);
-        device_.start(cross_modal_text_sums(), whole(p.rows * p.padded_words, kCrossModalThreads), kCrossModalThreads,
-                      0, p);
+        device_.start(cross_modal_text_sums(), whole(p.rows * p.padded_words, kCrossModalThreads),
+                      kCrossModalThreads, 0, p);
         device_.start(cross_modal_text_gradient(), p.rows * p.tiles, threads, 0, p);
     }
 
   private:
-    CrossModalParams product(const RowTensor& image, const RowTensor& text, int64_t width, double factor) const {
+    CrossModalParams product(const RowTensor& image, const RowTensor& text, int64_t width,
+                             double factor) const {
         CrossModalParams p = base_;
         p.image = image;
         p.text = text;
@@ -223,8 +239,9 @@ int64_t cross_modal_attention_workspace(const CrossModalSizes& sizes, const Plac
     return Workspace(sizes, Device(place)).bytes();
 }
 
-void cross_modal_attention_forward(const CrossModalInputs& in, Dtype dtype, const Place& place, void* image_out,
-                                   void* text_out, void* workspace, int64_t workspace_bytes) {
+void cross_modal_attention_forward(const CrossModalInputs& in, Dtype dtype, const Place& place,
+                                   void* image_out, void* text_out, void* workspace,
+                                   int64_t workspace_bytes) {
     const CrossModalSizes& s = in.sizes;
     check_sizes(s);
     check_form(in, dtype);
@@ -236,16 +253,19 @@ void cross_modal_attention_forward(const CrossModalInputs& in, Dtype dtype, cons
     if (in.image_query.data)
         call.scores(in.image_query, in.text_key, s.width, s.scale * kLog2E, call.similarity[0], image,
                     text && !separate);
-    if (image) call.spread(call.similarity[0], Weights::kImage, in.text_value, s.text_value_width, 1.0, image_out);
+    if (image)
+        call.spread(call.similarity[0], Weights::kImage, in.text_value, s.text_value_width, 1.0, image_out);
     if (!text) return;
     if (separate)
         call.scores(in.image_key, in.text_query, s.width, s.scale * kLog2E, call.similarity[1], false, true);
-    call.gather(call.similarity[separate], Weights::kText, in.image_value, s.image_value_width, 1.0, text_out);
+    call.gather(call.similarity[separate], Weights::kText, in.image_value, s.image_value_width, 1.0,
+                text_out);
 }
 
 void cross_modal_attention_backward(const CrossModalInputs& in, Dtype dtype, const Place& place,
                                     const RowTensor& grad_image_out, const RowTensor& grad_text_out,
-                                    const CrossModalGradients& wanted, void* workspace, int64_t workspace_bytes) {
+                                    const CrossModalGradients& wanted, void* workspace,
+                                    int64_t workspace_bytes) {
     const CrossModalSizes& s = in.sizes;
     check_sizes(s);
     check_form(in, dtype);
@@ -254,9 +274,12 @@ void cross_modal_attention_backward(const CrossModalInputs& in, Dtype dtype, con
     check_tensor(grad_text_out, "grad_text_out", text && in.image_value.data, bytes_of(dtype));
     const bool scored = in.image_query.data && (image || (text && !separate));
     const std::pair<const char*, std::pair<void*, bool>> gradients[] = {
-        {"grad_image_query_ptr", {wanted.image_query, scored}}, {"grad_text_key_ptr", {wanted.text_key, scored}},
-        {"grad_text_value_ptr", {wanted.text_value, image}},    {"grad_text_query_ptr", {wanted.text_query, text && separate}},
-        {"grad_image_key_ptr", {wanted.image_key, text && separate}}, {"grad_image_value_ptr", {wanted.image_value, text}},
+        {"grad_image_query_ptr", {wanted.image_query, scored}},
+        {"grad_text_key_ptr", {wanted.text_key, scored}},
+        {"grad_text_value_ptr", {wanted.text_value, image}},
+        {"grad_text_query_ptr", {wanted.text_query, text && separate}},
+        {"grad_image_key_ptr", {wanted.image_key, text && separate}},
+        {"grad_image_value_ptr", {wanted.image_value, text}},
     };
     for (const auto& [name, gradient] : gradients) {
         if (!gradient.first) continue;
@@ -273,12 +296,14 @@ void cross_modal_attention_backward(const CrossModalInputs& in, Dtype dtype, con
         call.scores(in.image_key, in.text_query, s.width, s.scale * kLog2E, call.similarity[1], false, true);
     // Values first: their gradients need the weights alone.
     if (wanted.text_value)
-        call.gather(call.similarity[0], Weights::kImage, grad_image_out, s.text_value_width, 1.0, wanted.text_value);
+        call.gather(call.similarity[0], Weights::kImage, grad_image_out, s.text_value_width, 1.0,
+                    wanted.text_value);
     if (wanted.image_value)
         call.spread(text_scores, Weights::kText, grad_text_out, s.image_value_width, 1.0, wanted.image_value);
 
     const bool from_image = image && (wanted.image_query || wanted.text_key);
-    const bool from_text = text && (separate ? wanted.text_query || wanted.image_key : wanted.image_query || wanted.text_key);
+    const bool from_text =
+        text && (separate ? wanted.text_query || wanted.image_key : wanted.image_query || wanted.text_key);
     if (from_image) {
         call.scores(grad_image_out, in.text_value, s.text_value_width, 1.0, call.slopes[0], false, false);
         call.image_gradient();

@@ -1,12 +1,12 @@
-// gather: weights times image rows, for all words, 64 channels and a share of the pixels a block; then the shares'
-// sums, in their order. Compiled once for each element.
+// gather: weights times image rows, for all words, 64 channels and a share of the pixels a block; then the
+// shares' sums, in their order. Compiled once for each element.
 #include "cuda/cross_modal_tile.cuh"
 
 namespace magnet_fast {
 namespace cuda {
 namespace {
 
-constexpr int kMostBlocks = kMostWords / 16;      // of 16 words
+constexpr int kMostBlocks = kMostWords / 16;  // of 16 words
 constexpr int kWeightPitch = kMostWords + 8;  // of a pixel's weights in shared memory
 
 template <typename Element>
@@ -17,7 +17,8 @@ gather_kernel(CrossModalParams p) {
     const int split = static_cast<int>(block_index() % p.splits);
     const int channel = static_cast<int>(block_index() / p.splits % chunks) * kChunk;
     const HeadPlace at = HeadPlace::of(p, block_index() / p.splits / chunks);
-    const int lane = thread_index() % kWarpSize, warp = thread_index() / kWarpSize, g = lane / 4, t = lane % 4;
+    const int lane = thread_index() % kWarpSize, warp = thread_index() / kWarpSize, g = lane / 4,
+              t = lane % 4;
     Element* tiles = reinterpret_cast<Element*>(shared_memory());
     constexpr int kTile = kTilePixels * kChunkPitch;
     Element* weights = tiles + 2 * kTile;
@@ -52,7 +53,8 @@ gather_kernel(CrossModalParams p) {
             MAGNET_FAST_UNROLL
             for (int m = 0; m < kMostBlocks; ++m) {
                 if (16 * m >= p.padded_words) continue;
-                const typename F::Rows rows = F::load_rows_transposed(weights + k * kWeightPitch + 16 * m, kWeightPitch);
+                const typename F::Rows rows =
+                    F::load_rows_transposed(weights + k * kWeightPitch + 16 * m, kWeightPitch);
                 F::multiply(sums[m][0], rows, columns[0], p.products);
                 F::multiply(sums[m][1], rows, columns[1], p.products);
             }
@@ -78,7 +80,8 @@ MAGNET_FAST_KERNEL(kCrossModalThreads, 1)
 merge_kernel(CrossModalParams p) {
     const int64_t count = p.rows / p.heads * p.words * p.heads * p.width;
     const int64_t stride = p.rows * p.padded_words * p.width;
-    for (int64_t i = block_index() * thread_count() + thread_index(); i < count; i += block_count() * thread_count()) {
+    for (int64_t i = block_index() * thread_count() + thread_index(); i < count;
+         i += block_count() * thread_count()) {
         const int64_t c = i % p.width, head = i / p.width % p.heads;
         const int word = static_cast<int>(i / p.width / p.heads % p.words);
         const int64_t batch = i / p.width / p.heads / p.words;

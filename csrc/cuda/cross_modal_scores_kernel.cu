@@ -7,8 +7,8 @@ namespace {
 
 constexpr int kMostBlocks = kMostWords / 8;  // of 8 words
 
-/// A tile's maximum of every word's similarities and the sum of their exponentials: each warp over its 16 pixels,
-/// then the warps in their order.
+/// A tile's maximum of every word's similarities and the sum of their exponentials: each warp over its 16
+/// pixels, then the warps in their order.
 MAGNET_FAST_DEVICE void write_column_parts(const CrossModalParams& p, const float (&sums)[kMostBlocks][4],
                                            bool real0, bool real1, float* shared, int64_t tile) {
     const int lane = thread_index() % kWarpSize, warp = thread_index() / kWarpSize, t = lane % 4;
@@ -49,13 +49,15 @@ scores_kernel(CrossModalParams p) {
     using F = Fragments<Element>;
     const HeadPlace at = HeadPlace::of(p, block_index() / p.tiles);
     const int first = static_cast<int>(block_index() % p.tiles) * kTilePixels;
-    const int lane = thread_index() % kWarpSize, warp = thread_index() / kWarpSize, g = lane / 4, t = lane % 4;
+    const int lane = thread_index() % kWarpSize, warp = thread_index() / kWarpSize, g = lane / 4,
+              t = lane % 4;
     Element* tiles = reinterpret_cast<Element*>(shared_memory());
     const int tile_size = (kTilePixels + p.padded_words) * kChunkPitch;
     const auto fetch = [&](int channel, int stage) {
         Element* to = tiles + stage * tile_size;
         fetch_rows<Element, false>(p, at, p.image, to, kTilePixels, first, p.pixels, channel);
-        fetch_rows<Element, true>(p, at, p.text, to + kTilePixels * kChunkPitch, p.padded_words, 0, p.words, channel);
+        fetch_rows<Element, true>(p, at, p.text, to + kTilePixels * kChunkPitch, p.padded_words, 0, p.words,
+                                  channel);
     };
 
     float sums[kMostBlocks][4] = {};
@@ -121,8 +123,8 @@ scores_kernel(CrossModalParams p) {
     }
     // Over the tiles: all warps are past the last barrier, and have read what was there.
     if (p.column_parts)
-        write_column_parts(p, sums, pixel0 < p.pixels, pixel1 < p.pixels, reinterpret_cast<float*>(shared_memory()),
-                           block_index());
+        write_column_parts(p, sums, pixel0 < p.pixels, pixel1 < p.pixels,
+                           reinterpret_cast<float*>(shared_memory()), block_index());
 }
 
 }  // namespace

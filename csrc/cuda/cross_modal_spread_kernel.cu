@@ -1,5 +1,5 @@
-// spread: weights times text rows, for 64 pixels a block; the weights stay in registers. Compiled once for each
-// element.
+// spread: weights times text rows, for 64 pixels a block; the weights stay in registers. Compiled once for
+// each element.
 #include "cuda/cross_modal_tile.cuh"
 
 namespace magnet_fast {
@@ -14,7 +14,8 @@ spread_kernel(CrossModalParams p) {
     using F = Fragments<Element>;
     constexpr int kVector = 16 / static_cast<int>(sizeof(Element)), kVectors = kChunk / kVector;
     const HeadPlace at = HeadPlace::of(p, block_index() / p.tiles);
-    const int lane = thread_index() % kWarpSize, warp = thread_index() / kWarpSize, g = lane / 4, t = lane % 4;
+    const int lane = thread_index() % kWarpSize, warp = thread_index() / kWarpSize, g = lane / 4,
+              t = lane % 4;
     const int first = static_cast<int>(block_index() % p.tiles) * kTilePixels + warp * 16;  // of this warp
     Element* staging = reinterpret_cast<Element*>(shared_memory()) + warp * 16 * kChunkPitch;
     Element* tiles = reinterpret_cast<Element*>(shared_memory()) + kTilePixels * kChunkPitch;
@@ -42,8 +43,8 @@ spread_kernel(CrossModalParams p) {
     MAGNET_FAST_ROLLED
     for (int channel = 0; channel < p.width; channel += kChunk, stage ^= 1) {
         if (channel + kChunk < p.width)
-            fetch_rows<Element, true>(p, at, p.text, tiles + (stage ^ 1) * tile_size, p.padded_words, 0, p.words,
-                                      channel + kChunk);
+            fetch_rows<Element, true>(p, at, p.text, tiles + (stage ^ 1) * tile_size, p.padded_words, 0,
+                                      p.words, channel + kChunk);
         commit_copies();
         wait_copies<1>();
         sync_block();
@@ -62,13 +63,13 @@ spread_kernel(CrossModalParams p) {
             MAGNET_FAST_UNROLL
             for (int i = 0; i < 4; ++i) {
                 Element* to = staging + (g + i / 2 * 8) * kChunkPitch + n + i % 2 * 8 + 2 * t;
-                store_shared(reinterpret_cast<typename F::Pair*>(to),
-                             F::pack(sums[i % 2][i / 2 * 2] * p.factor, sums[i % 2][i / 2 * 2 + 1] * p.factor));
+                store_shared(
+                    reinterpret_cast<typename F::Pair*>(to),
+                    F::pack(sums[i % 2][i / 2 * 2] * p.factor, sums[i % 2][i / 2 * 2 + 1] * p.factor));
             }
         }
         sync_warp();
-        Element* origin = static_cast<Element*>(p.out) +
-                          (at.batch * p.pixels + first) * p.heads * p.width +
+        Element* origin = static_cast<Element*>(p.out) + (at.batch * p.pixels + first) * p.heads * p.width +
                           static_cast<int64_t>(at.head) * p.width + channel;
         const int rows = p.pixels - first < 16 ? p.pixels - first : 16;
         if (p.aligned_out) {

@@ -13,7 +13,8 @@ columns_kernel(CrossModalParams p) {
     const Floats2* part = reinterpret_cast<const Floats2*>(p.column_parts) +
                           i / p.padded_words * p.tiles * p.padded_words + i % p.padded_words;
     float most = -INFINITY, sum = 0.0f;
-    for (int tile = 0; tile < p.tiles; ++tile) most = fmaxf(most, part[static_cast<int64_t>(tile) * p.padded_words].x);
+    for (int tile = 0; tile < p.tiles; ++tile)
+        most = fmaxf(most, part[static_cast<int64_t>(tile) * p.padded_words].x);
     const float base = most == -INFINITY ? 0.0f : most;
     for (int tile = 0; tile < p.tiles; ++tile) {
         const Floats2 each = part[static_cast<int64_t>(tile) * p.padded_words];
@@ -45,7 +46,8 @@ image_gradient_kernel(CrossModalParams p) {
     for (int i = 0; i < kMostWords / kWarpSize; ++i) {
         const int word = i * kWarpSize + lane;
         if (word < p.padded_words)
-            p.slopes[row * p.padded_words + word] = weights[i] == 0.0f ? 0.0f : weights[i] * (slopes[i] - mean);
+            p.slopes[row * p.padded_words + word] =
+                weights[i] == 0.0f ? 0.0f : weights[i] * (slopes[i] - mean);
     }
 }
 
@@ -58,8 +60,8 @@ struct TilePlace {
         const int64_t row = block_index() / p.tiles;
         const int tile = static_cast<int>(block_index() % p.tiles) * kTilePixels;
         const int last = tile + kTilePixels < p.pixels ? tile + kTilePixels : p.pixels;
-        return {HeadPlace::of(p, row), thread_index() % p.padded_words, tile + thread_index() / p.padded_words,
-                thread_count() / p.padded_words, last};
+        return {HeadPlace::of(p, row), thread_index() % p.padded_words,
+                tile + thread_index() / p.padded_words, thread_count() / p.padded_words, last};
     }
 };
 

@@ -23,8 +23,8 @@ MAGNET_FAST_DEVICE bool masked(const CrossModalParams& p, int64_t batch, int wor
     return word >= p.words || (p.mask && !p.mask[batch * p.words + word]);
 }
 
-/// Begins to copy kChunk channels of `rows` rows from `first` on to tile (rows, kChunkPitch). Past `limit` rows,
-/// past the head's channels, and where a word is masked (kWords): zeros.
+/// Begins to copy kChunk channels of `rows` rows from `first` on to tile (rows, kChunkPitch). Past `limit`
+/// rows, past the head's channels, and where a word is masked (kWords): zeros.
 template <typename Element, bool kWords>
 MAGNET_FAST_DEVICE void fetch_rows(const CrossModalParams& p, const HeadPlace& at, const RowTensor& tensor,
                                    Element* tile, int rows, int first, int limit, int channel) {
@@ -41,7 +41,8 @@ MAGNET_FAST_DEVICE void fetch_rows(const CrossModalParams& p, const HeadPlace& a
             const bool has = given(row, c);
             // A copy of no bytes still takes an address.
             copy_async(tile + i / kVectors * kChunkPitch + c,
-                       has ? origin + row * tensor.row + c : static_cast<const Element*>(tensor.data), has ? 16 : 0);
+                       has ? origin + row * tensor.row + c : static_cast<const Element*>(tensor.data),
+                       has ? 16 : 0);
         }
     } else {
         MAGNET_FAST_ROLLED
@@ -54,14 +55,15 @@ MAGNET_FAST_DEVICE void fetch_rows(const CrossModalParams& p, const HeadPlace& a
 }
 
 /// The weight of a pixel and a word that is in the matrix as x.
-MAGNET_FAST_DEVICE float weight(const CrossModalParams& p, const HeadPlace& at, int pixel, int word, float x) {
+MAGNET_FAST_DEVICE float weight(const CrossModalParams& p, const HeadPlace& at, int pixel, int word,
+                                float x) {
     if (p.weights == Weights::kImage) return exp2_fast(x - p.row_log[at.row * p.pixels + pixel]);
     if (p.weights == Weights::kText) return exp2_fast(x - p.column_log[at.row * p.padded_words + word]);
     return x;
 }
 
-MAGNET_FAST_DEVICE const float* matrix_row(const CrossModalParams& p, const float* matrix, const HeadPlace& at,
-                                           int pixel) {
+MAGNET_FAST_DEVICE const float* matrix_row(const CrossModalParams& p, const float* matrix,
+                                           const HeadPlace& at, int pixel) {
     return matrix + (at.row * p.pixels + pixel) * p.padded_words;
 }
 

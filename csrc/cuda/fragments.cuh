@@ -156,7 +156,8 @@ struct Fragments<float> {
 
 /// Sums of blocks 2k and 2k + 1 as Rows of the next product.
 template <typename Element>
-MAGNET_FAST_DEVICE typename Fragments<Element>::Rows as_rows(const float (&left)[4], const float (&right)[4]) {
+MAGNET_FAST_DEVICE typename Fragments<Element>::Rows as_rows(const float (&left)[4],
+                                                             const float (&right)[4]) {
     using F = Fragments<Element>;
     return {{F::pack(left[0], left[1]), F::pack(left[2], left[3]), F::pack(right[0], right[1]),
              F::pack(right[2], right[3])}};

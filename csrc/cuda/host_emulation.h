@@ -2,7 +2,7 @@
 // when MAGNET_FAST_EMULATE_CUDA is defined and the .cu files are compiled as plain C++.
 //
 // A block's threads are fibers of one operating-system thread, switched only where threads wait for each
-// other, so a run is repeatable; set_reversed() runs them in the opposite order, which turns a missing
+// other, so a run is repeatable; with `reversed` they run in the opposite order, which turns a missing
 // barrier into a different result. Beside that, every access to shared memory is checked: inside the block's
 // allocation, aligned, initialised, not of bytes that an asynchronous copy is still on its way to, and not
 // in a race (two threads, one of them writing, no barrier between). Barriers that threads reach at
@@ -114,7 +114,8 @@ inline void run_fiber() {
     Machine& m = machine();
     try {
         (*m.work)();
-        if (!fiber().open.empty() || !fiber().groups.empty()) fail("ends with asynchronous copies on their way");
+        if (!fiber().open.empty() || !fiber().groups.empty())
+            fail("ends with asynchronous copies on their way");
     } catch (...) {
         m.error = std::current_exception();
     }
@@ -143,9 +144,10 @@ inline std::string waiting() {
     std::string text;
     for (size_t i = 0; i < machine().fibers.size(); ++i) {
         const Fiber& f = machine().fibers[i];
-        const std::string state = f.done         ? "ended"
-                                  : f.block_line ? "waits for its block in line " + std::to_string(f.block_line)
-                                                 : "waits for its warp in line " + std::to_string(f.warp_line);
+        const std::string state = f.done ? "ended"
+                                  : f.block_line
+                                      ? "waits for its block in line " + std::to_string(f.block_line)
+                                      : "waits for its warp in line " + std::to_string(f.warp_line);
         if (i == 0 || text.size() < 400) text += "; thread " + std::to_string(i) + " " + state;
     }
     return text;
@@ -169,7 +171,8 @@ inline void run_block() {
             if (m.error) std::rethrow_exception(std::exchange(m.error, nullptr));
             left -= m.fibers[index].done;
         }
-        if (!moved) throw Error("block " + std::to_string(m.block) + ": its threads wait for ever" + waiting());
+        if (!moved)
+            throw Error("block " + std::to_string(m.block) + ": its threads wait for ever" + waiting());
     }
 }
 
@@ -178,7 +181,8 @@ inline void launch(int64_t blocks, int threads, size_t shared_bytes, const std::
     Machine& m = machine();
     if (shared_bytes > static_cast<size_t>(m.shared_limit))
         throw Error("shared memory of a block: " + std::to_string(shared_bytes));
-    if (threads < 1 || threads > 1024 || threads % kWarp) throw Error("threads of a block: " + std::to_string(threads));
+    if (threads < 1 || threads > 1024 || threads % kWarp)
+        throw Error("threads of a block: " + std::to_string(threads));
     m.threads = threads;
     m.blocks = blocks;
     m.shared_bytes = shared_bytes;
@@ -193,17 +197,8 @@ inline void launch(int64_t blocks, int threads, size_t shared_bytes, const std::
     }
 }
 
-/// Runs blocks and threads from the last to the first.
-inline void set_reversed(bool reversed) {
-    machine().reversed = reversed;
-}
-
-/// What the emulated device offers a block.
-inline void set_shared_limit(int bytes) {
-    machine().shared_limit = bytes;
-}
-
-// ---- What primitives.cuh calls ------------------------------------------------------------------------------
+// ---- What primitives.cuh calls
+// ------------------------------------------------------------------------------
 
 inline void sync_block(int line) {
     Machine& m = machine();
@@ -226,11 +221,12 @@ inline void sync_block(int line) {
 
 /// All lanes of the warp bring `bytes` bytes; the result points to kWarp slots of kSlotBytes with them. Only
 /// with `orders` do accesses to memory before it come before those after it.
-inline const char (*exchange(const void* data, size_t bytes, int line, bool orders = false))[kSlotBytes] {
+inline const char (*exchange(const void* data, size_t bytes, int line, bool orders = false)) [kSlotBytes] {
     Machine& m = machine();
     Warp& w = warp();
     if (w.arrived > 0 && w.line != line)
-        fail("warp operation in line " + std::to_string(line) + ", other lanes are in line " + std::to_string(w.line));
+        fail("warp operation in line " + std::to_string(line) + ", other lanes are in line " +
+             std::to_string(w.line));
     w.line = line;
     const int parity = w.parity, first = m.thread / kWarp * kWarp;
     if (bytes) std::memcpy(w.slots[parity][m.thread % kWarp], data, bytes);
@@ -258,15 +254,17 @@ void visit(const void* address, size_t bytes, size_t alignment, const Visit& wor
     Machine& m = machine();
     const size_t offset = static_cast<const char*>(address) - m.memory.get();
     if (!is_shared(address) || offset + bytes > m.shared_bytes)
-        fail("shared memory: access of " + std::to_string(bytes) + " bytes at " + std::to_string(offset) + " of " +
-             std::to_string(m.shared_bytes));
+        fail("shared memory: access of " + std::to_string(bytes) + " bytes at " + std::to_string(offset) +
+             " of " + std::to_string(m.shared_bytes));
     if (offset % alignment) fail("shared memory: address " + std::to_string(offset) + " is not aligned");
-    for (size_t at = offset / kGrain; at < (offset + bytes + kGrain - 1) / kGrain; ++at) work(m.grains[at], at * kGrain);
+    for (size_t at = offset / kGrain; at < (offset + bytes + kGrain - 1) / kGrain; ++at)
+        work(m.grains[at], at * kGrain);
 }
 
 [[noreturn]] inline void fail_at(const char* what, size_t offset, const Grain& grain) {
-    fail(std::string("shared memory: ") + what + " at byte " + std::to_string(offset) + " (written by thread " +
-         std::to_string(grain.writer) + ", read by " + std::to_string(grain.reader) + ")");
+    fail(std::string("shared memory: ") + what + " at byte " + std::to_string(offset) +
+         " (written by thread " + std::to_string(grain.writer) + ", read by " + std::to_string(grain.reader) +
+         ")");
 }
 
 /// Whether an access of another thread, in the given epochs, is not separated from one now.
@@ -293,16 +291,17 @@ inline void note_read(const void* address, size_t bytes, size_t alignment) {
     });
 }
 
-inline void note_write(const void* address, size_t bytes, size_t alignment, bool pending = false, bool copy = false) {
+inline void note_write(const void* address, size_t bytes, size_t alignment, bool pending = false,
+                       bool copy = false) {
     const Machine& m = machine();
     visit(address, bytes, alignment, [&](Grain& g, size_t offset) {
         if (g.pending && !copy) fail_at("write over an asynchronous copy on its way", offset, g);
         if (g.written >= m.first_epoch && unordered(g.writer, g.written, g.written_warp))
             fail_at("race of two writes", offset, g);
         const uint32_t mine = 1u << (m.thread / kWarp);
-        if (g.read == m.epoch && ((g.reader_warps & ~mine) ||
-                                  (g.reader_warps && g.reader != m.thread &&
-                                   g.read_warp == m.warps[m.thread / kWarp].epoch)))
+        if (g.read == m.epoch &&
+            ((g.reader_warps & ~mine) ||
+             (g.reader_warps && g.reader != m.thread && g.read_warp == m.warps[m.thread / kWarp].epoch)))
             fail_at("race of a write with a read", offset, g);
         g.writer = m.thread;
         g.written = m.epoch;
@@ -315,7 +314,8 @@ inline void note_write(const void* address, size_t bytes, size_t alignment, bool
 inline void copy_async(void* to, const void* from, int bytes, int given) {
     note_write(to, bytes, bytes, /*pending=*/true);
     std::memset(to, 0xff, bytes);
-    if (given && reinterpret_cast<uintptr_t>(from) % bytes) fail("asynchronous copy from an address not aligned");
+    if (given && reinterpret_cast<uintptr_t>(from) % bytes)
+        fail("asynchronous copy from an address not aligned");
     fiber().open.push_back({static_cast<char*>(to), static_cast<const char*>(from), bytes, given});
 }
 

@@ -18,7 +18,8 @@
 
 namespace magnet_fast {
 
-/// How float32 products are made on tensor cores. kExact: of x = high + low in TF32 each, high high + high low
+/// How float32 products are made on tensor cores. kExact: of x = high + low in TF32 each, high high + high
+/// low
 /// + low high, nearly as exact as float32. kTf32: of the numbers rounded to TF32.
 enum class Float32Products : int { kExact = 0, kTf32 = 1 };
 
@@ -66,7 +67,8 @@ struct Device {
         return multiprocessors;
     }
     template <typename Params>
-    void start(void (*kernel)(Params), int64_t blocks, int threads, size_t shared, const Params& params) const {
+    void start(void (*kernel)(Params), int64_t blocks, int threads, size_t shared,
+               const Params& params) const {
         emulation::launch(blocks, threads, shared, [&] { kernel(params); });
     }
 };
@@ -102,7 +104,8 @@ class Device {
                 {&major, cudaDevAttrComputeCapabilityMajor},
             };
             for (const auto& [to, attribute] : wanted)
-                check(cudaDeviceGetAttribute(to, attribute, place.device), "asking for a device's properties");
+                check(cudaDeviceGetAttribute(to, attribute, place.device),
+                      "asking for a device's properties");
             if (major < 8)
                 throw std::runtime_error("CUDA: expected a device of compute capability 8.0 or newer, got " +
                                          std::to_string(major) + ".x");
@@ -126,12 +129,13 @@ class Device {
     }
 
     template <typename Params>
-    void start(void (*kernel)(Params), int64_t blocks, int threads, size_t shared, const Params& params) const {
+    void start(void (*kernel)(Params), int64_t blocks, int threads, size_t shared,
+               const Params& params) const {
         require(blocks < int64_t{1} << 31, "batch", "fewer than 2^31 blocks", blocks);
         allow(kernel, shared);
         void* arguments[] = {const_cast<Params*>(&params)};
-        check(cudaLaunchKernel(address(kernel), dim3(static_cast<unsigned>(blocks)), dim3(threads), arguments, shared,
-                               stream_),
+        check(cudaLaunchKernel(address(kernel), dim3(static_cast<unsigned>(blocks)), dim3(threads), arguments,
+                               shared, stream_),
               "starting a kernel");
         check(cudaGetLastError(), "starting a kernel");
     }

@@ -346,7 +346,9 @@ MAGNET_FAST_DEVICE void multiply_emulated(float (&c)[4], const LaneOperands& min
 template <typename Widen>
 MAGNET_FAST_DEVICE void multiply_16_bit(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                                         const Widen& widen, int line) {
-    const auto half = [&](uint32_t word, int k) { return widen(static_cast<uint16_t>(word >> 16 * (k % 2))); };
+    const auto half = [&](uint32_t word, int k) {
+        return widen(static_cast<uint16_t>(word >> 16 * (k % 2)));
+    };
     multiply_emulated<16>(
         c, {{a[0], a[1], a[2], a[3]}, {b[0], b[1]}},
         [&](const LaneOperands* lanes, int row, int k) {
@@ -359,7 +361,8 @@ MAGNET_FAST_DEVICE void multiply_16_bit(float (&c)[4], const uint32_t (&a)[4], c
 }
 MAGNET_FAST_DEVICE void multiply_bfloat16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                                           int line = __builtin_LINE()) {
-    multiply_16_bit(c, a, b, [](uint16_t bits) { return bits_to_float(static_cast<uint32_t>(bits) << 16); }, line);
+    multiply_16_bit(
+        c, a, b, [](uint16_t bits) { return bits_to_float(static_cast<uint32_t>(bits) << 16); }, line);
 }
 MAGNET_FAST_DEVICE void multiply_float16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                                          int line = __builtin_LINE()) {
@@ -378,7 +381,9 @@ MAGNET_FAST_DEVICE void multiply_tf32(float (&c)[4], const float (&a)[4], const 
         [&](const LaneOperands* lanes, int row, int k) {
             return read(lanes[row % 8 * 4 + k % 4].a[k / 4 * 2 + row / 8]);
         },
-        [&](const LaneOperands* lanes, int k, int column) { return read(lanes[column * 4 + k % 4].b[k / 4]); },
+        [&](const LaneOperands* lanes, int k, int column) {
+            return read(lanes[column * 4 + k % 4].b[k / 4]);
+        },
         line);
 }
 

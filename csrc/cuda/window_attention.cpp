@@ -92,7 +92,8 @@ void choose_groups(WindowParams& p, int programs_at_once) {
     const int64_t filling = (static_cast<int64_t>(programs_at_once) + p.heads - 1) / p.heads;
     const int64_t most = (static_cast<int64_t>(p.windows) + kWindowsOfProgram - 1) / kWindowsOfProgram;
     // Few windows: rather a program for each than idle multiprocessors.
-    p.groups = static_cast<int32_t>(std::min<int64_t>(filling, std::max<int64_t>(most, std::min<int64_t>(p.windows, filling))));
+    p.groups = static_cast<int32_t>(
+        std::min<int64_t>(filling, std::max<int64_t>(most, std::min<int64_t>(p.windows, filling))));
 }
 
 WindowKernel forward_kernel(Dtype dtype, int width, int tiles) {
@@ -167,8 +168,8 @@ void window_attention_forward(WindowParams p, Dtype dtype, const Place& place) {
     const WindowKernel kernel = forward_kernel(dtype, width, tiles);
     const int warps = warps_of(p, forward_warps(tiles));
     const int shared = window_forward_layout(p.tokens, p.entries, warps, width, bytes).total;
-    require(shared <= device.shared_bytes, "window_h",
-            "a window that fits in the device's shared memory", p.window_h);
+    require(shared <= device.shared_bytes, "window_h", "a window that fits in the device's shared memory",
+            p.window_h);
     choose_groups(p, device.programs_at_once(kernel, warps * 32, shared));
     device.start(kernel, static_cast<int64_t>(p.groups) * p.heads, warps * 32, shared, p);
 }
@@ -185,7 +186,8 @@ void window_attention_backward(WindowParams p, Dtype dtype, const Place& place, 
     check_sizes(p);
     check_strides(p, p.grad_out_strides, 0, "grad_out_strides");
     check_strides(p, p.qkv_strides, 0, "qkv_strides");
-    if (p.grad_qkv) check_strides(p, p.grad_qkv_strides, 3 * static_cast<int64_t>(p.channels), "grad_qkv_strides");
+    if (p.grad_qkv)
+        check_strides(p, p.grad_qkv_strides, 3 * static_cast<int64_t>(p.channels), "grad_qkv_strides");
     require(p.batch > 0, "batch", "1 or more", p.batch);
     check_address(p.grad_out, bytes, "grad_out_ptr");
     check_address(p.qkv, bytes, "qkv_ptr");
@@ -206,7 +208,8 @@ void window_attention_backward(WindowParams p, Dtype dtype, const Place& place, 
     device.start(plan.kernel, static_cast<int64_t>(p.groups) * p.heads, plan.threads, plan.shared, p);
     if (!p.grad_bias && !p.grad_pad_qkv) return;
     const int64_t numbers = static_cast<int64_t>(p.entries) * p.heads + 3 * static_cast<int64_t>(p.channels);
-    device.start(window_reduction(), (numbers + kReductionThreads - 1) / kReductionThreads, kReductionThreads, 0, p);
+    device.start(window_reduction(), (numbers + kReductionThreads - 1) / kReductionThreads, kReductionThreads,
+                 0, p);
 }
 
 }  // namespace cuda

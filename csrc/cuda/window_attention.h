@@ -66,7 +66,8 @@ int64_t window_attention_workspace(WindowParams params, Dtype dtype, const Place
 void window_attention_backward(WindowParams params, Dtype dtype, const Place& place, void* workspace,
                                int64_t workspace_bytes);
 
-// ---- Between the launchers and the kernels -----------------------------------------------------------------
+// ---- Between the launchers and the kernels
+// -----------------------------------------------------------------
 
 /// The forward kernels take 8 * tiles keys at a time: 64 (all keys of a 7 x 7 or 8 x 8 window at once), or 48
 /// (those of a 12 x 12 window in three turns; 16-bit elements only).
@@ -115,8 +116,8 @@ MAGNET_FAST_HOST_DEVICE constexpr int whole_rows(int tokens) {
     return (tokens + 15) / 16 * 16;
 }
 
-/// Of the sums of the bias's gradients: numbers of a row (pairs of a half-warp lie in different banks), and of
-/// all rows.
+/// Of the sums of the bias's gradients: numbers of a row (pairs of a half-warp lie in different banks), and
+/// of all rows.
 MAGNET_FAST_HOST_DEVICE constexpr int sums_pitch(int tokens) {
     return whole_rows(tokens) + 8;
 }
@@ -126,8 +127,9 @@ MAGNET_FAST_HOST_DEVICE constexpr int window_sums(int tokens) {
 
 /// `tensors` of width `width`, of elements of `bytes` bytes, for every stage; row_numbers and pad_numbers
 /// floats for every token and every warp, and the sums of the bias's gradients, in the backward pass.
-MAGNET_FAST_HOST_DEVICE constexpr WindowLayout window_layout(int tokens, int entries, int warps, int width, int bytes, int tensors,
-                                     int row_numbers, int pad_numbers, bool sums) {
+MAGNET_FAST_HOST_DEVICE constexpr WindowLayout window_layout(int tokens, int entries, int warps, int width,
+                                                             int bytes, int tensors, int row_numbers,
+                                                             int pad_numbers, bool sums) {
     const int rows = whole_rows(tokens), pitch = (width + kRowPadding) * bytes;
     WindowLayout at{};
     at.places = (entries * 4 + 15) / 16 * 16;
@@ -141,11 +143,14 @@ MAGNET_FAST_HOST_DEVICE constexpr WindowLayout window_layout(int tokens, int ent
     return at;
 }
 
-MAGNET_FAST_HOST_DEVICE constexpr WindowLayout window_forward_layout(int tokens, int entries, int warps, int width, int bytes) {
+MAGNET_FAST_HOST_DEVICE constexpr WindowLayout window_forward_layout(int tokens, int entries, int warps,
+                                                                     int width, int bytes) {
     return window_layout(tokens, entries, warps, width, bytes, /*tensors=*/3, 0, 0, false);
 }
-MAGNET_FAST_HOST_DEVICE constexpr WindowLayout window_backward_layout(int tokens, int entries, int warps, int width, int bytes, bool sums) {
-    return window_layout(tokens, entries, warps, width, bytes, /*tensors=*/4, /*row_numbers=*/2, 2 * width, sums);
+MAGNET_FAST_HOST_DEVICE constexpr WindowLayout window_backward_layout(int tokens, int entries, int warps,
+                                                                      int width, int bytes, bool sums) {
+    return window_layout(tokens, entries, warps, width, bytes, /*tensors=*/4, /*row_numbers=*/2, 2 * width,
+                         sums);
 }
 
 }  // namespace cuda

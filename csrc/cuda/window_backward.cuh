@@ -1,6 +1,6 @@
-// Window attention, backward. Nothing is read from the forward pass but its inputs: a warp finds the softmax of
-// its 16 queries again, then the gradient of q, and after a barrier that of k and v for 16 keys, with queries
-// and keys exchanged. Every sum is one thread's own and made in a fixed order.
+// Window attention, backward. Nothing is read from the forward pass but its inputs: a warp finds the softmax
+// of its 16 queries again, then the gradient of q, and after a barrier that of k and v for 16 keys, with
+// queries and keys exchanged. Every sum is one thread's own and made in a fixed order.
 #pragma once
 
 #include "cuda/window_tile.cuh"
@@ -21,11 +21,14 @@ struct WindowBackward {
     float* bias_sums;  // (rows, sums_pitch), of this program; in shared or in global memory; null: not wanted
 
     /// log2 of the sum of every query's exponentials, and the sum of its weights times their gradients.
-    MAGNET_FAST_METHOD float* logarithms() const { return reinterpret_cast<float*>(shared_memory() + walk.at.rows); }
+    MAGNET_FAST_METHOD float* logarithms() const {
+        return reinterpret_cast<float*>(shared_memory() + walk.at.rows);
+    }
     MAGNET_FAST_METHOD float* deltas() const { return logarithms() + walk.rows; }
     /// Sums over padded keys of this warp's gradients: k's, then v's.
     MAGNET_FAST_METHOD float* pads() const {
-        return reinterpret_cast<float*>(shared_memory() + walk.at.pads) + thread_index() / kWarpSize * 2 * Width;
+        return reinterpret_cast<float*>(shared_memory() + walk.at.pads) +
+               thread_index() / kWarpSize * 2 * Width;
     }
 
     /// Logits, in powers of two, of products of 16 rows with 8 columns, of which one side are queries.
@@ -41,7 +44,8 @@ struct WindowBackward {
             const int row_key = i < 2 ? row_key0 : row_key1, column_key = i % 2 ? other.second : other.first;
             const int apart = (row_key & 0xffff) - (column_key & 0xffff);
             const bool hidden = column + 2 * t + i % 2 >= p.tokens || (cut && (row_key ^ column_key) >> 16);
-            x[i] = hidden ? kMinusInfinity : x[i] * scale + load_shared(origin + (kRowsAreQueries ? apart : -apart));
+            x[i] = hidden ? kMinusInfinity
+                          : x[i] * scale + load_shared(origin + (kRowsAreQueries ? apart : -apart));
         }
     }
 
@@ -60,9 +64,11 @@ struct WindowBackward {
         for (int column = 0; column < p.tokens; column += 16) {
             float logits[2][4], slopes[2][4];
             multiply_rows<Element, Width>(logits, query, walk.tile(stage, 1) + column * kPitch, p.products);
-            multiply_rows<Element, Width>(slopes, grad_out, walk.tile(stage, 2) + column * kPitch, p.products);
+            multiply_rows<Element, Width>(slopes, grad_out, walk.tile(stage, 2) + column * kPitch,
+                                          p.products);
             MAGNET_FAST_UNROLL
-            for (int n = 0; n < 2; ++n) to_logits<true>(logits[n], key0, key1, keys, column + 8 * n, window.cut);
+            for (int n = 0; n < 2; ++n)
+                to_logits<true>(logits[n], key0, key1, keys, column + 8 * n, window.cut);
             MAGNET_FAST_UNROLL
             for (int half = 0; half < 2; ++half) {
                 const float largest = fmaxf(fmaxf(logits[0][2 * half], logits[0][2 * half + 1]),
@@ -102,7 +108,8 @@ struct WindowBackward {
         for (int column = 0; column < p.tokens; column += 16) {
             float grads[2][4], slopes[2][4];
             multiply_rows<Element, Width>(grads, query, walk.tile(stage, 1) + column * kPitch, p.products);
-            multiply_rows<Element, Width>(slopes, grad_out, walk.tile(stage, 2) + column * kPitch, p.products);
+            multiply_rows<Element, Width>(slopes, grad_out, walk.tile(stage, 2) + column * kPitch,
+                                          p.products);
             MAGNET_FAST_UNROLL
             for (int n = 0; n < 2; ++n) {
                 to_logits<true>(grads[n], key0, key1, keys, column + 8 * n, window.cut);
@@ -163,8 +170,10 @@ struct WindowBackward {
             }
         }
         if (p.grad_qkv) {
-            walk.write(grad_key, p.scale, p.scale, row, stage, window, p.grad_qkv, p.grad_qkv_strides, p.channels);
-            walk.write(grad_value, 1.0f, 1.0f, row, stage, window, p.grad_qkv, p.grad_qkv_strides, 2 * p.channels);
+            walk.write(grad_key, p.scale, p.scale, row, stage, window, p.grad_qkv, p.grad_qkv_strides,
+                       p.channels);
+            walk.write(grad_value, 1.0f, 1.0f, row, stage, window, p.grad_qkv, p.grad_qkv_strides,
+                       2 * p.channels);
         }
     }
 
@@ -199,11 +208,11 @@ struct WindowBackward {
 
     /// Zeros, before the first window.
     MAGNET_FAST_METHOD void begin() const {
-        if (bias_sums)
-            MAGNET_FAST_ROLLED
-            for (int i = thread_index(); i < walk.rows * sums_pitch(p.tokens); i += thread_count())
-                store_any(bias_sums + i, 0.0f);
-        for (int i = thread_index() % kWarpSize; i < 2 * Width; i += kWarpSize) store_shared(pads() + i, 0.0f);
+        if (bias_sums) MAGNET_FAST_ROLLED
+        for (int i = thread_index(); i < walk.rows * sums_pitch(p.tokens); i += thread_count())
+            store_any(bias_sums + i, 0.0f);
+        for (int i = thread_index() % kWarpSize; i < 2 * Width; i += kWarpSize)
+            store_shared(pads() + i, 0.0f);
         sync_block();
     }
 
@@ -216,12 +225,10 @@ struct WindowBackward {
             // Query minus key.
             const int y = entry / columns - (p.window_h - 1), x = entry % columns - (p.window_w - 1);
             float sum = 0.0f;
-            for (int key_y = y < 0 ? -y : 0; key_y < p.window_h - (y > 0 ? y : 0); ++key_y)
-                MAGNET_FAST_ROLLED
-                for (int key_x = x < 0 ? -x : 0; key_x < p.window_w - (x > 0 ? x : 0); ++key_x)
-                    sum += load_any(bias_sums +
-                                    ((key_y + y) * p.window_w + key_x + x) * sums_pitch(p.tokens) +
-                                    key_y * p.window_w + key_x);
+            for (int key_y = y < 0 ? -y : 0; key_y < p.window_h - (y > 0 ? y : 0); ++key_y) MAGNET_FAST_ROLLED
+            for (int key_x = x < 0 ? -x : 0; key_x < p.window_w - (x > 0 ? x : 0); ++key_x)
+                sum += load_any(bias_sums + ((key_y + y) * p.window_w + key_x + x) * sums_pitch(p.tokens) +
+                                key_y * p.window_w + key_x);
             p.bias_parts[static_cast<int64_t>(part) * p.entries + entry] = sum;
         }
         const float* all = reinterpret_cast<const float*>(shared_memory() + walk.at.pads);
@@ -230,7 +237,8 @@ struct WindowBackward {
             const int c = i / walk.head_dim * Width + i % walk.head_dim;
             float sum = 0.0f;
             MAGNET_FAST_ROLLED
-            for (int warp = 0; warp < thread_count() / kWarpSize; ++warp) sum += load_shared(all + warp * 2 * Width + c);
+            for (int warp = 0; warp < thread_count() / kWarpSize; ++warp)
+                sum += load_shared(all + warp * 2 * Width + c);
             p.pad_parts[static_cast<int64_t>(part) * 2 * walk.head_dim + i] = sum;
         }
     }
@@ -243,8 +251,8 @@ window_backward_kernel(WindowParams p) {
     const int head = part % p.heads, group = part / p.heads;
     const bool sums = p.grad_bias && p.sums_in_shared;
     const WindowWalk<Element, Width, 4> walk{
-        p, window_backward_layout(p.tokens, p.entries, warps, Width, static_cast<int>(sizeof(Element)), sums), head,
-        whole_rows(p.tokens), p.channels / p.heads};
+        p, window_backward_layout(p.tokens, p.entries, warps, Width, static_cast<int>(sizeof(Element)), sums),
+        head, whole_rows(p.tokens), p.channels / p.heads};
     float* bias_sums = nullptr;
     if (p.grad_bias)
         bias_sums = sums ? reinterpret_cast<float*>(shared_memory() + walk.at.sums)

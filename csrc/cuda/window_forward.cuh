@@ -6,12 +6,12 @@
 namespace magnet_fast {
 namespace cuda {
 
-/// The 16 queries from `row` on. Keys come 8 * Tiles at a time, whose similarities stay in registers; a window
-/// that has no more keys than that takes one turn.
+/// The 16 queries from `row` on. Keys come 8 * Tiles at a time, whose similarities stay in registers; a
+/// window that has no more keys than that takes one turn.
 template <typename Element, int Width, int Tiles>
 MAGNET_FAST_DEVICE void window_forward_rows(const WindowWalk<Element, Width, 3>& walk,
-                                            const typename WindowWalk<Element, Width, 3>::Window& window, int stage,
-                                            int row) {
+                                            const typename WindowWalk<Element, Width, 3>::Window& window,
+                                            int stage, int row) {
     using F = Fragments<Element>;
     constexpr int kPitch = Width + kRowPadding;
     const WindowParams& p = walk.p;
@@ -39,12 +39,13 @@ MAGNET_FAST_DEVICE void window_forward_rows(const WindowWalk<Element, Width, 3>&
             for (int i = 0; i < 4; ++i) logits[n][i] = logits[n + 1][i] = kMinusInfinity;
             if (first + 8 * n >= p.tokens) continue;
             float sums[2][4];
-            multiply_rows<Element, Width>(sums, query, walk.tile(stage, 1) + (first + 8 * n) * kPitch, p.products);
+            multiply_rows<Element, Width>(sums, query, walk.tile(stage, 1) + (first + 8 * n) * kPitch,
+                                          p.products);
             MAGNET_FAST_UNROLL
             for (int half = 0; half < 2; ++half) {
                 const int j = first + 8 * (n + half) + 2 * t;
                 const KeyPair key = load_shared(reinterpret_cast<const KeyPair*>(keys + j));
-                float(&to)[4] = logits[n + half];
+                float (&to)[4] = logits[n + half];
                 if (j < p.tokens) {
                     to[0] = sums[half][0] * scale + load_shared(table0 - (key.first & 0xffff));
                     to[2] = sums[half][2] * scale + load_shared(table1 - (key.first & 0xffff));
@@ -101,14 +102,18 @@ MAGNET_FAST_DEVICE void window_forward_rows(const WindowWalk<Element, Width, 3>&
                                          walk.tile(stage, 2) + (first + 8 * n) * kPitch, p.products);
         }
     }
-    walk.write(out, 1.0f / quad_sum(total0), 1.0f / quad_sum(total1), row, stage, window, p.out, p.out_strides, 0);
+    walk.write(out, 1.0f / quad_sum(total0), 1.0f / quad_sum(total1), row, stage, window, p.out,
+               p.out_strides, 0);
 }
 
 template <typename Element, int Width, int Tiles>
-MAGNET_FAST_KERNEL(kWarpSize* forward_warps(Tiles), Width == 64 ? 1 : Tiles == 8 && sizeof(Element) == 2 ? 3 : 2)
+MAGNET_FAST_KERNEL(kWarpSize* forward_warps(Tiles), Width == 64                          ? 1
+                                                    : Tiles == 8 && sizeof(Element) == 2 ? 3
+                                                                                         : 2)
 window_forward_kernel(WindowParams p) {
     const int warps = thread_count() / kWarpSize;
-    const int head = static_cast<int>(block_index() % p.heads), group = static_cast<int>(block_index() / p.heads);
+    const int head = static_cast<int>(block_index() % p.heads),
+              group = static_cast<int>(block_index() / p.heads);
     const WindowWalk<Element, Width, 3> walk{
         p, window_forward_layout(p.tokens, p.entries, warps, Width, static_cast<int>(sizeof(Element))), head,
         whole_rows(p.tokens), p.channels / p.heads};

@@ -54,7 +54,8 @@ struct WindowWalk {
     }
     /// Tensor 0 .. Tensors - 1: q, k, v, and in the backward pass the output's gradient; (rows, kPitch).
     MAGNET_FAST_METHOD Element* tile(int stage, int tensor) const {
-        return reinterpret_cast<Element*>(shared_memory() + at.tiles) + (stage * Tensors + tensor) * rows * kPitch;
+        return reinterpret_cast<Element*>(shared_memory() + at.tiles) +
+               (stage * Tensors + tensor) * rows * kPitch;
     }
     /// 16 rows of this warp's own.
     MAGNET_FAST_METHOD Element* staging() const {
@@ -126,7 +127,8 @@ struct WindowWalk {
         const int64_t channel = static_cast<int64_t>(head) * head_dim;
         if (Tensors == 4 && tensor == 3) {
             if (place.y < 0) return nullptr;
-            return static_cast<const Element*>(p.grad_out) + offset(p.grad_out_strides, window.image, place) + channel;
+            return static_cast<const Element*>(p.grad_out) + offset(p.grad_out_strides, window.image, place) +
+                   channel;
         }
         const int64_t part = static_cast<int64_t>(tensor) * p.channels + channel;
         if (place.y < 0) return p.pad_qkv ? static_cast<const Element*>(p.pad_qkv) + part : nullptr;
@@ -138,8 +140,9 @@ struct WindowWalk {
     }
 
     /// Sums of 16 rows from `row` on, times their factors, to this head's channels of a map.
-    MAGNET_FAST_METHOD void write(const float (&sums)[Width / 8][4], float factor0, float factor1, int row, int stage,
-                                  const Window& window, void* map, const MapStrides& strides, int64_t channel) const {
+    MAGNET_FAST_METHOD void write(const float (&sums)[Width / 8][4], float factor0, float factor1, int row,
+                                  int stage, const Window& window, void* map, const MapStrides& strides,
+                                  int64_t channel) const {
         const int lane = thread_index() % kWarpSize, g = lane / 4, t = lane % 4;
         Element* rows16 = staging();
         using Pair = typename F::Pair;
@@ -147,7 +150,8 @@ struct WindowWalk {
         for (int n = 0; n < Width / 8; ++n) {
             Element* to = rows16 + g * kPitch + n * 8 + 2 * t;
             store_shared(reinterpret_cast<Pair*>(to), F::pack(sums[n][0] * factor0, sums[n][1] * factor0));
-            store_shared(reinterpret_cast<Pair*>(to + 8 * kPitch), F::pack(sums[n][2] * factor1, sums[n][3] * factor1));
+            store_shared(reinterpret_cast<Pair*>(to + 8 * kPitch),
+                         F::pack(sums[n][2] * factor1, sums[n][3] * factor1));
         }
         sync_warp();
         Element* origin = static_cast<Element*>(map) + channel + static_cast<int64_t>(head) * head_dim;
@@ -201,7 +205,8 @@ struct WindowWalk {
 
 /// sums = products of 16 rows with 16 columns, tile[column][channel], over all channels.
 template <typename Element, int Width>
-MAGNET_FAST_DEVICE void multiply_rows(float (&sums)[2][4], const typename Fragments<Element>::Rows (&rows)[Width / 16],
+MAGNET_FAST_DEVICE void multiply_rows(float (&sums)[2][4],
+                                      const typename Fragments<Element>::Rows (&rows)[Width / 16],
                                       const Element* tile, Float32Products products) {
     using F = Fragments<Element>;
     MAGNET_FAST_UNROLL
@@ -217,8 +222,9 @@ MAGNET_FAST_DEVICE void multiply_rows(float (&sums)[2][4], const typename Fragme
 
 /// sums (16 x Width) += weights (16 x 16) times 16 rows of a tile.
 template <typename Element, int Width>
-MAGNET_FAST_DEVICE void add_weighted(float (&sums)[Width / 8][4], const typename Fragments<Element>::Rows& weights,
-                                     const Element* tile, Float32Products products) {
+MAGNET_FAST_DEVICE void add_weighted(float (&sums)[Width / 8][4],
+                                     const typename Fragments<Element>::Rows& weights, const Element* tile,
+                                     Float32Products products) {
     using F = Fragments<Element>;
     MAGNET_FAST_UNROLL
     for (int n = 0; n < Width / 16; ++n) {

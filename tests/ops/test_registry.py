@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from magnet_fast import ops
-from magnet_fast.ops import _registry
+from magnet_fast.ops import _cuda_backend, _registry
 
 from .cases import all_cases, window_case
 
 NAMES = "reference, cpu, triton, cuda, auto"
+WHY_NOT_CUDA = _cuda_backend.missing or "device {} is not supported, CUDA tensors only"
 
 
 def chosen(case=None) -> str:
@@ -127,14 +128,14 @@ def test_explain_auto():
     explanation = explain(window_case(dtype=torch.float32))
     assert explanation.chosen == "cpu"
     assert explanation.reasons == {
-        "cuda": "no kernel for this operator yet",
+        "cuda": WHY_NOT_CUDA.format("cpu"),
         "triton": "no kernel for this operator yet",
         "reference": "can run, but cpu is preferred",
     }
     assert str(explanation) == repr(explanation)
     assert str(explanation).splitlines() == [
         "window_attention: cpu would run (the fastest that can)",
-        "  cuda: no kernel for this operator yet",
+        f"  cuda: {WHY_NOT_CUDA.format('cpu')}",
         "  triton: no kernel for this operator yet",
         "  reference: can run, but cpu is preferred",
     ]
@@ -201,7 +202,9 @@ def test_forced_backend_that_cannot_run(name):
         with pytest.raises(RuntimeError) as error:
             case()
         assert str(error.value) == str(explain(case))
-    reason = "device meta is not supported, CPU tensors only" if name == "cpu" else "no kernel for this operator yet"
+    reason = {"cpu": "device meta is not supported, CPU tensors only", "cuda": WHY_NOT_CUDA.format("meta")}.get(
+        name, "no kernel for this operator yet"
+    )
     assert f"backend {name!r} is forced and cannot run" in str(error.value)
     assert f"  {name}: {reason}" in str(error.value)
 
