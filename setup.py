@@ -296,6 +296,7 @@ def run(command: list[str]) -> None:
     if done.returncode:
         raise SystemExit(
             f"magnet_fast: building the C++ extension failed (exit status {done.returncode}) in: {shlex.join(command)}"
+            + ("\nMAGNET_FAST_CUDA=0 leaves the CUDA extension out." if "_cuda" in shlex.join(command) else "")
         )
 
 

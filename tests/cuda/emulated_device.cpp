@@ -91,7 +91,10 @@ void faulty_kernel(Error error, const float* source) {
     float* shared = reinterpret_cast<float*>(shared_memory());
     const int i = thread_index();
     if (error != Error::kUninitialised) store_shared(shared + i, 1.0f);
-    if (error != Error::kRace) error == Error::kWarpRace ? sync_warp() : sync_block();
+    sync_block();
+    const bool race = error == Error::kRace || error == Error::kWarpRace;
+    if (race) store_shared(shared + i, 2.0f);
+    if (error == Error::kWarpRace) sync_warp();
     load_shared(shared + (i + (error == Error::kWarpRace ? 32 : 1)) % 64);
     if (error == Error::kOutside) load_shared(shared + 512 + i);
     if (error == Error::kMisaligned) load_shared(reinterpret_cast<const Floats2*>(shared + 1));

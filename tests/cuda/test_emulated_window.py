@@ -49,7 +49,7 @@ def test_without_a_padding_token(emulated, dtype):
 def test_bias_sums_in_global_memory_are_the_same(emulated):
     case = window_case(**SHAPES["w 7"], dtype=torch.bfloat16)
     expected = results(case, "cuda")
-    emulated.device.set_shared_limit(48 * 1024)
+    emulated.device.set_shared_limit(52 * 1024)
     assert all(torch.equal(a, b) for a, b in zip(results(case, "cuda"), expected, strict=True))
 
 
@@ -93,11 +93,15 @@ def test_gradients_written_stay_within_their_tensor(emulated):
     assert wide[..., :4].isnan().all() and wide[..., 36:].isnan().all()
 
 
-def test_tf32_only_where_torch_allows_it(emulated, monkeypatch):
+def test_tf32_only_where_torch_allows_it(emulated):
     case = window_case(size=(5, 6), window=(4, 4), shift=(2, 1), d=16, dtype=torch.float32)
     exact, reference = results(case, "cuda"), results(case, "reference")
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
-    rounded = results(case, "cuda")
+    assert not torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        rounded = results(case, "cuda")
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
     for ours, tf32, plain in zip(exact, rounded, reference, strict=True):
         scale = plain.abs().max()
         assert (ours - plain).abs().max() < 1e-5 * scale
@@ -115,10 +119,12 @@ def test_extreme_logits(emulated):
 
 
 def test_empty_batch(emulated):
-    case = window_case(batch=0, dtype=torch.bfloat16)
-    out, grad_qkv, grad_bias, grad_pad = results(case, "cuda")
-    assert out.shape == (0, 5, 4, 4) and grad_qkv.shape == (0, 5, 4, 12)
-    assert not grad_bias.any() and not grad_pad.any()
+    arguments = window_case(batch=0, dtype=torch.bfloat16).normalised()
+    out = _cuda_window.forward(*arguments)
+    assert out.shape == (0, 5, 4, 4)
+    grad_qkv, grad_bias, grad_pad = _cuda_window.backward(out, *arguments, [True] * 3)
+    assert grad_qkv.shape == (0, 5, 4, 12)
+    assert grad_bias.shape == (15, 2) and not grad_bias.any() and grad_pad.shape == (12,) and not grad_pad.any()
 
 
 BAD = {
