@@ -5,7 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _autocast, _checks, _cpu_backend, _cpu_cross_modal, _registry, _triton_backend, _triton_cross_modal
+from . import (
+    _autocast,
+    _checks,
+    _cpu_backend,
+    _cpu_cross_modal,
+    _cuda_backend,
+    _cuda_cross_modal,
+    _registry,
+    _triton_backend,
+    _triton_cross_modal,
+)
 from ._binding import bind, recomputed_backward
 
 _NAME = "cross_modal_attention"
@@ -291,4 +301,13 @@ _registry.register(
     _triton_cross_modal.supports,
     _triton_backend.missing,
     _triton_backend.passed_over,
+)
+_registry.register(
+    _NAME,
+    "cuda",
+    _cuda_cross_modal.forward,
+    _cuda_cross_modal.backward,
+    _cuda_cross_modal.supports,
+    _cuda_backend.missing,
+    _cuda_backend.passed_over,
 )

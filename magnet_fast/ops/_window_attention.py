@@ -6,7 +6,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _autocast, _checks, _cpu_backend, _cpu_window, _registry, _triton_backend, _triton_window
+from . import (
+    _autocast,
+    _checks,
+    _cpu_backend,
+    _cpu_window,
+    _cuda_backend,
+    _cuda_window,
+    _registry,
+    _triton_backend,
+    _triton_window,
+)
 from ._binding import bind, recomputed_backward
 
 _NAME = "window_attention"
@@ -287,4 +297,13 @@ _registry.register(
     _triton_window.supports,
     _triton_backend.missing,
     _triton_backend.passed_over,
+)
+_registry.register(
+    _NAME,
+    "cuda",
+    _cuda_window.forward,
+    _cuda_window.backward,
+    _cuda_window.supports,
+    _cuda_backend.missing,
+    _cuda_backend.passed_over,
 )

@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from magnet_fast import ops
-from magnet_fast.ops import _registry, _triton_backend
+from magnet_fast.ops import _cuda_backend, _registry, _triton_backend
 
 from .cases import all_cases, window_case
 
 NAMES = "reference, cpu, triton, cuda, auto"
-TRITON = _triton_backend.missing or "device cpu is not supported, CUDA tensors only"
+WHY_NOT_CUDA = _cuda_backend.missing or "device {} is not supported, CUDA tensors only"
+WHY_NOT_TRITON = _triton_backend.missing or "device {} is not supported, CUDA tensors only"
 
 
 def chosen(case=None) -> str:
@@ -128,15 +129,15 @@ def test_explain_auto():
     explanation = explain(window_case(dtype=torch.float32))
     assert explanation.chosen == "cpu"
     assert explanation.reasons == {
-        "cuda": "no kernel for this operator yet",
-        "triton": TRITON,
+        "cuda": WHY_NOT_CUDA.format("cpu"),
+        "triton": WHY_NOT_TRITON.format("cpu"),
         "reference": "can run, but cpu is preferred",
     }
     assert str(explanation) == repr(explanation)
     assert str(explanation).splitlines() == [
         "window_attention: cpu would run (the fastest that can)",
-        "  cuda: no kernel for this operator yet",
-        f"  triton: {TRITON}",
+        f"  cuda: {WHY_NOT_CUDA.format('cpu')}",
+        f"  triton: {WHY_NOT_TRITON.format('cpu')}",
         "  reference: can run, but cpu is preferred",
     ]
 
@@ -204,8 +205,8 @@ def test_forced_backend_that_cannot_run(name):
         assert str(error.value) == str(explain(case))
     reasons = {
         "cpu": "device meta is not supported, CPU tensors only",
-        "triton": TRITON.replace("device cpu", "device meta"),
-        "cuda": "no kernel for this operator yet",
+        "triton": WHY_NOT_TRITON.format("meta"),
+        "cuda": WHY_NOT_CUDA.format("meta"),
     }
     assert f"backend {name!r} is forced and cannot run" in str(error.value)
     assert f"  {name}: {reasons[name]}" in str(error.value)

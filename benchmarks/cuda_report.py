@@ -1,0 +1,166 @@
+"""What the compiler made of the CUDA kernels: registers, stack, shared memory, tensor-core products, wide accesses.
+
+``python -m benchmarks.cuda_report`` reads the built extension ``magnet_fast._cuda`` with cuobjdump (the CUDA toolkit's,
+or the one that comes with Triton) and prints a table, no GPU needed; ``--markdown`` prints it as docs/cuda.md holds it,
+and ``--results FILE`` writes it as JSON with the compilers' versions and the date.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+_ELEMENTS = {"f": "float32", "NS_8BFloat16E": "bfloat16", "NS_7Float16E": "float16"}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel on one architecture.
+
+    Attributes:
+        name: with the element and the numbers it was made for, e.g. ``window_forward<bfloat16, 32, 8>``.
+        architecture: such as ``sm_90a``.
+        registers: of a thread.
+        stack: bytes of local memory of a thread; registers that were spilled lie there.
+        local: instructions that read or write local memory.
+        matrix: tensor-core instructions.
+        copies: asynchronous copies of 16 bytes from global to shared memory.
+        stores: stores of 16 bytes to global memory.
+    """
+
+    name: str
+    architecture: str
+    registers: int
+    stack: int
+    local: int
+    matrix: int
+    copies: int
+    stores: int
+
+    @property
+    def multiplies(self) -> bool:
+        """Whether it is one of the kernels that are made of matrix products."""
+        return self.name.split("<")[0] in {"window_forward", "window_backward", "scores", "spread", "gather"}
+
+
+def extension() -> Path | None:
+    """The built ``magnet_fast._cuda``, or None."""
+    found = importlib.util.find_spec("magnet_fast._cuda")
+    return Path(found.origin) if found is not None and found.origin else None
+
+
+def cuobjdump() -> str | None:
+    """The toolkit's (CUDA_HOME, PATH), else Triton's, else None."""
+    places = [str(Path(os.environ["CUDA_HOME"], "bin"))] if os.environ.get("CUDA_HOME") else []
+    places.append(os.environ.get("PATH", ""))
+    triton = importlib.util.find_spec("triton")
+    if triton is not None and triton.origin:
+        places.append(str(Path(triton.origin).parent / "backends" / "nvidia" / "bin"))
+    return next((found for place in places if (found := shutil.which("cuobjdump", path=place))), None)
+
+
+def kernels(path: Path, tool: str) -> list[Kernel]:
+    """Every kernel in the file at ``path``, for every architecture."""
+    usage, code = dict(_resources(_run(tool, "--dump-resource-usage", path))), _run(tool, "--dump-sass", path)
+    found = []
+    for (architecture, mangled), body in _functions(code):
+        registers, stack = usage[architecture, mangled]
+        found.append(
+            Kernel(
+                _readable(mangled),
+                architecture,
+                registers,
+                stack,
+                local=len(re.findall(r"\b(?:LDL|STL)\b", body)),
+                matrix=len(re.findall(r"\b[HQ]G?MMA\.", body)),
+                copies=len(re.findall(r"\bLDGSTS\.\S*128\b", body)),
+                stores=len(re.findall(r"\bSTG\.\S*128\b", body)),
+            )
+        )
+    return sorted(found, key=lambda kernel: (kernel.architecture, kernel.name))
+
+
+def _run(tool: str, option: str, path: Path) -> str:
+    return subprocess.run([tool, option, str(path)], capture_output=True, text=True, check=True).stdout
+
+
+def _resources(text: str) -> Iterator[tuple[tuple[str, str], tuple[int, int]]]:
+    """((architecture, mangled name), (registers, stack)) of cuobjdump's listing of resources."""
+    architecture = name = ""
+    for line in text.splitlines():
+        if found := re.match(r"arch = (\S+)", line):
+            architecture = found[1]
+        elif found := re.match(r"\s*Function (\S+):", line):
+            name = found[1]
+        elif found := re.match(r"\s*REG:(\d+) STACK:(\d+)", line):
+            yield (architecture, name), (int(found[1]), int(found[2]))
+
+
+def _functions(text: str) -> Iterator[tuple[tuple[str, str], str]]:
+    """((architecture, mangled name), instructions) of a disassembly."""
+    architecture = ""
+    for part in re.split(r"^(?=arch = |\s+Function : )", text, flags=re.M):
+        if found := re.match(r"arch = (\S+)", part):
+            architecture = found[1]
+        elif found := re.match(r"\s+Function : (\S+)", part):
+            yield (architecture, found[1]), part
+
+
+def _readable(mangled: str) -> str:
+    found = re.search(r"(?<=\d)([a-z][a-z_]*)_kernel(?:I(f|NS_8BFloat16E|NS_7Float16E)((?:Li\d+E)*)E|E)", mangled)
+    if found is None:
+        return mangled
+    if found[2] is None:
+        return found[1]
+    made_for = [_ELEMENTS[found[2]], *re.findall(r"Li(\d+)E", found[3])]
+    return f"{found[1]}<{', '.join(made_for)}>"
+
+
+def table(found: list[Kernel], markdown: bool = False) -> str:
+    """One line for each kernel and architecture."""
+    heads = ["kernel", "architecture", "registers", "stack", "local", "matrix products", "16-byte copies", "stores"]
+    rows = [[k.name, k.architecture, k.registers, k.stack, k.local, k.matrix, k.copies, k.stores] for k in found]
+    if markdown:
+        lines = [heads, ["---"] * len(heads), *rows]
+        return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+    return "\n".join(f"{line[0]:<36}" + "".join(f"{cell!s:>16}" for cell in line[1:]) for line in [heads, *rows])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--markdown", action="store_true", help="as docs/cuda.md holds it")
+    parser.add_argument("--results", type=Path, help="a JSON file to write")
+    arguments = parser.parse_args()
+    path, tool = extension(), cuobjdump()
+    if path is None:
+        raise SystemExit("magnet_fast._cuda is not built (`magnet-fast info`); nvcc is needed, see docs/cuda.md")
+    if tool is None:
+        raise SystemExit("cuobjdump was not found: not in CUDA_HOME, not on PATH, and no Triton is installed")
+    found = kernels(path, tool)
+    print(table(found, arguments.markdown))
+    if arguments.results:
+        content = {"date": datetime.date.today().isoformat(), **versions(), "kernels": [asdict(each) for each in found]}
+        arguments.results.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def versions() -> dict[str, str]:
+    """Of the compilers on PATH, which are those that built the extension unless CUDA_HOME or CXX said otherwise."""
+    found = {}
+    for name, pattern in (("nvcc", r"release \S+, (V\S+)"), ("c++", r"(\d+\.\d+\.\d+)")):
+        if shutil.which(name):
+            text = subprocess.run([name, "--version"], capture_output=True, text=True).stdout
+            found[name] = (re.search(pattern, text) or ["", "unknown"])[1]
+    return found
+
+
+if __name__ == "__main__":
+    main()
