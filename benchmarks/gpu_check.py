@@ -1,7 +1,7 @@
 """Everything that needs a GPU, in one command and without a network: python -m benchmarks.gpu_check
 
 Tests of the kernels on the device (tests/gpu), the same on a few shapes under compute-sanitizer where there is one, and
-the benchmarks with their results file and picture. Nothing is installed: the kernels are found in the checkout.
+the benchmarks, of kernels and of whole models, with their results files and picture. Nothing is installed: the kernels are found in the checkout.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ def find_kernels() -> None:
         link.symlink_to(Path("..", "kernels"), target_is_directory=True)
 
 
-def commands(results: Path, picture: Path) -> list[list[str]]:
+def commands(results: Path, picture: Path, models: Path) -> list[list[str]]:
     """What is run, one after the other."""
     tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu"]
     found = [tests]
     if sanitizer := shutil.which("compute-sanitizer"):
         found.append([sanitizer, "--error-exitcode", "1", *tests, "-k", "agrees"])
     found.append([sys.executable, "-m", "benchmarks.gpu", "--results", str(results), "--picture", str(picture)])
+    found.append([sys.executable, "-m", "benchmarks.gpu_models", "--results", str(models)])
     return found
 
 
@@ -37,10 +38,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "gpu.json")
     parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "benchmarks-gpu.png")
+    parser.add_argument("--models", type=Path, default=ROOT / "benchmarks" / "results" / "gpu_models.json")
     options = parser.parse_args()
     find_kernels()
     failed = []
-    for command in commands(options.results, options.picture):
+    for command in commands(options.results, options.picture, options.models):
         print("+", *command, flush=True)
         if subprocess.run(command, cwd=ROOT).returncode:
             failed.append(" ".join(command))

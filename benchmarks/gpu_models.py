@@ -1,5 +1,7 @@
 """Whole models on a GPU: latency, throughput, training steps and peak memory, ours against the reference path.
 
+    python -m benchmarks.gpu_models --results benchmarks/results/gpu_models.json
+
 Every row of a group is timed in one process, one after the other. "reference" runs the plain PyTorch form of every
 operator, "ours" what `auto` chooses; "+ compile" is torch.compile of the whole model, which in inference also captures
 CUDA graphs. Weights are random; gates and offsets are opened as in `bench_magnet`: trained models compute behind them.
@@ -7,14 +9,18 @@ CUDA graphs. Weights are random; gates and offsets are opened as in `bench_magne
 
 from __future__ import annotations
 
+import argparse
+import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks import gpu
 from benchmarks.bench_magnet import model_of, operations
 from magnet_fast import models, ops
 from magnet_fast.losses import segmentation_loss
@@ -69,6 +75,7 @@ def _group(
     flops = None
     for path in PATHS:
         row = {"suite": "gpu_models", "group": group, "path": path, "baseline": PATHS[0], "dtype": "bfloat16"}
+        row |= {"median_seconds": None, "ratio": None}
         torch.compiler.reset()
         model = models.from_config(model_of(case.model).config)
         model.load_state_dict(model_of(case.model).state_dict())
@@ -158,3 +165,22 @@ def _seconds(run: Callable[[], Any]) -> float:
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, required=True)
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        raise SystemExit("benchmarks.gpu_models: torch sees no GPU here")
+    found: list[dict[str, Any]] = []
+    options.results.parent.mkdir(parents=True, exist_ok=True)
+    for row in rows(FULL, torch.device("cuda")):
+        print(gpu.line(row), flush=True)
+        found.append(row)
+        contents = {"machine": gpu.description(), "rows": found}
+        options.results.write_text(json.dumps(contents, indent=1) + "\n")  # what is known outlives a run cut short
+
+
+if __name__ == "__main__":
+    main()

@@ -50,12 +50,13 @@ def test_ratios_and_picture():
 
 
 def test_commands(monkeypatch):
-    results, picture = Path("r.json"), Path("p.png")
+    files = Path("r.json"), Path("p.png"), Path("m.json")
     monkeypatch.setattr(gpu_check.shutil, "which", lambda name: None)
-    tests, benchmarks = gpu_check.commands(results, picture)
+    tests, benchmarks, models = gpu_check.commands(*files)
     assert tests[-1] == "tests/gpu" and benchmarks[0] == sys.executable and "r.json" in benchmarks
+    assert "benchmarks.gpu_models" in models and "m.json" in models
     monkeypatch.setattr(gpu_check.shutil, "which", lambda name: "/bin/compute-sanitizer")
-    assert gpu_check.commands(results, picture)[1][0] == "/bin/compute-sanitizer"
+    assert gpu_check.commands(*files)[1][0] == "/bin/compute-sanitizer"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the machine has a GPU")
