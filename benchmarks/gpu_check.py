@@ -1,7 +1,8 @@
 """Everything that needs a GPU, in one command and without a network: python -m benchmarks.gpu_check
 
 Tests of the kernels on the device (tests/gpu), the same on a few shapes under compute-sanitizer where there is one, and
-the benchmarks, of kernels and of whole models, with their results files and picture. Nothing is installed: the kernels are found in the checkout.
+the benchmarks, of kernels and of whole models, with their results files and picture. Nothing is installed: the kernels
+are found in the checkout.
 """
 
 from __future__ import annotations
