@@ -374,9 +374,10 @@ def _pieces(tokens: int) -> tuple[int, int, int]:
     covering = power_of_two(tokens)
     if covering <= _LARGEST_TILE:
         return covering, 0, 0
-    if tokens <= 144:
-        return 64, min(64, power_of_two(tokens - 64)), power_of_two(tokens - 128) if tokens > 128 else 0
-    return 128, power_of_two(tokens - 128), 0
+    first = 64 if tokens <= 144 else 128
+    second = min(64, power_of_two(tokens - first))
+    rest = tokens - first - second
+    return first, second, power_of_two(rest) if rest > 0 else 0
 
 
 def _forward_candidates(tokens: int, d: int, dtype: torch.dtype, precision: str) -> Sequence[triton.Config]:

@@ -22,11 +22,13 @@ def test_dry_run(tmp_path, capsys):
     assert not (tmp_path / "picture.png").exists() and "ran, not timed" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("path", ["reference", "SDPA"])
-def test_rivals_compute_the_same(path):
-    shape = Shape("Swin-T", 36, 1, 7, True)
-    found = [gpu.runner(p, shape, 2, torch.float32, False, "cpu", 1)(0) for p in (path, "triton")]
-    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
+def test_rivals_compute_the_same():
+    shape = Shape("Swin-T", 30, 1, 7, True)  # 8 x 8 tokens: shifted and padded
+    ours, *rivals = (
+        gpu.runner(path, shape, 1, torch.bfloat16, False, "cpu", 1)(0) for path in ("triton", "reference", "SDPA")
+    )
+    for rival in rivals:
+        torch.testing.assert_close(ours, rival, rtol=0.02, atol=0.02)
 
 
 def test_counts():

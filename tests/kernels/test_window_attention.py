@@ -112,12 +112,12 @@ def test_same_bits_twice():
 
 def test_views():
     """A slice of a wider tensor, of every other image, and a gradient with strides of its own."""
-    case = small(batch=4, size=(5, 4), window=(3, 3), shift=(1, 1), d=8)
+    case = small(batch=4, size=(3, 4), window=(3, 3), shift=(1, 1), d=8)
     qkv, table, pad = (leaf.detach() for leaf in case.leaves)
-    wide = torch.full((4, 5, 6, qkv.shape[3] + 9), torch.nan)
+    wide = torch.full((4, 3, 6, qkv.shape[3] + 9), torch.nan)
     wide[:, :, 1:-1, 3:-6] = qkv
     view = wide[::2, :, 1:-1, 3:-6].requires_grad_()
-    grad = torch.randn(2, 4, 5, 8).transpose(1, 2)  # (2, 5, 4, 8)
+    grad = torch.randn(2, 4, 3, 8).transpose(1, 2)  # (2, 3, 4, 8)
     found = {}
     for backend in ("triton", "reference"):
         with ops.backend(backend):
@@ -144,7 +144,7 @@ def test_minus_infinity_in_the_table():
 
 
 def test_registered_for_compilation():
-    case = small(size=(3, 4), window=(2, 3), d=8)
+    case = small(size=(2, 4), window=(2, 3), d=8, dtype=torch.bfloat16)
     arguments = [a.detach() if isinstance(a, torch.Tensor) else a for a in case.normalised()]
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.magnet_fast.window_attention.default, (*arguments, "triton"), test_utils=checks)
