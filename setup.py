@@ -1,8 +1,8 @@
 """Builds the torch-free extensions ``magnet_fast._cpu`` and, where nvcc is found, ``magnet_fast._cuda``;
 everything else is declared in pyproject.toml.
 
-Environment: ``CXX`` (compiler), ``CXXFLAGS`` (added flags), ``MAX_JOBS`` (parallel compilations). Without a
-working C++ compiler the package installs as pure Python and says so.
+Environment: ``CXX`` (compiler), ``CXXFLAGS`` and ``LDFLAGS`` (added flags of ``_cpu``), ``MAX_JOBS`` (parallel
+compilations). Without a working C++ compiler the package installs as pure Python and says so.
 
 ``MAGNET_FAST_CUDA``: 0 leaves ``_cuda`` out, 1 makes it an error when it cannot be built; unset, it is built when
 there is an nvcc (``CUDA_HOME``, else ``PATH``) that works with the C++ compiler. ``MAGNET_FAST_CUDA_ARCHS``: its GPU
@@ -202,7 +202,7 @@ class BuildExtension(build_ext):
         # Linked under a temporary name: replacing the file leaves processes that have it loaded undisturbed.
         unfinished = target.with_name(target.name + ".tmp")
         objects = [str(obj) for obj, _, _ in jobs]
-        run([*link, *shlex.split(os.environ.get("LDFLAGS", "")), *objects, "-o", str(unfinished)])
+        run([*link, *objects, "-o", str(unfinished)])
         os.replace(unfinished, target)
 
 
@@ -226,11 +226,12 @@ def cpu_jobs(folder: Path, include: list[str]) -> tuple[list[Job], list[str]]:
             f"-DMAGNET_FAST_SIMD_{level.upper()}=1",
         ]
         jobs += [(folder / f"{Path(name).stem}_{level}.o", Path(name).resolve(), level_flags) for name in SIMD_SOURCES]
-    return jobs, [*compiler(), "-shared", "-s", *openmp]
+    return jobs, [*compiler(), "-shared", "-s", *openmp, *shlex.split(os.environ.get("LDFLAGS", ""))]
 
 
 def cuda_jobs(folder: Path, include: list[str]) -> tuple[list[Job], list[str]]:
-    """What ``_cuda`` is made of, and the command that links it, with CUDA's runtime inside."""
+    """What ``_cuda`` is made of, and the command that links it, with CUDA's runtime inside. nvcc takes none of CXXFLAGS
+    and LDFLAGS, which are meant for the C++ compiler."""
     names = architectures()
     generate = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in names]
     # For GPUs newer than all of these: the kernels use nothing that came after 8.0, so the oldest PTX serves, and it

@@ -66,7 +66,6 @@ struct Fragments<BFloat16> : Tensor16<BFloat16> {
     MAGNET_FAST_DEVICE void multiply(float (&sums)[4], const Rows& a, const Columns& b, Float32Products) {
         multiply_bfloat16(sums, a.pair, b.pair);
     }
-    MAGNET_FAST_DEVICE float widen(BFloat16 x) { return bits_to_float(static_cast<uint32_t>(x.bits) << 16); }
     MAGNET_FAST_DEVICE BFloat16 narrow(float x) { return {static_cast<uint16_t>(pack_bfloat16(x, 0.0f))}; }
 };
 
@@ -76,7 +75,6 @@ struct Fragments<Float16> : Tensor16<Float16> {
     MAGNET_FAST_DEVICE void multiply(float (&sums)[4], const Rows& a, const Columns& b, Float32Products) {
         multiply_float16(sums, a.pair, b.pair);
     }
-    MAGNET_FAST_DEVICE float widen(Float16 x) { return float16_to_float(x.bits); }
     MAGNET_FAST_DEVICE Float16 narrow(float x) { return {static_cast<uint16_t>(pack_float16(x, 0.0f))}; }
 };
 
@@ -144,7 +142,6 @@ struct Fragments<float> {
             multiply_tf32(sums, x_high, y_high);
         }
     }
-    MAGNET_FAST_DEVICE float widen(float x) { return x; }
     MAGNET_FAST_DEVICE float narrow(float x) { return x; }
 
   private:

@@ -7,7 +7,8 @@
 // allocation, aligned, initialised, not of bytes that an asynchronous copy is still on its way to, and not
 // in a race (two threads, one of them writing, no barrier between). Barriers that threads reach at
 // different places of the source, or not at all, are errors. Not emulated: timing, caches, the order in which
-// other blocks and the host see global memory, and rounding inside the tensor cores (here: float).
+// other blocks and the host see global memory, and rounding inside the tensor cores (here: once, of a
+// double).
 #pragma once
 
 #include <setjmp.h>

@@ -169,14 +169,6 @@ MAGNET_FAST_DEVICE uint32_t pack_float16(float low, float high) {
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
     return y;
 }
-MAGNET_FAST_DEVICE float float16_to_float(uint16_t bits) {
-    float y;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(bits));
-    return y;
-}
-MAGNET_FAST_DEVICE float bits_to_float(uint32_t bits) {
-    return __uint_as_float(bits);
-}
 
 #else
 

@@ -17,8 +17,8 @@ def supports(*arguments: Tensor | None) -> str | None:
     """None when the kernels can run this, else the reason why not."""
     tensors, num_heads = arguments[:6], arguments[7]
     words = next(tensor.shape[1] for tensor in tensors[1:4:2] if tensor is not None)
-    if not 0 < words <= _MOST_WORDS:
-        return f"{words} words are not supported, 1 to {_MOST_WORDS}"
+    if words > _MOST_WORDS:
+        return f"{words} words are not supported, at most {_MOST_WORDS}"
     widest = max(tensor.shape[2] for tensor in tensors if tensor is not None) // num_heads
     if widest > _MOST_HEAD_DIM:
         return f"heads of {widest} channels are not supported, at most {_MOST_HEAD_DIM}"
@@ -35,18 +35,15 @@ def forward(*arguments: Tensor | None) -> tuple[Tensor, Tensor]:
         image_out = like.new_empty((sizes["batch"], sizes["pixels"], sizes["text_value_width"]))
     if tensors[5] is not None:
         text_out = like.new_empty((sizes["batch"], sizes["words"], sizes["image_value_width"]))
-    if sizes["batch"] and sizes["pixels"]:
-        _call(
-            "forward",
-            tensors,
-            text_mask,
-            scale,
-            sizes,
-            image_out_ptr=_cuda_backend.address(image_out),
-            text_out_ptr=_cuda_backend.address(text_out),
-        )
-    elif text_out is not None:
-        text_out.zero_()
+    _call(
+        "forward",
+        tensors,
+        text_mask,
+        scale,
+        sizes,
+        image_out_ptr=_cuda_backend.address(image_out),
+        text_out_ptr=_cuda_backend.address(text_out),
+    )
     return like.new_empty(0) if image_out is None else image_out, like.new_empty(0) if text_out is None else text_out
 
 
@@ -56,10 +53,9 @@ def backward(
     """Gradients of the six tensors, None for those not wanted."""
     tensors, (text_mask, num_heads, scale, wanted) = _laid_out(arguments[:6]), arguments[6:]
     sizes = _sizes(tensors, num_heads)
-    present = bool(sizes["batch"] and sizes["pixels"])
     # An empty gradient is that of a result which the call does not have.
-    image = present and grad_image_out is not None and tensors[2] is not None
-    text = present and grad_text_out is not None and tensors[5] is not None
+    image = grad_image_out is not None and tensors[2] is not None
+    text = grad_text_out is not None and tensors[5] is not None
     separate = tensors[3] is not None
     scores = image or (text and not separate)
     reached = (scores, scores, image, text, text, text)

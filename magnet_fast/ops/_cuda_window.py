@@ -43,7 +43,7 @@ def backward(
         torch.empty(tensor.shape, dtype=dtype, device=qkv.device) if want and tensor is not None else None
         for tensor, dtype, want in zip(inputs, dtypes, wanted, strict=True)
     ]
-    if grad_out is None or qkv.numel() == 0:
+    if grad_out is None:
         for grad in grads:
             if grad is not None:
                 grad.zero_()

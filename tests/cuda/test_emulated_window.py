@@ -118,15 +118,6 @@ def test_extreme_logits(emulated):
         torch.testing.assert_close(ours, plain, rtol=1e-3, atol=2e-3 * plain.abs().max().item())
 
 
-def test_empty_batch(emulated):
-    arguments = window_case(batch=0, dtype=torch.bfloat16).normalised()
-    out = _cuda_window.forward(*arguments)
-    assert out.shape == (0, 5, 4, 4)
-    grad_qkv, grad_bias, grad_pad = _cuda_window.backward(out, *arguments, [True] * 3)
-    assert grad_qkv.shape == (0, 5, 4, 12)
-    assert grad_bias.shape == (15, 2) and not grad_bias.any() and grad_pad.shape == (12,) and not grad_pad.any()
-
-
 BAD = {
     "dtype": 3,
     "qkv_ptr": 0,

@@ -78,7 +78,7 @@ def test_why_not():
     wide = window_case(d=65, dtype=torch.bfloat16).normalised()
     assert _cuda_window.supports(*wide) == "heads of 65 channels are not supported, at most 64"
     words = cross_modal_case("shared", mask=torch.ones(2, 65, dtype=torch.bool), dtype=torch.float32).normalised()
-    assert _cuda_cross_modal.supports(*words) == "65 words are not supported, 1 to 64"
+    assert _cuda_cross_modal.supports(*words) == "65 words are not supported, at most 64"
     for case in (window_case(), cross_modal_case("separate")):
         supports = _cuda_window.supports if case.operator == "window_attention" else _cuda_cross_modal.supports
         assert supports(*case.normalised()) == "device cpu is not supported, CUDA tensors only"
