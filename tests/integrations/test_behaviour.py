@@ -151,6 +151,41 @@ def test_saving_with_safetensors(tmp_path) -> None:
     assert equal(zoo.call(loaded, inputs), zoo.call(model, inputs))
 
 
+@pytest.mark.parametrize("name", ["Swin", "Donut"])
+def test_a_map_of_one_window_ends_the_shift(name: str) -> None:
+    """For good, upstream: the layer forgets its shift, with its fused operator as without."""
+    from transformers import DonutSwinConfig, DonutSwinModel, SwinModel
+
+    found = []
+    for fused in (False, True):
+        torch.manual_seed(0)
+        config = zoo.swin_config(window_size=8)
+        if name == "Donut":
+            config = DonutSwinConfig(**{key: getattr(config, key) for key in ("embed_dim", "depths", "num_heads")})
+            config.window_size, config.image_size, config.drop_path_rate = 8, 64, 0.0
+        model = (SwinModel if name == "Swin" else DonutSwinModel)(config).eval()
+        if fused:
+            assert len(magnet_fast.accelerate(model).replaced) == 4
+        with torch.no_grad():
+            outputs = [zoo.call(model, zoo.pixels(size))[0] for size in ((128, 128), (64, 64), (128, 128))]
+        found.append((outputs, [layer.shift_size for stage in model.encoder.layers for layer in stage.blocks]))
+    assert found[0][1] == found[1][1] == [0, 4, 0, 0]
+    for ours, theirs in zip(found[1][0], found[0][0], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(found[1][0][0], found[1][0][2], rtol=1e-3, atol=1e-4)
+
+
+def test_timm_model_whose_size_is_changed_afterwards() -> None:
+    outputs = []
+    for fused in (False, True):
+        model = zoo.FAMILIES["timm"].model().eval()
+        if fused:
+            magnet_fast.accelerate(model)
+        model.set_input_size((88, 72), window_size=(5, 6))
+        outputs += zoo.call(model, zoo.image((88, 72)))
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
+
+
 # ---- Calls that run the original --------------------------------------------------------------------------------
 
 
