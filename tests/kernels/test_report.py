@@ -43,5 +43,6 @@ def test_what_does_not_fit():
 
 
 def test_the_document_counts_what_does_not_fit():
-    text = report.markdown([program(), program(spills=3)])
+    text = report.markdown([program(), program(spills=3)], ["--arch", "90"])
+    assert "magnet_fast.kernels.report --arch 90`" in text
     assert "2 programs, 1 of them spill or do not fit." in text and text.count("| k |") == 2
