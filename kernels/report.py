@@ -1,6 +1,6 @@
 """Compiles every Triton kernel ahead of time, without a GPU, and tells what each program takes of the chip.
 
-    python -m magnet_fast.kernels.report [--quick] [--kernel NAME] [--arch 80 90] [--markdown docs/kernels.md]
+    python -m magnet_fast.kernels.report [--quick] [--kernel NAME] [--arch 80 90] [--dtype bfloat16] [--markdown FILE]
 
 A kernel file takes part by a function ``launches(dtype, quick)`` that yields (label, call): each call runs the file's
 host function on *meta* tensors. Nothing is launched: every launch of a call, with every configuration that its
@@ -14,8 +14,9 @@ import argparse
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import date
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,7 +38,7 @@ KERNEL_FILES = (
 )
 """Modules of this package with kernels; those that are not there are passed over."""
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10}
 """Bytes of shared memory that one block can have, by architecture."""
@@ -48,6 +49,10 @@ _SHARED_RESERVED = 1 << 10  # of every block
 _MULTIPROCESSORS = {80: 108, 90: 132}  # A100, H100 and H200: they decide how many programs are beside each other
 _POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.bool: "*i1"}
 _POINTERS |= {torch.int32: "*i32", torch.int64: "*i64", torch.uint8: "*u8"}
+
+
+# Names of constants that say how a launch is cut into tiles.
+_SIZES = re.compile(r"QUERIES|KEYS|PIXELS|WORDS|ROWS|COLUMNS|BLOCK|ENTRIES|.*TILE")
 
 
 class Launch(NamedTuple):
@@ -138,6 +143,17 @@ class _Properties(NamedTuple):
 
 def compile_launch(launch: Launch, label: str, dtype: torch.dtype, arch: int) -> Program:
     """Compile one launch for an architecture, as Triton would on such a GPU."""
+    source = _source(launch)
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
+    registers, spills = _resources(compiled.asm["cubin"])
+    sizes = {name: launch.arguments[name] for name in launch.arguments if _SIZES.match(name)}
+    text = " ".join(f"{name.lower()}={value}" for name, value in sizes.items() if value)
+    name, warps = launch.kernel.__name__.strip("_"), compiled.metadata.num_warps
+    return Program(name, label, str(dtype)[6:], arch, text, registers, spills, compiled.metadata.shared, warps)
+
+
+def _source(launch: Launch) -> ASTSource:
+    """What Triton compiles for these arguments: its rules for what is constant, and for what is divisible by 16."""
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(launch.kernel.params):
         value = launch.arguments[parameter.name]
@@ -156,20 +172,7 @@ def compile_launch(launch: Launch, label: str, dtype: torch.dtype, arch: int) ->
             signature[parameter.name] = ("i32",) * len(value)
         else:
             signature[parameter.name] = "fp32"
-    source = ASTSource(launch.kernel, signature, constants, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
-    registers, spills = _resources(compiled.asm["cubin"])
-    options = {key: value for key, value in constants.items() if key in _varied(launch)}
-    text = " ".join(f"{key.lower()}={value}" for key, value in {**options, **launch.options}.items())
-    name, warps = launch.kernel.__name__.strip("_"), compiled.metadata.num_warps
-    return Program(name, label, str(dtype)[6:], arch, text, registers, spills, compiled.metadata.shared, warps)
-
-
-def _varied(launch: Launch) -> set[str]:
-    """Constants that say how a launch is cut into tiles."""
-    return {
-        name for name in launch.arguments if re.match(r"(QUERIES|KEYS|PIXELS|WORDS|ROWS|COLUMNS|BLOCK|.*TILE)", name)
-    }
+    return ASTSource(launch.kernel, signature, constants, attributes)
 
 
 def _resources(binary: bytes) -> tuple[int, int]:
@@ -186,17 +189,23 @@ def _output(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def programs(quick: bool = False, kernel: str = "", archs: tuple[int, ...] = (80, 90)) -> Iterator[Program]:
+def programs(
+    quick: bool = False,
+    kernel: str = "",
+    archs: Sequence[int] = (80, 90),
+    dtypes: Sequence[torch.dtype] = DTYPES,
+) -> Iterator[Program]:
     """Compile everything, each distinct program once."""
-    for arch in archs:
-        for dtype in DTYPES:
+    for dtype in dtypes:
+        for arch in archs:
             seen = set()
             for label, found in launches(dtype, quick, kernel, arch):
                 for launch in found:
-                    program = compile_launch(launch, label, dtype, arch)
-                    if program not in seen:
-                        seen.add(program)
-                        yield program
+                    source = _source(launch)
+                    key = (label, source.hash(), str(sorted(launch.options.items())))
+                    if key not in seen:
+                        seen.add(key)
+                        yield compile_launch(launch, label, dtype, arch)
 
 
 def main() -> None:
@@ -204,13 +213,47 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="the few launches that the tests compile")
     parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
     parser.add_argument("--arch", type=int, nargs="+", choices=sorted(SHARED_LIMIT), default=sorted(SHARED_LIMIT))
-    parser.add_argument("--markdown", type=Path, help="replace the table in this file")
+    names = [str(dtype)[6:] for dtype in DTYPES]
+    parser.add_argument("--dtype", nargs="+", choices=names, default=names)
+    parser.add_argument("--markdown", type=Path, help="write the table, with versions and the date, to this file")
     arguments = parser.parse_args()
     found = []
-    for program in programs(arguments.quick, arguments.kernel, tuple(arguments.arch)):
+    dtypes = [getattr(torch, name) for name in arguments.dtype]
+    for program in programs(arguments.quick, arguments.kernel, arguments.arch, dtypes):
         found.append(program)
         print(_line(program), flush=True)
     print(f"{len(found)} programs, {sum(not p.fits for p in found)} of them spill or do not fit")
+    if arguments.markdown:
+        arguments.markdown.write_text(markdown(found))
+
+
+def markdown(found: list[Program]) -> str:
+    """The table as a document."""
+    rows = [
+        f"| {p.kernel} | {p.label} | {p.dtype} | sm_{p.arch} | {p.registers} | {p.spills} | {p.shared / 1024:.1f} | "
+        f"{p.warps} | {100 * p.occupancy:.0f} % | {p.options} |"
+        for p in found
+    ]
+    return "\n".join(
+        [
+            "# What the Triton kernels take of a chip",
+            "",
+            "Written by `python -m magnet_fast.kernels.report --markdown docs/kernels.md`, which compiles every launch",
+            "with every configuration that its autotuner may choose, without a GPU. Registers are a thread's; spills",
+            "are instructions that go to local memory; shared memory is a block's, of at most "
+            + " and ".join(f"{limit >> 10} KB on sm_{arch}" for arch, limit in SHARED_LIMIT.items())
+            + ".",
+            "Occupancy is estimated from these three and the warps of a block. No kernel was run for this table.",
+            "",
+            f"{date.today().isoformat()}, Triton {triton.__version__}, torch {torch.__version__}.",
+            f"{len(found)} programs, {sum(not p.fits for p in found)} of them spill or do not fit.",
+            "",
+            "| kernel | case | dtype | chip | registers | spills | shared KB | warps | occupancy | tiles |",
+            "|---|---|---|---|---|---|---|---|---|---|",
+            *rows,
+            "",
+        ]
+    )
 
 
 def _line(p: Program) -> str:
