@@ -12,7 +12,7 @@ from torch import Tensor
 from . import _runtime
 from ._cross_modal_launch import Similarity, backward_walks, product_walks, rows
 from ._cross_modal_merge import merge
-from ._cross_modal_tiles import LOG2_E, load_rows, merged_statistics, pixel_weights, store_rows, text_weights, words_of
+from ._cross_modal_tiles import LOG2_E, load_rows, merged_statistics, pixel_weights, store_rows, words_of
 from ._cross_modal_wide import Products
 from ._runtime import dot, rounded
 
@@ -204,7 +204,7 @@ def _backward_kernel(
             if WANT_TEXT_VALUE:
                 grad_text_value = dot(tl.trans(rounded(weights, rows.dtype)), rows, grad_text_value, PRECISION)
         if HAS_TEXT:
-            weights = text_weights(scores, log_total, is_pixel, is_word)
+            weights = tl.exp2(scores - log_total[None, :])
             if SCORES:
                 rows = load_rows(
                     image_value_ptr, image_value_stride, start, pixel, is_pixel, channel, channel < image_width

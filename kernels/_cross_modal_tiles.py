@@ -54,14 +54,6 @@ def pixel_weights(scores, is_word):
 
 
 @triton.jit
-def text_weights(scores, log_total, is_pixel, is_word):
-    """Softmax over all pixels of scores in powers of 2, (pixels, BLOCK_T), given log2 of each word's total."""
-    weights = tl.exp2(scores - log_total[None, :])
-    # Masked words have the weights of a score of 0, which may be anything.
-    return tl.where(is_pixel[:, None] & is_word[None, :], weights, 0.0)
-
-
-@triton.jit
 def merged_statistics(
     maximum_ptr,
     total_ptr,

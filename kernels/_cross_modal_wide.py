@@ -22,7 +22,6 @@ from ._cross_modal_tiles import (
     merged_statistics,
     pixel_weights,
     store_rows,
-    text_weights,
     tile_products,
     words_of,
 )
@@ -143,7 +142,7 @@ def _weights_kernel(
             store_rows(image_weights_ptr, BLOCK_T, first, pixel, is_pixel, word, every, weights)
     if HAS_TEXT:
         log_total, mean = merged_statistics(maximum_ptr, total_ptr, weighted_ptr, slot, runs, SCORES, BLOCK_T, BLOCK_R)
-        weights = text_weights(scores, log_total, is_pixel, is_word)
+        weights = tl.exp2(scores - log_total[None, :])
         if SCORES:
             grads = load_rows(text_products_ptr, BLOCK_T, first, pixel, is_pixel, word, every)
             grad_scores += weights * (grads - mean[None, :])

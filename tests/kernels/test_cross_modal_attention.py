@@ -95,7 +95,7 @@ def test_several_runs_of_pixels(wide, request):
 def test_low_precision(dtype, wide, request):
     if wide:
         request.getfixturevalue("all_wide")
-    assert_agree(random_case("shared", words=20, pixels=70, widths=(32, 32, 32), dtype=dtype))
+    assert_agree(random_case("shared", words=16, pixels=70, widths=(48, 48, 48), dtype=dtype))
 
 
 @pytest.mark.parametrize("wide", [False, True])
