@@ -70,22 +70,12 @@ def cuobjdump() -> str | None:
 
 def kernels(path: Path, tool: str) -> list[Kernel]:
     """Every kernel in the file at ``path``, for every architecture."""
-    usage, code = dict(_resources(_run(tool, "--dump-resource-usage", path))), _run(tool, "--dump-sass", path)
-    found = []
-    for (architecture, mangled), body in _functions(code):
-        registers, stack = usage[architecture, mangled]
-        found.append(
-            Kernel(
-                _readable(mangled),
-                architecture,
-                registers,
-                stack,
-                local=len(re.findall(r"\b(?:LDL|STL)\b", body)),
-                matrix=len(re.findall(r"\b[HQ]G?MMA\.", body)),
-                copies=len(re.findall(r"\bLDGSTS\.\S*128\b", body)),
-                stores=len(re.findall(r"\bSTG\.\S*128\b", body)),
-            )
-        )
+    usage = dict(_resources(_run(tool, "--dump-resource-usage", path)))
+    counts = _instructions(_run(tool, "--dump-sass", path))
+    found = [
+        Kernel(_readable(mangled), architecture, *usage[architecture, mangled], **count)
+        for (architecture, mangled), count in counts.items()
+    ]
     return sorted(found, key=lambda kernel: (kernel.architecture, kernel.name))
 
 
@@ -105,14 +95,23 @@ def _resources(text: str) -> Iterator[tuple[tuple[str, str], tuple[int, int]]]:
             yield (architecture, name), (int(found[1]), int(found[2]))
 
 
-def _functions(text: str) -> Iterator[tuple[tuple[str, str], str]]:
-    """((architecture, mangled name), instructions) of a disassembly."""
-    architecture = ""
-    for part in re.split(r"^(?=arch = |\s+Function : )", text, flags=re.M):
-        if found := re.match(r"arch = (\S+)", part):
-            architecture = found[1]
-        elif found := re.match(r"\s+Function : (\S+)", part):
-            yield (architecture, found[1]), part
+def _instructions(text: str) -> dict[tuple[str, str], dict[str, int]]:
+    """(architecture, mangled name) -> how often a disassembly holds the instructions that `Kernel` counts."""
+    architecture, found, count = "", {}, {}
+    for line in text.splitlines():
+        if line.startswith("arch = "):
+            architecture = line.split()[-1]
+        elif "Function : " in line:
+            count = found[architecture, line.split()[-1]] = {"local": 0, "matrix": 0, "copies": 0, "stores": 0}
+        elif "MMA." in line:
+            count["matrix"] += 1
+        elif "LDGSTS." in line:
+            count["copies"] += ".128" in line
+        elif "STG." in line:
+            count["stores"] += ".128" in line
+        elif re.search(r" (?:LDL|STL)\b", line):
+            count["local"] += 1
+    return found
 
 
 def _readable(mangled: str) -> str:
