@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import argparse
 import re
+import shlex
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -224,11 +226,11 @@ def main() -> None:
         print(_line(program), flush=True)
     print(f"{len(found)} programs, {sum(not p.fits for p in found)} of them spill or do not fit")
     if arguments.markdown:
-        arguments.markdown.write_text(markdown(found))
+        arguments.markdown.write_text(markdown(found, sys.argv[1:]))
 
 
-def markdown(found: list[Program]) -> str:
-    """The table as a document."""
+def markdown(found: list[Program], arguments: Sequence[str]) -> str:
+    """The table as a document; ``arguments`` are those of the command that wrote it."""
     rows = [
         f"| {p.kernel} | {p.label} | {p.dtype} | sm_{p.arch} | {p.registers} | {p.spills} | {p.shared / 1024:.1f} | "
         f"{p.warps} | {100 * p.occupancy:.0f} % | {p.options} |"
@@ -238,9 +240,10 @@ def markdown(found: list[Program]) -> str:
         [
             "# What the Triton kernels take of a chip",
             "",
-            "Written by `python -m magnet_fast.kernels.report --markdown docs/kernels.md`, which compiles every launch",
-            "with every configuration that its autotuner may choose, without a GPU. Registers are a thread's; spills",
-            "are instructions that go to local memory; shared memory is a block's, of at most "
+            f"Written by `{shlex.join(['python', '-m', 'magnet_fast.kernels.report', *arguments])}`,",
+            "which compiles every launch of these dtypes, with every configuration that its autotuner may choose,",
+            "without a GPU. Registers are a thread's; spills are instructions that go to local memory; shared memory",
+            "is a block's, of at most "
             + " and ".join(f"{limit >> 10} KB on sm_{arch}" for arch, limit in SHARED_LIMIT.items())
             + ".",
             "Occupancy is estimated from these three and the warps of a block. No kernel was run for this table.",
