@@ -430,14 +430,17 @@ def _key(features: Tensor) -> tuple[object, ...]:
 
 
 def _tiles(dtype: torch.dtype, pixels: int, *_: object) -> list[triton.Config]:
-    sizes = [(64, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 3), (32, 32, 4, 2)]
-    return _fitting(sizes if dtype == torch.float32 else [(128, 64, 8, 2), *sizes], pixels)
+    sizes = [(64, 32, 4, 3), (32, 32, 4, 2)]
+    # float32 takes three pieces of each operand: too many registers for the larger tiles.
+    if dtype != torch.float32:
+        sizes = [(128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 4, 2), *sizes]
+    return _fitting(sizes, pixels)
 
 
 def _backward_tiles(dtype: torch.dtype, pixels: int, *_: object) -> list[triton.Config]:
     sizes = [(64, 32, 8, 2), (32, 32, 8, 2)]
-    # float16's factors are float32, in pieces: too many registers for the largest tile.
-    return _fitting(sizes if dtype == torch.float16 else [(64, 64, 8, 2), *sizes], pixels)
+    # float16's factors are float32, too.
+    return _fitting([(64, 64, 8, 2), *sizes] if dtype == torch.bfloat16 else sizes, pixels)
 
 
 def _fitting(sizes: list[tuple[int, int, int, int]], pixels: int) -> list[triton.Config]:

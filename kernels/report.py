@@ -242,8 +242,8 @@ def markdown(found: list[Program], arguments: Sequence[str]) -> str:
             "",
             f"Written by `{shlex.join(['python', '-m', 'magnet_fast.kernels.report', *arguments])}`,",
             "which compiles every launch of these dtypes, with every configuration that its autotuner may choose,",
-            "without a GPU. Registers are a thread's; spills are instructions that go to local memory; shared",
-            "memory is a block's, of at most "
+            "without a GPU. Registers are a thread's; spills are instructions that go to local memory; shared memory",
+            "is a block's, of at most "
             + " and ".join(f"{limit >> 10} KB on sm_{arch}" for arch, limit in SHARED_LIMIT.items())
             + ".",
             "Occupancy is estimated from these three and the warps of a block. No kernel was run for this table.",
