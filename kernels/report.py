@@ -38,7 +38,7 @@ KERNEL_FILES = (
     "fused_deformable_attention",
     "pixel_contrastive_loss",
 )
-"""Modules of this package with kernels; those that are not there are passed over."""
+"""Modules of this package with kernels."""
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -101,12 +101,10 @@ def launches(
 ) -> Iterator[tuple[str, list[Launch]]]:
     """(label, launches) of every call of every kernel file, every configuration included."""
     for name in KERNEL_FILES:
-        if not (Path(__file__).with_name(f"{name}.py")).exists():
-            continue
         for label, call in import_module(f".{name}", __package__).launches(dtype, quick):
             with _recording(arch) as found:
                 call()
-            wanted = [launch for launch in found if kernel in launch.kernel.__name__]
+            wanted = [launch for launch in found if kernel in f"{name}.{launch.kernel.__name__}"]
             if wanted:
                 yield label, wanted
 
