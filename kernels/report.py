@@ -35,7 +35,6 @@ KERNEL_FILES = (
     "window_attention",
     "cross_modal_attention",
     "deformable_attention",
-    "fused_deformable_attention",
     "pixel_contrastive_loss",
 )
 """Modules of this package with kernels."""

@@ -13,7 +13,6 @@ import yaml
 from safetensors.torch import load_file
 
 from magnet_fast.data.scenes import write_scenes
-from magnet_fast.training import load_config, train
 from magnet_fast.training.checkpoint import CHECKPOINT, load_checkpoint
 from magnet_fast.training.progress import MetricsFile
 
@@ -90,6 +89,10 @@ def test_an_elastic_restart_goes_on_exactly(config_file, tmp_path) -> None:
     done = subprocess.run(command, env=environment(), cwd=REPOSITORY, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "resumed at step 3" in done.stdout
-    train(load_config(config_file, changes), whole)
+    unbroken = (
+        "from magnet_fast.training import load_config, train\n"
+        f"train(load_config({str(config_file)!r}, {changes!r}), {str(whole)!r})\n"
+    )  # in a process of its own: on one thread, as the other
+    subprocess.run([sys.executable, "-c", unbroken], env=environment(), cwd=REPOSITORY, check=True, timeout=200)
     one, other = (load_checkpoint(folder / CHECKPOINT)["model"] for folder in (whole, broken))
     assert same_weights(one, other)
