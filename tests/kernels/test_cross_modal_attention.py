@@ -8,7 +8,7 @@ from magnet_fast.kernels import _cross_modal_launch
 
 from magnet_fast import ops
 
-from ..ops.cases import CROSS_MODAL_FORMS, Case
+from ..ops.cases import CROSS_MODAL_FORMS, Case, random_cross_modal_case
 from .agreement import (
     LOW,
     assert_agree,
@@ -26,26 +26,8 @@ def random_case(
 ) -> Case:
     """`widths` of one head: similarity, text_value, image_value; `mask`: none, some, or the last sentence is empty."""
     d, dv, dw = widths
-    generator = torch.Generator().manual_seed(pixels + words + d)
-    sides, channels = (pixels, words, words, words, pixels, pixels), (d, d, dv, d, d, dw)
-    leaves = [
-        torch.randn(batch, side, heads * width, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
-        for side, width, present in zip(sides, channels, CROSS_MODAL_FORMS[form], strict=True)
-        if present
-    ]
-    text_mask = None
-    if mask != "none":
-        text_mask = torch.rand(batch, words, generator=generator) < 0.6
-        text_mask[:, -1] = True
-    if mask == "empty":
-        text_mask[-1] = False
-
-    def arguments(*tensors):
-        tensors = iter(tensors)
-        args = tuple(next(tensors) if present else None for present in CROSS_MODAL_FORMS[form])
-        return args, {"text_mask": text_mask, "num_heads": heads}
-
-    return Case("cross_modal_attention", leaves, arguments)
+    sizes = {"batch": batch, "pixels": pixels, "words": words, "heads": heads, "d": d, "dv": dv, "dw": dw}
+    return random_cross_modal_case(form, **sizes, mask=mask, dtype=dtype, seed=pixels + words + d)
 
 
 @pytest.fixture

@@ -177,3 +177,29 @@ def assert_low_precision(ours: Tensor, plain: Tensor, truth: Tensor, dtype: torc
     baseline = (plain.double() - truth).abs().max().item()
     assert error <= 2 * baseline + step * scale, f"{what}: error {error:.3g}, plain {dtype} has {baseline:.3g}"
     assert error <= 16 * step * scale, f"{what}: error {error:.3g} of values up to {scale:.3g}"
+
+
+def random_cross_modal_case(
+    form="separate", *, batch=2, pixels=37, words=7, heads=2, d=8, dv=8, dw=8, mask="some", dtype=torch.float32, seed=0
+) -> Case:
+    """`d`, `dv`, `dw`: widths of one head; `mask`: none, some words masked, or the last sentence without words."""
+    generator = torch.Generator().manual_seed(seed)
+    sides, widths = (pixels, words, words, words, pixels, pixels), (d, d, dv, d, d, dw)
+    leaves = [
+        torch.randn(batch, side, heads * width, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+        for side, width, present in zip(sides, widths, CROSS_MODAL_FORMS[form], strict=True)
+        if present
+    ]
+    text_mask = None
+    if mask != "none":
+        text_mask = torch.rand(batch, words, generator=generator) < 0.6
+        text_mask[:, -1] = True
+    if mask == "empty":
+        text_mask[-1] = False
+
+    def arguments(*tensors):
+        tensors = iter(tensors)
+        args = tuple(next(tensors) if present else None for present in CROSS_MODAL_FORMS[form])
+        return args, {"text_mask": text_mask, "num_heads": heads}
+
+    return Case("cross_modal_attention", leaves, arguments)

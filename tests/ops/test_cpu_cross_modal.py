@@ -11,37 +11,19 @@ from hypothesis import strategies as st
 
 from magnet_fast import _cpu, ops
 
-from .cases import CROSS_MODAL_FORMS, Case, all_cases, assert_low_precision, cross_modal_case, weighted_sum
+from .cases import (
+    CROSS_MODAL_FORMS,
+    Case,
+    all_cases,
+    assert_low_precision,
+    cross_modal_case,
+    random_cross_modal_case,
+    weighted_sum,
+)
 
 FORMS = pytest.mark.parametrize("form", CROSS_MODAL_FORMS)
 NAMES = ("image_query", "text_key", "text_value", "text_query", "image_key", "image_value")
 LOW = [torch.bfloat16, torch.float16]
-
-
-def random_case(
-    form="separate", *, batch=2, pixels=37, words=7, heads=2, d=8, dv=8, dw=8, mask="some", dtype=torch.float32, seed=0
-) -> Case:
-    """`d`, `dv`, `dw`: widths of one head; `mask`: none, some words masked, or the last sentence without words."""
-    generator = torch.Generator().manual_seed(seed)
-    sides, widths = (pixels, words, words, words, pixels, pixels), (d, d, dv, d, d, dw)
-    leaves = [
-        torch.randn(batch, side, heads * width, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
-        for side, width, present in zip(sides, widths, CROSS_MODAL_FORMS[form], strict=True)
-        if present
-    ]
-    text_mask = None
-    if mask != "none":
-        text_mask = torch.rand(batch, words, generator=generator) < 0.6
-        text_mask[:, -1] = True
-    if mask == "empty":
-        text_mask[-1] = False
-
-    def arguments(*tensors):
-        tensors = iter(tensors)
-        args = tuple(next(tensors) if present else None for present in CROSS_MODAL_FORMS[form])
-        return args, {"text_mask": text_mask, "num_heads": heads}
-
-    return Case("cross_modal_attention", leaves, arguments)
 
 
 def run(case, name):
@@ -84,7 +66,7 @@ def assert_agree(case):
 )
 def test_equals_the_reference(form, batch, pixels, words, heads, d, dv, dw, mask, dtype, seed):
     assert_agree(
-        random_case(
+        random_cross_modal_case(
             form,
             batch=batch,
             pixels=pixels,
@@ -103,15 +85,19 @@ def test_equals_the_reference(form, batch, pixels, words, heads, d, dv, dw, mask
 @FORMS
 @pytest.mark.parametrize("dtype", [torch.float32, *LOW])
 def test_the_models_shapes(form, dtype):
-    assert_agree(random_case(form, batch=1, pixels=225, words=20, heads=1, d=512, dv=512, dw=512, dtype=dtype))
-    assert_agree(random_case(form, batch=1, pixels=3600, words=20, heads=4, d=32, dv=32, dw=32, dtype=dtype))
-    assert_agree(random_case(form, batch=2, pixels=9, words=20, heads=1, d=64, dv=64, dw=64, dtype=dtype))
+    assert_agree(
+        random_cross_modal_case(form, batch=1, pixels=225, words=20, heads=1, d=512, dv=512, dw=512, dtype=dtype)
+    )
+    assert_agree(
+        random_cross_modal_case(form, batch=1, pixels=3600, words=20, heads=4, d=32, dv=32, dw=32, dtype=dtype)
+    )
+    assert_agree(random_cross_modal_case(form, batch=2, pixels=9, words=20, heads=1, d=64, dv=64, dw=64, dtype=dtype))
 
 
 @FORMS
 def test_gradients_in_float64(form):
     for mask in ("none", "empty"):
-        case = random_case(form, pixels=5, words=3, d=2, dv=3, dw=1, mask=mask, dtype=torch.float64)
+        case = random_cross_modal_case(form, pixels=5, words=3, d=2, dv=3, dw=1, mask=mask, dtype=torch.float64)
         with ops.backend("cpu"):
             assert torch.autograd.gradcheck(case, case.leaves)
 
@@ -123,8 +109,8 @@ def test_every_simd_level(form, level):
     _cpu.set_simd_level(level)
     try:
         for dtype in (torch.float32, *LOW):
-            assert_agree(random_case(form, pixels=150, words=20, d=24, dv=16, dw=48, dtype=dtype))
-            assert_agree(random_case(form, pixels=19, words=5, d=13, dv=3, dw=37, dtype=dtype))
+            assert_agree(random_cross_modal_case(form, pixels=150, words=20, d=24, dv=16, dw=48, dtype=dtype))
+            assert_agree(random_cross_modal_case(form, pixels=19, words=5, d=13, dv=3, dw=37, dtype=dtype))
     finally:
         _cpu.set_simd_level(before)
 
@@ -132,7 +118,7 @@ def test_every_simd_level(form, level):
 @FORMS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *LOW])
 def test_masked_rows_are_never_read(form, dtype):
-    case, spoiled = (random_case(form, mask="empty", dtype=dtype) for _ in range(2))
+    case, spoiled = (random_cross_modal_case(form, mask="empty", dtype=dtype) for _ in range(2))
     mask = case.arguments(*case.leaves)[1]["text_mask"]
     for leaf in spoiled.leaves:
         if leaf.shape[1] == mask.shape[1]:
@@ -154,10 +140,10 @@ def test_no_sentence_has_words(form):
 @FORMS
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_undefined_numbers_go_through_as_in_the_reference(form, value):
-    count = len(random_case(form).leaves)
+    count = len(random_cross_modal_case(form).leaves)
     # One tensor at a time. Long enough for several runs of pixels, of which one holds the number.
     for spoiled in range(count):
-        case = random_case(form, batch=1, pixels=200, words=4, heads=1, d=8, mask="none")
+        case = random_cross_modal_case(form, batch=1, pixels=200, words=4, heads=1, d=8, mask="none")
         leaf = case.leaves[spoiled]
         leaf.data[0, 0 if leaf.shape[1] == 4 else 150, 3] = value
         with ops.backend("cpu"):
@@ -172,7 +158,7 @@ def test_undefined_numbers_go_through_as_in_the_reference(form, value):
 
 @FORMS
 def test_strong_similarities(form):
-    case = random_case(form, pixels=300, words=20, mask="none")
+    case = random_cross_modal_case(form, pixels=300, words=20, mask="none")
     for leaf in case.leaves:
         leaf.data *= 30
     for ours, theirs in zip(run(case, "cpu")[:2], run(in_float64(case), "reference")[:2], strict=True):
@@ -182,7 +168,7 @@ def test_strong_similarities(form):
 
 @FORMS
 def test_one_gradient_at_a_time(form):
-    case = random_case(form, pixels=150)
+    case = random_cross_modal_case(form, pixels=150)
     outputs = case()
     for chosen in itertools.product([False, True], repeat=len(outputs)):
         # The gradient of one output alone, too: what nothing flows into is zero.
@@ -205,7 +191,7 @@ def test_one_gradient_at_a_time(form):
 
 @FORMS
 def test_views(form):
-    case = random_case(form)
+    case = random_cross_modal_case(form)
     views = {
         "every other channel": lambda t: t.repeat_interleave(2, dim=2)[..., ::2],
         "wider tensor": lambda t: torch.cat([t, t + 1], 2)[..., : t.shape[2]],
@@ -228,7 +214,7 @@ def test_views(form):
 
 
 def test_mask_as_a_view():
-    case = random_case("shared", words=6)
+    case = random_cross_modal_case("shared", words=6)
     args, options = case.arguments(*case.leaves)
     mask = options["text_mask"]
     with ops.backend("cpu"):
@@ -246,7 +232,7 @@ def test_same_bits_twice_and_whatever_the_threads(form, dtype):
     shapes = [{"batch": 1, "pixels": 333, "heads": 1, "d": 64}, {"batch": 3, "pixels": 150, "heads": 3, "d": 32}]
     try:
         for shape in shapes:
-            case = random_case(form, words=11, dv=32, dw=32, dtype=dtype, **shape)
+            case = random_cross_modal_case(form, words=11, dv=32, dw=32, dtype=dtype, **shape)
             torch.set_num_threads(1)
             expected = run(case, "cpu")
             for count in (1, 2, 3):
@@ -259,7 +245,7 @@ def test_same_bits_twice_and_whatever_the_threads(form, dtype):
 
 def test_images_of_a_batch_do_not_touch():
     """More images than the backward pass takes at a time."""
-    case = random_case("separate", batch=70, pixels=3, words=2, heads=1)
+    case = random_cross_modal_case("separate", batch=70, pixels=3, words=2, heads=1)
     assert_agree(case)
 
 
@@ -283,7 +269,7 @@ def test_registration(name):
 def test_compile_fullgraph():
     torch.compiler.reset()
     for form in ("separate", "words only"):
-        case = random_case(form)
+        case = random_cross_modal_case(form)
         compiled = torch.compile(lambda *leaves, case=case: case(*leaves), fullgraph=True, backend="aot_eager")
         with ops.backend("cpu"):
             for ours, theirs in zip(case.gradients(compiled), case.gradients(), strict=True):
@@ -292,5 +278,5 @@ def test_compile_fullgraph():
 
 def test_under_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16), ops.backend("cpu"):
-        outputs = random_case()()
+        outputs = random_cross_modal_case()()
     assert all(out.dtype == torch.bfloat16 for out in outputs)
