@@ -27,7 +27,7 @@ class PooledLevel(nn.Module):
         self.reduce = nn.Linear(channels, out_channels, bias=False)
 
     def forward(self, feature: Tensor) -> Tensor:
-        pooled = F.adaptive_avg_pool2d(feature.permute(0, 3, 1, 2), self.side).flatten(2).transpose(1, 2)
+        pooled = _average(feature, self.side)
         return self.reduce(F.gelu(self.contract(self.norm(self.expand(pooled)))))
 
 
@@ -126,6 +126,28 @@ def build_alignment(config: AlignmentConfig, stage: int, channels: int, text_wid
     """The alignment module of one stage in the configured form."""
     form = {"pwam": PWAMAlignment, "xmha": XMHAAlignment}[config.kind]
     return form(config, stage, channels, text_width)
+
+
+def _average(feature: Tensor, side: int) -> Tensor:
+    """(B, H, W, C) to (B, side², C): means over the bins of adaptive average pooling.
+
+    Where PyTorch is asked for deterministic algorithms the sums are matrix products: the backward pass of
+    `adaptive_avg_pool2d` adds with atomics on CUDA, and would raise.
+    """
+    if not torch.are_deterministic_algorithms_enabled():
+        return F.adaptive_avg_pool2d(feature.permute(0, 3, 1, 2), side).flatten(2).transpose(1, 2)
+    rows, height = _bins(feature.shape[1], side, feature)
+    columns, width = _bins(feature.shape[2], side, feature)
+    sums = columns @ (rows @ feature.flatten(2)).unflatten(2, feature.shape[2:])
+    return (sums / (height[:, None] * width)[..., None]).flatten(1, 2)
+
+
+def _bins(size: int, side: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Which of ``size`` positions each of ``side`` bins holds, 0 and 1 (side, size), and how many, (side,)."""
+    bins, positions = torch.arange(side, device=like.device), torch.arange(size, device=like.device)
+    first, end = bins * size // side, ((bins + 1) * size + side - 1) // side
+    inside = (positions >= first[:, None]) & (positions < end[:, None])
+    return inside.to(like.dtype), (end - first).to(like.dtype)
 
 
 def _upsample(level: Tensor, size: tuple[int, int]) -> Tensor:

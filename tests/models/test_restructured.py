@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from benchmarks import plain_magnet
 from magnet_fast import models
+from magnet_fast.models import alignment
 from magnet_fast.models import tokenwise as tokenwise_module
 from magnet_fast.models.config import MaskDecoderConfig
 from magnet_fast.models.mask_decoder import MaskDecoder, QueryAttention
@@ -15,6 +16,7 @@ from magnet_fast.models.pixel_decoder import DeformableLayer, PixelDecoder
 from magnet_fast.models.position import sine_position
 from magnet_fast.models.pwam import PWAM, Gate
 from magnet_fast.models.tokenwise import tokenwise
+from magnet_fast.training.determinism import deterministic_algorithms
 
 DECODER = MaskDecoderConfig(width=32, num_heads=4, points=2, pixel_layers=2, mask_layers=4, mask_feedforward=48)
 # A key's bias shifts all scores of a query alike, and a single query attends to itself: their gradients are zero, in
@@ -235,3 +237,13 @@ def test_tokenwise_calls_in_slices_only_in_inference() -> None:
         tokenwise(linear.train(), function, x, width=5)
     assert sizes == [42, 8, 8, 8, 8, 8, 2, 42] and sliced.shape == (2, 3, 7, 5)
     torch.testing.assert_close(sliced, whole)
+
+
+@pytest.mark.parametrize("size", [(12, 12), (15, 7), (4, 9)])
+def test_deterministic_pooling_is_adaptive_average_pooling(size, monkeypatch) -> None:
+    level = fill(alignment.PooledLevel(8, 4, side=6))
+    expected = run(level, [values(2, *size, 8)], level)
+    monkeypatch.delattr(alignment.F, "adaptive_avg_pool2d")  # its backward pass has no deterministic form on CUDA
+    with deterministic_algorithms(True):
+        got = run(level, [values(2, *size, 8)], level)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
