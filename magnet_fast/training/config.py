@@ -188,7 +188,7 @@ class TrainConfig(_Section):
     batch_size: int = Field(32, gt=0, description="sentences per optimiser step, over all processes and micro-batches")
     accumulation: int = Field(1, gt=0, description="micro-batches that an optimiser step is split into")
     clip_norm: float | None = Field(None, gt=0, description="largest gradient norm")
-    precision: Literal["float32", "bf16", "fp16"] = "float32"
+    precision: Literal["float32", "bf16", "fp16"] = "bf16"
     seed: int = Field(0, ge=0, lt=2**31)
     checkpoint_every: int = Field(500, gt=0, description="steps between checkpoints; one also follows each validation")
     validate_every: Annotated[str, BeforeValidator(_read_interval)] = "1 epoch"

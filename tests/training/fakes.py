@@ -94,6 +94,7 @@ def fake_config(**changes: object) -> TrainConfig:
         "log_every": 2,
         "checkpoint_every": 2,
         "optimiser": {"lr": 1e-2},
+        "precision": "float32",
         "data": {"image_size": 16},
         "device": "cpu",
     }

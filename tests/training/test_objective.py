@@ -41,6 +41,7 @@ def config(scenes: Path, **changes) -> TrainConfig:
         "validate_every": "never",
         "log_every": 1,
         "device": "cpu",
+        "precision": "float32",
     }
     return parse_config({**values, **changes})
 
