@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops._linear import linear
@@ -22,6 +23,7 @@ NORM = ("torch.nn.modules.normalization.LayerNorm",)
 LINEAR = ("torch.nn.modules.linear.Linear",)
 IDENTITY = ("torch.nn.modules.linear.Identity",)
 DROPOUT = ("torch.nn.modules.dropout.Dropout",)
+GELU = ("torch.nn.modules.activation.GELU", "transformers.activations.GELUActivation")
 
 
 def runs_whole(block: nn.Module, x: Tensor, parts: Mapping[str, tuple[str, ...]]) -> bool:
@@ -40,6 +42,7 @@ def runs_whole(block: nn.Module, x: Tensor, parts: Mapping[str, tuple[str, ...]]
     return (
         found.keys() == parts.keys()
         and all(class_path(type(module)) in parts[name] for name, module in found.items())
+        and all(_exact(module) for module in found.values() if class_path(type(module)) in GELU)
         and not any(module.training for module in found.values())
         and not must_run_original(*found.values())
     )
@@ -75,6 +78,11 @@ def forward(
 
     width = max(3 * x.shape[-1], expand.out_features)
     return _sliced(images, x, width * x.shape[1:-1].numel())
+
+
+def _exact(gelu: nn.Module) -> bool:
+    """Not the approximation by a hyperbolic tangent; transformers has one of its own, spelled out, as well."""
+    return gelu.approximate == "none" if isinstance(gelu, nn.GELU) else gelu.act is F.gelu
 
 
 def _sliced(function: Callable[[Tensor], Tensor], x: Tensor, values: int) -> Tensor:

@@ -21,7 +21,7 @@ _PARTS = {
     "norm2": _block.NORM,
     "mlp": ("timm.layers.mlp.Mlp",),
     "mlp.fc1": _block.LINEAR,
-    "mlp.act": ("torch.nn.modules.activation.GELU",),
+    "mlp.act": _block.GELU,
     "mlp.drop1": _block.DROPOUT,
     "mlp.norm": _block.IDENTITY,
     "mlp.fc2": _block.LINEAR,
@@ -38,14 +38,13 @@ class _Block:
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        mlp = self.mlp
-        if not _block.runs_whole(self, x, _PARTS) or mlp.act.approximate != "none":
+        if not _block.runs_whole(self, x, _PARTS):
             return super().forward(x)
 
         def attend(x: Tensor) -> Tensor:
             return self._attend(linear(self.norm1(x), self.attn.qkv.weight, self.attn.qkv.bias))
 
-        return _block.forward(x, attend, self.attn.proj, self.norm2, mlp.fc1, mlp.fc2)
+        return _block.forward(x, attend, self.attn.proj, self.norm2, self.mlp.fc1, self.mlp.fc2)
 
     def _attn(self, x: Tensor) -> Tensor:
         attn = self.attn
