@@ -90,13 +90,13 @@ class Adapter(nn.Linear):
 def change(model: nn.Module, name: str, case: str) -> None:
     for block in blocks(model):
         if case == "tanh":
-            block.set_submodule(FAMILIES[name], nn.GELU(approximate="tanh"))
+            block.set_submodule(FAMILIES[name], nn.GELU(approximate="tanh").eval())
         elif case == "relu":
-            block.set_submodule(FAMILIES[name], nn.ReLU())
+            block.set_submodule(FAMILIES[name], nn.ReLU().eval())
         elif case == "adapter":
             block.mlp.fc1.__class__ = Adapter
         elif case == "one more part":
-            block.mlp.scale = nn.Identity()
+            block.mlp.scale = nn.Identity().eval()
         elif case == "dropout":
             next(module for module in block.modules() if isinstance(module, nn.Dropout)).train()
 
