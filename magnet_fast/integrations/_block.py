@@ -82,7 +82,7 @@ def forward(
 
 def _exact(gelu: nn.Module) -> bool:
     """Not the approximation by a hyperbolic tangent; transformers has one of its own, spelled out, as well."""
-    return gelu.approximate == "none" if isinstance(gelu, nn.GELU) else gelu.act is F.gelu
+    return gelu.approximate == "none" if isinstance(gelu, nn.GELU) else getattr(gelu, "act", None) is F.gelu
 
 
 def _sliced(function: Callable[[Tensor], Tensor], x: Tensor, values: int) -> Tensor:

@@ -61,10 +61,8 @@ def _takes_onednn(x: Tensor, *others: Tensor | None) -> bool:
         not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
-        and all(
-            type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu" and tensor.dtype == torch.float32
-            for tensor in tensors
-        )
+        and all(type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided for tensor in tensors)
+        and all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors)
         and x.numel() * len(tensors[1]) >= _FEWEST_MULTIPLICATIONS
         and not _autocast.active(x)
         and requested_backend("linear") in ("auto", "cpu")

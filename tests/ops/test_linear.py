@@ -92,7 +92,7 @@ class Kept(Tensor):
 
 @pytest.mark.parametrize(
     "case",
-    ["gradients", "bfloat16", "subclass", "autocast", "reference", "switched off", "small", "operators gone"],
+    ["gradients", "bfloat16", "subclass", "sparse", "autocast", "reference", "switched off", "small", "operators gone"],
 )
 def test_runs_as_pytorch_does(case: str, taken: list[bool], monkeypatch) -> None:
     x, weight, bias, residual = arguments()
@@ -106,6 +106,8 @@ def test_runs_as_pytorch_does(case: str, taken: list[bool], monkeypatch) -> None
         x, weight, bias, residual = (tensor.bfloat16() for tensor in (x, weight, bias, residual))
     elif case == "subclass":
         weight = weight.as_subclass(Kept)
+    elif case == "sparse":
+        weight = weight.to_sparse_csr()
     elif case == "small":
         x, residual = x[:1, :9], residual[:1, :9]
     elif case == "operators gone":
