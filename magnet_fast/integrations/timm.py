@@ -4,24 +4,59 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from . import _window
+from ..ops._linear import linear
+from . import _block, _window
 from ._replacement import Replacement, must_run_original, names, plain_linear
+
+_DROP_PATH = (*_block.IDENTITY, "timm.layers.drop.DropPath")
+_PARTS = {
+    "norm1": _block.NORM,
+    "attn": ("timm.models.swin_transformer.WindowAttention",),
+    "attn.qkv": _block.LINEAR,
+    "attn.attn_drop": _block.DROPOUT,
+    "attn.proj": _block.LINEAR,
+    "attn.proj_drop": _block.DROPOUT,
+    "attn.softmax": ("torch.nn.modules.activation.Softmax",),
+    "drop_path1": _DROP_PATH,
+    "norm2": _block.NORM,
+    "mlp": ("timm.layers.mlp.Mlp",),
+    "mlp.fc1": _block.LINEAR,
+    "mlp.act": _block.GELU,
+    "mlp.drop1": _block.DROPOUT,
+    "mlp.norm": _block.IDENTITY,
+    "mlp.fc2": _block.LINEAR,
+    "mlp.drop2": _block.DROPOUT,
+    "drop_path2": _DROP_PATH,
+}
 
 
 class _Block:
     """A block of timm's SwinTransformer whose attention reads the map where it lies.
 
-    Only `_attn`, what stands between norm1 and the residual, is replaced. timm rolls the map and pads it then, which is
-    `pad_first=False`.
+    Replaced is `_attn`, what stands between norm1 and the residual, and, in inference on a CPU, the whole block. timm
+    rolls the map and pads it then, which is `pad_first=False`.
     """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not _block.runs_whole(self, x, _PARTS):
+            return super().forward(x)
+
+        def attend(x: Tensor) -> Tensor:
+            return self._attend(linear(self.norm1(x), self.attn.qkv.weight, self.attn.qkv.bias))
+
+        return _block.forward(x, attend, self.attn.proj, self.norm2, self.mlp.fc1, self.mlp.fc2)
 
     def _attn(self, x: Tensor) -> Tensor:
         attn = self.attn
         dropped = attn.attn_drop.p > 0 and attn.attn_drop.training
         if dropped or must_run_original(attn, attn.softmax, attn.attn_drop) or not plain_linear(attn.qkv):
             return super()._attn(x)
-        attended = _window.attend(
-            attn.qkv(x),
+        return attn.proj_drop(attn.proj(self._attend(attn.qkv(x))))
+
+    def _attend(self, qkv: Tensor) -> Tensor:
+        attn = self.attn
+        return _window.attend(
+            qkv,
             attn.relative_position_bias_table,
             attn.qkv.bias,
             attn.num_heads,
@@ -30,7 +65,6 @@ class _Block:
             attn.scale,
             pad_first=False,
         )
-        return attn.proj_drop(attn.proj(attended))
 
 
 def _unfit(block: nn.Module) -> str | None:

@@ -10,14 +10,32 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import _window
+from ..ops._linear import linear
+from . import _block, _window
 from ._replacement import Replacement, must_run_original, names, plain_linear
 
 # What their attention computes under either name; a name registered by a user may be anything.
 _KNOWN_ATTENTION = ("sdpa", "eager")
+
+_MODULE = "transformers.models.swin.modeling_swin"
+_PARTS = {
+    "attention": (f"{_MODULE}.SwinAttention",),
+    "attention.q_proj": _block.LINEAR,
+    "attention.k_proj": _block.LINEAR,
+    "attention.v_proj": _block.LINEAR,
+    "attention.o_proj": _block.LINEAR,
+    "attention.relative_position_bias": (f"{_MODULE}.SwinRelativePositionBias",),
+    "layernorm_before": _block.NORM,
+    "layernorm_after": _block.NORM,
+    "mlp": (f"{_MODULE}.SwinMLP",),
+    "mlp.activation_fn": _block.GELU,
+    "mlp.fc1": _block.LINEAR,
+    "mlp.fc2": _block.LINEAR,
+    "dropout": _block.DROPOUT,
+    "drop_path": (*_block.IDENTITY, f"{_MODULE}.SwinDropPath"),
+}
 
 
 class _SwinLayer:
@@ -40,17 +58,24 @@ class _SwinLayer:
             or self.window_size != bias.window_size[0]
         ):
             return super().forward(hidden_states, input_dimensions, always_partition=always_partition, **kwargs)
-        attended = _attend(
-            self.layernorm_before(hidden_states),
-            input_dimensions,
-            projections,
-            bias.relative_position_bias_table,
-            attention.num_attention_heads,
-            self.window_size,
-            self.shift_size,
-            attention.scaling,
-        )
-        hidden_states = hidden_states + self.drop_path(self.dropout(attention.o_proj(attended)))
+
+        def attend(hidden_states: Tensor) -> Tensor:
+            return _attend(
+                self.layernorm_before(hidden_states),
+                input_dimensions,
+                projections,
+                bias.relative_position_bias_table,
+                attention.num_attention_heads,
+                self.window_size,
+                self.shift_size,
+                attention.scaling,
+            )
+
+        if _block.runs_whole(self, hidden_states, _PARTS):
+            mlp = self.mlp
+            parts = (attention.o_proj, self.layernorm_after, mlp.fc1, mlp.fc2)
+            return _block.forward(hidden_states, attend, *parts), None
+        hidden_states = hidden_states + self.drop_path(self.dropout(attention.o_proj(attend(hidden_states))))
         return hidden_states + self.dropout(self.mlp(self.layernorm_after(hidden_states))), None
 
 
@@ -123,7 +148,7 @@ def _attend(
     weight = torch.cat([projection.weight for projection in projections])
     biases = [projection.bias for projection in projections]
     bias = None if biases[0] is None else torch.cat(biases)
-    qkv = F.linear(x, weight, bias).unflatten(1, size)
+    qkv = linear(x, weight, bias).unflatten(1, size)
     window_size, shifts = (window, window), (shift, shift)
     return _window.attend(qkv, bias_table, bias, num_heads, window_size, shifts, scale, pad_first=True).flatten(1, 2)
 
@@ -194,7 +219,7 @@ def _older(path: str, mixin: type, more_parameters: str) -> Replacement:
 
 REPLACEMENTS = (
     Replacement(
-        path="transformers.models.swin.modeling_swin.SwinLayer",
+        path=f"{_MODULE}.SwinLayer",
         mixin=_SwinLayer,
         operator="window_attention",
         parameters={
@@ -222,8 +247,8 @@ REPLACEMENTS = (
             "attention.relative_position_bias.relative_position_bias_table",
         ),
         passed_over={
-            "attention": "transformers.models.swin.modeling_swin.SwinAttention",
-            "attention.relative_position_bias": "transformers.models.swin.modeling_swin.SwinRelativePositionBias",
+            "attention": f"{_MODULE}.SwinAttention",
+            "attention.relative_position_bias": f"{_MODULE}.SwinRelativePositionBias",
         },
         unfit=_unfit,
         note=lambda layer: _window.dropout_note(layer.attention.attention_dropout),

@@ -1,0 +1,141 @@
+"""The Linear of inference: against float64, and when it is PyTorch's own."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from magnet_fast import ops
+from magnet_fast.ops import _linear
+from magnet_fast.ops._linear import linear
+
+needs_onednn = pytest.mark.skipif(not _linear._works(), reason="oneDNN's operators are not used on this machine")
+ROWS, INNER, OUTER = 301, 96, 80
+
+
+def values(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def arguments() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return values(7, 43, INNER), values(OUTER, INNER, seed=1), values(OUTER, seed=2), values(7, 43, OUTER, seed=3)
+
+
+def plain(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool, residual: Tensor | None) -> Tensor:
+    out = F.linear(x, weight, bias)
+    out = F.gelu(out) if gelu else out
+    return out if residual is None else residual + out
+
+
+@pytest.fixture
+def taken(monkeypatch) -> list[bool]:
+    """Whether oneDNN was taken, call by call."""
+    found = []
+    decide = _linear._takes_onednn
+    monkeypatch.setattr(_linear, "_takes_onednn", lambda *tensors: found.append(decide(*tensors)) or found[-1])
+    return found
+
+
+@needs_onednn
+@pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("strided", [False, True], ids=["dense", "strided"])
+@pytest.mark.parametrize("form", ["plain", "gelu", "residual"])
+def test_against_float64(form: str, strided: bool, with_bias: bool, taken: list[bool]) -> None:
+    x, weight, bias, residual = arguments()
+    if strided:
+        x = values(43, 7, 2 * INNER).transpose(0, 1)[..., :INNER]
+        weight = values(INNER, OUTER, seed=1).T
+        residual = values(7, OUTER, 43, seed=3).transpose(1, 2)
+    bias = bias if with_bias else None
+    residual = residual if form == "residual" else None
+    double = [None if tensor is None else tensor.double() for tensor in (x, weight, bias, residual)]
+    truth = plain(*double[:3], form == "gelu", double[3])
+    expected = plain(x, weight, bias, form == "gelu", residual)
+    with torch.no_grad():
+        found = linear(x, weight, bias, gelu=form == "gelu", residual=residual)
+    assert taken == [True] and found.shape == (7, 43, OUTER) and found.dtype == torch.float32
+    error, baseline = (found - truth).abs().max(), (expected - truth).abs().max()
+    assert error <= 4 * baseline + 1e-6 * truth.abs().max()
+
+
+@needs_onednn
+def test_gelu_far_out_and_not_a_number(taken: list[bool]) -> None:
+    """The exact GELU, not one of its approximations: they are 5e-4 away around 2."""
+    x = torch.linspace(-12, 12, ROWS * INNER).view(ROWS, INNER)
+    x[5, 3] = torch.nan
+    with torch.no_grad():
+        found = linear(x, torch.eye(INNER), gelu=True)
+    assert taken == [True] and found[5].isnan().all()
+    keep = torch.arange(ROWS) != 5
+    torch.testing.assert_close(found[keep], F.gelu(x[keep].double()).float(), rtol=1e-6, atol=1e-6)
+
+
+@needs_onednn
+def test_changed_weights_are_seen(taken: list[bool]) -> None:
+    x, weight, bias, _ = arguments()
+    weight = nn.Parameter(weight)
+    with torch.no_grad():
+        before = linear(x, weight, bias)
+        weight.data.mul_(2)
+        bias.zero_()
+        torch.testing.assert_close(linear(x, weight, bias), F.linear(x, weight))
+    assert taken == [True, True] and not torch.equal(before, F.linear(x, weight))
+
+
+class Kept(Tensor):
+    """A subclass, which may compute anything."""
+
+
+@pytest.mark.parametrize(
+    "case",
+    ["gradients", "bfloat16", "subclass", "sparse", "autocast", "reference", "switched off", "small", "operators gone"],
+)
+def test_runs_as_pytorch_does(case: str, taken: list[bool], monkeypatch) -> None:
+    x, weight, bias, residual = arguments()
+    contexts = {
+        "gradients": torch.enable_grad(),
+        "autocast": torch.autocast("cpu", dtype=torch.bfloat16),
+        "reference": ops.backend("reference"),
+        "switched off": torch.backends.mkldnn.flags(enabled=False),
+    }
+    if case == "bfloat16":
+        x, weight, bias, residual = (tensor.bfloat16() for tensor in (x, weight, bias, residual))
+    elif case == "subclass":
+        weight = weight.as_subclass(Kept)
+    elif case == "sparse":
+        weight = weight.to_sparse_csr()
+    elif case == "small":
+        x, residual = x[:1, :9], residual[:1, :9]
+    elif case == "operators gone":
+        monkeypatch.setattr(_linear, "_works", lambda: False)
+    weight.requires_grad_(case == "gradients")
+    with torch.no_grad(), contexts.get(case, torch.no_grad()):
+        found = linear(x, weight, bias, residual=residual)
+        expected = residual + F.linear(x, weight, bias)
+    assert taken == [False] and torch.equal(found, expected)
+    assert found.requires_grad == (case == "gradients")
+
+
+@pytest.mark.parametrize("change", ["gone", "other arguments", "other arithmetic"])
+def test_operators_of_another_version_are_not_used(change: str, monkeypatch) -> None:
+    def takes_less(x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight)
+
+    def without_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: object) -> Tensor:
+        return F.linear(x, weight, bias)
+
+    without_gelu.binary = lambda x, other, weight, bias, what: other + F.linear(x, weight, bias)
+    there = {"gone": {}, "other arguments": {"_linear_pointwise": takes_less}}
+    there = there.get(change, {"_linear_pointwise": without_gelu})
+    monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace(**there))
+    assert not _linear._works.__wrapped__()
+
+
+def test_gelu_and_a_residual() -> None:
+    x, weight, bias, residual = arguments()
+    with pytest.raises(ValueError, match="gelu: expected False where there is a residual, got True"):
+        linear(x, weight, bias, gelu=True, residual=residual)
