@@ -110,7 +110,8 @@ int32_t lanes_for(int64_t pieces) {
     return lanes;
 }
 
-/// Shares of a device that one kernel's blocks are.
+/// Starts a kernel in which some lanes share a row, a query or position of an image and head, by `pieces` of
+/// work.
 void start_rows(const Device& device, DeformableKernel kernel, DeformableParams p, int64_t rows,
                 int64_t pieces, bool slopes = false) {
     p.lanes = lanes_for(pieces);

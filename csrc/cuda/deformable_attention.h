@@ -1,7 +1,7 @@
 // Multi-scale deformable attention on a GPU, plain and fused: what the launchers take, and what they hand to
 // the kernels.
 //
-// Four to thirty-two lanes of a warp take a query of one head: each finds places and weights of some of its
+// Two to thirty-two lanes of a warp take a query of one head: each finds places and weights of some of its
 // points, then all read the points' corners together, 16 bytes of channels a lane. Outputs, and gradients of
 // points, belong to one query. The gradient of `value` is a sum over the points that touch a position; it is
 // made without adding to memory in the order in which threads come, which would differ from run to run:
@@ -9,7 +9,7 @@
 //          as it comes (whole numbers: any order gives the same counts)
 //   scan   the counts become the bins' places in one list
 //   list   every point's index goes to its bin's part of the list
-//   sort   a point's rank among its bin's indices is its place; its query, shares and weight go there
+//   sort   a point's rank among its bin's indices is its place; query, shares and weight go there
 //   value  every position adds up the points of the four bins around it, in the order of their indices
 #pragma once
 
@@ -125,7 +125,7 @@ DeformableKernel deformable_reference();  // grad_reference from its parts
 
 constexpr int kDeformableThreads = 128, kScanThreads = 512;
 
-/// Bytes of shared memory: a lane's point of this turn and of the last one.
+/// Bytes of shared memory: for every lane a point of this turn and one of the last.
 constexpr int kRecordBytes = 2 * 2 * 16 * kDeformableThreads;
 
 /// And in the backward pass a number for each point.

@@ -5,8 +5,7 @@ namespace magnet_fast {
 namespace cuda {
 namespace {
 
-/// Blocks that a multiprocessor should hold: reads of scattered positions are waited for by other warps'
-/// work.
+/// Blocks that a multiprocessor should hold: while one warp waits for what it reads, others work.
 constexpr int kForwardBlocks = 6, kPointsBlocks = 5, kValueBlocks = 8;
 
 template <typename Element, int Width>
@@ -36,7 +35,8 @@ deformable_forward_kernel(DeformableParams p) {
                 MAGNET_FAST_UNROLL
                 for (int i = 0; i < 4; ++i) {
                     corners.position[i] = location.corner(p, i);
-                    shares.x[i] = location.share(i) * weight;
+                    // Not on the map: nothing, whatever the weight.
+                    shares.x[i] = corners.position[i] < 0 ? 0.0f : location.share(i) * weight;
                 }
             }
             records.store(corners, shares);
@@ -48,28 +48,26 @@ deformable_forward_kernel(DeformableParams p) {
             for (int other = 0; other < count; other += 2) {
                 // Two points, so that eight reads are on their way; lanes are even.
                 Vector read[2][4];
-                Floats4 factors[2];
                 MAGNET_FAST_UNROLL
                 for (int i = 0; i < 2; ++i) {
                     const Corners from = load_shared(records.corners + group + other + i);
-                    factors[i] = load_shared(records.numbers + group + other + i);
                     MAGNET_FAST_UNROLL
-                    for (int j = 0; j < 4; ++j) {
-                        // Not on the map: nothing, whatever the weight.
-                        const bool on_map = reads && from.position[j] >= 0;
-                        if (!on_map) factors[i].x[j] = 0.0f;
+                    for (int j = 0; j < 4; ++j)
                         read[i][j] =
-                            on_map ? Vector::load(value + channel + from.position[j] * p.value_strides.row)
-                                   : Vector{};
-                    }
+                            reads && from.position[j] >= 0
+                                ? Vector::load(value + channel + from.position[j] * p.value_strides.row)
+                                : Vector{};
                 }
                 MAGNET_FAST_UNROLL
-                for (int i = 0; i < 8; ++i) read[i / 4][i % 4].add_to(sums, factors[i / 4].x[i % 4]);
+                for (int i = 0; i < 2; ++i) {
+                    const Floats4 factors = load_shared(records.numbers + group + other + i);
+                    MAGNET_FAST_UNROLL
+                    for (int j = 0; j < 4; ++j) read[i][j].add_to(sums, factors.x[j]);
+                }
             }
         }
         if (at.exists && reads)
-            Vector::narrow(sums).store(static_cast<Element*>(p.out) +
-                                       at.first_point(p) / p.total * p.head_dim + channel);
+            Vector::narrow(sums).store(static_cast<Element*>(p.out) + at.index(p) * p.head_dim + channel);
     }
 }
 
@@ -102,7 +100,7 @@ deformable_points_kernel(DeformableParams p) {
     const bool reads = at.exists && channel < p.head_dim;
     const Vector first_grad = reads ? Vector::load(grad_out + channel) : Vector{};
     float* slopes = reinterpret_cast<float*>(shared_memory() + kRecordBytes);  // (turns, threads)
-    const int64_t first_point = at.first_point(p);
+    const int64_t first_point = at.index(p) * p.total;                         // in tensors (B, Q, h, L, K)
     float mean = 0.0f;
     int turn = 0;
     MAGNET_FAST_ROLLED
@@ -136,10 +134,13 @@ deformable_points_kernel(DeformableParams p) {
                 add_products<Element, Width>(p, value + next, from, Vector::load(grad_out + next), products);
             const float upper = (1.0f - right) * products[0] + right * products[1];
             const float lower = (1.0f - right) * products[2] + right * products[3];
-            const float both = sum_of_lanes(p, (1.0f - low) * upper + low * lower);
-            const float across = sum_of_lanes(
-                p, (1.0f - low) * (products[1] - products[0]) + low * (products[3] - products[2]));
-            const float down = sum_of_lanes(p, lower - upper);
+            float both = (1.0f - low) * upper + low * lower, down = lower - upper;
+            float across = (1.0f - low) * (products[1] - products[0]) + low * (products[3] - products[2]);
+            for (int mask = 1; mask < p.lanes; mask *= 2) {
+                both += shuffle_xor(both, mask);
+                across += shuffle_xor(across, mask);
+                down += shuffle_xor(down, mask);
+            }
             if (other == at.lane) {
                 slope = both;
                 slope_x = across;

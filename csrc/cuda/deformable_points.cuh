@@ -80,9 +80,9 @@ struct Share {
         return of(p, block_index() / p.heads % p.blocks, p.queries);
     }
     MAGNET_FAST_METHOD int64_t slot(const DeformableParams& p) const { return image * p.heads + head; }
-    /// The first of this query's points in tensors (B, Q, h, L, K).
-    MAGNET_FAST_METHOD int64_t first_point(const DeformableParams& p) const {
-        return ((image * p.queries + row) * p.heads + head) * p.total;
+    /// Of a query and head in tensors (B, Q, h).
+    MAGNET_FAST_METHOD int64_t index(const DeformableParams& p) const {
+        return (image * p.queries + row) * p.heads + head;
     }
 };
 
@@ -123,7 +123,9 @@ struct PointWeights {
     }
 };
 
-/// Where a point lies between the centres of four neighbouring positions of its map.
+/// Where a point lies between the centres of four neighbouring positions of its map. The products that are
+/// added are spelled as fmaf, so that every kernel finds the same bits: one puts a point into the bin of its
+/// upper left position, another finds its shares of the four.
 struct Location {
     int32_t level;
     int32_t column, line;    // of the upper left one, both from -1
@@ -143,7 +145,7 @@ struct Location {
         to.given_y = load_number(p.places, place + 1, p.places_dtype);
         to.unit_x = width;
         to.unit_y = height;
-        float x = to.given_x * width - 0.5f, y = to.given_y * height - 0.5f;
+        float x = fmaf(to.given_x, width, -0.5f), y = fmaf(to.given_y, height, -0.5f);
         if (p.reference) {
             const int64_t first = at.image * p.reference_strides.batch + at.row * p.reference_strides.row +
                                   to.level * p.reference_strides.head;
@@ -155,8 +157,8 @@ struct Location {
                 to.unit_x = reference(2) * (0.5f / p.points) * width;
                 to.unit_y = reference(3) * (0.5f / p.points) * height;
             }
-            x = reference(0) * width + to.given_x * to.unit_x - 0.5f;
-            y = reference(1) * height + to.given_y * to.unit_y - 0.5f;
+            x = fmaf(to.given_x, to.unit_x, fmaf(reference(0), width, -0.5f));
+            y = fmaf(to.given_y, to.unit_y, fmaf(reference(1), height, -0.5f));
         }
         to.touches = x > -1.0f && y > -1.0f && x < width && y < height;
         // What is far outside would not be an integer.
@@ -180,7 +182,6 @@ struct Location {
     }
 };
 
-/// Two turns' points in shared memory, one of each lane: what the lanes of a query read together.
 struct alignas(16) Corners {
     int32_t position[4];  // -1: not on the map
 };
@@ -188,6 +189,8 @@ struct alignas(16) Floats4 {
     float x[4];
 };
 
+/// One turn's points in shared memory, one of each lane: what the lanes of a query read together. A turn and
+/// the next one have places of their own.
 struct Records {
     Corners* corners;
     Floats4* numbers;
@@ -197,7 +200,7 @@ struct Records {
         return {reinterpret_cast<Corners*>(at),
                 reinterpret_cast<Floats4*>(at + kDeformableThreads * sizeof(Corners))};
     }
-    /// The corners of a lane's point, or of none.
+    /// Of this lane's point.
     MAGNET_FAST_METHOD void store(const Corners& of, const Floats4& with) const {
         store_shared(corners + thread_index(), of);
         store_shared(numbers + thread_index(), with);

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from magnet_fast.ops import _cuda_deformable
+from magnet_fast.ops import _cuda_backend, _cuda_deformable
 
 from ..ops.cases import Case, random_deformable_case, weighted_sum
 from .agreement import assert_agrees, results
@@ -69,6 +69,20 @@ def test_one_gradient_at_a_time(emulated, form):
         leaves = [leaf if i == which else leaf.detach() for i, leaf in enumerate(case.leaves)]
         (alone,) = torch.autograd.grad(weighted_sum(case.registered("cuda")(*leaves)), leaves[which])
         assert torch.equal(alone, expected), which
+
+
+def test_the_workspace(emulated, monkeypatch):
+    """What lies in it does not matter, and nothing is written behind it."""
+    case, made = random_deformable_case(form="boxes", batch=2, d=8, **SMALL, dtype=LOW), []
+    expected = results(case, "cuda")
+
+    def workspace(size, like):
+        made.append(torch.full((size + 256,), 0xAB, dtype=torch.uint8))
+        return made[-1]
+
+    monkeypatch.setattr(_cuda_backend, "workspace", workspace)
+    assert all(torch.equal(a, b) for a, b in zip(results(case, "cuda"), expected, strict=True))
+    assert made and all((memory[-256:] == 0xAB).all() for memory in made)
 
 
 def test_points_outside_of_the_maps(emulated):
