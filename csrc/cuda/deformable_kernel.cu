@@ -216,7 +216,7 @@ deformable_value_kernel(DeformableParams p) {
                 SortedPoint point[kTogether];
                 Vector read[kTogether];
                 MAGNET_FAST_UNROLL
-                for (int j = 0; j < kTogether; ++j) point[j] = sorted[i + j];
+                for (int j = 0; j < kTogether; ++j) point[j] = load_global(sorted + i + j);
                 MAGNET_FAST_UNROLL
                 for (int j = 0; j < kTogether; ++j)
                     read[j] = Vector::load(grad_out + point[j].query * p.grad_out_query + channel);
@@ -225,7 +225,7 @@ deformable_value_kernel(DeformableParams p) {
             }
             MAGNET_FAST_ROLLED
             for (; i < end; ++i) {
-                const SortedPoint point = sorted[i];
+                const SortedPoint point = load_global(sorted + i);
                 Vector::load(grad_out + point.query * p.grad_out_query + channel).add_to(sums, share(point));
             }
         }

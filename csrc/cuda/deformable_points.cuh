@@ -40,8 +40,10 @@ struct Channels {
     static_assert(Width == 1 || Width * sizeof(Element) == 16, "one channel or 16 bytes of them");
     alignas(Width * sizeof(Element)) Element channel[Width];
 
-    MAGNET_FAST_DEVICE Channels load(const Element* from) { return *reinterpret_cast<const Channels*>(from); }
-    MAGNET_FAST_METHOD void store(Element* to) const { *reinterpret_cast<Channels*>(to) = *this; }
+    MAGNET_FAST_DEVICE Channels load(const Element* from) {
+        return load_global(reinterpret_cast<const Channels*>(from));
+    }
+    MAGNET_FAST_METHOD void store(Element* to) const { store_global(reinterpret_cast<Channels*>(to), *this); }
 
     MAGNET_FAST_DEVICE Channels narrow(const float (&from)[Width]) {
         Channels to;

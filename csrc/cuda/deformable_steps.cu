@@ -92,8 +92,8 @@ deformable_sort_kernel(DeformableParams p) {
         int32_t place = begin;
         for (int i = begin; i < end; ++i) place += p.list[origin + i] < number;
         const Location location = Location::of(p, at, point);
-        static_cast<SortedPoint*>(p.sorted)[origin + place] = {at.row, location.right, location.low,
-                                                               weights(p, point)};
+        store_global(static_cast<SortedPoint*>(p.sorted) + origin + place,
+                     SortedPoint{at.row, location.right, location.low, weights(p, point)});
     }
 }
 

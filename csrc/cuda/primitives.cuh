@@ -86,6 +86,15 @@ MAGNET_FAST_DEVICE void store_any(T* to, T value) {
     *to = value;
 }
 
+/// Global memory, by one instruction: the emulation checks that the address is aligned to T.
+template <typename T>
+MAGNET_FAST_DEVICE T load_global(const T* from) {
+    return *from;
+}
+template <typename T>
+MAGNET_FAST_DEVICE void store_global(T* to, const T& value) {
+    *to = value;
+}
 /// Adds to a number in global memory and returns what it was. Whole numbers only: their sums do not depend on
 /// the order in which threads come.
 MAGNET_FAST_DEVICE int32_t atomic_add(int32_t* to, int32_t count) {
@@ -240,6 +249,20 @@ MAGNET_FAST_DEVICE void store_any(T* to, T value) {
     emulation::is_shared(to) ? store_shared(to, value) : void(*to = value);
 }
 
+MAGNET_FAST_DEVICE void check_global(const void* address, size_t alignment) {
+    if (reinterpret_cast<uintptr_t>(address) % alignment)
+        emulation::fail("global memory: an address is not aligned to " + std::to_string(alignment));
+}
+template <typename T>
+MAGNET_FAST_DEVICE T load_global(const T* from) {
+    check_global(from, alignof(T));
+    return *from;
+}
+template <typename T>
+MAGNET_FAST_DEVICE void store_global(T* to, const T& value) {
+    check_global(to, alignof(T));
+    *to = value;
+}
 MAGNET_FAST_DEVICE int32_t atomic_add(int32_t* to, int32_t count) {
     const int32_t before = *to;
     *to += count;
