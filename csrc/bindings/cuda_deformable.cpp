@@ -111,13 +111,11 @@ void define(py::module_& m, const char* name, const Call& call, const char* text
 void bind_cuda_deformable_attention(py::module_& m) {
     define(
         m, "deformable_attention_forward", &forward,
-        "Multi-scale deformable attention. value (B, S, h, d), out (B, Q, h*d) contiguous, written. Without "
-        "reference points (reference_ptr 0): places (B, Q, h, L, K, 2) are locations, weights (B, Q, h, L, "
-        "K) "
-        "weights. With them, (B, Q, L, coordinates): places are offsets and weights logits. Strides are "
-        "(batch, "
-        "position or query, head or level), what follows is contiguous; places, weights and reference are "
-        "float32 or of value's dtype; spatial_shapes is the list of the L maps' (height, width).",
+        "Multi-scale deformable attention. value (B, S, h, d), out (B, Q, h*d) contiguous, written. With "
+        "reference_ptr 0, places (B, Q, h, L, K, 2) are locations and weights (B, Q, h, L, K) weights; with "
+        "reference points (B, Q, L, coordinates), offsets and logits. Strides are (batch, position or query, "
+        "head or level), what follows is contiguous; places, weights and reference are float32 or of "
+        "value's dtype; spatial_shapes is the list of the L maps' (height, width).",
         "out_ptr"_a);
     define(m, "deformable_attention_workspace", &workspace,
            "Bytes of device memory that deformable_attention_backward with these arguments needs.",
@@ -126,9 +124,8 @@ void bind_cuda_deformable_attention(py::module_& m) {
     define(m, "deformable_attention_backward", &backward,
            "Gradients of deformable_attention_forward; grad_out's strides are (batch, query). The others are "
            "contiguous, shaped like their tensors, of their dtypes, and overwritten; grad_reference is "
-           "(reference_batch, Q, reference_levels, coordinates) in float32, with sums over what is 1 there. "
-           "Address "
-           "0: that gradient is not wanted.",
+           "(reference_batch, Q, reference_levels, coordinates) in float32, summed over what is 1 there. "
+           "Address 0: that gradient is not wanted.",
            "grad_out_ptr"_a, "grad_out_strides"_a, "grad_value_ptr"_a, "grad_places_ptr"_a,
            "grad_weights_ptr"_a, "grad_reference_ptr"_a, "reference_batch"_a, "reference_levels"_a,
            "workspace_ptr"_a, "workspace_bytes"_a);

@@ -77,7 +77,7 @@ deformable_list_kernel(DeformableParams p) {
     p.list[at.slot * p.queries * p.total + place] = at.number;
 }
 
-/// Lanes as in the kernels over channels: the weights are the same numbers.
+/// As many lanes a query as it has points: the softmax, if there is one, is found again.
 MAGNET_FAST_KERNEL(kDeformableThreads, 1)
 deformable_sort_kernel(DeformableParams p) {
     const Share at = Share::of_queries(p);
