@@ -16,9 +16,10 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 
+_COUNTED = ("local", "matrix", "copies", "loads", "stores")
 _ELEMENTS = {"f": "float32", "NS_8BFloat16E": "bfloat16", "NS_7Float16E": "float16"}
 
 
@@ -34,6 +35,7 @@ class Kernel:
         local: instructions that read or write local memory.
         matrix: tensor-core instructions.
         copies: asynchronous copies of 16 bytes from global to shared memory.
+        loads: reads of 16 bytes from global memory.
         stores: stores of 16 bytes to global memory.
     """
 
@@ -44,12 +46,18 @@ class Kernel:
     local: int
     matrix: int
     copies: int
+    loads: int
     stores: int
 
     @property
     def multiplies(self) -> bool:
         """Whether it is one of the kernels that are made of matrix products."""
         return self.name.split("<")[0] in {"window_forward", "window_backward", "scores", "spread", "gather"}
+
+    @property
+    def reads_vectors(self) -> bool:
+        """Whether it is one of those of deformable attention that take 16 bytes of channels at a time."""
+        return re.fullmatch(r"deformable_\w+<\w+, [48]>", self.name) is not None
 
 
 def extension() -> Path | None:
@@ -102,11 +110,13 @@ def _instructions(text: str) -> dict[tuple[str, str], dict[str, int]]:
         if line.startswith("arch = "):
             architecture = line.split()[-1]
         elif "Function : " in line:
-            count = found[architecture, line.split()[-1]] = {"local": 0, "matrix": 0, "copies": 0, "stores": 0}
+            count = found[architecture, line.split()[-1]] = dict.fromkeys(_COUNTED, 0)
         elif "MMA." in line:
             count["matrix"] += 1
         elif "LDGSTS." in line:
             count["copies"] += ".128" in line
+        elif "LDG." in line:
+            count["loads"] += ".128" in line
         elif "STG." in line:
             count["stores"] += ".128" in line
         elif re.search(r" (?:LDL|STL)\b", line):
@@ -125,9 +135,9 @@ def _readable(mangled: str) -> str:
 
 
 def table(found: list[Kernel], markdown: bool = False) -> str:
-    """One line for each kernel and architecture."""
-    heads = ["kernel", "architecture", "registers", "stack", "local", "matrix products", "16-byte copies", "stores"]
-    rows = [[k.name, k.architecture, k.registers, k.stack, k.local, k.matrix, k.copies, k.stores] for k in found]
+    """One line for each kernel and architecture; copies, loads and stores are those of 16 bytes."""
+    heads = ["kernel", "architecture", "registers", "stack", "local", "matrix", "copies", "loads", "stores"]
+    rows = [astuple(kernel) for kernel in found]
     if markdown:
         lines = [heads, ["---"] * len(heads), *rows]
         return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)

@@ -11,6 +11,7 @@ using py::literals::operator""_a;
 namespace magnet_fast {
 // Each in the file of its operator, cuda_*.cpp.
 void bind_cuda_cross_modal_attention(py::module_& m);
+void bind_cuda_deformable_attention(py::module_& m);
 void bind_cuda_window_attention(py::module_& m);
 }  // namespace magnet_fast
 
@@ -26,6 +27,7 @@ PYBIND11_MODULE(MAGNET_FAST_MODULE, m) {
         "until the stream has done them.";
 
     bind_cuda_cross_modal_attention(m);
+    bind_cuda_deformable_attention(m);
     bind_cuda_window_attention(m);
 #if !defined(MAGNET_FAST_EMULATE_CUDA)
     m.def("device_status", &cuda::device_status, "device"_a,

@@ -86,6 +86,21 @@ MAGNET_FAST_DEVICE void store_any(T* to, T value) {
     *to = value;
 }
 
+/// Global memory, by one instruction: the emulation checks that the address is aligned to T.
+template <typename T>
+MAGNET_FAST_DEVICE T load_global(const T* from) {
+    return *from;
+}
+template <typename T>
+MAGNET_FAST_DEVICE void store_global(T* to, const T& value) {
+    *to = value;
+}
+/// Adds to a number in global memory and returns what it was. Whole numbers only: their sums do not depend on
+/// the order in which threads come.
+MAGNET_FAST_DEVICE int32_t atomic_add(int32_t* to, int32_t count) {
+    return atomicAdd(to, count);
+}
+
 /// Begins to copy 16 bytes to shared memory: `given` (0 or 16) from `from`, then zeros.
 MAGNET_FAST_DEVICE void copy_async(void* to, const void* from, int given) {
     const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(to));
@@ -158,6 +173,14 @@ MAGNET_FAST_DEVICE float round_tf32(float x) {
     asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
     return __uint_as_float(y);
 }
+MAGNET_FAST_DEVICE float bits_to_float(uint32_t bits) {
+    return __uint_as_float(bits);
+}
+MAGNET_FAST_DEVICE float float16_to_float(uint16_t bits) {
+    float y;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(bits));
+    return y;
+}
 /// Two numbers rounded to 16 bits each, `low` in the lower half.
 MAGNET_FAST_DEVICE uint32_t pack_bfloat16(float low, float high) {
     uint32_t y;
@@ -224,6 +247,26 @@ MAGNET_FAST_DEVICE T load_any(const T* from) {
 template <typename T>
 MAGNET_FAST_DEVICE void store_any(T* to, T value) {
     emulation::is_shared(to) ? store_shared(to, value) : void(*to = value);
+}
+
+MAGNET_FAST_DEVICE void check_global(const void* address, size_t alignment) {
+    if (reinterpret_cast<uintptr_t>(address) % alignment)
+        emulation::fail("global memory: an address is not aligned to " + std::to_string(alignment));
+}
+template <typename T>
+MAGNET_FAST_DEVICE T load_global(const T* from) {
+    check_global(from, alignof(T));
+    return *from;
+}
+template <typename T>
+MAGNET_FAST_DEVICE void store_global(T* to, const T& value) {
+    check_global(to, alignof(T));
+    *to = value;
+}
+MAGNET_FAST_DEVICE int32_t atomic_add(int32_t* to, int32_t count) {
+    const int32_t before = *to;
+    *to += count;
+    return before;
 }
 
 MAGNET_FAST_DEVICE void copy_async(void* to, const void* from, int given) {

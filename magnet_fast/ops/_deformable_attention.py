@@ -8,7 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _autocast, _checks, _cpu_backend, _cpu_deformable, _registry, _triton_backend, _triton_deformable
+from . import (
+    _autocast,
+    _checks,
+    _cpu_backend,
+    _cpu_deformable,
+    _cuda_backend,
+    _cuda_deformable,
+    _registry,
+    _triton_backend,
+    _triton_deformable,
+)
 from ._binding import bind, recomputed_backward
 
 _NAME = "deformable_attention"
@@ -173,4 +183,13 @@ _registry.register(
     _triton_deformable.supports,
     _triton_backend.missing,
     _triton_backend.passed_over,
+)
+_registry.register(
+    _NAME,
+    "cuda",
+    _cuda_deformable.forward,
+    _cuda_deformable.backward,
+    _cuda_deformable.supports,
+    _cuda_backend.missing,
+    _cuda_backend.passed_over,
 )

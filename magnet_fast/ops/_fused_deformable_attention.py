@@ -7,7 +7,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import _autocast, _checks, _cpu_backend, _cpu_deformable, _registry, _triton_backend, _triton_deformable
+from . import (
+    _autocast,
+    _checks,
+    _cpu_backend,
+    _cpu_deformable,
+    _cuda_backend,
+    _cuda_deformable,
+    _registry,
+    _triton_backend,
+    _triton_deformable,
+)
 from ._binding import bind, recomputed_backward
 from ._deformable_attention import deformable_attention_reference, flat_sizes
 
@@ -168,4 +178,13 @@ _registry.register(
     _triton_deformable.supports,
     _triton_backend.missing,
     _triton_backend.passed_over,
+)
+_registry.register(
+    _NAME,
+    "cuda",
+    _cuda_deformable.fused_forward,
+    _cuda_deformable.fused_backward,
+    _cuda_deformable.supports,
+    _cuda_backend.missing,
+    _cuda_backend.passed_over,
 )

@@ -84,7 +84,8 @@ enum class Error : int {
     kDivergent,
     kLeft,
     kEndless,
-    kCopiesLeft
+    kCopiesLeft,
+    kMisalignedGlobal
 };
 
 void faulty_kernel(Error error, const float* source) {
@@ -98,6 +99,7 @@ void faulty_kernel(Error error, const float* source) {
     load_shared(shared + (i + (error == Error::kWarpRace ? 32 : 1)) % 64);
     if (error == Error::kOutside) load_shared(shared + 512 + i);
     if (error == Error::kMisaligned) load_shared(reinterpret_cast<const Floats2*>(shared + 1));
+    if (error == Error::kMisalignedGlobal) load_global(reinterpret_cast<const Floats2*>(source + 1));
     sync_block();
     copy_async(shared + 4 * i, source, 16);
     if (error == Error::kOverwritten) store_shared(shared + 4 * i, 2.0f);

@@ -14,6 +14,7 @@ ERRORS = {
     9: "wait for ever",
     10: "wait",
     11: "ends with asynchronous copies",
+    12: "global memory: an address is not aligned to 8",
 }
 
 

@@ -8,13 +8,13 @@ import torch
 
 from benchmarks import cuda_report
 from magnet_fast import ops
-from magnet_fast.ops import _cuda_backend, _cuda_cross_modal, _cuda_window, _registry
+from magnet_fast.ops import _cuda_backend, _cuda_cross_modal, _cuda_deformable, _cuda_window, _registry
 
-from ..ops.cases import cross_modal_case, window_case
+from ..ops.cases import cross_modal_case, random_deformable_case, window_case
 
 BUILT = cuda_report.extension() is not None
 needs_extension = pytest.mark.skipif(not BUILT, reason="magnet_fast._cuda is not built: no nvcc where it was installed")
-OPERATORS = ("window_attention", "cross_modal_attention")
+OPERATORS = ("window_attention", "cross_modal_attention", "deformable_attention", "fused_deformable_attention")
 CALL = """
 import sys
 import magnet_fast._cuda as extension
@@ -47,13 +47,17 @@ def test_the_runtime_is_inside():
 @pytest.mark.skipif(cuda_report.cuobjdump() is None, reason="cuobjdump was not found: no CUDA toolkit, no Triton")
 def test_what_the_compiler_made():
     found = cuda_report.kernels(cuda_report.extension(), cuda_report.cuobjdump())
-    assert {kernel.name.split("<")[0] for kernel in found} >= {"window_forward", "window_backward", "scores", "merge"}
+    expected = {"window_forward", "window_backward", "scores", "merge", "deformable_forward", "deformable_points"}
+    assert {kernel.name.split("<")[0] for kernel in found} >= expected | {"deformable_value", "deformable_sort"}
     for kernel in found:
         what = f"{kernel.name} on {kernel.architecture}"
         assert kernel.stack == 0 and kernel.local == 0, what
         if kernel.multiplies:
             assert kernel.matrix > 0 and kernel.copies > 0, what
             assert kernel.stores > 0 or kernel.name.startswith(("scores", "gather")), what
+        if kernel.reads_vectors:
+            assert kernel.loads >= 8 and (kernel.stores > 0 or kernel.name.startswith("deformable_points")), what
+    assert sum(kernel.reads_vectors for kernel in found) == 9 * len({kernel.architecture for kernel in found})
 
 
 def test_registered():
@@ -79,6 +83,15 @@ def test_why_not():
     assert _cuda_window.supports(*wide) == "heads of 65 channels are not supported, at most 64"
     words = cross_modal_case("shared", mask=torch.ones(2, 65, dtype=torch.bool), dtype=torch.float32).normalised()
     assert _cuda_cross_modal.supports(*words) == "65 words are not supported, at most 64"
-    for case in (window_case(), cross_modal_case("separate")):
-        supports = _cuda_window.supports if case.operator == "window_attention" else _cuda_cross_modal.supports
+    maps = random_deformable_case(maps=[(1, 1)] * 17, points=1).normalised()
+    assert _cuda_deformable.supports(*maps) == "17 maps are not supported, at most 16"
+    points = random_deformable_case(maps=[(1, 1)] * 3, points=86, form="fused").normalised()
+    assert _cuda_deformable.supports(*points) == "258 points of a query are not supported, at most 256"
+    for case in (
+        window_case(),
+        cross_modal_case("separate"),
+        random_deformable_case(),
+        random_deformable_case(form="boxes"),
+    ):
+        supports = _registry.implementation(case.operator, "cuda").supports
         assert supports(*case.normalised()) == "device cpu is not supported, CUDA tensors only"

@@ -37,25 +37,25 @@ def _loss(outputs: tuple[Tensor, ...]) -> Tensor:
     return weighted_sum(tuple(out.cpu() for out in outputs))
 
 
-def assert_agrees(case: Case) -> None:
+def assert_agrees(case: Case, backend: str = "triton") -> None:
     """The kernels on the device and the reference, both against the reference in float64 on the CPU."""
-    results = run(on_gpu(case), "triton"), run(case, "reference"), run(in_float64(case), "reference")
+    results = run(on_gpu(case), backend), run(case, "reference"), run(in_float64(case), "reference")
     assert_accurate(*results, case.leaves[0].dtype)
 
 
-def assert_same_bits(case: Case, times: int = 20) -> None:
+def assert_same_bits(case: Case, times: int = 20, backend: str = "triton") -> None:
     case = on_gpu(case)
-    first = run(case, "triton")
+    first = run(case, backend)
     for _ in range(times):
-        assert all(torch.equal(a, b) for a, b in zip(run(case, "triton"), first, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(run(case, backend), first, strict=True))
 
 
-def assert_captured(case: Case) -> None:
+def assert_captured(case: Case, backend: str = "triton") -> None:
     """Forward and backward pass wait for nothing on the host, and a CUDA graph of them gives the same bits."""
     case = on_gpu(case)
 
     def both() -> tuple[Tensor, ...]:
-        with ops.backend("triton"):
+        with ops.backend(backend):
             outputs = case()
             return (*outputs, *torch.autograd.grad([out.sum() for out in outputs], case.leaves))
 

@@ -1,12 +1,15 @@
-"""Deformable attention's Triton kernels on the device, against the reference in float64 on the CPU."""
+"""Deformable attention's Triton and CUDA kernels on the device, against the reference in float64 on the CPU."""
 
 import pytest
 import torch
 
-from tests.kernels.test_deformable_attention import random_case
+from magnet_fast import ops
+from tests.ops.cases import random_deformable_case as random_case
 
 from .device import assert_agrees, assert_captured, assert_same_bits
 
+AVAILABLE = ops.available_backends("deformable_attention")
+BACKENDS = pytest.mark.parametrize("backend", [name for name in ("triton", "cuda") if name in AVAILABLE])
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
 PYRAMID = [(30, 28), (15, 14), (8, 7)]
 SHAPES = {
@@ -17,18 +20,21 @@ SHAPES = {
 }
 
 
+@BACKENDS
 @DTYPES
 @pytest.mark.parametrize("form", ["plain", "fused", "boxes"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_agrees(form, shape, dtype):
-    assert_agrees(random_case(form=form, **SHAPES[shape], dtype=dtype))
+def test_agrees(form, shape, dtype, backend):
+    assert_agrees(random_case(form=form, **SHAPES[shape], dtype=dtype), backend)
 
 
+@BACKENDS
 @DTYPES
 @pytest.mark.parametrize("shape", ["pyramid", "crowded"])
-def test_same_bits_over_and_over(shape, dtype):
-    assert_same_bits(random_case(form="fused", **SHAPES[shape], dtype=dtype))
+def test_same_bits_over_and_over(shape, dtype, backend):
+    assert_same_bits(random_case(form="fused", **SHAPES[shape], dtype=dtype), backend=backend)
 
 
-def test_cuda_graph_without_synchronisation():
-    assert_captured(random_case(form="fused", **SHAPES["pyramid"], dtype=torch.bfloat16))
+@BACKENDS
+def test_cuda_graph_without_synchronisation(backend):
+    assert_captured(random_case(form="fused", **SHAPES["pyramid"], dtype=torch.bfloat16), backend)

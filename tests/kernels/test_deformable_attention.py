@@ -9,6 +9,7 @@ from magnet_fast.kernels import _deformable_value
 from magnet_fast import ops
 
 from ..ops.cases import Case, deformable_case, fused_deformable_case
+from ..ops.cases import random_deformable_case as random_case
 from .agreement import (
     LOW,
     assert_agree,
@@ -17,42 +18,6 @@ from .agreement import (
     assert_same_bits_twice,
     run,
 )
-
-MAPS = [(4, 3), (2, 2), (1, 1)]
-
-
-def random_case(
-    *,
-    batch=1,
-    maps=MAPS,
-    queries=5,
-    heads=1,
-    points=4,
-    d=8,
-    form="plain",
-    reference=("B", "Q", "L"),
-    spread=0.7,
-    dtype=torch.float32,
-    places=torch.float32,
-) -> Case:
-    """`form`: plain, fused, or boxes; `reference`: its dimensions; `spread`: how far from 0.5 the points lie."""
-    generator = torch.Generator().manual_seed(queries + d + points)
-    levels, total = len(maps), sum(h * w for h, w in maps)
-    shape = (batch, queries, heads, levels, points)
-
-    def normal(*size):
-        return torch.randn(size, generator=generator, dtype=torch.float64)
-
-    value, logits = normal(batch, total, heads, d), normal(*shape)
-    leaves = [value.to(dtype)]
-    if form == "plain":
-        leaves += [(0.5 + spread * normal(*shape, 2)).to(places), logits.to(dtype)]
-    else:
-        sizes = {"B": batch, "Q": queries, "L": levels}
-        boxes = normal(*(sizes[name] for name in reference), 4 if form == "boxes" else 2).sigmoid()
-        leaves += [boxes.to(places), normal(*shape, 2).to(places), logits.to(dtype)]
-    operator = "deformable_attention" if form == "plain" else "fused_deformable_attention"
-    return Case(operator, [leaf.requires_grad_() for leaf in leaves], lambda value, *rest: ((value, maps, *rest), {}))
 
 
 @pytest.mark.parametrize(

@@ -203,3 +203,38 @@ def random_cross_modal_case(
         return args, {"text_mask": text_mask, "num_heads": heads}
 
     return Case("cross_modal_attention", leaves, arguments)
+
+
+def random_deformable_case(
+    *,
+    batch=1,
+    maps=((4, 3), (2, 2), (1, 1)),
+    queries=5,
+    heads=1,
+    points=4,
+    d=8,
+    form="plain",
+    reference=("B", "Q", "L"),
+    spread=0.7,
+    dtype=torch.float32,
+    places=torch.float32,
+) -> Case:
+    """`form`: plain, fused, or boxes; `reference`: its dimensions; `spread`: how far from 0.5 the points lie."""
+    generator = torch.Generator().manual_seed(queries + d + points)
+    levels, total = len(maps), sum(h * w for h, w in maps)
+    shape = (batch, queries, heads, levels, points)
+
+    def normal(*size):
+        return torch.randn(size, generator=generator, dtype=torch.float64)
+
+    value, logits = normal(batch, total, heads, d), normal(*shape)
+    leaves = [value.to(dtype)]
+    if form == "plain":
+        leaves += [(0.5 + spread * normal(*shape, 2)).to(places), logits.to(dtype)]
+    else:
+        sizes = {"B": batch, "Q": queries, "L": levels}
+        boxes = normal(*(sizes[name] for name in reference), 4 if form == "boxes" else 2).sigmoid()
+        leaves += [boxes.to(places), normal(*shape, 2).to(places), logits.to(dtype)]
+    operator = "deformable_attention" if form == "plain" else "fused_deformable_attention"
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    return Case(operator, leaves, lambda value, *rest: ((value, list(maps), *rest), {}))
