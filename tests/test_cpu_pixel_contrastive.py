@@ -48,7 +48,7 @@ def test_everything_is_written(dtype):
     call = Call(dtype)
     call.forward()
     call.backward()
-    assert call.statistics.isfinite().all()
+    assert (call.statistics[:, ::2] > 0).all() and not call.statistics.isnan().any()
     assert (call.loss > 0).all() and call.grad.isfinite().all() and call.grad.any(2).all()
 
 

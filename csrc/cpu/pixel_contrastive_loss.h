@@ -21,7 +21,7 @@ struct FeatureStrides {
 };
 
 /// What the forward pass keeps of every pixel for the backward pass: over the pixel's own side and over the
-/// other, the sum of exponentials and the greatest similarity, which the sum may be relative to.
+/// other, the sum of exponentials, and the greatest similarity if the sum is relative to it, else -infinity.
 constexpr int64_t kPixelStatistics = 4;
 
 template <typename Element>

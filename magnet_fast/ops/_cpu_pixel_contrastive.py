@@ -22,8 +22,7 @@ def forward(features: Tensor, inside: Tensor, temperature: float, normalize: boo
 
 
 def statistics(features: Tensor, *_: object) -> Tensor:
-    """(B, 4, P), uninitialised: over each pixel's own side and over the other, the sum of exponentials and the
-    greatest similarity."""
+    """(B, 4, P), uninitialised, for what the kernel keeps of each pixel: csrc/cpu/pixel_contrastive_loss.h."""
     batch, pixels, _ = features.shape
     return features.new_empty((batch, 4, pixels), dtype=_result_dtype(features))
 

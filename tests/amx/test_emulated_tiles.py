@@ -76,8 +76,8 @@ def test_product_sums_in_the_described_order(tiles, height, pairs, width, size, 
     """With numbers of every size down to products and sums that are flushed; the same bits."""
     generator = torch.Generator().manual_seed(seed)
     a, b = (torch.randn(n, generator=generator) for n in ((height, 2 * pairs), (2 * pairs, width)))
-    a, b = (size * a).to(BF16), b.to(BF16) * torch.logspace(-3, 3, width).to(BF16)
-    c = size * torch.randn(height, width, generator=generator)
+    a, b = (size * a).to(BF16), (size * b * torch.logspace(-3, 3, width)).to(BF16)
+    c = size**2 * torch.randn(height, width, generator=generator)
     np.testing.assert_array_equal(product(tiles, a, b, c).numpy(), in_order(a, b, c))
 
 
