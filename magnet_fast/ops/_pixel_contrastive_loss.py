@@ -167,4 +167,5 @@ _registry.register(
     _triton_backend.supports,
     _triton_backend.missing,
     _triton_backend.passed_over,
+    _triton_pixel_contrastive.statistics,
 )
