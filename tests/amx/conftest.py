@@ -9,6 +9,7 @@ import platform
 import shlex
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -18,12 +19,13 @@ from magnet_fast import _cpu
 from magnet_fast.ops import _cpu_backend
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-LEVEL = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mfma", "-mf16c"]
+# As setup.py compiles the level.
+LEVEL = ["-O3", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mfma", "-mf16c"]
+LEVEL += ["-mamx-tile", "-mamx-bf16"]
 LEVEL += [f"-DMAGNET_FAST_SIMD_{name}=1" for name in ("AVX512", "AVX512_BF16", "AMX")]
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized"]
 FLAGS += [
     "-ffp-contract=fast",
-    "-DMAGNET_FAST_EMULATE_AMX",
     "-DMAGNET_FAST_HAS_AMX=1",
     "-DMAGNET_FAST_SIMD_LEVEL=amx",
     f"-I{ROOT / 'csrc'}",
@@ -90,7 +92,20 @@ def flat(values: Iterable[object]) -> Iterable[int]:
 
 
 @pytest.fixture(scope="session")
-def built() -> Emulated:
+def model() -> Emulated:
+    """The model in place of the intrinsics."""
+    return build(["-DMAGNET_FAST_EMULATE_AMX", "-O1"])
+
+
+@pytest.fixture(scope="session")
+def trapped() -> Emulated:
+    """The model in place of the instructions, which must be illegal here."""
+    if "amx" in _cpu.supported_simd_levels():
+        pytest.skip("this processor has tiles: their instructions cannot be trapped")
+    return build([])
+
+
+def build(flags: list[str]) -> Emulated:
     """Compiled once for a state of the sources, kept under build/."""
     compiler = shlex.split(os.environ.get("CXX", "")) or ["c++"]
     if shutil.which(compiler[0]) is None:
@@ -99,22 +114,22 @@ def built() -> Emulated:
         pytest.skip("tiles alone are emulated: the rest of level amx needs a processor with avx512_bf16")
     sources = [ROOT / "csrc" / "cpu" / name for name in LAUNCHERS + KERNELS]
     sources.append(Path(__file__).parent / "emulated_tiles.cpp")
-    state = hashlib.sha256("\0".join([*compiler, *FLAGS, *LEVEL]).encode())
-    for path in [*sources, *sorted((ROOT / "csrc").rglob("*.h"))]:
+    state = hashlib.sha256("\0".join([*compiler, *FLAGS, *LEVEL, *flags]).encode())
+    for path in [*sources, *sorted((ROOT / "csrc").rglob("*.h")), *sorted(Path(__file__).parent.glob("*.h"))]:
         state.update(path.read_bytes())
     folder = ROOT / "build" / "amx_emulation"
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"emulated_tiles-{state.hexdigest()[:16]}.so"
     if not target.exists():
-        objects = []
-        for source in sources:
-            objects.append(folder / f"{source.stem}.o")
-            # Launchers serve every level, so they are compiled for any processor.
-            level = [] if source.name in LAUNCHERS else LEVEL
-            run([*compiler, *FLAGS, *level, "-c", str(source), "-o", str(objects[-1])])
-        unfinished = target.with_suffix(".unfinished")
-        run([*compiler, "-shared", *map(str, objects), "-o", str(unfinished)])
-        os.replace(unfinished, target)
+        with tempfile.TemporaryDirectory(dir=folder) as place:
+            objects = [str(Path(place, f"{source.stem}.o")) for source in sources]
+            for source, obj in zip(sources, objects, strict=True):
+                # Launchers serve every level, so they are compiled for any processor.
+                level = [] if source.name in LAUNCHERS else [*LEVEL, *flags]
+                run([*compiler, *FLAGS, *level, "-c", str(source), "-o", obj])
+            unfinished = Path(place, target.name)
+            run([*compiler, "-shared", *objects, "-o", str(unfinished)])
+            os.replace(unfinished, target)
     return Emulated(target)
 
 
@@ -123,9 +138,10 @@ def run(command: list[str]) -> None:
     assert done.returncode == 0, f"{shlex.join(command)}\n{done.stderr}"
 
 
-@pytest.fixture
-def tiles(built: Emulated, monkeypatch: pytest.MonkeyPatch) -> Emulated:
+@pytest.fixture(params=["model", "trapped"])
+def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Emulated:
     """The operators' backend `cpu` runs level amx on emulated tiles, and leaves none of them configured."""
+    built = request.getfixturevalue(request.param)
     monkeypatch.setattr(_cpu_backend, "extension", built)
     built.library.products()
     yield built

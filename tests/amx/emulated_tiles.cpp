@@ -1,5 +1,6 @@
 // The bfloat16 kernels of level amx on the software model of the tile registers, and the model itself, for
-// tests. No other level is linked.
+// tests: the model in place of the intrinsics with MAGNET_FAST_EMULATE_AMX, else in place of the
+// instructions. No other level is linked.
 #include <cstdint>
 #include <cstring>
 #include <exception>
@@ -12,6 +13,9 @@
 #include "cpu/tile_emulation.h"
 #include "cpu/window_attention.h"
 #include "cpu/window_kernel.h"
+#if !defined(MAGNET_FAST_EMULATE_AMX)
+#include "trapped_instructions.h"
+#endif
 
 namespace magnet_fast {
 
@@ -68,7 +72,13 @@ template <typename Call>
 const char* report(const Call& call) {
     static std::string message;
     try {
+#if defined(MAGNET_FAST_EMULATE_AMX)
         call();
+#else
+        const trapped::Trap trap;
+        call();
+        trap.check();
+#endif
         return nullptr;
     } catch (const std::exception& error) {
         message = error.what();

@@ -24,28 +24,28 @@ def configuration(rows, row_bytes, palette=1):
     return struct.pack("<BB14x8H16x8B8x", palette, 0, *row_bytes, *rows)
 
 
-def shape(tiles, height, pairs, width):
+def shape(model, height, pairs, width):
     """Tile 0 for sums, 1 for A, 2 for B."""
     rows, row_bytes = [height, height, pairs, *[0] * 5], [4 * width, 4 * pairs, 4 * width, *[0] * 5]
-    tiles.call("loadconfig", configuration(rows, row_bytes))
+    model.call("loadconfig", configuration(rows, row_bytes))
 
 
 def address(array):
     return ctypes.c_void_p(array.ctypes.data if isinstance(array, np.ndarray) else array.data_ptr())
 
 
-def product(tiles, a, b, c):
+def product(model, a, b, c):
     """a (m, 2k), b (2k, n) bfloat16 and c (m, n) float32: c + a b as the model's instruction makes it."""
     (height, depth), width = a.shape, b.shape[1]
-    shape(tiles, height, depth // 2, width)
+    shape(model, height, depth // 2, width)
     paired = b.view(depth // 2, 2, width).transpose(1, 2).contiguous()  # two rows side by side
     a, c = a.contiguous(), c.clone()
-    tiles.call("loadd", 0, address(c), ctypes.c_int64(4 * width))
-    tiles.call("loadd", 1, address(a), ctypes.c_int64(2 * depth))
-    tiles.call("loadd", 2, address(paired), ctypes.c_int64(4 * width))
-    tiles.call("dpbf16ps", 0, 1, 2)
-    tiles.call("stored", 0, address(c), ctypes.c_int64(4 * width))
-    tiles.call("release")
+    model.call("loadd", 0, address(c), ctypes.c_int64(4 * width))
+    model.call("loadd", 1, address(a), ctypes.c_int64(2 * depth))
+    model.call("loadd", 2, address(paired), ctypes.c_int64(4 * width))
+    model.call("dpbf16ps", 0, 1, 2)
+    model.call("stored", 0, address(c), ctypes.c_int64(4 * width))
+    model.call("release")
     return c
 
 
@@ -72,36 +72,36 @@ def in_order(a, b, c):
 @given(
     st.integers(1, 16), st.integers(1, 16), st.integers(1, 16), st.sampled_from([1.0, 1e-19, 1e-39]), st.integers(0, 99)
 )
-def test_product_sums_in_the_described_order(tiles, height, pairs, width, size, seed):
+def test_product_sums_in_the_described_order(model, height, pairs, width, size, seed):
     """With numbers of every size down to products and sums that are flushed; the same bits."""
     generator = torch.Generator().manual_seed(seed)
     a, b = (torch.randn(n, generator=generator) for n in ((height, 2 * pairs), (2 * pairs, width)))
     a, b = (size * a).to(BF16), (size * b * torch.logspace(-3, 3, width)).to(BF16)
     c = size**2 * torch.randn(height, width, generator=generator)
-    np.testing.assert_array_equal(product(tiles, a, b, c).numpy(), in_order(a, b, c))
+    np.testing.assert_array_equal(product(model, a, b, c).numpy(), in_order(a, b, c))
 
 
-def test_product_adds_the_pairs_before_the_tile(tiles):
+def test_product_adds_the_pairs_before_the_tile(model):
     """2^24 + (1 + 1) is 2^24 + 2; one by one, each 1 would be lost."""
     ones = torch.ones(1, 2, dtype=BF16)
-    assert product(tiles, ones, ones.T, torch.tensor([[2.0**24]])) == 2**24 + 2
-    assert product(tiles, ones[:, :1].repeat(1, 4), ones.T.repeat(2, 1), torch.tensor([[0.0]])) == 4
+    assert product(model, ones, ones.T, torch.tensor([[2.0**24]])) == 2**24 + 2
+    assert product(model, ones[:, :1].repeat(1, 4), ones.T.repeat(2, 1), torch.tensor([[0.0]])) == 4
 
 
-def test_product_of_nan_and_infinity(tiles):
+def test_product_of_nan_and_infinity(model):
     a = torch.tensor([[torch.inf, 1.0], [torch.nan, 0.0]], dtype=BF16)
-    found = product(tiles, a, torch.tensor([[2.0, 0.0], [1.0, 1.0]], dtype=BF16), torch.zeros(2, 2))
+    found = product(model, a, torch.tensor([[2.0, 0.0], [1.0, 1.0]], dtype=BF16), torch.zeros(2, 2))
     assert found[0, 0] == torch.inf and found[0, 1].isnan() and found[1].isnan().all()
 
 
-def test_loads_fill_with_zeros_and_stores_write_the_tile_alone(tiles):
-    shape(tiles, 3, 2, 5)
-    tiles.call("loadd", 0, address(np.arange(100, dtype=np.float32)), ctypes.c_int64(40))  # rows 10 numbers apart
+def test_loads_fill_with_zeros_and_stores_write_the_tile_alone(model):
+    shape(model, 3, 2, 5)
+    model.call("loadd", 0, address(np.arange(100, dtype=np.float32)), ctypes.c_int64(40))  # rows 10 numbers apart
     written = np.full((4, 9), -1, np.float32)
-    tiles.call("stored", 0, address(written), ctypes.c_int64(36))
+    model.call("stored", 0, address(written), ctypes.c_int64(36))
     assert (written[:3, :5] == np.arange(3)[:, None] * 10 + np.arange(5)).all()
     assert (written[3] == -1).all() and (written[:, 5:] == -1).all()
-    tiles.call("release")
+    model.call("release")
 
 
 SIXTEEN = [16] * 8
@@ -116,29 +116,29 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_wrong_configurations_fault(tiles, name):
+def test_wrong_configurations_fault(model, name):
     memory, message = FAULTS[name]
     with pytest.raises(RuntimeError, match=message):
-        tiles.call("loadconfig", memory)
+        model.call("loadconfig", memory)
 
 
-def test_tiles_that_do_not_fit_fault(tiles):
+def test_tiles_that_do_not_fit_fault(model):
     with pytest.raises(RuntimeError, match="tile 0 is not configured"):
-        tiles.call("zero", 0)
-    shape(tiles, 4, 3, 5)
+        model.call("zero", 0)
+    shape(model, 4, 3, 5)
     for tile in range(3):
-        tiles.call("zero", tile)
-    tiles.call("dpbf16ps", 0, 1, 2)
+        model.call("zero", tile)
+    model.call("dpbf16ps", 0, 1, 2)
     for wrong in ((0, 2, 1), (1, 0, 2)):
         with pytest.raises(RuntimeError, match="do not fit together"):
-            tiles.call("dpbf16ps", *wrong)
+            model.call("dpbf16ps", *wrong)
     with pytest.raises(RuntimeError, match="must be three"):
-        tiles.call("dpbf16ps", 0, 1, 1)
+        model.call("dpbf16ps", 0, 1, 1)
     with pytest.raises(RuntimeError, match="tile 3 is not configured"):
-        tiles.call("zero", 3)
-    tiles.call("release")
+        model.call("zero", 3)
+    model.call("release")
     with pytest.raises(RuntimeError, match="tile 0 is not configured"):
-        tiles.call("stored", 0, address(torch.zeros(4, 5)), ctypes.c_int64(20))
+        model.call("stored", 0, address(torch.zeros(4, 5)), ctypes.c_int64(20))
 
 
 @each(60)
