@@ -215,8 +215,8 @@ class Image {
         });
     }
 
-    /// Calls visit(number, place) for every sum and maximum and its place among the image's statistics, which are
-    /// in the caller's order of pixels.
+    /// Calls visit(number, place) for every sum and maximum and its place among the image's statistics, which
+    /// are in the caller's order of pixels.
     template <typename Visit>
     void each_statistic(const Visit& visit) {
         for (const Block& block : blocks_)

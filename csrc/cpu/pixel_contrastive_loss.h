@@ -40,7 +40,7 @@ struct PixelContrastiveBackward {
     const typename Computed<Element>::Real* grad_loss;  // (B), contiguous
     const Element* features;                            // (B, P, C)
     FeatureStrides strides;
-    const bool* inside;  // (B, P), contiguous
+    const bool* inside;                                  // (B, P), contiguous
     const typename Computed<Element>::Real* statistics;  // (B, kPixelStatistics, P) of the forward pass
     Element* grad_features;                              // (B, P, C), contiguous, written
 };
