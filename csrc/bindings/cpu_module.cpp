@@ -31,8 +31,8 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("simd_level", &simd_level,
           "Instruction set in use: 'amx', 'avx512_bf16', 'avx512', 'avx2' or 'portable'.");
     m.def("supported_simd_levels", &supported_simd_levels,
-          "Levels that this processor can run, best first. 'amx' is never chosen by itself: nobody has "
-          "measured it.");
+          "Levels that this processor can run, best first. 'amx', not measured yet, is never chosen by "
+          "itself.");
     m.def("set_simd_level", &set_simd_level, "name"_a,
           "Forces a level for this process; ValueError if not supported.");
 }
