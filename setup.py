@@ -52,6 +52,9 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     SIMD_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     SIMD_FLAGS["avx512"] = avx512
     SIMD_FLAGS["avx512_bf16"] = [*avx512, *bf16, "-DMAGNET_FAST_SIMD_AVX512=1"]
+    # Where the compiler and its assembler know the tiles.
+    SIMD_FLAGS["amx"] = [*SIMD_FLAGS["avx512_bf16"], "-DMAGNET_FAST_SIMD_AVX512_BF16=1", "-mamx-tile", "-mamx-bf16"]
+AMX_PROBE = "#include <immintrin.h>\nint main() { _tile_dpbf16ps(0, 1, 2); _tile_release(); return 0; }\n"
 
 FLAGS = [
     "-std=c++17",
@@ -155,6 +158,8 @@ def present_architectures() -> list[str]:
 
 
 REASON = without_extension()
+if not compiles(AMX_PROBE, "-mamx-tile", "-mamx-bf16"):
+    SIMD_FLAGS.pop("amx", None)
 if os.environ.get("MAGNET_FAST_CUDA", "") not in ("", "0", "1"):
     raise SystemExit(f"MAGNET_FAST_CUDA: expected 0 or 1, got {os.environ['MAGNET_FAST_CUDA']!r}")
 CUDA_WANTED = os.environ.get("MAGNET_FAST_CUDA")

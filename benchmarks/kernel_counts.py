@@ -86,14 +86,13 @@ def deformable(
 
 
 def pixel_contrastive(batch: int, pixels: int, channels: int, dtype: torch.dtype, backward: bool) -> Counts:
-    """The pixel contrastive loss. The backward pass makes the similarities twice: for the log-sum-exps, and once for
-    each block of the gradient's channels."""
+    """The pixel contrastive loss. The backward pass makes the similarities again, once for each block of the gradient's
+    channels."""
     from magnet_fast.kernels import pixel_contrastive_loss as kernels
 
     features, product = batch * pixels * channels * dtype.itemsize, 2 * batch * pixels * pixels * channels
-    found = {"norm": {"bytes": features, "flops": 0}, "forward": {"bytes": features, "flops": product}}
-    if backward:
-        blocks = -(-channels // kernels._GRADIENT_CHANNELS)
-        pieces = 2 if dtype == torch.bfloat16 else 1
-        found["backward"] = {"bytes": 2 * features, "flops": (blocks + pieces) * product}
-    return found
+    if not backward:
+        return {"norm": {"bytes": features, "flops": 0}, "forward": {"bytes": features, "flops": product}}
+    blocks = -(-channels // kernels._GRADIENT_CHANNELS)
+    pieces = 2 if dtype == torch.bfloat16 else 1
+    return {"backward": {"bytes": 2 * features, "flops": (blocks + pieces) * product}}

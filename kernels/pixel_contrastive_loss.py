@@ -1,4 +1,5 @@
-"""The pixel contrastive loss without its P * P similarities: log-sum-exps over tiles, made again in the backward pass.
+"""The pixel contrastive loss without its P * P similarities: log-sum-exps over tiles; the backward pass makes the tiles
+again and keeps the sums.
 
 With z the normalised features, s_ij = z_i . z_j / t, and a pixel's own side and the other one of the mask, the loss of
 pixel i is softplus(lse_other(s_i) - lse_own(s_i)), and the gradient of s_ij is, but for the pixel's weight,
@@ -100,9 +101,8 @@ def _forward_kernel(
     inverse_ptr,  # (B, P) float32, contiguous, if NORMALIZE
     inside_ptr,  # (B, P) uint8, contiguous
     count_ptr,  # (B,) int64, contiguous: pixels inside
-    grad_loss_ptr,  # (B,) float32, contiguous, if BACKWARD
-    loss_ptr,  # (B, blocks) float32, contiguous, out unless BACKWARD: the block's part of the loss
-    statistics_ptr,  # (4, B, P) float32, contiguous, out if BACKWARD: see below
+    loss_ptr,  # (B, blocks) float32, contiguous, out: the block's part of the loss
+    statistics_ptr,  # (4, B, P) float32, contiguous, out: see below
     batch_stride,
     pixel_stride,
     channel_stride,
@@ -112,15 +112,14 @@ def _forward_kernel(
     blocks,
     inverse_temperature,
     NORMALIZE: tl.constexpr,
-    BACKWARD: tl.constexpr,
     ONE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A block of rows: their losses; or, for the backward pass, what the gradient of a row's similarities takes. That
-    is factor * 2^(similarity - base), with (base, factor) of its own side and of the other one: four statistics."""
+    """A block of rows: their losses, and what the gradient of a row's similarities takes. That is
+    factor * 2^(similarity - base), with (base, factor) of its own side and of the other one: four statistics."""
     index = tl.program_id(0).to(tl.int64)
     image, block = index // blocks, index % blocks
     first = block.to(tl.int32) * BLOCK_M
@@ -189,16 +188,13 @@ def _forward_kernel(
     difference = tl.where(other_maximum == float("-inf"), float("-inf"), difference)
     excess = tl.where(difference > 0.0, difference, 0.0)
     softplus = excess + tl.log2(1.0 + tl.exp2(-tl.abs(difference)))
-    if BACKWARD:
-        weight *= tl.load(grad_loss_ptr + image)
-        at, plane = statistics_ptr + image * pixels + row, batch.to(tl.int64) * pixels
-        tl.store(at, own_base, mask=is_row)
-        tl.store(at + plane, -weight / (1.0 + tl.exp2(-difference)), mask=is_row)
-        tl.store(at + 2 * plane, own_base + softplus, mask=is_row)
-        tl.store(at + 3 * plane, weight, mask=is_row)
-    else:
-        loss = tl.sum(tl.where(is_row, weight * softplus * _LN_2, 0.0), 0)
-        tl.store(loss_ptr + index, loss)
+    at, plane = statistics_ptr + image * pixels + row, batch.to(tl.int64) * pixels
+    tl.store(at, own_base, mask=is_row)
+    tl.store(at + plane, -weight / (1.0 + tl.exp2(-difference)), mask=is_row)
+    tl.store(at + 2 * plane, own_base + softplus, mask=is_row)
+    tl.store(at + 3 * plane, weight, mask=is_row)
+    loss = tl.sum(tl.where(is_row, weight * softplus * _LN_2, 0.0), 0)
+    tl.store(loss_ptr + index, loss)
 
 
 @triton.jit
@@ -207,6 +203,7 @@ def _backward_kernel(
     inverse_ptr,  # (B, P) float32, contiguous, if NORMALIZE
     inside_ptr,  # (B, P) uint8, contiguous
     statistics_ptr,  # (4, B, P) float32, contiguous
+    grad_loss_ptr,  # (B,) float32, contiguous
     grad_ptr,  # (B, P, C), contiguous, out
     batch_stride,
     pixel_stride,
@@ -307,22 +304,65 @@ def _backward_kernel(
         grad = (grad - along[:, None] * features.to(tl.float32)) * inverse[:, None]
     grad_ptr += image * pixels * channels
     at = row.to(tl.int64)[:, None] * channels + channel[None, :]
-    grad = rounded(grad * inverse_temperature, grad_ptr.dtype.element_ty)
+    grad *= inverse_temperature * tl.load(grad_loss_ptr + image)
+    grad = rounded(grad, grad_ptr.dtype.element_ty)
     tl.store(grad_ptr + at, grad, mask=is_row[:, None] & (channel < channels)[None, :])
 
 
-def forward(features: Tensor, inside: Tensor, temperature: float, normalize: bool) -> Tensor:
-    """(B,) float32 losses of features (B, P, C), any strides, and inside (B, P) uint8, contiguous."""
-    features = _within_reach(features)
-    loss, _, _ = _rows(features, inside, temperature, normalize, None)
-    return loss
-
-
-def backward(grad_loss: Tensor, features: Tensor, inside: Tensor, temperature: float, normalize: bool) -> Tensor:
-    """The gradient of features, (B, P, C), contiguous, for that of the losses, (B,) float32, contiguous."""
+def forward(features: Tensor, inside: Tensor, temperature: float, normalize: bool) -> tuple[Tensor, Tensor]:
+    """(B,) float32 losses of features (B, P, C), any strides, and inside (B, P) uint8, contiguous; and `statistics`."""
     features = _within_reach(features)
     (batch, pixels, channels), device = features.shape, features.device
-    _, statistics, inverse = _rows(features, inside, temperature, normalize, grad_loss)
+    kept = statistics(features)
+    inverse = kept[4]
+    if normalize:
+        blocks = triton.cdiv(pixels, _NORM_PIXELS)
+        _norm_kernel[_runtime.grid(batch * blocks)](
+            features_ptr=features,
+            inverse_ptr=inverse,
+            batch_stride=features.stride(0),
+            pixel_stride=features.stride(1),
+            channel_stride=features.stride(2),
+            pixels=pixels,
+            channels=channels,
+            blocks=blocks,
+            BLOCK_M=_NORM_PIXELS,
+            BLOCK_C=min(_runtime.power_of_two(channels), 64),
+        )
+    count = inside.sum(1, dtype=torch.int64)
+
+    def launch(config: triton.Config) -> Tensor:
+        blocks = triton.cdiv(pixels, config.kwargs["BLOCK_M"])
+        loss = torch.empty(batch, blocks, dtype=torch.float32, device=device)
+        _forward_kernel[_runtime.grid(batch * blocks)](
+            **_inputs(features, inside, inverse, temperature),
+            count_ptr=count,
+            loss_ptr=loss,
+            statistics_ptr=kept,
+            blocks=blocks,
+            NORMALIZE=normalize,
+            **_channels(features),
+            **config.all_kwargs(),
+        )
+        return loss
+
+    loss = _FORWARD(launch, device, *_key(features), normalize)
+    return loss.sum(1), kept
+
+
+def statistics(features: Tensor) -> Tensor:
+    """(5, B, P) float32, uninitialised: `_forward_kernel`'s four statistics of each pixel, and 1 / norm."""
+    batch, pixels, _ = features.shape
+    return features.new_empty((5, batch, pixels), dtype=torch.float32)
+
+
+def backward(
+    grad_loss: Tensor, features: Tensor, inside: Tensor, kept: Tensor, temperature: float, normalize: bool
+) -> Tensor:
+    """The gradient of features, (B, P, C), contiguous, for that of the losses, (B,) float32, contiguous; `kept` are the
+    statistics that the forward pass returned."""
+    features = _within_reach(features)
+    (batch, pixels, channels), device = features.shape, features.device
     grad = torch.empty_like(features, memory_format=torch.contiguous_format)
     block_g = min(_runtime.power_of_two(channels), _GRADIENT_CHANNELS)
 
@@ -330,8 +370,9 @@ def backward(grad_loss: Tensor, features: Tensor, inside: Tensor, temperature: f
         blocks = triton.cdiv(pixels, config.kwargs["BLOCK_M"])
         channel_blocks = triton.cdiv(channels, block_g)
         _backward_kernel[_runtime.grid(batch * blocks * channel_blocks)](
-            **_inputs(features, inside, inverse, temperature),
-            statistics_ptr=statistics,
+            **_inputs(features, inside, kept[4], temperature),
+            statistics_ptr=kept,
+            grad_loss_ptr=grad_loss,
             grad_ptr=grad,
             blocks=blocks,
             channel_blocks=channel_blocks,
@@ -350,52 +391,6 @@ def _within_reach(features: Tensor) -> Tensor:
     _, _, channels = features.shape
     reach = _LARGEST_TILE * features.stride(1) + channels * features.stride(2)
     return features if reach < 2**31 else features.contiguous()
-
-
-def _rows(
-    features: Tensor, inside: Tensor, temperature: float, normalize: bool, grad_loss: Tensor | None
-) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """(losses, None, 1 / norms), or (None, statistics, 1 / norms) when there is a gradient of the losses."""
-    (batch, pixels, channels), device = features.shape, features.device
-    inverse = torch.empty(batch, pixels, dtype=torch.float32, device=device)
-    if normalize:
-        blocks = triton.cdiv(pixels, _NORM_PIXELS)
-        _norm_kernel[_runtime.grid(batch * blocks)](
-            features_ptr=features,
-            inverse_ptr=inverse,
-            batch_stride=features.stride(0),
-            pixel_stride=features.stride(1),
-            channel_stride=features.stride(2),
-            pixels=pixels,
-            channels=channels,
-            blocks=blocks,
-            BLOCK_M=_NORM_PIXELS,
-            BLOCK_C=min(_runtime.power_of_two(channels), 64),
-        )
-    count = inside.sum(1, dtype=torch.int64)
-    statistics = None
-    if grad_loss is not None:
-        statistics = torch.empty(4, batch, pixels, dtype=torch.float32, device=device)
-
-    def launch(config: triton.Config) -> Tensor:
-        blocks = triton.cdiv(pixels, config.kwargs["BLOCK_M"])
-        loss = torch.empty(batch, blocks, dtype=torch.float32, device=device)
-        _forward_kernel[_runtime.grid(batch * blocks)](
-            **_inputs(features, inside, inverse, temperature),
-            count_ptr=count,
-            grad_loss_ptr=loss if grad_loss is None else grad_loss,
-            loss_ptr=loss,
-            statistics_ptr=loss if statistics is None else statistics,
-            blocks=blocks,
-            NORMALIZE=normalize,
-            BACKWARD=grad_loss is not None,
-            **_channels(features),
-            **config.all_kwargs(),
-        )
-        return loss
-
-    loss = _FORWARD(launch, device, *_key(features), normalize, grad_loss is None)
-    return (loss.sum(1), None, inverse) if grad_loss is None else (None, statistics, inverse)
 
 
 def _inputs(
@@ -474,4 +469,4 @@ def launches(dtype: torch.dtype, quick: bool) -> Iterator[tuple[str, Callable[[]
         grad_loss = torch.empty(2, dtype=torch.float32, device="meta")
         label = f"C {channels}, channels {'first' if first else 'last'}"
         yield label, functools.partial(forward, features, inside, 0.1, True)
-        yield label, functools.partial(backward, grad_loss, features, inside, 0.1, True)
+        yield label, functools.partial(backward, grad_loss, features, inside, statistics(features), 0.1, True)

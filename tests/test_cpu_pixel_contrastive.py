@@ -18,12 +18,14 @@ class Call:
         self.features = torch.randn(BATCH, PIXELS, CHANNELS, generator=torch.Generator().manual_seed(0)).to(dtype)
         self.inside = torch.tensor([[1, 0, 0, 1, 0], [0, 0, 0, 0, 1]]).bool()
         self.loss = torch.full((BATCH,), torch.nan, dtype=real)
+        self.statistics = torch.full((BATCH, 4, PIXELS), torch.nan, dtype=real)
         self.grad_loss = torch.ones(BATCH, dtype=real)
         self.grad = torch.full_like(self.features, torch.nan)
         self.common = {
             "features_ptr": self.features.data_ptr(),
             "features_strides": self.features.stride(),
             "inside_ptr": self.inside.data_ptr(),
+            "statistics_ptr": self.statistics.data_ptr(),
             "dtype": [torch.float32, torch.bfloat16, torch.float16, torch.float64].index(dtype),
             "batch": BATCH,
             "pixels": PIXELS,
@@ -46,6 +48,7 @@ def test_everything_is_written(dtype):
     call = Call(dtype)
     call.forward()
     call.backward()
+    assert (call.statistics[:, ::2] > 0).all() and not call.statistics.isnan().any()
     assert (call.loss > 0).all() and call.grad.isfinite().all() and call.grad.any(2).all()
 
 
@@ -67,6 +70,7 @@ def test_everything_is_written(dtype):
         ("dtype", 4, "dtype: expected 0 .float32.*got 4"),
         ("features_ptr", 0, "features_ptr: expected the address of a tensor"),
         ("inside_ptr", 0, "inside_ptr: expected the address of a tensor"),
+        ("statistics_ptr", 0, "statistics_ptr: expected the address of a tensor"),
     ],
 )
 def test_bad_arguments(name, value, message):
@@ -94,10 +98,20 @@ def test_bad_addresses_of_results():
     assert call.loss.isnan().all() and call.grad.isnan().all()
 
 
+def test_statistics_of_the_forward_are_what_the_backward_reads():
+    call = Call()
+    call.forward()
+    call.backward()
+    first = call.grad.clone()
+    call.statistics[:, ::2] *= 2  # sums: the gradient's factors are inverse to them
+    call.backward()
+    torch.testing.assert_close(call.grad, first / 2)
+
+
 def test_no_images():
     call = Call()
-    call.forward(batch=0, features_ptr=0, inside_ptr=0, loss_ptr=0)
-    call.backward(batch=0, features_ptr=0, inside_ptr=0, grad_loss_ptr=0, grad_features_ptr=0)
+    call.forward(batch=0, features_ptr=0, inside_ptr=0, loss_ptr=0, statistics_ptr=0)
+    call.backward(batch=0, features_ptr=0, inside_ptr=0, statistics_ptr=0, grad_loss_ptr=0, grad_features_ptr=0)
     assert call.loss.isnan().all() and call.grad.isnan().all()
 
 

@@ -29,8 +29,10 @@ PYBIND11_MODULE(_cpu, m) {
     bind_pixel_contrastive_loss(m);
     bind_window_attention(m);
     m.def("simd_level", &simd_level,
-          "Instruction set in use: 'avx512_bf16', 'avx512', 'avx2' or 'portable'.");
-    m.def("supported_simd_levels", &supported_simd_levels, "Levels that this processor can run, best first.");
+          "Instruction set in use: 'amx', 'avx512_bf16', 'avx512', 'avx2' or 'portable'.");
+    m.def("supported_simd_levels", &supported_simd_levels,
+          "Levels that this processor can run, best first. 'amx', not measured yet, is never chosen by "
+          "itself.");
     m.def("set_simd_level", &set_simd_level, "name"_a,
           "Forces a level for this process; ValueError if not supported.");
 }

@@ -14,8 +14,9 @@ using py::literals::operator""_a;
 namespace magnet_fast {
 namespace {
 
-void forward(Address features, const Strides& strides, Address inside, Address loss, int dtype, int64_t batch,
-             int64_t pixels, int64_t channels, double temperature, bool normalize, int64_t threads) {
+void forward(Address features, const Strides& strides, Address inside, Address loss, Address statistics,
+             int dtype, int64_t batch, int64_t pixels, int64_t channels, double temperature, bool normalize,
+             int64_t threads) {
     with_element(dtype, [&](auto element) {
         using Element = decltype(element);
         pixel_contrastive_forward<Element>({
@@ -24,11 +25,12 @@ void forward(Address features, const Strides& strides, Address inside, Address l
             {strides[0], strides[1], strides[2]},
             pointer<const bool>(inside),
             pointer<typename Computed<Element>::Real>(loss),
+            pointer<typename Computed<Element>::Real>(statistics),
         });
     });
 }
 
-void backward(Address grad_loss, Address features, const Strides& strides, Address inside,
+void backward(Address grad_loss, Address features, const Strides& strides, Address inside, Address statistics,
               Address grad_features, int dtype, int64_t batch, int64_t pixels, int64_t channels,
               double temperature, bool normalize, int64_t threads) {
     with_element(dtype, [&](auto element) {
@@ -39,6 +41,7 @@ void backward(Address grad_loss, Address features, const Strides& strides, Addre
             pointer<const Element>(features),
             {strides[0], strides[1], strides[2]},
             pointer<const bool>(inside),
+            pointer<const typename Computed<Element>::Real>(statistics),
             pointer<Element>(grad_features),
         });
     });
@@ -48,15 +51,18 @@ void backward(Address grad_loss, Address features, const Strides& strides, Addre
 
 void bind_pixel_contrastive_loss(py::module_& m) {
     m.def("pixel_contrastive_loss_forward", &forward, py::call_guard<py::gil_scoped_release>(), py::kw_only(),
-          "features_ptr"_a, "features_strides"_a, "inside_ptr"_a, "loss_ptr"_a, "dtype"_a, "batch"_a,
-          "pixels"_a, "channels"_a, "temperature"_a, "normalize"_a, "threads"_a,
+          "features_ptr"_a, "features_strides"_a, "inside_ptr"_a, "loss_ptr"_a, "statistics_ptr"_a, "dtype"_a,
+          "batch"_a, "pixels"_a, "channels"_a, "temperature"_a, "normalize"_a, "threads"_a,
           "Pixel contrastive loss. features (B, P, C) with strides (batch, pixel, channel), inside (B, P) "
-          "bool contiguous, loss (B) written: float32, or float64 for float64 features.");
+          "bool contiguous, loss (B) written: float32, or float64 for float64 features; so are statistics "
+          "(B, 4, P), for "
+          "the backward pass.");
     m.def("pixel_contrastive_loss_backward", &backward, py::call_guard<py::gil_scoped_release>(),
           py::kw_only(), "grad_loss_ptr"_a, "features_ptr"_a, "features_strides"_a, "inside_ptr"_a,
-          "grad_features_ptr"_a, "dtype"_a, "batch"_a, "pixels"_a, "channels"_a, "temperature"_a,
-          "normalize"_a, "threads"_a,
-          "Gradient of pixel_contrastive_loss_forward. grad_loss (B) and grad_features (B, P, C) are "
+          "statistics_ptr"_a, "grad_features_ptr"_a, "dtype"_a, "batch"_a, "pixels"_a, "channels"_a,
+          "temperature"_a, "normalize"_a, "threads"_a,
+          "Gradient of pixel_contrastive_loss_forward, whose statistics are read. grad_loss (B) and "
+          "grad_features (B, P, C) are "
           "contiguous, the second is overwritten.");
 }
 

@@ -73,11 +73,12 @@ static void softmax_over_pixels_backward(const CrossModalBackward<Element>& a, i
 }
 
 /// Packed words in the forms that the products want.
+template <typename Element>
 struct Words {
+    using Word = ProductWord<Element>;
     const void *key = nullptr, *value = nullptr;
-    const Real *grad_image_query = nullptr, *grad_image_key = nullptr, *grad_image_value = nullptr;
+    const Word *grad_image_query = nullptr, *grad_image_key = nullptr, *grad_image_value = nullptr;
 
-    template <typename Element>
     Words(const CrossModalBackward<Element>& a, const Tiles& tiles) {
         const int64_t d = a.widths.similarity, dv = a.widths.text_value, dw = a.widths.image_value;
         if (a.grad_image_out) {
@@ -96,7 +97,7 @@ struct Words {
 /// into tiles.second.
 template <typename Element>
 static void image_direction(const CrossModalBackward<Element>& a, const Tiles& tiles, const Tile& at,
-                            const Words& words, bool grad_scores) {
+                            const Words<Element>& words, bool grad_scores) {
     const int64_t d = a.widths.similarity, dv = a.widths.text_value;
     const Real* score = tiles.first;
     int64_t score_row = tiles.row;
@@ -117,8 +118,8 @@ static void image_direction(const CrossModalBackward<Element>& a, const Tiles& t
 /// From the gradient of scores to those of the image rows and the words that were multiplied.
 template <typename Element>
 static void score_gradients(const CrossModalBackward<Element>& a, const Tiles& tiles, const Tile& at,
-                            const Real* grads, int64_t row, const Real* words, Rows<const Element> image,
-                            Rows<Element> grad_image, Real* grad_words) {
+                            const Real* grads, int64_t row, const ProductWord<Element>* words,
+                            Rows<const Element> image, Rows<Element> grad_image, Real* grad_words) {
     const int64_t width = a.widths.similarity;
     const Ahead here(image.from(at.first), at.count, width), next(image.from(at.next), at.next_count, width);
     if (grad_image)
@@ -140,7 +141,7 @@ template <typename Element>
 static void backward(const CrossModalBackward<Element>& a) {
     if (a.words == 0) return clear(a);
     const Tiles tiles(a.scratch, a.words, a.widths);
-    const Words words(a, tiles);
+    const Words<Element> words(a, tiles);
     const bool shared = !a.image_key, image = bool(a.grad_image_out), text = a.grad_text_out != nullptr;
     const bool grad_scores = a.grad_image_query || a.grad_text_key;
     for (int64_t p = 0; p < a.pixels;) {

@@ -2,7 +2,7 @@
 // sums.
 #pragma once
 
-#include "cpu/cross_modal_product.h"
+#include "cpu/cross_modal_ahead.h"
 
 #if defined(MAGNET_FAST_SIMD_AVX512)
 namespace magnet_fast {
@@ -13,30 +13,29 @@ static inline bool prefers_dots(int64_t width) {
     return width >= 64;
 }
 
-/// Vectors of channels: of words in Real, zeros after the last, and of image rows.
+/// Vectors of channels, as multiply_add() takes them: of words in Real, zeros after the last, and of image
+/// rows.
 template <typename Element>
 struct ChannelDot {
     using Word = Real;
+    using Lanes = Vec;
     static constexpr int64_t kStep = 16;
     static inline Vec word(const Real* p) { return load(p); }
     static inline Vec image(const Element* p) { return load(p); }
     static inline Vec image_part(const Element* p, int64_t count) { return load_part(p, count); }
-    using Terms = Singles;
 };
 
 #if defined(MAGNET_FAST_SIMD_AVX512_BF16)
 template <>
 struct ChannelDot<BFloat16> {
     using Word = BFloat16;
+    using Lanes = __m512bh;
     static constexpr int64_t kStep = 32;
-    static inline Vec word(const BFloat16* p) {
-        return _mm512_castsi512_ps(_mm512_loadu_si512(reinterpret_cast<const void*>(p)));
+    static inline Lanes word(const BFloat16* p) { return load(reinterpret_cast<const Pair*>(p)); }
+    static inline Lanes image(const BFloat16* p) { return word(p); }
+    static inline Lanes image_part(const BFloat16* p, int64_t count) {
+        return (Lanes)_mm512_maskz_loadu_epi16(static_cast<__mmask32>((1u << count) - 1), p);
     }
-    static inline Vec image(const BFloat16* p) { return word(p); }
-    static inline Vec image_part(const BFloat16* p, int64_t count) {
-        return _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(static_cast<__mmask32>((1u << count) - 1), p));
-    }
-    using Terms = Pairs;
 };
 #endif
 
@@ -62,23 +61,24 @@ static inline void dot_tile(int64_t width, const typename ChannelDot<Element>::W
                             const Element* const (&pixel)[4], Real scale, Real* to, int64_t to_row,
                             Ahead& ahead) {
     using Dot = ChannelDot<Element>;
+    using Lanes = typename Dot::Lanes;
     Vec sum[16];
     for (int i = 0; i < 16; ++i) sum[i] = broadcast(0);
-    const auto add = [&](int64_t c, const Vec(&image)[4]) __attribute__((always_inline)) {
+    const auto add = [&](int64_t c, const Lanes(&image)[4]) __attribute__((always_inline)) {
         for (int t = 0; t < Words; ++t) {
-            const Vec row = Dot::word(word + t * word_row + c);
-            for (int i = 0; i < 4; ++i) sum[4 * t + i] = Dot::Terms::add(sum[4 * t + i], image[i], row);
+            const Lanes row = Dot::word(word + t * word_row + c);
+            for (int i = 0; i < 4; ++i) sum[4 * t + i] = multiply_add(image[i], row, sum[4 * t + i]);
         }
     };
     int64_t c = 0;
     for (; c + Dot::kStep <= width; c += Dot::kStep) {
         ahead.step();
-        Vec image[4];
+        Lanes image[4];
         for (int i = 0; i < 4; ++i) image[i] = Dot::image(pixel[i] + c);
         add(c, image);
     }
     if (c < width) {
-        Vec image[4];
+        Lanes image[4];
         for (int i = 0; i < 4; ++i) image[i] = Dot::image_part(pixel[i] + c, width - c);
         add(c, image);
     }

@@ -69,7 +69,8 @@ static void forward(const CrossModalForward<Element>& a) {
     const bool shared = !a.image_key;
     const void* key = a.key ? words_for_scores<Element>(a.words, d, a.key, tiles.form(0)) : nullptr;
     const void* query = a.query ? words_for_scores<Element>(a.words, d, a.query, tiles.form(1)) : nullptr;
-    const Real* value = a.value ? words_for_pixels<Element>(a.words, dv, a.value, tiles.form(2)) : nullptr;
+    const ProductWord<Element>* value =
+        a.value ? words_for_pixels<Element>(a.words, dv, a.value, tiles.form(2)) : nullptr;
     for (int64_t p = 0, next = 0; p < a.pixels; p = next) {
         const Tile at(p, a.pixels, tiles.pixels);
         const int64_t count = at.count, next_count = at.next_count;

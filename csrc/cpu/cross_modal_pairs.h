@@ -26,24 +26,27 @@ static inline void round_words(int64_t words, int64_t width, const Real* packed,
     }
 }
 
-/// 16 numbers of each in bfloat16, side by side in 32 bits.
-static inline Vec side_by_side(Vec first, Vec second) {
-    const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(first)),
-                  high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(second));
-    return _mm512_castsi512_ps(_mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+/// to = 16 numbers of each, the words' lower halves, side by side.
+static inline void store_pairs(Pair* to, __m512i first, __m512i second) {
+    _mm512_storeu_si512(to, _mm512_or_si512(first, _mm512_slli_epi32(second, 16)));
+}
+
+/// 16 numbers in bfloat16, in the lower halves of words.
+static inline __m512i rounded_words(Vec v) {
+    return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(v));
 }
 
 /// Rows t and t + 1 of `from` side by side in row t / 2 of `to`; an odd last row beside zeros.
-static inline void pair_rows(int64_t rows, int64_t columns, const Real* from, int64_t from_row, Real* to,
+static inline void pair_rows(int64_t rows, int64_t columns, const Real* from, int64_t from_row, Pair* to,
                              int64_t to_row) {
     for (int64_t t = 0; t < rows; t += 2, to += to_row)
         for (int64_t c = 0; c < columns; c += 16)
-            store(to + c, side_by_side(load(from + t * from_row + c),
-                                       t + 1 < rows ? load(from + (t + 1) * from_row + c) : broadcast(0)));
+            store_pairs(to + c, rounded_words(load(from + t * from_row + c)),
+                        rounded_words(t + 1 < rows ? load(from + (t + 1) * from_row + c) : broadcast(0)));
 }
 
 /// The same for image rows, which are bfloat16 already.
-static inline void pair_image_rows(Rows<const BFloat16> image, int64_t rows, int64_t columns, Real* to,
+static inline void pair_image_rows(Rows<const BFloat16> image, int64_t rows, int64_t columns, Pair* to,
                                    int64_t to_row) {
     const auto half = [columns](const BFloat16* p, int64_t c) {
         const int64_t count = columns - c;
@@ -52,21 +55,19 @@ static inline void pair_image_rows(Rows<const BFloat16> image, int64_t rows, int
     };
     for (int64_t p = 0; p < rows; p += 2, to += to_row) {
         const BFloat16 *first = image.data + p * image.stride, *second = first + image.stride;
-        for (int64_t c = 0; c < columns; c += 16) {
-            const __m512i low = half(first, c),
-                          high = p + 1 < rows ? half(second, c) : _mm512_setzero_si512();
-            store(to + c, _mm512_castsi512_ps(_mm512_or_si512(low, _mm512_slli_epi32(high, 16))));
-        }
+        for (int64_t c = 0; c < columns; c += 16)
+            store_pairs(to + c, half(first, c), p + 1 < rows ? half(second, c) : _mm512_setzero_si512());
     }
 }
 
-/// Neighbouring columns side by side: to (rows x to_row / 2 pairs). Reads up to a multiple of 32 columns.
-static inline void pair_columns(int64_t rows, int64_t columns, const Real* from, int64_t from_row,
-                                BFloat16* to, int64_t to_row) {
+/// Neighbouring columns side by side: to (rows x to_row). Reads up to a multiple of 32 columns.
+static inline void pair_columns(int64_t rows, int64_t columns, const Real* from, int64_t from_row, Pair* to,
+                                int64_t to_row) {
     for (int64_t t = 0; t < rows; ++t, from += from_row, to += to_row) {
         for (int64_t c = 0; c < columns; c += 32)
-            _mm512_storeu_si512(to + c, (__m512i)_mm512_cvtne2ps_pbh(load(from + c + 16), load(from + c)));
-        if (columns % 2) to[columns] = BFloat16{};
+            _mm512_storeu_si512(to + c / 2,
+                                (__m512i)_mm512_cvtne2ps_pbh(load(from + c + 16), load(from + c)));
+        if (columns % 2) to[columns / 2].bits &= 0xFFFFu;
     }
 }
 #else
@@ -74,18 +75,19 @@ template <typename Element>
 constexpr bool kPairs = false;
 #endif
 
+/// What write_pixels and sum_pixels multiply.
 template <typename Element>
-struct TermsOf {
-    using Type = Singles;
+struct WordOf {
+    using Type = Real;
 };
 #if defined(MAGNET_FAST_SIMD_AVX512_BF16)
 template <>
-struct TermsOf<BFloat16> {
-    using Type = Pairs;
+struct WordOf<BFloat16> {
+    using Type = Pair;
 };
 #endif
 template <typename Element>
-using ProductTerms = typename TermsOf<Element>::Type;
+using ProductWord = typename WordOf<Element>::Type;
 
 /// Packed words as score_pixels wants them, at most in `room` (words x packed_row(width)).
 template <typename Element>
@@ -102,15 +104,17 @@ static inline const void* words_for_scores(int64_t words, int64_t width, const R
 
 /// Packed words as write_pixels wants them, at most in `room`.
 template <typename Element>
-static inline const Real* words_for_pixels(int64_t words, int64_t width, const Real* packed, Real* room) {
+static inline const ProductWord<Element>* words_for_pixels(int64_t words, int64_t width, const Real* packed,
+                                                           Real* room) {
+    (void)words, (void)width, (void)room;
 #if defined(MAGNET_FAST_SIMD_AVX512_BF16)
     if constexpr (kPairs<Element>) {
-        pair_rows(words, round_up(width), packed, packed_row(width), room, packed_row(width));
-        return room;
-    }
+        Pair* pairs = reinterpret_cast<Pair*>(room);
+        pair_rows(words, round_up(width), packed, packed_row(width), pairs, packed_row(width));
+        return pairs;
+    } else
 #endif
-    (void)words, (void)width, (void)room;
-    return packed;
+        return packed;
 }
 
 }  // namespace MAGNET_FAST_SIMD_LEVEL

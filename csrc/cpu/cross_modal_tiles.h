@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cpu/cross_modal_pairs.h"
+#include "cpu/simd_transpose.h"
 
 namespace magnet_fast {
 namespace MAGNET_FAST_SIMD_LEVEL {
@@ -31,6 +32,10 @@ struct Tiles {
     }
 
     Real* form(int64_t i) const { return words + i * form_; }
+
+#if defined(MAGNET_FAST_SIMD_AVX512_BF16)
+    Pair* weight_pairs() const { return reinterpret_cast<Pair*>(pairs); }
+#endif
 
   private:
     int64_t form_;
@@ -71,55 +76,6 @@ struct Tile {
         next_count = next < pixels ? even_piece(pixels - next, most) : 0;
     }
 };
-
-/// Transposes kLanes vectors.
-static inline void transpose(Vec (&v)[kLanes]) {
-#if defined(MAGNET_FAST_SIMD_AVX512)
-    Vec t[16];
-    for (int i = 0; i < 16; i += 2) {
-        t[i] = _mm512_unpacklo_ps(v[i], v[i + 1]);
-        t[i + 1] = _mm512_unpackhi_ps(v[i], v[i + 1]);
-    }
-    // After this, 128-bit part p of v[4 * g + j] holds column 4 * p + j of rows 4 * g to 4 * g + 3.
-    for (int i = 0; i < 16; i += 4) {
-        v[i] = _mm512_shuffle_ps(t[i], t[i + 2], 0x44);
-        v[i + 1] = _mm512_shuffle_ps(t[i], t[i + 2], 0xEE);
-        v[i + 2] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0x44);
-        v[i + 3] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0xEE);
-    }
-    for (int j = 0; j < 4; ++j) {
-        const Vec a = _mm512_shuffle_f32x4(v[j], v[4 + j], 0x88),
-                  b = _mm512_shuffle_f32x4(v[j], v[4 + j], 0xDD),
-                  c = _mm512_shuffle_f32x4(v[8 + j], v[12 + j], 0x88),
-                  d = _mm512_shuffle_f32x4(v[8 + j], v[12 + j], 0xDD);
-        v[j] = _mm512_shuffle_f32x4(a, c, 0x88);
-        v[4 + j] = _mm512_shuffle_f32x4(b, d, 0x88);
-        v[8 + j] = _mm512_shuffle_f32x4(a, c, 0xDD);
-        v[12 + j] = _mm512_shuffle_f32x4(b, d, 0xDD);
-    }
-#elif defined(MAGNET_FAST_SIMD_AVX2)
-    Vec t[8];
-    for (int i = 0; i < 8; i += 4) {
-        const Vec a = _mm256_unpacklo_ps(v[i], v[i + 1]), b = _mm256_unpackhi_ps(v[i], v[i + 1]),
-                  c = _mm256_unpacklo_ps(v[i + 2], v[i + 3]), d = _mm256_unpackhi_ps(v[i + 2], v[i + 3]);
-        t[i] = _mm256_shuffle_ps(a, c, 0x44);
-        t[i + 1] = _mm256_shuffle_ps(a, c, 0xEE);
-        t[i + 2] = _mm256_shuffle_ps(b, d, 0x44);
-        t[i + 3] = _mm256_shuffle_ps(b, d, 0xEE);
-    }
-    for (int j = 0; j < 4; ++j) {
-        v[j] = _mm256_permute2f128_ps(t[j], t[4 + j], 0x20);
-        v[4 + j] = _mm256_permute2f128_ps(t[j], t[4 + j], 0x31);
-    }
-#else
-    for (int i = 0; i < kLanes; ++i)
-        for (int j = 0; j < i; ++j) {
-            const Real x = v[i][j];
-            v[i][j] = v[j][i];
-            v[j][i] = x;
-        }
-#endif
-}
 
 /// to (width x to_row) = the first `pixels` rows transposed, with zeros up to a multiple of kLanes pixels.
 template <typename Element>
@@ -177,9 +133,8 @@ static void score_pixels(int64_t count, int64_t width, const void* words, Rows<c
             const int64_t depth = smaller(kPanelDepth, width - c);
             const Rows<const Element> part{image.data + p * image.stride + c, image.stride};
             transpose_rows(part, here, depth, tiles.panel, columns);
-            fetching_multiply<Singles>(count, columns, depth, packed + c, packed_row(width), 1, tiles.panel,
-                                       columns, c ? scores + p : nullptr, score_row, scores + p, score_row,
-                                       ahead);
+            multiply(ahead, count, columns, depth, packed + c, packed_row(width), 1, tiles.panel, columns,
+                     c ? scores + p : nullptr, score_row, scores + p, score_row);
         }
         for (int64_t t = 0; t < count; ++t)
             for (int64_t i = 0; i < columns; i += kLanes) {
@@ -198,24 +153,24 @@ static void sum_pixels(int64_t words, int64_t pixels, const Real* weights, int64
     ahead.spread((width + kPanelPixels - 1) / kPanelPixels * product_steps(words, 3, pixels));
     if constexpr (Same<Element, Real>::value) {
         if (in_place<Element>(width)) {
-            fetching_multiply<Singles>(words, width, pixels, weights, weight_row, 1, image.data, image.stride,
-                                       add ? to : nullptr, to_row, to, to_row, ahead);
+            multiply(ahead, words, width, pixels, weights, weight_row, 1, image.data, image.stride,
+                     add ? to : nullptr, to_row, to, to_row);
             return;
         }
     }
 #if defined(MAGNET_FAST_SIMD_AVX512_BF16)
     if constexpr (kPairs<Element>)
-        pair_columns(words, pixels, weights, weight_row, reinterpret_cast<BFloat16*>(tiles.pairs), tiles.row);
+        pair_columns(words, pixels, weights, weight_row, tiles.weight_pairs(), tiles.row / 2);
 #endif
     for (int64_t c = 0; c < width; c += kPanelPixels) {
         const int64_t channels = smaller(kPanelPixels, width - c), columns = round_up(channels);
         const Rows<const Element> part{image.data + c, image.stride};
 #if defined(MAGNET_FAST_SIMD_AVX512_BF16)
         if constexpr (kPairs<Element>) {
-            pair_image_rows(part, pixels, channels, tiles.rows, columns);
-            fetching_multiply<Pairs>(words, columns, (pixels + 1) / 2, tiles.pairs, tiles.row / 2, 1,
-                                     tiles.rows, columns, add ? to + c : nullptr, to_row, to + c, to_row,
-                                     ahead);
+            Pair* rows = reinterpret_cast<Pair*>(tiles.rows);
+            pair_image_rows(part, pixels, channels, rows, columns);
+            multiply(ahead, words, columns, (pixels + 1) / 2, tiles.weight_pairs(), tiles.row / 2, 1, rows,
+                     columns, add ? to + c : nullptr, to_row, to + c, to_row);
             continue;
         }
 #endif
@@ -226,35 +181,35 @@ static void sum_pixels(int64_t words, int64_t pixels, const Real* weights, int64
             for (; i + kLanes <= channels; i += kLanes) store(wide + i, load(at + i));
             if (i < channels) store(wide + i, load_part(at + i, channels - i));
         }
-        fetching_multiply<Singles>(words, columns, pixels, weights, weight_row, 1, tiles.rows, columns,
-                                   add ? to + c : nullptr, to_row, to + c, to_row, ahead);
+        multiply(ahead, words, columns, pixels, weights, weight_row, 1, tiles.rows, columns,
+                 add ? to + c : nullptr, to_row, to + c, to_row);
     }
 }
 
 /// image rows = weights (words x pixels) transposed * words, which are as words_for_pixels made them.
 template <typename Element>
 static void write_pixels(int64_t words, int64_t pixels, const Real* weights, int64_t weight_row,
-                         const Real* packed, int64_t width, const Tiles& tiles, Rows<Element> image,
-                         Ahead ahead) {
+                         const ProductWord<Element>* packed, int64_t width, const Tiles& tiles,
+                         Rows<Element> image, Ahead ahead) {
     // Blocks of few rows: their results are written nearly in the order of memory.
     constexpr int64_t kBlock = 24;
-    using Terms = ProductTerms<Element>;
     ahead.spread((width + kPanelPixels - 1) / kPanelPixels * product_steps(pixels, 3, words));
+    const ProductWord<Element>* factors;
 #if defined(MAGNET_FAST_SIMD_AVX512_BF16)
     if constexpr (kPairs<Element>) {
-        pair_rows(words, pixels, weights, weight_row, tiles.pairs, tiles.row);
-        weights = tiles.pairs;
+        pair_rows(words, pixels, weights, weight_row, tiles.weight_pairs(), tiles.row);
+        factors = tiles.weight_pairs();
         weight_row = tiles.row;
         words = (words + 1) / 2;
-    }
+    } else
 #endif
+        factors = weights;
     for (int64_t p = 0; p < pixels; p += kBlock) {
         const int64_t rows = smaller(kBlock, pixels - p);
         if constexpr (Same<Element, Real>::value) {
             if (in_place<Element>(width)) {
-                fetching_multiply<Terms>(rows, width, words, weights + p, 1, weight_row, packed,
-                                         packed_row(width), nullptr, 0, image.data + p * image.stride,
-                                         image.stride, ahead);
+                multiply(ahead, rows, width, words, factors + p, 1, weight_row, packed, packed_row(width),
+                         nullptr, 0, image.data + p * image.stride, image.stride);
                 continue;
             }
         }
@@ -262,8 +217,8 @@ static void write_pixels(int64_t words, int64_t pixels, const Real* weights, int
         static_assert(kBlock * kChannels <= kTilePixels * kPanelPixels);
         for (int64_t c = 0; c < width; c += kChannels) {
             const int64_t channels = smaller(kChannels, width - c), columns = round_up(channels);
-            fetching_multiply<Terms>(rows, columns, words, weights + p, 1, weight_row, packed + c,
-                                     packed_row(width), nullptr, 0, tiles.rows, columns, ahead);
+            multiply(ahead, rows, columns, words, factors + p, 1, weight_row, packed + c, packed_row(width),
+                     nullptr, 0, tiles.rows, columns);
             for (int64_t r = 0; r < rows; ++r) {
                 Element* at = image.data + (p + r) * image.stride + c;
                 const Real* from = tiles.rows + r * columns;

@@ -98,8 +98,13 @@ class Image {
         for (int64_t t = 0; t < team; ++t) workers_.emplace_back(sizes.channels);
     }
 
-    Real loss(const Element* features, const bool* inside) {
-        if (!summarise(features, inside)) return constant();
+    Real loss(const Element* features, const bool* inside, Real* statistics) {
+        if (!pack(features, inside)) {
+            std::fill_n(statistics, kPixelStatistics * sizes_.pixels, Real{0});
+            return constant();
+        }
+        summarise();
+        each_statistic([&](Real& ours, int64_t place) { statistics[place] = ours; });
         double total = 0;
         for (const Block& block : blocks_) {
             double of_block = 0;
@@ -113,14 +118,17 @@ class Image {
         return static_cast<Real>(total);
     }
 
-    void gradient(const Element* features, const bool* inside, Real grad_loss, Element* grad) {
-        if (!summarise(features, inside)) {
+    /// `statistics` are those that loss() wrote for the same features.
+    void gradient(const Element* features, const bool* inside, const Real* statistics, Real grad_loss,
+                  Element* grad) {
+        if (!pack(features, inside)) {
             // All bits set are NaN in every format.
             const bool zero = constant() * grad_loss == 0;
             std::memset(static_cast<void*>(grad), zero ? 0 : 0xFF,
                         sizes_.pixels * sizes_.channels * sizeof(Element));
             return;
         }
+        each_statistic([&](Real& ours, int64_t place) { ours = statistics[place]; });
         differentiate_sums();
         const Numbers<Real>& grad_z = columns_;  // the columns are no longer needed: memory is used twice
         each_block([&](const Block& block) {
@@ -159,8 +167,8 @@ class Image {
         int outside;           // 0 or 1
     };
 
-    /// Sums over both sides for every pixel. False: the loss is constant().
-    bool summarise(const Element* features, const bool* inside) {
+    /// Packs every pixel, and settles the exponentials' shift. False: the loss is constant().
+    bool pack(const Element* features, const bool* inside) {
         sort(inside);
         each_block([&](const Block& block) {
             Real* columns = columns_of(block);
@@ -183,7 +191,11 @@ class Image {
         finite_ = finite_ && std::isfinite(shift_);
         if (!finite_ || count_[0] == 0 || count_[1] == 0) return false;
         shared_ = (most - least) / sizes_.temperature <= kSharedRange;
+        return true;
+    }
 
+    /// Sums over both sides for every pixel.
+    void summarise() {
         for (int other = 0; other < 2; ++other) {
             std::fill_n(sum_[other].get(), most_slots_, Real{0});
             std::fill_n(most_[other].get(), most_slots_, -std::numeric_limits<Real>::infinity());
@@ -201,7 +213,18 @@ class Image {
             pair.column_most = most_[other] + column.first;
             kernels_.sums(pair);
         });
-        return true;
+    }
+
+    /// Calls visit(number, place) for every sum and maximum and its place among the image's statistics, which
+    /// are in the caller's order of pixels.
+    template <typename Visit>
+    void each_statistic(const Visit& visit) {
+        for (const Block& block : blocks_)
+            for (int64_t i = block.first; i < block.first + block.count; ++i)
+                for (int other = 0; other < 2; ++other) {
+                    visit(sum_[other][i], 2 * other * sizes_.pixels + order_[i]);
+                    visit(most_[other][i], (2 * other + 1) * sizes_.pixels + order_[i]);
+                }
     }
 
     /// A mask that is full or empty: 0. Features that are not finite, or whose similarities are not: NaN, as
@@ -337,8 +360,10 @@ void pixel_contrastive_forward(const PixelContrastiveForward<Element>& a) {
     check_address(a.features, "features_ptr");
     check_address(a.inside, "inside_ptr");
     check_address(a.loss, "loss_ptr");
+    check_address(a.statistics, "statistics_ptr");
     each_image<Element>(a.sizes, a.strides, false, [&](Image<Element>& image, int64_t b) {
-        a.loss[b] = image.loss(a.features + b * a.strides.batch, a.inside + b * a.sizes.pixels);
+        a.loss[b] = image.loss(a.features + b * a.strides.batch, a.inside + b * a.sizes.pixels,
+                               a.statistics + b * kPixelStatistics * a.sizes.pixels);
     });
 }
 
@@ -349,9 +374,11 @@ void pixel_contrastive_backward(const PixelContrastiveBackward<Element>& a) {
     check_address(a.grad_loss, "grad_loss_ptr");
     check_address(a.features, "features_ptr");
     check_address(a.inside, "inside_ptr");
+    check_address(a.statistics, "statistics_ptr");
     check_address(a.grad_features, "grad_features_ptr");
     each_image<Element>(a.sizes, a.strides, true, [&](Image<Element>& image, int64_t b) {
-        image.gradient(a.features + b * a.strides.batch, a.inside + b * a.sizes.pixels, a.grad_loss[b],
+        image.gradient(a.features + b * a.strides.batch, a.inside + b * a.sizes.pixels,
+                       a.statistics + b * kPixelStatistics * a.sizes.pixels, a.grad_loss[b],
                        a.grad_features + b * a.sizes.pixels * a.sizes.channels);
     });
 }

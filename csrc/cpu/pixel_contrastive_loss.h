@@ -20,13 +20,18 @@ struct FeatureStrides {
     int64_t batch, pixel, channel;
 };
 
+/// What the forward pass keeps of every pixel for the backward pass: over the pixel's own side and over the
+/// other, the sum of exponentials, and the greatest similarity if the sum is relative to it, else -infinity.
+constexpr int64_t kPixelStatistics = 4;
+
 template <typename Element>
 struct PixelContrastiveForward {
     PixelContrastiveSizes sizes;
     const Element* features;  // (B, P, C)
     FeatureStrides strides;
-    const bool* inside;                      // (B, P), contiguous
-    typename Computed<Element>::Real* loss;  // (B), written
+    const bool* inside;                            // (B, P), contiguous
+    typename Computed<Element>::Real* loss;        // (B), written
+    typename Computed<Element>::Real* statistics;  // (B, kPixelStatistics, P), contiguous, written
 };
 
 template <typename Element>
@@ -35,8 +40,9 @@ struct PixelContrastiveBackward {
     const typename Computed<Element>::Real* grad_loss;  // (B), contiguous
     const Element* features;                            // (B, P, C)
     FeatureStrides strides;
-    const bool* inside;      // (B, P), contiguous
-    Element* grad_features;  // (B, P, C), contiguous, written
+    const bool* inside;                                  // (B, P), contiguous
+    const typename Computed<Element>::Real* statistics;  // (B, kPixelStatistics, P) of the forward pass
+    Element* grad_features;                              // (B, P, C), contiguous, written
 };
 
 /// Both throw std::invalid_argument, which names the argument, before anything is written. The working memory

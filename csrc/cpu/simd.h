@@ -12,7 +12,15 @@
 #include "common/elements.h"
 
 #if defined(MAGNET_FAST_SIMD_AVX2) || defined(MAGNET_FAST_SIMD_AVX512)
+#if defined(__GNUC__) && !defined(__clang__)
+// GCC 12 takes the undefined vectors inside of its own intrinsics for mistakes.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #include <immintrin.h>
+#pragma GCC diagnostic pop
+#else
+#include <immintrin.h>
+#endif
 #elif defined(__SSE2__)
 #include <emmintrin.h>
 #endif

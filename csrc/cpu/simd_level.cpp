@@ -4,6 +4,8 @@
 #include <stdexcept>
 #include <utility>
 
+#include "cpu/amx_support.h"
+
 namespace magnet_fast {
 namespace {
 
@@ -14,8 +16,12 @@ std::vector<Level> available() {
     // __builtin_cpu_supports also asks the operating system whether it saves the wide registers.
 #if defined(MAGNET_FAST_HAS_AVX512_BF16)
     if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
+#if defined(MAGNET_FAST_HAS_AMX)
+        if (has_amx()) levels.emplace_back(SimdLevel::kAmx, "amx");
+#endif
         levels.emplace_back(SimdLevel::kAvx512Bf16, "avx512_bf16");
+    }
 #endif
 #if defined(MAGNET_FAST_HAS_AVX512)
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("fma"))
@@ -29,8 +35,14 @@ std::vector<Level> available() {
     return levels;
 }
 
+SimdLevel best_measured() {
+    for (const auto& [level, name] : available())
+        if (level != SimdLevel::kAmx) return level;
+    return SimdLevel::kPortable;
+}
+
 std::atomic<SimdLevel>& selected() {
-    static std::atomic<SimdLevel> level{available().front().first};
+    static std::atomic<SimdLevel> level{best_measured()};
     return level;
 }
 
@@ -57,6 +69,9 @@ void set_simd_level(const std::string& name) {
     std::string known;
     for (const auto& [level, level_name] : available()) {
         if (name == level_name) {
+            if (level == SimdLevel::kAmx && !request_amx())
+                throw std::invalid_argument(
+                    "name: the operating system refuses this process the registers of 'amx'");
             selected().store(level);
             return;
         }

@@ -1,6 +1,6 @@
-// Window attention on bfloat16 with dot products of pairs: level avx512_bf16, where they do twice the work of
-// float32's multiply-add. Every operand of a product is bfloat16, packed so that two neighbours along the
-// depth are one word; sums, scores and the softmax are float32.
+// Window attention on bfloat16 with dot products of pairs: levels avx512_bf16, where they do twice the work
+// of float32's multiply-add, and amx, where tiles multiply them. Every operand of a product is bfloat16,
+// packed so that two neighbours along the depth are one word; sums, scores and the softmax are float32.
 //
 // In the forward pass weights are rounded after the exponential, before their sum is taken.
 #pragma once

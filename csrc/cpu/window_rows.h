@@ -65,7 +65,7 @@ static inline __attribute__((always_inline)) Vec write_weights(const Vec (&score
 
 #endif
 
-#if defined(MAGNET_FAST_SIMD_AVX512)
+#if defined(MAGNET_FAST_SIMD_AVX512) && !defined(MAGNET_FAST_SIMD_AMX)
 
 /// (By value: no store can change the block's pointers, so they stay in registers.)
 /// Whole rows r, r + 1, ..., Vectors vectors wide: the scores never leave the registers.
@@ -114,7 +114,7 @@ static void weigh_in_registers(QueryBlock<Word> block, const After& after) {
 
 #endif
 
-/// Rows wider than the registers: scores go through memory.
+/// Rows wider than the registers, and rows made by tiles: scores go through memory.
 template <typename Word, typename After>
 static void weigh_in_memory(QueryBlock<Word> block, const After& after) {
     multiply(block.rows, block.columns, block.depth, block.query, block.query_row, 1, block.key_transposed,
@@ -146,7 +146,7 @@ static void weigh_in_memory(QueryBlock<Word> block, const After& after) {
 /// with every row, once it is done.
 template <typename Word, typename After>
 static void weigh(QueryBlock<Word> block, const After& after) {
-#if defined(MAGNET_FAST_SIMD_AVX512)
+#if defined(MAGNET_FAST_SIMD_AVX512) && !defined(MAGNET_FAST_SIMD_AMX)
     // Two rows of 9 vectors are enough sums to keep the multiplier busy, and leave registers to the
     // exponential.
     switch (block.columns / kLanes) {

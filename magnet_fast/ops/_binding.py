@@ -27,6 +27,7 @@ def bind(
     outputs: int,
     fake: Callable[..., Tensor | tuple[Tensor, ...]],
     differentiable: Sequence[int],
+    keeps: bool = False,
 ) -> Callable[..., Any]:
     """Register ``magnet_fast::<operator>`` and its ``_backward``; return a function that runs them.
 
@@ -35,6 +36,11 @@ def bind(
     index in ``differentiable``, an empty tensor of shape (0,) where ``wanted`` is false. Missing output
     gradients are None.
 
+    With ``keeps`` the registered forward returns one more tensor, ``kept``, which the registered backward
+    takes after its tensors: what an implementation has computed anyway and would have to compute again. Its
+    shape and meaning are the implementation's own (:class:`._registry.Implementation`), (0,) where it keeps
+    nothing. The function that is returned gives the outputs alone.
+
     Args:
         operator: the operator's name.
         tensors: schema of the tensor arguments, e.g. ``"Tensor qkv"``, ``"Tensor? pad_qkv"``.
@@ -42,32 +48,46 @@ def bind(
         outputs: number of results; a result that a call does not have is an empty tensor of shape (0,).
         fake: ``(*tensors, *settings) -> `` empty results of the right shape and dtype.
         differentiable: indices into ``tensors`` of the arguments that get a gradient.
+        keeps: whether the forward can keep a tensor for the backward.
     """
     name, count = f"{_NAMESPACE}::{operator}", len(tensors)
     inputs = ", ".join([*tensors, *settings])
     grads = ", ".join(f"Tensor? grad_output{i}" for i in range(outputs))
-    result = "Tensor" if outputs == 1 else "(" + ", ".join(["Tensor"] * outputs) + ")"
+    results = outputs + keeps
+    result = "Tensor" if results == 1 else "(" + ", ".join(["Tensor"] * results) + ")"
+    given = ", ".join([*tensors, *(["Tensor kept"] if keeps else []), *settings])
 
     torch.library.define(name, f"({inputs}, str backend) -> {result}")
-    torch.library.define(f"{name}_backward", f"({grads}, {inputs}, bool[] wanted, str backend) -> Tensor[]")
+    torch.library.define(f"{name}_backward", f"({grads}, {given}, bool[] wanted, str backend) -> Tensor[]")
+
+    def with_kept(results: Tensor | tuple[Tensor, ...], found: _registry.Implementation, inputs: list) -> tuple:
+        kept = _present(inputs[:count]).new_empty(0) if found.kept is None else found.kept(*inputs)
+        return (*(results if isinstance(results, tuple) else (results,)), kept)
 
     @torch.library.impl(name, "default")
     def forward_kernel(*arguments: Any) -> Tensor | tuple[Tensor, ...]:
         *inputs, backend = arguments
+        found = _registry.implementation(operator, backend)
         with torch.no_grad():
-            return _registry.implementation(operator, backend).forward(*inputs)
+            results = found.forward(*inputs)
+        return with_kept(results, found, inputs) if keeps and found.kept is None else results
 
     @torch.library.impl(f"{name}_backward", "default")
     def backward_kernel(*arguments: Any) -> list[Tensor]:
         *inputs, wanted, backend = arguments
-        with torch.no_grad():
-            found = _registry.implementation(operator, backend).backward(*inputs, wanted)
+        found = _registry.implementation(operator, backend)
         like = _present(inputs[outputs : outputs + count])
-        return [like.new_empty(0) if grad is None else grad for grad in found]
+        if keeps and found.kept is None:
+            del inputs[outputs + count]
+        with torch.no_grad():
+            grads = found.backward(*inputs, wanted)
+        return [like.new_empty(0) if grad is None else grad for grad in grads]
 
     @torch.library.register_fake(name)
     def fake_forward(*arguments: Any) -> Tensor | tuple[Tensor, ...]:
-        return fake(*arguments[:-1])
+        *inputs, backend = arguments
+        results = fake(*inputs)
+        return with_kept(results, _registry.implementation(operator, backend), inputs) if keeps else results
 
     @torch.library.register_fake(f"{name}_backward")
     def fake_backward(*arguments: Any) -> list[Tensor]:
@@ -82,13 +102,20 @@ def bind(
     forward_operator = getattr(getattr(torch.ops, _NAMESPACE), operator).default
     backward_operator = getattr(getattr(torch.ops, _NAMESPACE), f"{operator}_backward").default
 
+    def split(found: Tensor | tuple[Tensor, ...]) -> tuple[Any, tuple[Tensor, ...]]:
+        """The operator's outputs, and what it keeps."""
+        if not keeps:
+            return found, ()
+        return found[0] if outputs == 1 else found[:-1], found[-1:]
+
     class Bound(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *arguments: Any) -> Any:
-            ctx.save_for_backward(*arguments[:count])
+            results, kept = split(forward_operator(*arguments))
+            ctx.save_for_backward(*arguments[:count], *kept)
             ctx.rest = arguments[count:]
             ctx.set_materialize_grads(False)
-            return forward_operator(*arguments)
+            return results
 
         @staticmethod
         @torch.autograd.function.once_differentiable
@@ -108,7 +135,7 @@ def bind(
         needs_grad = any(arguments[i] is not None and arguments[i].requires_grad for i in differentiable)
         if needs_grad and torch.is_grad_enabled():
             return Bound.apply(*(_distinct(arguments) if torch.compiler.is_compiling() else arguments))
-        return forward_operator(*arguments)
+        return split(forward_operator(*arguments))[0]
 
     return run
 

@@ -10,20 +10,28 @@ from torch import Tensor
 from . import _cpu_backend
 
 
-def forward(features: Tensor, inside: Tensor, temperature: float, normalize: bool) -> Tensor:
-    """Arguments as the reference's; any strides."""
+def forward(features: Tensor, inside: Tensor, temperature: float, normalize: bool) -> tuple[Tensor, Tensor]:
+    """The losses and :func:`statistics`. Arguments as the reference's; any strides."""
     inside = inside.contiguous()
     loss = features.new_empty(features.shape[0], dtype=_result_dtype(features))
+    kept = statistics(features)
     _cpu_backend.extension.pixel_contrastive_loss_forward(
-        loss_ptr=loss.data_ptr(), **_inputs(features, inside, temperature, normalize)
+        loss_ptr=loss.data_ptr(), statistics_ptr=kept.data_ptr(), **_inputs(features, inside, temperature, normalize)
     )
-    return loss
+    return loss, kept
+
+
+def statistics(features: Tensor, *_: object) -> Tensor:
+    """(B, 4, P), uninitialised, for what the kernel keeps of each pixel: csrc/cpu/pixel_contrastive_loss.h."""
+    batch, pixels, _ = features.shape
+    return features.new_empty((batch, 4, pixels), dtype=_result_dtype(features))
 
 
 def backward(
     grad_loss: Tensor | None,
     features: Tensor,
     inside: Tensor,
+    kept: Tensor,
     temperature: float,
     normalize: bool,
     wanted: Sequence[bool],
@@ -37,6 +45,7 @@ def backward(
     grad_loss, inside = grad_loss.to(_result_dtype(features)).contiguous(), inside.contiguous()
     _cpu_backend.extension.pixel_contrastive_loss_backward(
         grad_loss_ptr=grad_loss.data_ptr(),
+        statistics_ptr=kept.data_ptr(),
         grad_features_ptr=grad.data_ptr(),
         **_inputs(features, inside, temperature, normalize),
     )

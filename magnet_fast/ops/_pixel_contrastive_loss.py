@@ -139,6 +139,7 @@ _run = bind(
     outputs=1,
     fake=_fake,
     differentiable=_DIFFERENTIABLE,
+    keeps=True,
 )
 
 _registry.register_operator(_NAME, _prepare)
@@ -156,6 +157,7 @@ _registry.register(
     _cpu_backend.supports,
     _cpu_backend.missing,
     _cpu_backend.passed_over,
+    _cpu_pixel_contrastive.statistics,
 )
 _registry.register(
     _NAME,
@@ -165,4 +167,5 @@ _registry.register(
     _triton_backend.supports,
     _triton_backend.missing,
     _triton_backend.passed_over,
+    _triton_pixel_contrastive.statistics,
 )

@@ -127,6 +127,9 @@ class Implementation:
         forward, backward: called by the registered operators with the operator's normalised arguments.
         supports: takes the operator's normalised arguments, returns None or the reason why not.
         missing: why the backend cannot run in this process whatever the arguments, or None.
+        kept: for an operator bound with ``keeps``: takes the operator's normalised arguments, returns an empty
+            tensor like the one that the forward returns after its results and the backward gets after its
+            tensors. None: this implementation keeps nothing, and both go without.
         passed_over: takes the operator's normalised arguments, returns None or why ``auto`` prefers the next
             backend although this one can run them: where another has been measured to be faster.
     """
@@ -136,6 +139,7 @@ class Implementation:
     supports: Callable[..., str | None]
     missing: str | None = None
     passed_over: Callable[..., str | None] = lambda *arguments: None
+    kept: Callable[..., Any] | None = None
 
 
 def register_operator(operator: str, prepare: Callable[..., tuple]) -> None:
@@ -151,11 +155,12 @@ def register(
     supports: Callable[..., str | None] = lambda *arguments: None,
     missing: str | None = None,
     passed_over: Callable[..., str | None] = lambda *arguments: None,
+    kept: Callable[..., Any] | None = None,
 ) -> None:
     """Add an implementation; see :class:`Implementation`."""
     if name not in BACKENDS:
         raise ValueError(f"name: unknown backend {name!r}; expected one of {', '.join(BACKENDS)}")
-    _implementations[operator, name] = Implementation(forward, backward, supports, missing, passed_over)
+    _implementations[operator, name] = Implementation(forward, backward, supports, missing, passed_over, kept)
 
 
 def implementation(operator: str, name: str) -> Implementation:

@@ -11,18 +11,26 @@ import torch
 from torch import Tensor
 
 
-def forward(features: Tensor, inside: Tensor, temperature: float, normalize: bool) -> Tensor:
-    """Arguments as the reference's; any strides."""
+def forward(features: Tensor, inside: Tensor, temperature: float, normalize: bool) -> tuple[Tensor, Tensor]:
+    """The losses and :func:`statistics`. Arguments as the reference's; any strides."""
     from ..kernels import _runtime, pixel_contrastive_loss
 
     with _runtime.on_device(features):
         return pixel_contrastive_loss.forward(features, _bytes(inside), temperature, normalize)
 
 
+def statistics(features: Tensor, *_: object) -> Tensor:
+    """Uninitialised, for what the kernels keep of each pixel."""
+    from ..kernels import pixel_contrastive_loss
+
+    return pixel_contrastive_loss.statistics(features)
+
+
 def backward(
     grad_loss: Tensor | None,
     features: Tensor,
     inside: Tensor,
+    kept: Tensor,
     temperature: float,
     normalize: bool,
     wanted: Sequence[bool],
@@ -36,7 +44,7 @@ def backward(
         return [torch.zeros_like(features, memory_format=torch.contiguous_format)]
     with _runtime.on_device(features):
         grad_loss = grad_loss.float().contiguous()
-        return [pixel_contrastive_loss.backward(grad_loss, features, _bytes(inside), temperature, normalize)]
+        return [pixel_contrastive_loss.backward(grad_loss, features, _bytes(inside), kept, temperature, normalize)]
 
 
 def _bytes(inside: Tensor) -> Tensor:

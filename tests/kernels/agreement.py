@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from magnet_fast import ops
+from magnet_fast.ops import _registry
 
 from ..ops.cases import Case, assert_low_precision, outputs_of, weighted_sum
 
@@ -71,7 +72,12 @@ def assert_registered(case: Case) -> None:
     backward = getattr(torch.ops.magnet_fast, f"{case.operator}_backward").default
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(forward, (*arguments, "triton"), test_utils=checks)
-    grads = [torch.randn_like(out) for out in outputs_of(forward(*arguments, "triton"))]
+    results = forward(*arguments, "triton")
+    if _registry.implementation(case.operator, "triton").kept is not None:
+        results, kept = results[:-1], results[-1]
+        tensors = sum(isinstance(argument, Tensor) for argument in arguments)
+        arguments = [*arguments[:tensors], kept, *arguments[tensors:]]
+    grads = [torch.randn_like(out) for out in outputs_of(results)]
     wanted = [isinstance(arguments[i], Tensor) for i in _module(case.operator)._DIFFERENTIABLE]
     torch.library.opcheck(backward, (*grads, *arguments, wanted, "triton"), test_utils=checks)
 

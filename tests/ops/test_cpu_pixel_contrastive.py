@@ -221,10 +221,12 @@ def test_low_precision_is_computed_in_float32():
 def test_registration_and_compile():
     case = contrastive_case(dtype=torch.bfloat16)
     arguments = [a.detach() if isinstance(a, torch.Tensor) else a for a in case.normalised()]
-    torch.library.opcheck(torch.ops.magnet_fast.pixel_contrastive_loss.default, (*arguments, "cpu"))
+    forward = torch.ops.magnet_fast.pixel_contrastive_loss.default
+    torch.library.opcheck(forward, (*arguments, "cpu"))
+    _, kept = forward(*arguments, "cpu")
     backward = torch.ops.magnet_fast.pixel_contrastive_loss_backward.default
     for grad, wanted in ((torch.ones(3), True), (None, True), (torch.ones(3), False)):
-        torch.library.opcheck(backward, (grad, *arguments, [wanted], "cpu"))
+        torch.library.opcheck(backward, (grad, *arguments[:2], kept, *arguments[2:], [wanted], "cpu"))
     torch.compiler.reset()
     compiled = torch.compile(lambda *leaves: case(*leaves), fullgraph=True, backend="aot_eager")
     with ops.backend("cpu"):

@@ -1,0 +1,184 @@
+// The bfloat16 kernels of level amx on the software model of the tile registers, and the model itself, for
+// tests: the model in place of the intrinsics with MAGNET_FAST_EMULATE_AMX, else in place of the
+// instructions. No other level is linked.
+#include <cstdint>
+#include <cstring>
+#include <exception>
+#include <stdexcept>
+#include <string>
+
+#include "cpu/cross_modal_attention.h"
+#include "cpu/cross_modal_kernel.h"
+#include "cpu/simd_matrix.h"
+#include "cpu/tile_emulation.h"
+#include "cpu/window_attention.h"
+#include "cpu/window_kernel.h"
+#if !defined(MAGNET_FAST_EMULATE_AMX)
+#include "trapped_instructions.h"
+#endif
+
+namespace magnet_fast {
+
+SimdLevel selected_simd_level() {
+    return SimdLevel::kAmx;
+}
+
+#define ABSENT_(level, Element, Table, function)             \
+    template <>                                              \
+    const Table<Element>& level::function<Element>() {       \
+        throw std::logic_error(#level " is not built here"); \
+    }
+#define ABSENT(Table, function)                  \
+    ABSENT_(portable, float, Table, function)    \
+    ABSENT_(portable, BFloat16, Table, function) \
+    ABSENT_(portable, Float16, Table, function)  \
+    ABSENT_(float64, double, Table, function)
+ABSENT(WindowKernels, window_kernels)
+ABSENT(CrossModalKernels, cross_modal_kernels)
+ABSENT(CrossModalBackwardKernels, cross_modal_backward_kernels)
+
+namespace {
+
+/// Takes numbers and addresses from an array, in order.
+struct Reader {
+    const int64_t* at;
+
+    int64_t number() { return *at++; }
+    template <typename T>
+    T* pointer() {
+        return reinterpret_cast<T*>(number());
+    }
+    MapStrides strides() { return {number(), number(), number()}; }
+    WindowAttentionSizes window(double scale) {
+        return {number(), number(), number(), number(), number(),      number(),
+                number(), number(), number(), scale,    number() != 0, number()};
+    }
+    CrossModalTensor tensor() { return {pointer<const void>(), number(), number()}; }
+    CrossModalInputs cross_modal(double scale) {
+        return {{number(), number(), number(), number(), number(), number(), number(), scale,
+                 static_cast<int>(number()), number()},
+                tensor(),
+                tensor(),
+                tensor(),
+                tensor(),
+                tensor(),
+                tensor(),
+                pointer<const uint8_t>()};
+    }
+};
+
+/// Null, or what went wrong.
+template <typename Call>
+const char* report(const Call& call) {
+    static std::string message;
+    try {
+#if defined(MAGNET_FAST_EMULATE_AMX)
+        call();
+#else
+        const trapped::Trap trap;
+        call();
+        trap.check();
+#endif
+        return nullptr;
+    } catch (const std::exception& error) {
+        message = error.what();
+        return message.c_str();
+    }
+}
+
+}  // namespace
+}  // namespace magnet_fast
+
+using namespace magnet_fast;
+
+extern "C" {
+
+const char* window_attention_forward_(const int64_t* numbers, double scale) {
+    return report([&] {
+        Reader r{numbers};
+        window_attention_forward(WindowAttentionForward<BFloat16>{
+            r.window(scale), r.pointer<const BFloat16>(), r.strides(), r.pointer<const float>(),
+            r.pointer<const BFloat16>(), r.pointer<BFloat16>(), r.strides()});
+    });
+}
+
+const char* window_attention_backward_(const int64_t* numbers, double scale) {
+    return report([&] {
+        Reader r{numbers};
+        window_attention_backward(WindowAttentionBackward<BFloat16>{
+            r.window(scale), r.pointer<const BFloat16>(), r.strides(), r.pointer<const BFloat16>(),
+            r.strides(), r.pointer<const float>(), r.pointer<const BFloat16>(), r.pointer<BFloat16>(),
+            r.strides(), r.pointer<float>(), r.pointer<float>()});
+    });
+}
+
+const char* cross_modal_attention_forward_(const int64_t* numbers, double scale) {
+    return report([&] {
+        Reader r{numbers};
+        const CrossModalInputs inputs = r.cross_modal(scale);
+        void* image_out = r.pointer<void>();
+        cross_modal_attention_forward(inputs, image_out, r.pointer<void>());
+    });
+}
+
+const char* cross_modal_attention_backward_(const int64_t* numbers, double scale) {
+    return report([&] {
+        Reader r{numbers};
+        const CrossModalInputs inputs = r.cross_modal(scale);
+        const CrossModalTensor grad_image = r.tensor(), grad_text = r.tensor();
+        cross_modal_attention_backward(inputs, grad_image, grad_text,
+                                       {r.pointer<void>(), r.pointer<void>(), r.pointer<void>(),
+                                        r.pointer<void>(), r.pointer<void>(), r.pointer<void>()});
+    });
+}
+
+/// multiply() of simd_matrix.h: rows, columns, depth, a, a_row, a_depth, b, b_depth, init, init_row, c,
+/// c_row, top.
+const char* multiply_pairs(const int64_t* numbers) {
+    return report([&] {
+        Reader r{numbers};
+        const int64_t rows = r.number(), columns = r.number(), depth = r.number();
+        const auto* a = r.pointer<const amx::Pair>();
+        const int64_t a_row = r.number(), a_depth = r.number();
+        const auto* b = r.pointer<const amx::Pair>();
+        const int64_t b_depth = r.number();
+        const auto* init = r.pointer<const float>();
+        const int64_t init_row = r.number();
+        auto* c = r.pointer<float>();
+        const int64_t c_row = r.number();
+        amx::Vec top[64];
+        float* highest = r.pointer<float>();
+        amx::multiply(rows, columns, depth, a, a_row, a_depth, b, b_depth, init, init_row, c, c_row,
+                      highest ? top : nullptr);
+        for (int64_t m = 0; highest && m < rows; ++m) highest[m] = amx::reduce_max(top[m]);
+    });
+}
+
+const char* loadconfig(const void* memory) {
+    return report([&] { tile_emulation::loadconfig(memory); });
+}
+const char* loadd(int tile, const void* memory, int64_t stride) {
+    return report([&] { tile_emulation::loadd(tile, memory, stride); });
+}
+const char* stored(int tile, void* memory, int64_t stride) {
+    return report([&] { tile_emulation::stored(tile, memory, stride); });
+}
+const char* zero(int tile) {
+    return report([&] { tile_emulation::zero(tile); });
+}
+const char* dpbf16ps(int sums, int a, int b) {
+    return report([&] { tile_emulation::dpbf16ps(sums, a, b); });
+}
+const char* release() {
+    return report([] { tile_emulation::release(); });
+}
+int configured() {
+    return tile_emulation::registers().configured;
+}
+/// Products of tiles since the last call.
+int64_t products() {
+    const int64_t count = tile_emulation::registers().products;
+    tile_emulation::registers().products = 0;
+    return count;
+}
+}
