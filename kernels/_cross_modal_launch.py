@@ -10,7 +10,6 @@ import triton
 from torch import Tensor
 
 from . import _runtime
-from ._precision import precision
 
 # Numbers of a tile (words, channels), by bytes of one, that registers have room for. A narrow head's tile has all of
 # its channels: the forward pass holds two and an accumulator, the backward pass three and two. A wide head's has a
@@ -90,7 +89,7 @@ class Similarity:
             "scale": self.scale,
             "HAS_MASK": self.mask is not None,
             "BLOCK_T": self.block_t,
-            "PRECISION": precision(self.pixel.dtype),
+            "PRECISION": _runtime.precision(self.pixel.dtype),
         }
 
     def walk_sizes(self, *widths: str) -> dict[str, int]:
@@ -102,7 +101,7 @@ class Similarity:
     def key(self, tiles: int) -> tuple[object, ...]:
         """What a configuration is chosen by; ``tiles`` of (BLOCK_P, block_d) are loaded in a step."""
         pixels = min(_runtime.power_of_two(self.pixel.shape[1]), _MOST_PIXELS)
-        rest = (precision(self.pixel.dtype), self.heads, self.wide, *self.widths, self.mask is None)
+        rest = (_runtime.precision(self.pixel.dtype), self.heads, self.wide, *self.widths, self.mask is None)
         return (self.pixel.dtype, pixels, self.block_t, self.block_d, tiles, *rest)
 
     @property
@@ -164,7 +163,9 @@ def _fitting(largest: int, dtype: torch.dtype, pixels: int, block_d: int, tiles:
         for block_p, warps, stages in ((64, 4, 2), (64, 8, 2), (32, 4, 3), (128, 8, 2), (16, 4, 3))
         if block_p <= min(largest, pixels) and block_p * stages <= rows_ahead
     ]
-    return found or [triton.Config({"BLOCK_P": 16}, num_warps=4, num_stages=2)]
+    return found[:_MOST_CANDIDATES] or [triton.Config({"BLOCK_P": 16}, num_warps=4, num_stages=2)]
 
 
 _AHEAD_BYTES = 64 * 1024
+# Each is compiled, and timed at the first call.
+_MOST_CANDIDATES = 2

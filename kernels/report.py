@@ -11,6 +11,7 @@ the compiled program as ``cuobjdump`` and ``nvdisasm`` see it.
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import shlex
 import subprocess
@@ -27,6 +28,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.cache import get_cache_manager
 from triton.runtime.jit import JITFunction
 
 from . import _runtime
@@ -144,7 +146,7 @@ def compile_launch(launch: Launch, label: str, dtype: torch.dtype, arch: int) ->
     """Compile one launch for an architecture, as Triton would on such a GPU."""
     source = _source(launch)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
-    registers, spills = _resources(compiled.asm["cubin"])
+    registers, spills = _resources(compiled)
     sizes = {name: launch.arguments[name] for name in launch.arguments if _SIZES.match(name)}
     text = " ".join(f"{name.lower()}={value}" for name, value in sizes.items() if value)
     name, warps = launch.kernel.__name__.strip("_"), compiled.metadata.num_warps
@@ -174,14 +176,22 @@ def _source(launch: Launch) -> ASTSource:
     return ASTSource(launch.kernel, signature, constants, attributes)
 
 
-def _resources(binary: bytes) -> tuple[int, int]:
-    """(registers, instructions that go to local memory, where spilled registers are) of a compiled kernel."""
+def _resources(compiled: Any) -> tuple[int, int]:
+    """(registers, instructions that go to local memory, where spilled registers are) of a compiled kernel.
+
+    They are kept beside it in Triton's cache: taking a large program apart takes as long as compiling a small one.
+    """
+    cache = get_cache_manager(compiled.hash)
+    if path := cache.get_file("resources.json"):
+        return tuple(json.loads(Path(path).read_text()))
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary)
+        file.write(compiled.asm["cubin"])
         file.flush()
         usage = _output(triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name)
         code = _output(triton.knobs.nvidia.nvdisasm.path, "-c", file.name)
-    return int(re.search(r"REG:(\d+)", usage)[1]), len(re.findall(r"\b(?:STL|LDL)\b", code))
+    found = int(re.search(r"REG:(\d+)", usage)[1]), len(re.findall(r"\b(?:STL|LDL)\b", code))
+    cache.put(json.dumps(found), "resources.json", binary=False)
+    return found
 
 
 def _output(*command: str) -> str:
