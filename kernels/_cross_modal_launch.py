@@ -137,7 +137,8 @@ def product_walks(
 
 def walks(dtype: torch.dtype, pixels: int, block_t: int, block_d: int, tiles: int, *_: object) -> list[triton.Config]:
     """The same for a walk that also reads words by them. float32 takes three pieces of each operand."""
-    return _fitting((1024 if dtype == torch.float32 else 4096) // block_t, dtype, pixels, block_d, tiles)
+    largest = min(1024 // block_t, 32) if dtype == torch.float32 else 4096 // block_t
+    return _fitting(largest, dtype, pixels, block_d, tiles)
 
 
 def apply_walks(
@@ -151,7 +152,7 @@ def backward_walks(
     dtype: torch.dtype, pixels: int, block_t: int, block_d: int, tiles: int, *_: object
 ) -> list[triton.Config]:
     """The same for the narrow heads' backward pass, which holds most."""
-    return _fitting(1024 // block_t, dtype, pixels, block_d, tiles)
+    return _fitting(min(1024 // block_t, 32 if dtype == torch.float32 else 64), dtype, pixels, block_d, tiles)
 
 
 def _fitting(largest: int, dtype: torch.dtype, pixels: int, block_d: int, tiles: int) -> list[triton.Config]:
@@ -160,7 +161,7 @@ def _fitting(largest: int, dtype: torch.dtype, pixels: int, block_d: int, tiles:
     rows_ahead = _AHEAD_BYTES // (tiles * block_d * dtype.itemsize)
     found = [
         triton.Config({"BLOCK_P": block_p}, num_warps=warps, num_stages=stages)
-        for block_p, warps, stages in ((64, 4, 2), (64, 8, 2), (32, 4, 3), (128, 8, 2), (16, 4, 3))
+        for block_p, warps, stages in ((64, 4, 2), (32, 4, 3), (16, 8, 2))
         if block_p <= min(largest, pixels) and block_p * stages <= rows_ahead
     ]
     return found[:_MOST_CANDIDATES] or [triton.Config({"BLOCK_P": 16}, num_warps=4, num_stages=2)]

@@ -82,5 +82,15 @@ class Points:
 
 def gathers(block_p: int, block_d: int, *_: object) -> list[triton.Config]:
     """Configurations of a kernel that reads the corners of all points of some queries, for a key of `Points.key`."""
-    found = {max(1, tile * _WARPS // (block_p * block_d)): None for tile in (_TILE_OF_WARP, _TILE_OF_WARP // 2)}
+    return _tiles(block_p, block_d, _TILE_OF_WARP)
+
+
+def gathers_backward(block_p: int, block_d: int, *_: object) -> list[triton.Config]:
+    """The same for the backward pass, which holds more beside a tile."""
+    return _tiles(block_p, block_d, _TILE_OF_WARP if block_d <= 32 else _TILE_OF_WARP // 2)
+
+
+def _tiles(block_p: int, block_d: int, largest: int) -> list[triton.Config]:
+    """Of so many numbers of a warp, and of half as many."""
+    found = dict.fromkeys(max(1, tile * _WARPS // (block_p * block_d)) for tile in (largest, largest // 2))
     return [triton.Config({"BLOCK_Q": block_q}, num_warps=_WARPS, num_stages=1) for block_q in found]

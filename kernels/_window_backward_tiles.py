@@ -119,7 +119,7 @@ def backward_queries_kernel(
         total = tl.zeros((QUERIES,), tl.float32)
         mean = tl.zeros((QUERIES,), tl.float32)
         if STREAMED:
-            for first in range(0, TOKENS, KEYS_A):
+            for first in range(0, TOKENS + place[4], KEYS_A):
                 bias = relative_bias(table, first_query, first, QUERIES, KEYS_A, WINDOW_H, WINDOW_W, False)
                 query, grad, key, value = _load_again(
                     image_qkv, image_grad, pad, again(place, first), geometry, strides, grad_strides, first_query,
@@ -156,7 +156,7 @@ def backward_queries_kernel(
             query = load_tokens(image_qkv, token_offsets(y, x, strides) + place[4], real, D, D_TILE)
             grad_query = tl.zeros((QUERIES, D_TILE), tl.float32)
             if STREAMED:
-                for first in range(0, TOKENS, KEYS_A):
+                for first in range(0, TOKENS + place[4], KEYS_A):
                     bias = relative_bias(table, first_query, first, QUERIES, KEYS_A, WINDOW_H, WINDOW_W, False)
                     query, grad, key, value = _load_again(
                         image_qkv, image_grad, pad, again(place, first + 1), geometry, strides, grad_strides,
@@ -346,7 +346,7 @@ def backward_keys_kernel(
         grad_key = tl.zeros((KEYS, D_TILE), tl.float32)
         grad_value = tl.zeros((KEYS, D_TILE), tl.float32)
         if STREAMED:
-            for first in range(0, TOKENS, QUERIES_A):
+            for first in range(0, TOKENS + place[4], QUERIES_A):
                 key, value = load_piece(
                     image_qkv, pad, again(place, first), geometry, strides, first_key, KEYS, CHANNELS, D, D_TILE,
                     WINDOW_H, WINDOW_W, PAD_FIRST, PAD,

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _runtime
-from ._deformable_launch import Points, gathers
+from ._deformable_launch import Points, gathers, gathers_backward
 from ._deformable_points import corners_of, maps_of, places_of, weights_of
 from ._deformable_value import gradient_of_value
 from ._runtime import rounded
@@ -295,7 +295,7 @@ def backward(
 
 
 _FORWARD = _runtime.Autotuner(gathers, _forward_kernel)
-_BACKWARD = _runtime.Autotuner(gathers, _backward_kernel)
+_BACKWARD = _runtime.Autotuner(gathers_backward, _backward_kernel)
 
 
 def launches(dtype: torch.dtype, quick: bool) -> Iterator[tuple[str, Callable[[], object]]]:

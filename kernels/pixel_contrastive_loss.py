@@ -419,7 +419,7 @@ def _inputs(
 def _channels(features: Tensor) -> dict[str, int | bool]:
     """How a row of channels is cut: whole where a few such tiles fit on chip."""
     whole = _runtime.power_of_two(features.shape[2])
-    one = whole * features.element_size() <= _WHOLE_BYTES
+    one = whole * features.element_size() <= _WHOLE_BYTES[features.element_size()]
     return {"ONE": one, "BLOCK_C": whole if one else _STEP_BYTES // features.element_size()}
 
 
@@ -429,15 +429,15 @@ def _key(features: Tensor) -> tuple[object, ...]:
 
 
 def _tiles(dtype: torch.dtype, pixels: int, *_: object) -> list[triton.Config]:
-    sizes = [(64, 32, 4, 3), (32, 32, 4, 2)]
+    sizes = [(64, 32, 4, 2), (32, 32, 4, 2)]
     # float32 takes three pieces of each operand: too many registers for the larger tiles.
     if dtype != torch.float32:
-        sizes = [(128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 4, 2), *sizes]
+        sizes = [(128, 64, 8, 2), (64, 64, 4, 2), *sizes]
     return _fitting(sizes, pixels)
 
 
-def _backward_tiles(dtype: torch.dtype, pixels: int, *_: object) -> list[triton.Config]:
-    sizes = [(64, 32, 8, 2), (32, 32, 8, 2)]
+def _backward_tiles(dtype: torch.dtype, pixels: int, channels: int, *_: object) -> list[triton.Config]:
+    sizes = [(64, 32, 8, 2), (32, 32, 8, 2)] if channels > 64 else [(32, 32, 8, 2)]
     # float16's factors are float32, too.
     return _fitting([(64, 64, 8, 2), *sizes] if dtype == torch.bfloat16 else sizes, pixels)
 
@@ -453,9 +453,9 @@ def _fitting(sizes: list[tuple[int, int, int, int]], pixels: int) -> list[triton
 
 
 _NORM_PIXELS, _LARGEST_TILE = 64, 128
-# Bytes of a pixel's channels up to which the forward pass holds them all, and of a step where it does not; channels of
-# the gradient that one program makes.
-_WHOLE_BYTES, _STEP_BYTES, _GRADIENT_CHANNELS = 512, 128, 128
+# Bytes of a pixel's channels up to which the forward pass holds them all, by bytes of one, and of a step where it does
+# not; channels of the gradient that one program makes.
+_WHOLE_BYTES, _STEP_BYTES, _GRADIENT_CHANNELS = {2: 512, 4: 128}, 128, 128
 # Maps beyond this many pixels choose as this one.
 _MOST_PIXELS = 4096
 # Each is compiled, and timed at the first call.

@@ -45,8 +45,8 @@ from ._window_index import (
     window_place,
 )
 
-LARGEST_WINDOW = 256
-"""Tokens of a window that the kernels take."""
+LARGEST_WINDOW, LARGEST_WINDOW_OF_WIDE = 256, 144
+"""Tokens of a window that the kernels take: with heads of up to 32 channels, and with wider ones."""
 
 LARGEST_IMAGE = 2**31 - 1
 """Elements that one image of a batch may span: offsets within an image have 32 bits, those of images 64."""
@@ -117,7 +117,7 @@ def _forward_kernel(
         total = tl.zeros((QUERIES,), tl.float32)
         result = tl.zeros((QUERIES, D_TILE), tl.float32)
         if STREAMED:
-            for first in range(0, TOKENS, KEYS_A):
+            for first in range(0, TOKENS + place[4], KEYS_A):
                 bias = relative_bias(table, first_query, first, QUERIES, KEYS_A, WINDOW_H, WINDOW_W, False)
                 query = load_tile(
                     image_qkv, again(place, first), geometry, strides, first_query, QUERIES, D, D_TILE, WINDOW_H,
@@ -322,6 +322,8 @@ def extent_of_image(tensor: Tensor) -> int:
 _LARGEST_TILE = 64
 _STREAMED = 32
 _ENTRIES = 16
+# Tiles of 16 channels, which no model's heads have, take more registers than these.
+_LEAST_CHANNELS = 32
 
 
 def _float32(like: Tensor, *shape: int) -> Tensor:
@@ -358,7 +360,7 @@ class _Call:
         self.constants = {
             "HEADS": num_heads,
             "D": d,
-            "D_TILE": power_of_two(d),
+            "D_TILE": power_of_two(d, _LEAST_CHANNELS),
             "WINDOW_H": window_h,
             "WINDOW_W": window_w,
             "PAD_FIRST": pad_first,
@@ -448,7 +450,8 @@ _backward_keys_autotuner = Autotuner(_backward_keys_candidates, backward_keys_ke
 
 def launches(dtype: torch.dtype, quick: bool) -> Iterator[tuple[str, Callable[[], object]]]:
     """Calls that :mod:`.report` compiles: windows and head widths, shifted and padded, on meta tensors."""
-    sizes = [((side, side), d) for side in (7, 12, 16) for d in (32, 16, 64)] + [((8, 8), 32), ((8, 16), 32)]
+    sizes = [((side, side), d) for d in (32, 16, 64) for side in (7, 12, 16) if side < 16 or d <= 32]
+    sizes += [((8, 8), 32), ((8, 16), 32)]
     for (side_h, side_w), d in sizes[:1] if quick else sizes:
         heads, extent = 4, 30 if side_h > 7 else 31
         qkv = torch.empty(16, extent, extent, 3 * heads * d, dtype=dtype, device="meta")
