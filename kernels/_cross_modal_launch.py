@@ -132,37 +132,39 @@ def product_walks(
 ) -> list[triton.Config]:
     """Configurations of a walk over pixels that makes products with words and little else, the best guess first, for a
     key of `Similarity.key`."""
-    return _fitting(4096 // block_t, dtype, pixels, block_d, tiles)
+    return _fitting(4096 // block_t, dtype, block_d, tiles)
 
 
 def walks(dtype: torch.dtype, pixels: int, block_t: int, block_d: int, tiles: int, *_: object) -> list[triton.Config]:
     """The same for a walk that also reads words by them. float32 takes three pieces of each operand."""
     largest = min(1024 // block_t, 32) if dtype == torch.float32 else 4096 // block_t
-    return _fitting(largest, dtype, pixels, block_d, tiles)
+    return _fitting(largest, dtype, block_d, tiles)
 
 
 def apply_walks(
     dtype: torch.dtype, pixels: int, block_t: int, block_d: int, tiles: int, *_: object
 ) -> list[triton.Config]:
     """The same for a walk that does so twice, and adds to words as often."""
-    return _fitting((512 if dtype == torch.float32 else 4096) // block_t, dtype, pixels, block_d, tiles)
+    return _fitting((512 if dtype == torch.float32 else 2048) // block_t, dtype, block_d, tiles)
 
 
 def backward_walks(
     dtype: torch.dtype, pixels: int, block_t: int, block_d: int, tiles: int, *_: object
 ) -> list[triton.Config]:
     """The same for the narrow heads' backward pass, which holds most."""
-    return _fitting(min(1024 // block_t, 32 if dtype == torch.float32 else 64), dtype, pixels, block_d, tiles)
+    if dtype == torch.float32:  # one: smaller tiles spill, too
+        return _fitting(32, dtype, block_d, tiles)[:1]
+    return _fitting(min(1024 // block_t, 64), dtype, block_d, tiles)
 
 
-def _fitting(largest: int, dtype: torch.dtype, pixels: int, block_d: int, tiles: int) -> list[triton.Config]:
-    """Of at most ``largest`` pixels a step."""
+def _fitting(largest: int, dtype: torch.dtype, block_d: int, tiles: int) -> list[triton.Config]:
+    """Of at most ``largest`` pixels a step. Small maps leave a part of it idle: they have no programs of their own."""
     # What the loads ahead may take: the rest of 100 KB or more goes to the words and to exchanges.
     rows_ahead = _AHEAD_BYTES // (tiles * block_d * dtype.itemsize)
     found = [
         triton.Config({"BLOCK_P": block_p}, num_warps=warps, num_stages=stages)
         for block_p, warps, stages in ((64, 4, 2), (32, 4, 3), (16, 8, 2))
-        if block_p <= min(largest, pixels) and block_p * stages <= rows_ahead
+        if block_p <= largest and block_p * stages <= rows_ahead
     ]
     return found[:_MOST_CANDIDATES] or [triton.Config({"BLOCK_P": 16}, num_warps=4, num_stages=2)]
 

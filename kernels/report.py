@@ -50,6 +50,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10}
 """Bytes of shared memory that one block can have, by architecture."""
 
+_CHIPS = {80: "A100", 90: "H100, H200"}
 _REGISTERS, _THREADS, _BLOCKS = 1 << 16, 2048, 32  # of a multiprocessor, both architectures
 _SHARED = {80: 164 << 10, 90: 228 << 10}  # of a multiprocessor
 _SHARED_RESERVED = 1 << 10  # of every block
@@ -112,9 +113,12 @@ class Program(NamedTuple):
 def launches(
     dtype: torch.dtype, quick: bool = False, kernel: str = "", arch: int = 90
 ) -> Iterator[tuple[str, str, list[Launch]]]:
-    """(kernel file, label, launches) of every call of every kernel file, every configuration included."""
+    """(kernel file, label, launches) of every call of every kernel file, every configuration included.
+
+    float16's programs are bfloat16's but for conversions: few calls stand for all.
+    """
     for name in KERNEL_FILES:
-        for label, call in import_module(f".{name}", __package__).launches(dtype, quick):
+        for label, call in import_module(f".{name}", __package__).launches(dtype, quick or dtype == torch.float16):
             with _recording(arch) as found:
                 call()
             wanted = [launch for launch in found if kernel in f"{name}.{launch.kernel.__name__}"]
@@ -348,15 +352,15 @@ def _line(p: Program) -> str:
 _HEAD = """# What the Triton kernels take of a chip
 
 `python -m magnet_fast.kernels.report` compiles every launch of the operators in the cases below, with every
-configuration that an autotuner may choose, for sm_80 (A100) and sm_90 (H100, H200), without a GPU. None was run for
+configuration that an autotuner may choose, for {archs}, without a GPU. None was run for
 these tables. Of {count} distinct programs, {bad} spill registers to local memory or want more shared memory than a
 block can have ({limits}).
 
 Triton {triton}, ptxas {ptxas}, {date}; `benchmarks/results/triton_kernels.json` has each program.
-A line here is a kernel in one case: the most registers a thread that any of its configurations takes (sm_80 / sm_90),
+A line here is a kernel in one case: the most registers a thread that any of its configurations takes ({order}),
 the most shared memory of a block, and the least occupancy. That is the share of a multiprocessor's threads that can be
-there at once, estimated from the first two and the warps of a block. 16 bits and float32 may use different kernels; "-"
-stands where a kernel has no part.
+there at once, estimated from the first two and the warps of a block. "-" stands where a kernel has no part in a dtype,
+and where float16, whose programs are bfloat16's but for conversions, is left out.
 
 float32 products are three TF32 products of pieces, nearly as exact as float32, and a single one where torch allows TF32
 (`torch.backends.cuda.matmul.fp32_precision = "tf32"`); the tables have the former, which take more registers.
@@ -367,11 +371,14 @@ def markdown(contents: dict[str, Any]) -> str:
     """The document of a results file."""
     found = read(contents)
     names = [_name(dtype) for dtype in DTYPES if any(p.dtype == _name(dtype) for p in found)]
+    archs = sorted({p.arch for p in found})
     lines = _HEAD.format(
         count=len(found),
         bad=sum(not p.fits for p in found),
-        limits=", ".join(f"{limit >> 10} KB on sm_{arch}" for arch, limit in SHARED_LIMIT.items()),
+        limits=", ".join(f"{SHARED_LIMIT[arch] >> 10} KB on sm_{arch}" for arch in archs),
         ptxas=", ".join(f"{version} for {arch}" for arch, version in contents["ptxas"].items()),
+        archs=" and ".join(f"sm_{arch} ({_CHIPS[arch]})" for arch in archs),
+        order=" / ".join(f"sm_{arch}" for arch in archs),
         triton=contents["triton"],
         date=contents["date"],
     ).splitlines()

