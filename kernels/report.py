@@ -352,9 +352,9 @@ def _line(p: Program) -> str:
 _HEAD = """# What the Triton kernels take of a chip
 
 `python -m magnet_fast.kernels.report` compiles every launch of the operators in the cases below, with every
-configuration that an autotuner may choose, for {archs}, without a GPU. None was run for
-these tables. Of {count} distinct programs, {bad} spill registers to local memory or want more shared memory than a
-block can have ({limits}).
+configuration that an autotuner may choose, for {archs}, without a GPU.
+None was run for these tables. Of {count} distinct programs, {bad} spill registers to local memory or want more shared
+memory than a block can have ({limits}).
 
 Triton {triton}, ptxas {ptxas}, {date}; `benchmarks/results/triton_kernels.json` has each program.
 A line here is a kernel in one case: the most registers a thread that any of its configurations takes ({order}),

@@ -427,6 +427,8 @@ def _backward_queries_candidates(tokens: int, d: int, dtype: torch.dtype, precis
 
 def _backward_keys_candidates(tokens: int, d: int, dtype: torch.dtype, precision: str) -> Sequence[triton.Config]:
     a, b, c = _pieces(tokens, dtype)
+    if dtype == torch.float32 and d > 32:
+        a //= 2
     return _by_programs({"KEYS": 16, "QUERIES_A": a, "QUERIES_B": b, "QUERIES_C": c}, _warps(tokens, d, dtype))
 
 
