@@ -35,9 +35,8 @@ PATHS = ["plain", "torch.compile", "reference", "cpu, softmax apart", "cpu"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def inputs(name: str, dtype: torch.dtype) -> tuple[list[tuple[int, int]], list[Tensor]]:
+def inputs(side: int, d: int, dtype: torch.dtype) -> tuple[list[tuple[int, int]], list[Tensor]]:
     """Maps, and value, reference points, offsets, logits. Offsets are what the decoder starts from, plus noise."""
-    side, d = SHAPES[name]
     maps = [(side // stride, side // stride) for stride in (32, 16, 8, 4)]
     count = sum(h * w for h, w in maps)
     generator = torch.Generator().manual_seed(0)
@@ -71,12 +70,12 @@ def plain(maps: list[tuple[int, int]], value: Tensor, reference: Tensor, offsets
 
 
 def sampling_locations(maps: list[tuple[int, int]], reference: Tensor, offsets: Tensor) -> Tensor:
-    sides = torch.tensor([(w, h) for h, w in maps], dtype=offsets.dtype)
+    sides = torch.tensor([(w, h) for h, w in maps], dtype=offsets.dtype, device=offsets.device)
     return reference[None, :, None, None, None] + offsets / sides[None, None, None, :, None]
 
 
 def runner(path: str, name: str, dtype: torch.dtype, backward: bool):
-    maps, tensors = inputs(name, dtype)
+    maps, tensors = inputs(*SHAPES[name], dtype)
     value, reference, offsets, logits = tensors
     leaves = [t.requires_grad_(backward) for t in (value, offsets, logits)]
     grad = torch.randn(1, value.shape[1], HEADS * value.shape[3], generator=torch.Generator().manual_seed(1)).to(dtype)
@@ -99,9 +98,8 @@ def runner(path: str, name: str, dtype: torch.dtype, backward: bool):
     return both if backward else forward
 
 
-def floor(name: str, dtype: torch.dtype, backward: bool) -> dict[str, int]:
+def floor(side: int, d: int, dtype: torch.dtype, backward: bool) -> dict[str, int]:
     """Compulsory traffic in bytes and operations of one run."""
-    side, d = SHAPES[name]
     places = sum((side // stride) ** 2 for stride in (32, 16, 8, 4)) * HEADS
     points = LEVELS * POINTS
     numbers, operations = 2 * d + 3 * points, 8 * points * d
@@ -123,6 +121,6 @@ def test_deformable_attention(
     if not backward and dtype == "float32":
         torch.testing.assert_close(run(), runner("reference", name, DTYPES[dtype], False)(), rtol=1e-3, atol=1e-4)
     benchmark.group = f"deformable attention, {name}, {dtype}, {'forward+backward' if backward else 'forward'}"
-    benchmark.extra_info.update(path=path, baseline="plain", **floor(name, DTYPES[dtype], backward))
+    benchmark.extra_info.update(path=path, baseline="plain", **floor(*SHAPES[name], DTYPES[dtype], backward))
     slow = path != "cpu" and not name.startswith("tiny")
     benchmark.pedantic(run, rounds=5 if slow else 20, warmup_rounds=1 if slow else 3)

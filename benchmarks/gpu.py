@@ -15,56 +15,48 @@ import json
 import statistics
 import subprocess
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks import gpu_rivals, machine, plot
-from benchmarks.window_shapes import Shape, traffic
+from benchmarks import machine, plot
+from benchmarks.gpu_cases import CASES, OURS, TINY, Case
 from magnet_fast import ops
 
-SHAPES = [Shape("Swin-B", 480, stage, window, True) for window in (7, 12) for stage in (1, 2, 3, 4)]
-TINY = [Shape("Swin-T", 24, 1, 7, True)]
-PATHS = ("reference", "SDPA", "torch.compile", "FlexAttention", "triton")
-BASELINE = "torch.compile"
-
-_ROTATED = 256 << 20  # bytes of all sets of inputs: several times any L2
+_ROTATED, _MOST_SETS = 256 << 20, 64  # bytes of all sets of inputs: several times any L2; and sets
 _ROUNDS, _WARMUP = 50, 10
 _SMALL = 200e-6  # seconds below which the gaps between launches count
 
 
-def runner(path: str, shape: Shape, batch: int, dtype: torch.dtype, backward: bool, device: str, sets: int) -> Callable:
+def runner(path: str, case: Case, batch: int, dtype: torch.dtype, backward: bool, device: str, sets: int) -> Callable:
     """A function of a number that runs the path once on that set of inputs."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*size: int, factor: float = 1.0) -> Tensor:
         return (factor * torch.randn(size, generator=generator)).to(device, dtype)
 
-    extent, channels = shape.extent, shape.channels
-    table = draw((2 * shape.window - 1) ** 2, shape.heads, factor=0.1).requires_grad_(backward)
-    pad = draw(3 * channels).requires_grad_(backward)
-    grad = draw(batch, extent, extent, channels)
-    inputs = [draw(batch, extent, extent, 3 * channels).requires_grad_(backward) for _ in range(sets)]
-    attend = {"reference": gpu_rivals.eager, "SDPA": gpu_rivals.sdpa, "FlexAttention": gpu_rivals.flex}.get(path)
+    inputs = [case.tensors(batch, draw) for _ in range(sets)]
+    leaves = [case.differentiable(tensors) for tensors in inputs]
+    function = case.function(path)
     if path == "torch.compile":
-        attend = torch.compile(gpu_rivals.eager, dynamic=False)
+        function = torch.compile(function, dynamic=False)
+    if backward:
+        for leaf in chain(*leaves):
+            leaf.requires_grad_()
 
-    def forward(qkv: Tensor) -> Tensor:
-        if attend is not None:
-            return attend(shape, qkv, table, pad)
-        settings = {"num_heads": shape.heads, "window_size": shape.window, "shift": shape.shift}
-        with ops.backend(path):
-            return ops.window_attention(qkv, table, pad_qkv=pad, **settings)
+    def forward(number: int) -> Sequence[Tensor]:
+        with ops.backend(path) if path in OURS else nullcontext():
+            outs = function(*inputs[number % sets])
+        return [outs] if isinstance(outs, Tensor) else outs
 
-    def run(number: int) -> object:
-        out = forward(inputs[number % sets])
-        if not backward:
-            return out
-        return torch.autograd.grad(out, (inputs[number % sets], table, pad), grad, allow_unused=True)
-
-    return run
+    if not backward:
+        return forward
+    grads = [draw(*out.shape) for out in forward(0)]
+    return lambda number: torch.autograd.grad(forward(number), leaves[number % sets], grads, allow_unused=True)
 
 
 def median_seconds(run: Callable[[int], object], sets: int) -> float:
@@ -111,31 +103,32 @@ def ceilings() -> dict[str, float]:
     return found
 
 
-def measure(shapes: Sequence[Shape], batch: int, dtypes: Sequence[torch.dtype], dry_run: bool) -> list[dict[str, Any]]:
-    """One row for each shape, dtype, pass and path."""
+def measure(cases: Sequence[Case], batch: int, dtypes: Sequence[torch.dtype], dry_run: bool) -> list[dict[str, Any]]:
+    """One row for each case, dtype, pass and path."""
     device, rows = "cpu" if dry_run else "cuda", []
-    for shape in shapes:
+    for case in cases:
         for dtype in dtypes:
             for backward in (False, True):
-                group = f"window attention, {shape}, batch {batch}, {str(dtype)[6:]}, "
+                group = f"{case.title}, {case}, batch {batch}, {str(dtype)[6:]}, "
                 group += "forward+backward" if backward else "forward"
-                rows += _group(group, shape, batch, dtype, backward, device)
+                rows += _group(group, case, batch, dtype, backward, device)
     return rows
 
 
-def _group(
-    group: str, shape: Shape, batch: int, dtype: torch.dtype, backward: bool, device: str
-) -> list[dict[str, Any]]:
-    counts = traffic(shape, dtype, backward, batch)
-    sets = 2 if device == "cpu" else max(2, min(8, -(-_ROTATED // counts["bytes"])))
+def _group(group: str, case: Case, batch: int, dtype: torch.dtype, backward: bool, device: str) -> list[dict[str, Any]]:
+    counts = case.floor(dtype, backward, batch)
+    sets = 2 if device == "cpu" else max(2, min(_MOST_SETS, -(-_ROTATED // counts["bytes"])))
     rows = []
-    for path in PATHS:
-        if device == "cpu" and path in ("torch.compile", "FlexAttention"):
-            continue  # minutes of compilation that would tell nothing about a GPU
-        row = {"suite": "window_attention_gpu", "group": group, "path": path, "baseline": BASELINE}
+    for path in case.paths:
+        if not case.present(path) or device == "cpu" and path in ("torch.compile", "FlexAttention", "cuda"):
+            continue  # on the CPU minutes of compilation would tell nothing about a GPU
+        row = {"suite": f"{case.operator}_gpu", "group": group, "path": path, "baseline": case.baseline}
         row |= {"dtype": str(dtype)[6:], "median_seconds": None, **counts}
+        if path == "triton":
+            row["moved_bytes"] = case.moved(dtype, backward, batch)
         try:
-            run = runner(path, shape, batch, dtype, backward, device, sets)
+            torch.compiler.reset()
+            run = runner(path, case, batch, dtype, backward, device, sets)
             if device == "cpu":
                 run(0)
             else:
@@ -190,8 +183,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not options.dry_run and not torch.cuda.is_available():
         raise SystemExit("benchmarks.gpu: torch sees no GPU here (--dry-run goes through it on the CPU)")
     best = {} if options.dry_run else ceilings()
-    shapes, batch = (TINY, 1) if options.dry_run else (SHAPES, options.batch)
-    rows = with_ratios(measure(shapes, batch, (torch.bfloat16,), options.dry_run), best)
+    cases, batch = (TINY, 1) if options.dry_run else (CASES, options.batch)
+    rows = with_ratios(measure(cases, batch, (torch.bfloat16,), options.dry_run), best)
     options.results.parent.mkdir(parents=True, exist_ok=True)
     contents = {"machine": description(), "ceilings": best, "rows": rows}
     options.results.write_text(json.dumps(contents, indent=1) + "\n")

@@ -10,7 +10,6 @@ import triton
 from torch import Tensor
 
 from . import _runtime
-from ._precision import precision
 
 # Numbers of a tile (words, channels), by bytes of one, that registers have room for. A narrow head's tile has all of
 # its channels: the forward pass holds two and an accumulator, the backward pass three and two. A wide head's has a
@@ -90,7 +89,7 @@ class Similarity:
             "scale": self.scale,
             "HAS_MASK": self.mask is not None,
             "BLOCK_T": self.block_t,
-            "PRECISION": precision(self.pixel.dtype),
+            "PRECISION": _runtime.precision(self.pixel.dtype),
         }
 
     def walk_sizes(self, *widths: str) -> dict[str, int]:
@@ -102,7 +101,7 @@ class Similarity:
     def key(self, tiles: int) -> tuple[object, ...]:
         """What a configuration is chosen by; ``tiles`` of (BLOCK_P, block_d) are loaded in a step."""
         pixels = min(_runtime.power_of_two(self.pixel.shape[1]), _MOST_PIXELS)
-        rest = (precision(self.pixel.dtype), self.heads, self.wide, *self.widths, self.mask is None)
+        rest = (_runtime.precision(self.pixel.dtype), self.heads, self.wide, *self.widths, self.mask is None)
         return (self.pixel.dtype, pixels, self.block_t, self.block_d, tiles, *rest)
 
     @property
@@ -133,38 +132,43 @@ def product_walks(
 ) -> list[triton.Config]:
     """Configurations of a walk over pixels that makes products with words and little else, the best guess first, for a
     key of `Similarity.key`."""
-    return _fitting(4096 // block_t, dtype, pixels, block_d, tiles)
+    return _fitting(4096 // block_t, dtype, block_d, tiles)
 
 
 def walks(dtype: torch.dtype, pixels: int, block_t: int, block_d: int, tiles: int, *_: object) -> list[triton.Config]:
     """The same for a walk that also reads words by them. float32 takes three pieces of each operand."""
-    return _fitting((1024 if dtype == torch.float32 else 4096) // block_t, dtype, pixels, block_d, tiles)
+    largest = min(1024 // block_t, 32) if dtype == torch.float32 else 4096 // block_t
+    return _fitting(largest, dtype, block_d, tiles)
 
 
 def apply_walks(
     dtype: torch.dtype, pixels: int, block_t: int, block_d: int, tiles: int, *_: object
 ) -> list[triton.Config]:
     """The same for a walk that does so twice, and adds to words as often."""
-    return _fitting((512 if dtype == torch.float32 else 4096) // block_t, dtype, pixels, block_d, tiles)
+    return _fitting((512 if dtype == torch.float32 else 2048) // block_t, dtype, block_d, tiles)
 
 
 def backward_walks(
     dtype: torch.dtype, pixels: int, block_t: int, block_d: int, tiles: int, *_: object
 ) -> list[triton.Config]:
     """The same for the narrow heads' backward pass, which holds most."""
-    return _fitting(1024 // block_t, dtype, pixels, block_d, tiles)
+    if dtype == torch.float32:  # one: smaller tiles spill, too
+        return _fitting(32, dtype, block_d, tiles)[:1]
+    return _fitting(min(1024 // block_t, 64), dtype, block_d, tiles)
 
 
-def _fitting(largest: int, dtype: torch.dtype, pixels: int, block_d: int, tiles: int) -> list[triton.Config]:
-    """Of at most ``largest`` pixels a step."""
+def _fitting(largest: int, dtype: torch.dtype, block_d: int, tiles: int) -> list[triton.Config]:
+    """Of at most ``largest`` pixels a step. Small maps leave a part of it idle: they have no programs of their own."""
     # What the loads ahead may take: the rest of 100 KB or more goes to the words and to exchanges.
     rows_ahead = _AHEAD_BYTES // (tiles * block_d * dtype.itemsize)
     found = [
         triton.Config({"BLOCK_P": block_p}, num_warps=warps, num_stages=stages)
-        for block_p, warps, stages in ((64, 4, 2), (64, 8, 2), (32, 4, 3), (128, 8, 2), (16, 4, 3))
-        if block_p <= min(largest, pixels) and block_p * stages <= rows_ahead
+        for block_p, warps, stages in ((64, 4, 2), (32, 4, 3), (16, 8, 2))
+        if block_p <= largest and block_p * stages <= rows_ahead
     ]
-    return found or [triton.Config({"BLOCK_P": 16}, num_warps=4, num_stages=2)]
+    return found[:_MOST_CANDIDATES] or [triton.Config({"BLOCK_P": 16}, num_warps=4, num_stages=2)]
 
 
 _AHEAD_BYTES = 64 * 1024
+# Each is compiled, and timed at the first call.
+_MOST_CANDIDATES = 2

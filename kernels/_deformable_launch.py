@@ -12,7 +12,7 @@ from torch import Tensor
 from . import _runtime
 
 # Numbers of a tile (queries, points, channels), for each warp. One corner's values are one such tile.
-_TILE_OF_WARP = 512
+_TILE_OF_WARP, _WARPS = 512, 4
 
 
 @dataclass(frozen=True)
@@ -82,16 +82,15 @@ class Points:
 
 def gathers(block_p: int, block_d: int, *_: object) -> list[triton.Config]:
     """Configurations of a kernel that reads the corners of all points of some queries, for a key of `Points.key`."""
-    sizes = ((_TILE_OF_WARP, 4), (_TILE_OF_WARP, 2), (2 * _TILE_OF_WARP, 4), (_TILE_OF_WARP // 2, 4))
-    return _tiles(block_p, block_d, sizes)
+    return _tiles(block_p, block_d, _TILE_OF_WARP)
 
 
 def gathers_backward(block_p: int, block_d: int, *_: object) -> list[triton.Config]:
     """The same for the backward pass, which holds more beside a tile."""
-    return _tiles(block_p, block_d, ((_TILE_OF_WARP, 4), (_TILE_OF_WARP, 2), (_TILE_OF_WARP // 2, 4)))
+    return _tiles(block_p, block_d, _TILE_OF_WARP if block_d <= 32 else _TILE_OF_WARP // 2)
 
 
-def _tiles(block_p: int, block_d: int, sizes: Sequence[tuple[int, int]]) -> list[triton.Config]:
-    """Of sizes in numbers of a warp, and warps."""
-    found = {(max(1, tile * warps // (block_p * block_d)), warps): None for tile, warps in sizes}
-    return [triton.Config({"BLOCK_Q": block_q}, num_warps=warps, num_stages=1) for block_q, warps in found]
+def _tiles(block_p: int, block_d: int, largest: int) -> list[triton.Config]:
+    """Of so many numbers of a warp, and of half as many."""
+    found = dict.fromkeys(max(1, tile * _WARPS // (block_p * block_d)) for tile in (largest, largest // 2))
+    return [triton.Config({"BLOCK_Q": block_q}, num_warps=_WARPS, num_stages=1) for block_q in found]

@@ -381,7 +381,7 @@ def _gathers(block_d: int, *_: object) -> list[triton.Config]:
     """Tiles of (pixels, points of a bin, channels)."""
     return [
         triton.Config({"BLOCK_S": max(1, block_s * 32 // block_d), "BLOCK_N": block_n}, num_warps=4, num_stages=1)
-        for block_s, block_n in ((8, 8), (16, 4), (4, 8))
+        for block_s, block_n in ((8, 8), (4, 8))
     ]
 
 

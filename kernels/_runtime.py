@@ -52,10 +52,14 @@ def rounded(values, ELEMENT: tl.constexpr):
     return values.to(ELEMENT)
 
 
-def input_precision(dtype: torch.dtype) -> str:
-    """`tl.dot`'s precision of float32 operands: "tf32" where torch's own products may use it, else "ieee"."""
+def precision(dtype: torch.dtype) -> str:
+    """`tl.dot`'s precision of float32 operands: "tf32" where torch's own products may use it, else "tf32x3".
+
+    That is three products of TF32 pieces, as exact as float32 but for the last bit or two. "ieee" does without the
+    matrix units and holds whole operands in registers: it is slower, and tiles of more than 32 channels spill.
+    """
     allowed = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if allowed else "ieee"
+    return "tf32" if allowed else "tf32x3"
 
 
 def power_of_two(size: int, least: int = 16) -> int:

@@ -12,9 +12,11 @@ from ._runtime import dot, rounded
 from ._window_index import (
     COUNTS,
     LOG2E,
+    again,
     has_padding,
     load_keys,
     load_piece,
+    load_tile,
     load_tokens,
     relative_bias,
     relative_logits,
@@ -57,7 +59,7 @@ def backward_queries_kernel(
     WINDOW_H: tl.constexpr,
     WINDOW_W: tl.constexpr,
     QUERIES: tl.constexpr,
-    KEYS_A: tl.constexpr,
+    KEYS_A: tl.constexpr,  # of the first piece; of each one in float32
     KEYS_B: tl.constexpr,
     KEYS_C: tl.constexpr,
     PAD_FIRST: tl.constexpr,
@@ -68,6 +70,7 @@ def backward_queries_kernel(
     CHANNELS: tl.constexpr = HEADS * D
     TOKENS: tl.constexpr = WINDOW_H * WINDOW_W
     TILES: tl.constexpr = (TOKENS + QUERIES - 1) // QUERIES
+    STREAMED: tl.constexpr = qkv.dtype.element_ty == tl.float32
     first_query = (tl.program_id(0) % TILES) * QUERIES
     head = tl.program_id(0) // TILES % HEADS
     geometry = (height, width, rows, columns, roll_h, roll_w, shift_h, shift_w)
@@ -79,11 +82,12 @@ def backward_queries_kernel(
     table += head * (2 * WINDOW_H - 1) * (2 * WINDOW_W - 1)
     if PAD:
         pad += head * D
-    bias_a = relative_bias(table, first_query, 0, QUERIES, KEYS_A, WINDOW_H, WINDOW_W, False)
-    if KEYS_B > 0:
-        bias_b = relative_bias(table, first_query, KEYS_A, QUERIES, KEYS_B, WINDOW_H, WINDOW_W, False)
-    if KEYS_C > 0:
-        bias_c = relative_bias(table, first_query, KEYS_A + KEYS_B, QUERIES, KEYS_C, WINDOW_H, WINDOW_W, False)
+    if not STREAMED:
+        bias_a = relative_bias(table, first_query, 0, QUERIES, KEYS_A, WINDOW_H, WINDOW_W, False)
+        if KEYS_B > 0:
+            bias_b = relative_bias(table, first_query, KEYS_A, QUERIES, KEYS_B, WINDOW_H, WINDOW_W, False)
+        if KEYS_C > 0:
+            bias_c = relative_bias(table, first_query, KEYS_A + KEYS_B, QUERIES, KEYS_C, WINDOW_H, WINDOW_W, False)
 
     for window in range(tl.program_id(0) // (TILES * HEADS), windows, programs):
         place = window_place(window, rows, columns)
@@ -91,41 +95,55 @@ def backward_queries_kernel(
         image_qkv = qkv + image * stride_image
         y, x, real, inside = token_places(place, geometry, first_query, QUERIES, WINDOW_H, WINDOW_W, PAD_FIRST)
         query = load_tokens(image_qkv, token_offsets(y, x, strides), real, D, D_TILE)
-        grad_offsets = token_offsets(y, x, grad_strides)
-        grad = load_tokens(grad_out + image * grad_stride_image, grad_offsets, real, D, D_TILE)
-        key_a, value_a = load_piece(
-            image_qkv, pad, place, geometry, strides, 0, KEYS_A, CHANNELS, D, D_TILE, WINDOW_H, WINDOW_W, PAD_FIRST, PAD
-        )
-        if KEYS_B > 0:
-            key_b, value_b = load_piece(
-                image_qkv, pad, place, geometry, strides, KEYS_A, KEYS_B, CHANNELS, D, D_TILE, WINDOW_H, WINDOW_W,
+        image_grad = grad_out + image * grad_stride_image
+        grad = load_tokens(image_grad, token_offsets(y, x, grad_strides), real, D, D_TILE)
+        if not STREAMED:
+            key_a, value_a = load_piece(
+                image_qkv, pad, place, geometry, strides, 0, KEYS_A, CHANNELS, D, D_TILE, WINDOW_H, WINDOW_W,
                 PAD_FIRST, PAD,
             )  # fmt: skip
-        if KEYS_C > 0:
-            key_c, value_c = load_piece(
-                image_qkv, pad, place, geometry, strides, KEYS_A + KEYS_B, KEYS_C, CHANNELS, D, D_TILE, WINDOW_H,
-                WINDOW_W, PAD_FIRST, PAD,
-            )  # fmt: skip
+            if KEYS_B > 0:
+                key_b, value_b = load_piece(
+                    image_qkv, pad, place, geometry, strides, KEYS_A, KEYS_B, CHANNELS, D, D_TILE, WINDOW_H, WINDOW_W,
+                    PAD_FIRST, PAD,
+                )  # fmt: skip
+            if KEYS_C > 0:
+                key_c, value_c = load_piece(
+                    image_qkv, pad, place, geometry, strides, KEYS_A + KEYS_B, KEYS_C, CHANNELS, D, D_TILE, WINDOW_H,
+                    WINDOW_W, PAD_FIRST, PAD,
+                )  # fmt: skip
 
         # Once over the keys for what a query's row sums up to, and once more for dQ: the logits of all keys and the
         # bias would not fit into the registers.
         largest = tl.full((QUERIES,), float("-inf"), tl.float32)
         total = tl.zeros((QUERIES,), tl.float32)
         mean = tl.zeros((QUERIES,), tl.float32)
-        largest, total, mean = _sum_up(
-            largest, total, mean, query, grad, key_a, value_a, bias_a, place, geometry, scale, first_query, 0, QUERIES,
-            KEYS_A, WINDOW_H, WINDOW_W, SHIFTED, PRECISION,
-        )  # fmt: skip
-        if KEYS_B > 0:
+        if STREAMED:
+            for first in range(0, TOKENS + place[4], KEYS_A):
+                bias = relative_bias(table, first_query, first, QUERIES, KEYS_A, WINDOW_H, WINDOW_W, False)
+                query, grad, key, value = _load_again(
+                    image_qkv, image_grad, pad, again(place, first), geometry, strides, grad_strides, first_query,
+                    first, QUERIES, KEYS_A, CHANNELS, D, D_TILE, WINDOW_H, WINDOW_W, PAD_FIRST, PAD,
+                )  # fmt: skip
+                largest, total, mean = _sum_up(
+                    largest, total, mean, query, grad, key, value, bias, place, geometry, scale, first_query, first,
+                    QUERIES, KEYS_A, WINDOW_H, WINDOW_W, SHIFTED, PRECISION,
+                )  # fmt: skip
+        else:
             largest, total, mean = _sum_up(
-                largest, total, mean, query, grad, key_b, value_b, bias_b, place, geometry, scale, first_query, KEYS_A,
-                QUERIES, KEYS_B, WINDOW_H, WINDOW_W, SHIFTED, PRECISION,
+                largest, total, mean, query, grad, key_a, value_a, bias_a, place, geometry, scale, first_query, 0,
+                QUERIES, KEYS_A, WINDOW_H, WINDOW_W, SHIFTED, PRECISION,
             )  # fmt: skip
-        if KEYS_C > 0:
-            largest, total, mean = _sum_up(
-                largest, total, mean, query, grad, key_c, value_c, bias_c, place, geometry, scale, first_query,
-                KEYS_A + KEYS_B, QUERIES, KEYS_C, WINDOW_H, WINDOW_W, SHIFTED, PRECISION,
-            )  # fmt: skip
+            if KEYS_B > 0:
+                largest, total, mean = _sum_up(
+                    largest, total, mean, query, grad, key_b, value_b, bias_b, place, geometry, scale, first_query,
+                    KEYS_A, QUERIES, KEYS_B, WINDOW_H, WINDOW_W, SHIFTED, PRECISION,
+                )  # fmt: skip
+            if KEYS_C > 0:
+                largest, total, mean = _sum_up(
+                    largest, total, mean, query, grad, key_c, value_c, bias_c, place, geometry, scale, first_query,
+                    KEYS_A + KEYS_B, QUERIES, KEYS_C, WINDOW_H, WINDOW_W, SHIFTED, PRECISION,
+                )  # fmt: skip
         # A padded token is no query: its weights become 0.
         log_total = tl.where(real, largest + tl.log2(total), float("inf"))
         mean = tl.where(real, mean / total, 0.0)
@@ -137,27 +155,56 @@ def backward_queries_kernel(
             # Loaded again: the compiler would keep the first pass' logits rather than compute them twice.
             query = load_tokens(image_qkv, token_offsets(y, x, strides) + place[4], real, D, D_TILE)
             grad_query = tl.zeros((QUERIES, D_TILE), tl.float32)
-            grad_query = _add_keys(
-                grad_query, query, grad, key_a, value_a, bias_a, log_total, mean, place, geometry, scale, first_query,
-                0, QUERIES, KEYS_A, WINDOW_H, WINDOW_W, SHIFTED, PRECISION,
-            )  # fmt: skip
-            if KEYS_B > 0:
+            if STREAMED:
+                for first in range(0, TOKENS + place[4], KEYS_A):
+                    bias = relative_bias(table, first_query, first, QUERIES, KEYS_A, WINDOW_H, WINDOW_W, False)
+                    query, grad, key, value = _load_again(
+                        image_qkv, image_grad, pad, again(place, first + 1), geometry, strides, grad_strides,
+                        first_query, first, QUERIES, KEYS_A, CHANNELS, D, D_TILE, WINDOW_H, WINDOW_W, PAD_FIRST, PAD,
+                    )  # fmt: skip
+                    grad_query = _add_keys(
+                        grad_query, query, grad, key, value, bias, log_total, mean, place, geometry, scale, first_query,
+                        first, QUERIES, KEYS_A, WINDOW_H, WINDOW_W, SHIFTED, PRECISION,
+                    )  # fmt: skip
+            else:
                 grad_query = _add_keys(
-                    grad_query, query, grad, key_b, value_b, bias_b, log_total, mean, place, geometry, scale,
-                    first_query, KEYS_A, QUERIES, KEYS_B, WINDOW_H, WINDOW_W, SHIFTED, PRECISION,
+                    grad_query, query, grad, key_a, value_a, bias_a, log_total, mean, place, geometry, scale,
+                    first_query, 0, QUERIES, KEYS_A, WINDOW_H, WINDOW_W, SHIFTED, PRECISION,
                 )  # fmt: skip
-            if KEYS_C > 0:
-                grad_query = _add_keys(
-                    grad_query, query, grad, key_c, value_c, bias_c, log_total, mean, place, geometry, scale,
-                    first_query, KEYS_A + KEYS_B, QUERIES, KEYS_C, WINDOW_H, WINDOW_W, SHIFTED, PRECISION,
-                )  # fmt: skip
+                if KEYS_B > 0:
+                    grad_query = _add_keys(
+                        grad_query, query, grad, key_b, value_b, bias_b, log_total, mean, place, geometry, scale,
+                        first_query, KEYS_A, QUERIES, KEYS_B, WINDOW_H, WINDOW_W, SHIFTED, PRECISION,
+                    )  # fmt: skip
+                if KEYS_C > 0:
+                    grad_query = _add_keys(
+                        grad_query, query, grad, key_c, value_c, bias_c, log_total, mean, place, geometry, scale,
+                        first_query, KEYS_A + KEYS_B, QUERIES, KEYS_C, WINDOW_H, WINDOW_W, SHIFTED, PRECISION,
+                    )  # fmt: skip
             to = grad_qkv + head * D + image * grad_qkv_strides[0] + token_offsets(y, x, grad_qkv_strides)
             store_tokens(to, real, grad_query * (scale / LOG2E), D, D_TILE)
 
 
 @triton.jit
+def _load_again(
+    qkv, grad_out, pad, place, geometry, strides, grad_strides, FIRST_QUERY, FIRST, QUERIES: tl.constexpr,
+    KEYS: tl.constexpr, CHANNELS: tl.constexpr, D: tl.constexpr, D_TILE: tl.constexpr, WINDOW_H: tl.constexpr,
+    WINDOW_W: tl.constexpr, PAD_FIRST: tl.constexpr, PAD: tl.constexpr,
+):  # fmt: skip
+    """(query, grad, key, value) of a tile of queries and a piece of keys."""
+    query = load_tile(qkv, place, geometry, strides, FIRST_QUERY, QUERIES, D, D_TILE, WINDOW_H, WINDOW_W, PAD_FIRST)
+    grad = load_tile(
+        grad_out, place, geometry, grad_strides, FIRST_QUERY, QUERIES, D, D_TILE, WINDOW_H, WINDOW_W, PAD_FIRST
+    )
+    key, value = load_piece(
+        qkv, pad, place, geometry, strides, FIRST, KEYS, CHANNELS, D, D_TILE, WINDOW_H, WINDOW_W, PAD_FIRST, PAD
+    )
+    return query, grad, key, value
+
+
+@triton.jit
 def _sum_up(
-    largest, total, mean, query, grad, key, value, bias, place, geometry, scale, FIRST_QUERY, FIRST: tl.constexpr,
+    largest, total, mean, query, grad, key, value, bias, place, geometry, scale, FIRST_QUERY, FIRST,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr, SHIFTED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -190,8 +237,8 @@ def _sum_up(
 
 @triton.jit
 def _add_keys(
-    grad_query, query, grad, key, value, bias, log_total, mean, place, geometry, scale, FIRST_QUERY,
-    FIRST: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr,
+    grad_query, query, grad, key, value, bias, log_total, mean, place, geometry, scale, FIRST_QUERY, FIRST,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr,
     SHIFTED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What one piece of keys adds to dQ, but for the scale."""
@@ -250,8 +297,8 @@ def backward_keys_kernel(
     WINDOW_H: tl.constexpr,
     WINDOW_W: tl.constexpr,
     KEYS: tl.constexpr,  # of a tile
-    QUERIES_A: tl.constexpr,  # of the first piece
-    QUERIES_B: tl.constexpr,  # of the second
+    QUERIES_A: tl.constexpr,  # of the first piece; of each one in float32
+    QUERIES_B: tl.constexpr,  # of the second, or 0
     QUERIES_C: tl.constexpr,  # of the third, or 0
     PAD_FIRST: tl.constexpr,
     PAD: tl.constexpr,
@@ -261,6 +308,7 @@ def backward_keys_kernel(
     CHANNELS: tl.constexpr = HEADS * D
     TOKENS: tl.constexpr = WINDOW_H * WINDOW_W
     TILES: tl.constexpr = (TOKENS + KEYS - 1) // KEYS
+    STREAMED: tl.constexpr = qkv.dtype.element_ty == tl.float32
     tile = tl.program_id(0) % TILES
     head = tl.program_id(0) // TILES % HEADS
     program = tl.program_id(0) // (TILES * HEADS)
@@ -275,6 +323,8 @@ def backward_keys_kernel(
     if PAD:
         pad += head * D
     if slabs is not None:
+        slab = slabs + (program.to(tl.int64) * HEADS + head) * TOKENS * TOKENS
+    if slabs is not None and not STREAMED:
         grad_bias_a = tl.zeros((KEYS, QUERIES_A), tl.float32)
         if QUERIES_B > 0:
             grad_bias_b = tl.zeros((KEYS, QUERIES_B), tl.float32)
@@ -295,29 +345,45 @@ def backward_keys_kernel(
         means = totals + HEADS * windows.to(tl.int64) * TOKENS
         grad_key = tl.zeros((KEYS, D_TILE), tl.float32)
         grad_value = tl.zeros((KEYS, D_TILE), tl.float32)
-        grad_key, grad_value, grad_logits = _add_queries(
-            grad_key, grad_value, key, value, table, first_key, image_qkv, image_grad, totals, means, place, geometry,
-            strides, grad_strides, scale, 0, QUERIES_A, KEYS, D, D_TILE, WINDOW_H, WINDOW_W, PAD_FIRST,
-            SHIFTED, PRECISION,
-        )  # fmt: skip
-        if slabs is not None:
-            grad_bias_a += grad_logits
-        if QUERIES_B > 0:
+        if STREAMED:
+            for first in range(0, TOKENS + place[4], QUERIES_A):
+                key, value = load_piece(
+                    image_qkv, pad, again(place, first), geometry, strides, first_key, KEYS, CHANNELS, D, D_TILE,
+                    WINDOW_H, WINDOW_W, PAD_FIRST, PAD,
+                )  # fmt: skip
+                grad_key, grad_value, grad_logits = _add_queries(
+                    grad_key, grad_value, key, value, table, first_key, image_qkv, image_grad, totals, means, place,
+                    geometry, strides, grad_strides, scale, first, QUERIES_A, KEYS, D, D_TILE, WINDOW_H, WINDOW_W,
+                    PAD_FIRST, SHIFTED, PRECISION,
+                )  # fmt: skip
+                if slabs is not None:
+                    _add_to_slab(slab, first_key, first, grad_logits, window == program, TOKENS, KEYS, QUERIES_A)
+            # What a thread has added to the slab, another one may read for the next window.
+            tl.debug_barrier()
+        else:
             grad_key, grad_value, grad_logits = _add_queries(
                 grad_key, grad_value, key, value, table, first_key, image_qkv, image_grad, totals, means, place,
-                geometry, strides, grad_strides, scale, QUERIES_A, QUERIES_B, KEYS, D, D_TILE, WINDOW_H, WINDOW_W,
-                PAD_FIRST, SHIFTED, PRECISION,
+                geometry, strides, grad_strides, scale, 0, QUERIES_A, KEYS, D, D_TILE, WINDOW_H, WINDOW_W, PAD_FIRST,
+                SHIFTED, PRECISION,
             )  # fmt: skip
             if slabs is not None:
-                grad_bias_b += grad_logits
-        if QUERIES_C > 0:
-            grad_key, grad_value, grad_logits = _add_queries(
-                grad_key, grad_value, key, value, table, first_key, image_qkv, image_grad, totals, means, place,
-                geometry, strides, grad_strides, scale, QUERIES_A + QUERIES_B, QUERIES_C, KEYS, D, D_TILE, WINDOW_H,
-                WINDOW_W, PAD_FIRST, SHIFTED, PRECISION,
-            )  # fmt: skip
-            if slabs is not None:
-                grad_bias_c += grad_logits
+                grad_bias_a += grad_logits
+            if QUERIES_B > 0:
+                grad_key, grad_value, grad_logits = _add_queries(
+                    grad_key, grad_value, key, value, table, first_key, image_qkv, image_grad, totals, means, place,
+                    geometry, strides, grad_strides, scale, QUERIES_A, QUERIES_B, KEYS, D, D_TILE, WINDOW_H, WINDOW_W,
+                    PAD_FIRST, SHIFTED, PRECISION,
+                )  # fmt: skip
+                if slabs is not None:
+                    grad_bias_b += grad_logits
+            if QUERIES_C > 0:
+                grad_key, grad_value, grad_logits = _add_queries(
+                    grad_key, grad_value, key, value, table, first_key, image_qkv, image_grad, totals, means, place,
+                    geometry, strides, grad_strides, scale, QUERIES_A + QUERIES_B, QUERIES_C, KEYS, D, D_TILE, WINDOW_H,
+                    WINDOW_W, PAD_FIRST, SHIFTED, PRECISION,
+                )  # fmt: skip
+                if slabs is not None:
+                    grad_bias_c += grad_logits
         grad_key *= scale / LOG2E
         if grad_qkv is not None:
             to = grad_qkv + head * D + image * grad_qkv_strides[0] + token_offsets(y, x, grad_qkv_strides)
@@ -328,8 +394,7 @@ def backward_keys_kernel(
                 grad_pad_key += tl.sum(tl.where(real[:, None], 0.0, grad_key), 0)
                 grad_pad_value += tl.sum(tl.where(real[:, None], 0.0, grad_value), 0)
 
-    if slabs is not None:
-        slab = slabs + (program.to(tl.int64) * HEADS + head) * TOKENS * TOKENS
+    if slabs is not None and not STREAMED:
         _store_slab(slab, first_key, 0, grad_bias_a, TOKENS, KEYS, QUERIES_A)
         if QUERIES_B > 0:
             _store_slab(slab, first_key, QUERIES_A, grad_bias_b, TOKENS, KEYS, QUERIES_B)
@@ -358,6 +423,18 @@ def _store_slab(
 
 
 @triton.jit
+def _add_to_slab(
+    slab, first_key, FIRST, values, first_window, TOKENS: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr
+):
+    """Adds to one piece of a program's sums in memory, which nobody else reads or writes."""
+    key = first_key + tl.arange(0, KEYS)
+    query = FIRST + tl.arange(0, QUERIES)
+    mask = (key < TOKENS)[:, None] & (query < TOKENS)[None, :]
+    at = slab + query[None, :] * TOKENS + key[:, None]
+    tl.store(at, tl.load(at, mask=mask & (not first_window), other=0.0) + values, mask=mask)
+
+
+@triton.jit
 def _add_queries(
     grad_key,  # (KEYS, D_TILE) float32
     grad_value,
@@ -374,7 +451,7 @@ def _add_queries(
     strides,
     grad_strides,
     scale,
-    FIRST: tl.constexpr,
+    FIRST,
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
     D: tl.constexpr,

@@ -34,6 +34,16 @@ def window_place(window, rows, columns):
 
 
 @triton.jit
+def again(place, number):
+    """The same place with another 0: what is loaded from it is loaded once more, and not kept for another number >= 0.
+
+    float32 streams its operands so. A product takes each in two pieces, and all of a tile's tokens for every warp: the
+    compiler would keep these pieces through a loop, and spill.
+    """
+    return place[0], place[1], place[2], place[3], tl.minimum(place[0] + number, 0)
+
+
+@triton.jit
 def shift_sides(FIRST, TILE: tl.constexpr, shift_h, shift_w, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr):
     """On which side of a cut TILE tokens from FIRST on lie: bit 1 below the horizontal, bit 0 beside the vertical one.
     Two tokens of a window see each other if these agree in the bits of the window's cut."""
@@ -92,6 +102,25 @@ def load_tokens(pointer, offsets, real, D: tl.constexpr, D_TILE: tl.constexpr):
     if D < D_TILE:
         mask = mask & (channel < D)[None, :]
     return tl.load(pointer + offsets[:, None] + channel[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def load_tile(
+    pointer,
+    place,
+    geometry,
+    strides,
+    FIRST,
+    TILE: tl.constexpr,
+    D: tl.constexpr,
+    D_TILE: tl.constexpr,
+    WINDOW_H: tl.constexpr,
+    WINDOW_W: tl.constexpr,
+    PAD_FIRST: tl.constexpr,
+):
+    """`load_tokens` of TILE tokens of a window from FIRST on."""
+    y, x, real, _ = token_places(place, geometry, FIRST, TILE, WINDOW_H, WINDOW_W, PAD_FIRST)
+    return load_tokens(pointer, token_offsets(y, x, strides), real, D, D_TILE)
 
 
 @triton.jit
@@ -168,7 +197,7 @@ def load_piece(
     place,
     geometry,
     strides,
-    FIRST: tl.constexpr,
+    FIRST,
     KEYS: tl.constexpr,
     CHANNELS: tl.constexpr,
     D: tl.constexpr,

@@ -21,8 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _runtime
-from ._precision import precision
-from ._runtime import dot, rounded
+from ._runtime import dot, precision, rounded
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
@@ -415,7 +414,7 @@ def _inputs(
 def _channels(features: Tensor) -> dict[str, int | bool]:
     """How a row of channels is cut: whole where a few such tiles fit on chip."""
     whole = _runtime.power_of_two(features.shape[2])
-    one = whole * features.element_size() <= _WHOLE_BYTES
+    one = whole * features.element_size() <= _WHOLE_BYTES[features.element_size()]
     return {"ONE": one, "BLOCK_C": whole if one else _STEP_BYTES // features.element_size()}
 
 
@@ -425,15 +424,15 @@ def _key(features: Tensor) -> tuple[object, ...]:
 
 
 def _tiles(dtype: torch.dtype, pixels: int, *_: object) -> list[triton.Config]:
-    sizes = [(64, 32, 4, 3), (32, 32, 4, 2)]
+    sizes = [(64, 32, 4, 2), (32, 32, 4, 2)]
     # float32 takes three pieces of each operand: too many registers for the larger tiles.
     if dtype != torch.float32:
-        sizes = [(128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 4, 2), *sizes]
+        sizes = [(128, 64, 8, 2), (64, 64, 4, 2), *sizes]
     return _fitting(sizes, pixels)
 
 
-def _backward_tiles(dtype: torch.dtype, pixels: int, *_: object) -> list[triton.Config]:
-    sizes = [(64, 32, 8, 2), (32, 32, 8, 2)]
+def _backward_tiles(dtype: torch.dtype, pixels: int, channels: int, *_: object) -> list[triton.Config]:
+    sizes = [(64, 32, 8, 2), (32, 32, 8, 2)] if channels > 64 else [(32, 32, 8, 2)]
     # float16's factors are float32, too.
     return _fitting([(64, 64, 8, 2), *sizes] if dtype == torch.bfloat16 else sizes, pixels)
 
@@ -445,15 +444,17 @@ def _fitting(sizes: list[tuple[int, int, int, int]], pixels: int) -> list[triton
         for rows, columns, warps, stages in sizes
         if rows <= pixels
     ]
-    return found or [triton.Config({"BLOCK_M": 16, "BLOCK_N": 16}, num_warps=4, num_stages=2)]
+    return found[:_MOST_CANDIDATES] or [triton.Config({"BLOCK_M": 16, "BLOCK_N": 16}, num_warps=4, num_stages=2)]
 
 
 _NORM_PIXELS, _LARGEST_TILE = 64, 128
-# Bytes of a pixel's channels up to which the forward pass holds them all, and of a step where it does not; channels of
-# the gradient that one program makes.
-_WHOLE_BYTES, _STEP_BYTES, _GRADIENT_CHANNELS = 512, 128, 128
+# Bytes of a pixel's channels up to which the forward pass holds them all, by bytes of one, and of a step where it does
+# not; channels of the gradient that one program makes.
+_WHOLE_BYTES, _STEP_BYTES, _GRADIENT_CHANNELS = {2: 512, 4: 128}, 128, 128
 # Maps beyond this many pixels choose as this one.
 _MOST_PIXELS = 4096
+# Each is compiled, and timed at the first call.
+_MOST_CANDIDATES = 2
 
 _FORWARD = _runtime.Autotuner(_tiles, _forward_kernel)
 _BACKWARD = _runtime.Autotuner(_backward_tiles, _backward_kernel)
@@ -461,12 +462,13 @@ _BACKWARD = _runtime.Autotuner(_backward_tiles, _backward_kernel)
 
 def launches(dtype: torch.dtype, quick: bool) -> Iterator[tuple[str, Callable[[], object]]]:
     """Calls that :mod:`.report` compiles: channels first and last, few and many, on meta tensors."""
-    for channels, first in [(256, True)] if quick else [(256, True), (256, False), (64, False), (512, True)]:
-        shape = (2, channels, 14400) if first else (2, 14400, channels)
+    sizes = [(256, True, 14400), (256, False, 14400), (512, True, 14400), (64, True, 60)]
+    for channels, first, pixels in sizes[:1] if quick else sizes:
+        shape = (2, channels, pixels) if first else (2, pixels, channels)
         features = torch.empty(shape, dtype=dtype, device="meta")
         features = features.transpose(1, 2) if first else features
-        inside = torch.empty(2, 14400, dtype=torch.uint8, device="meta")
+        inside = torch.empty(2, pixels, dtype=torch.uint8, device="meta")
         grad_loss = torch.empty(2, dtype=torch.float32, device="meta")
-        label = f"C {channels}, channels {'first' if first else 'last'}"
+        label = f"P {pixels}, C {channels}, channels {'first' if first else 'last'}"
         yield label, functools.partial(forward, features, inside, 0.1, True)
         yield label, functools.partial(backward, grad_loss, features, inside, statistics(features), 0.1, True)

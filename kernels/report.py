@@ -1,20 +1,24 @@
 """Compiles every Triton kernel ahead of time, without a GPU, and tells what each program takes of the chip.
 
-    python -m magnet_fast.kernels.report [--quick] [--kernel NAME] [--arch 80 90] [--dtype bfloat16] [--markdown FILE]
+    python -m magnet_fast.kernels.report [--quick] [--kernel NAME] [--arch 80 90] [--dtype bfloat16] [--jobs N]
+                                         [--results FILE] [--markdown FILE]
 
 A kernel file takes part by a function ``launches(dtype, quick)`` that yields (label, call): each call runs the file's
 host function on *meta* tensors. Nothing is launched: every launch of a call, with every configuration that its
 autotuner may choose, is compiled as it would be on a GPU, from the same arguments. Registers and spills are those of
-the compiled program as ``cuobjdump`` and ``nvdisasm`` see it.
+the compiled program as ``cuobjdump`` and ``nvdisasm`` see it. Triton's cache keeps what was compiled: another run takes
+minutes.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
+import hashlib
+import json
+import multiprocessing
 import re
-import shlex
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,7 +30,9 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas_version
 from triton.compiler import ASTSource
+from triton.runtime.cache import get_cache_manager
 from triton.runtime.jit import JITFunction
 
 from . import _runtime
@@ -44,6 +50,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10}
 """Bytes of shared memory that one block can have, by architecture."""
 
+_CHIPS = {80: "A100", 90: "H100, H200"}
 _REGISTERS, _THREADS, _BLOCKS = 1 << 16, 2048, 32  # of a multiprocessor, both architectures
 _SHARED = {80: 164 << 10, 90: 228 << 10}  # of a multiprocessor
 _SHARED_RESERVED = 1 << 10  # of every block
@@ -63,19 +70,27 @@ class Launch(NamedTuple):
     arguments: dict[str, Any]
     options: dict[str, int]
 
+    @property
+    def tiles(self) -> str:
+        """How the launch is cut, in words."""
+        sizes = {name: value for name, value in self.arguments.items() if _SIZES.match(name)}
+        return " ".join(f"{name.lower()}={value}" for name, value in sizes.items() if value)
+
 
 class Program(NamedTuple):
     """One compiled kernel."""
 
+    operator: str  # the kernel file
     kernel: str
-    label: str
+    cases: tuple[str, ...]  # labels of the calls that launch it
     dtype: str
     arch: int
-    options: str
+    tiles: str
+    warps: int
+    stages: int
     registers: int  # of a thread
     spills: int  # instructions that store to, or load from, local memory
     shared: int  # bytes of a block
-    warps: int
 
     @property
     def occupancy(self) -> float:
@@ -97,15 +112,18 @@ class Program(NamedTuple):
 
 def launches(
     dtype: torch.dtype, quick: bool = False, kernel: str = "", arch: int = 90
-) -> Iterator[tuple[str, list[Launch]]]:
-    """(label, launches) of every call of every kernel file, every configuration included."""
+) -> Iterator[tuple[str, str, list[Launch]]]:
+    """(kernel file, label, launches) of every call of every kernel file, every configuration included.
+
+    float16's programs are bfloat16's but for conversions: few calls stand for all.
+    """
     for name in KERNEL_FILES:
-        for label, call in import_module(f".{name}", __package__).launches(dtype, quick):
+        for label, call in import_module(f".{name}", __package__).launches(dtype, quick or dtype == torch.float16):
             with _recording(arch) as found:
                 call()
             wanted = [launch for launch in found if kernel in f"{name}.{launch.kernel.__name__}"]
             if wanted:
-                yield label, wanted
+                yield name, label, wanted
 
 
 @contextmanager
@@ -140,15 +158,34 @@ class _Properties(NamedTuple):
     multi_processor_count: int
 
 
-def compile_launch(launch: Launch, label: str, dtype: torch.dtype, arch: int) -> Program:
-    """Compile one launch for an architecture, as Triton would on such a GPU."""
-    source = _source(launch)
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
-    registers, spills = _resources(compiled.asm["cubin"])
-    sizes = {name: launch.arguments[name] for name in launch.arguments if _SIZES.match(name)}
-    text = " ".join(f"{name.lower()}={value}" for name, value in sizes.items() if value)
-    name, warps = launch.kernel.__name__.strip("_"), compiled.metadata.num_warps
-    return Program(name, label, str(dtype)[6:], arch, text, registers, spills, compiled.metadata.shared, warps)
+class Request(NamedTuple):
+    """A program to compile."""
+
+    operator: str
+    cases: tuple[str, ...]
+    dtype: torch.dtype
+    arch: int
+    launch: Launch
+
+
+def compile_program(request: Request) -> Program:
+    """Compile it as Triton would on such a GPU."""
+    operator, cases, dtype, arch, launch = request
+    compiled = triton.compile(_source(launch), target=GPUTarget("cuda", arch, 32), options=launch.options)
+    registers, spills = _resources(compiled)
+    return Program(
+        operator=operator,
+        kernel=launch.kernel.__name__.strip("_"),
+        cases=cases,
+        dtype=_name(dtype),
+        arch=arch,
+        tiles=launch.tiles,
+        warps=compiled.metadata.num_warps,
+        stages=compiled.metadata.num_stages,
+        registers=registers,
+        spills=spills,
+        shared=compiled.metadata.shared,
+    )
 
 
 def _source(launch: Launch) -> ASTSource:
@@ -174,18 +211,40 @@ def _source(launch: Launch) -> ASTSource:
     return ASTSource(launch.kernel, signature, constants, attributes)
 
 
-def _resources(binary: bytes) -> tuple[int, int]:
-    """(registers, instructions that go to local memory, where spilled registers are) of a compiled kernel."""
+def _resources(compiled: Any) -> tuple[int, int]:
+    """(registers, instructions that go to local memory, where spilled registers are) of a compiled kernel.
+
+    They are kept beside it in Triton's cache: taking a large program apart takes as long as compiling a small one.
+    """
+    cache = get_cache_manager(compiled.hash)
+    if path := cache.get_file("resources.json"):
+        return tuple(json.loads(Path(path).read_text()))
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary)
+        file.write(compiled.asm["cubin"])
         file.flush()
         usage = _output(triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name)
         code = _output(triton.knobs.nvidia.nvdisasm.path, "-c", file.name)
-    return int(re.search(r"REG:(\d+)", usage)[1]), len(re.findall(r"\b(?:STL|LDL)\b", code))
+    found = int(re.search(r"REG:(\d+)", usage)[1]), len(re.findall(r"\b(?:STL|LDL)\b", code))
+    cache.put(json.dumps(found), "resources.json", binary=False)
+    return found
 
 
 def _output(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def requests(quick: bool, kernel: str, archs: Sequence[int], dtypes: Sequence[torch.dtype]) -> list[Request]:
+    """Everything there is to compile, each distinct program once."""
+    found: dict[tuple[str, ...], Request] = {}
+    for dtype in dtypes:
+        for arch in archs:
+            for operator, label, each in launches(dtype, quick, kernel, arch):
+                for launch in each:
+                    key = (_name(dtype), arch, _source(launch).hash(), str(sorted(launch.options.items())))
+                    cases = found[key].cases if key in found else ()
+                    cases += () if label in cases else (label,)
+                    found[key] = Request(operator, cases, dtype, arch, launch)
+    return list(found.values())
 
 
 def programs(
@@ -193,18 +252,63 @@ def programs(
     kernel: str = "",
     archs: Sequence[int] = (80, 90),
     dtypes: Sequence[torch.dtype] = DTYPES,
+    jobs: int = 1,
 ) -> Iterator[Program]:
-    """Compile everything, each distinct program once."""
-    for dtype in dtypes:
-        for arch in archs:
-            seen = set()
-            for label, found in launches(dtype, quick, kernel, arch):
-                for launch in found:
-                    source = _source(launch)
-                    key = (label, source.hash(), str(sorted(launch.options.items())))
-                    if key not in seen:
-                        seen.add(key)
-                        yield compile_launch(launch, label, dtype, arch)
+    """Compile everything, in so many processes."""
+    work = requests(quick, kernel, archs, dtypes)
+    if jobs == 1:
+        yield from map(compile_program, work)
+        return
+    with multiprocessing.get_context("fork").Pool(jobs, _take, (work,)) as pool:
+        yield from pool.imap(_compile_number, range(len(work)))
+
+
+_work: list[Request] = []  # of a process of `programs`: kernels cannot be sent to one
+
+
+def _take(work: list[Request]) -> None:
+    _work[:] = work
+
+
+def _compile_number(number: int) -> Program:
+    return compile_program(_work[number])
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def sources() -> str:
+    """A digest of all jitted functions of this package, comments and docstrings left out: what results belong to."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and "triton.jit" in map(ast.unparse, node.decorator_list):
+                if ast.get_docstring(node):
+                    node.body = node.body[1:]
+                digest.update(ast.unparse(node).encode())
+    return digest.hexdigest()
+
+
+def results(found: Sequence[Program]) -> dict[str, Any]:
+    """What a results file holds."""
+    return {
+        "date": date.today().isoformat(),
+        "triton": triton.__version__,
+        "ptxas": {f"sm_{arch}": _ptxas(arch) for arch in sorted({program.arch for program in found})},
+        "torch": torch.__version__,
+        "sources": sources(),
+        "programs": [program._asdict() for program in found],
+    }
+
+
+def _ptxas(arch: int) -> str:
+    return re.search(r"release \S+, V(\S+)", get_ptxas_version(arch))[1]
+
+
+def read(contents: dict[str, Any]) -> list[Program]:
+    """The programs of a results file."""
+    return [Program(**{**row, "cases": tuple(row["cases"])}) for row in contents["programs"]]
 
 
 def main() -> None:
@@ -212,55 +316,89 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="the few launches that the tests compile")
     parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
     parser.add_argument("--arch", type=int, nargs="+", choices=sorted(SHARED_LIMIT), default=sorted(SHARED_LIMIT))
-    names = [str(dtype)[6:] for dtype in DTYPES]
+    names = [_name(dtype) for dtype in DTYPES]
     parser.add_argument("--dtype", nargs="+", choices=names, default=names)
-    parser.add_argument("--markdown", type=Path, help="write the table, with versions and the date, to this file")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that compile")
+    parser.add_argument("--results", type=Path, help="write everything, with versions and the date, to this JSON file")
+    parser.add_argument("--markdown", type=Path, help="write the tables of docs/kernels.md to this file")
     arguments = parser.parse_args()
     found = []
     dtypes = [getattr(torch, name) for name in arguments.dtype]
-    for program in programs(arguments.quick, arguments.kernel, arguments.arch, dtypes):
+    for program in programs(arguments.quick, arguments.kernel, arguments.arch, dtypes, arguments.jobs):
         found.append(program)
         print(_line(program), flush=True)
     print(f"{len(found)} programs, {sum(not p.fits for p in found)} of them spill or do not fit")
+    contents = results(found)
+    if arguments.results:
+        arguments.results.write_text(text(contents))
     if arguments.markdown:
-        arguments.markdown.write_text(markdown(found, sys.argv[1:]))
+        arguments.markdown.write_text(markdown(contents))
 
 
-def markdown(found: list[Program], arguments: Sequence[str]) -> str:
-    """The table as a document; ``arguments`` are those of the command that wrote it."""
-    rows = [
-        f"| {p.kernel} | {p.label} | {p.dtype} | sm_{p.arch} | {p.registers} | {p.spills} | {p.shared / 1024:.1f} | "
-        f"{p.warps} | {100 * p.occupancy:.0f} % | {p.options} |"
-        for p in found
-    ]
-    return "\n".join(
-        [
-            "# What the Triton kernels take of a chip",
-            "",
-            f"Written by `{shlex.join(['python', '-m', 'magnet_fast.kernels.report', *arguments])}`,",
-            "which compiles every launch of these dtypes, with every configuration that its autotuner may choose,",
-            "without a GPU. Registers are a thread's; spills are instructions that go to local memory; shared memory",
-            "is a block's, of at most "
-            + " and ".join(f"{limit >> 10} KB on sm_{arch}" for arch, limit in SHARED_LIMIT.items())
-            + ".",
-            "Occupancy is estimated from these three and the warps of a block. No kernel was run for this table.",
-            "",
-            f"{date.today().isoformat()}, Triton {triton.__version__}, torch {torch.__version__}.",
-            f"{len(found)} programs, {sum(not p.fits for p in found)} of them spill or do not fit.",
-            "",
-            "| kernel | case | dtype | chip | registers | spills | shared KB | warps | occupancy | tiles |",
-            "|---|---|---|---|---|---|---|---|---|---|",
-            *rows,
-            "",
-        ]
-    )
+def text(contents: dict[str, Any]) -> str:
+    """The results file: JSON with a line for each program."""
+    head = json.dumps({**contents, "programs": []}, indent=1)
+    rows = ",\n".join(f"  {json.dumps(row)}" for row in contents["programs"])
+    return head.replace('"programs": []', f'"programs": [\n{rows}\n ]') + "\n"
 
 
 def _line(p: Program) -> str:
     return (
-        f"sm_{p.arch} {p.dtype:<8} {p.kernel:<24} {p.label:<28} {p.registers:4} registers {p.spills:5} spills "
-        f"{p.shared / 1024:6.1f} KB shared {100 * p.occupancy:4.0f} % occupancy  {p.options}"
+        f"sm_{p.arch} {p.dtype:<8} {p.kernel:<24} {p.cases[0]:<28} {p.registers:4} registers {p.spills:5} spills "
+        f"{p.shared / 1024:6.1f} KB shared {100 * p.occupancy:4.0f} % occupancy  {p.tiles}"
     )
+
+
+_HEAD = """# What the Triton kernels take of a chip
+
+`python -m magnet_fast.kernels.report` compiles every launch of the operators in the cases below, with every
+configuration that an autotuner may choose, for {archs}, without a GPU.
+None was run for these tables. Of {count} distinct programs, {bad} spill registers to local memory or want more shared
+memory than a block can have ({limits}).
+
+Triton {triton}, ptxas {ptxas}, {date}; `benchmarks/results/triton_kernels.json` has each program.
+A line here is a kernel in one case: the most registers a thread that any of its configurations takes ({order}),
+the most shared memory of a block, and the least occupancy. That is the share of a multiprocessor's threads that can be
+there at once, estimated from the first two and the warps of a block. "-" stands where a kernel has no part in a dtype,
+and where float16, whose programs are bfloat16's but for conversions, is left out.
+
+float32 products are three TF32 products of pieces, nearly as exact as float32, and a single one where torch allows TF32
+(`torch.backends.cuda.matmul.fp32_precision = "tf32"`); the tables have the former, which take more registers.
+"""
+
+
+def markdown(contents: dict[str, Any]) -> str:
+    """The document of a results file."""
+    found = read(contents)
+    names = [_name(dtype) for dtype in DTYPES if any(p.dtype == _name(dtype) for p in found)]
+    archs = sorted({p.arch for p in found})
+    lines = _HEAD.format(
+        count=len(found),
+        bad=sum(not p.fits for p in found),
+        limits=", ".join(f"{SHARED_LIMIT[arch] >> 10} KB on sm_{arch}" for arch in archs),
+        ptxas=", ".join(f"{version} for {arch}" for arch, version in contents["ptxas"].items()),
+        archs=" and ".join(f"sm_{arch} ({_CHIPS[arch]})" for arch in archs),
+        order=" / ".join(f"sm_{arch}" for arch in archs),
+        triton=contents["triton"],
+        date=contents["date"],
+    ).splitlines()
+    heads = ["kernel", "case", *(f"registers, {name}" for name in names), "shared KB", "occupancy"]
+    for operator in dict.fromkeys(p.operator for p in found):
+        lines += ["", f"## {operator}", "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+        here = [p for p in found if p.operator == operator]
+        for kernel, case in dict.fromkeys((p.kernel, case) for p in here for case in p.cases):
+            members = [p for p in here if p.kernel == kernel and case in p.cases]
+            registers = [_most([p for p in members if p.dtype == name]) for name in names]
+            shared, occupancy = max(p.shared for p in members) / 1024, 100 * min(p.occupancy for p in members)
+            cells = [kernel.removesuffix("_kernel"), case, *registers, f"{shared:.1f}", f"{occupancy:.0f} %"]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _most(members: Sequence[Program]) -> str:
+    """The most registers on each chip."""
+    archs = sorted({p.arch for p in members})
+    return " / ".join(str(max(p.registers for p in members if p.arch == arch)) for arch in archs) or "-"
 
 
 if __name__ == "__main__":

@@ -11,6 +11,9 @@ lanes are idle; tiles are as large as the registers allow. In low precision a wh
 backward kernel gives everything. Otherwise tiles of queries give dQ and each query's sums, and then tiles of keys give
 dK, dV and the bias' gradient. Tiles of one window run side by side, so that they read its tokens from the L2.
 
+float32's operands take several times the registers (see `again`). Its kernels stream them in small equal pieces, gather
+the bias for each, and add the bias' gradient up in memory, each program in a place of its own.
+
 Source: Liu et al., "Swin Transformer" (arXiv 2103.14030), section 3.2.
 """
 
@@ -24,13 +27,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._runtime import Autotuner, dot, grid, input_precision, multiprocessors, on_device, power_of_two, rounded
+from ._runtime import Autotuner, dot, grid, multiprocessors, on_device, power_of_two, precision, rounded
 from ._window_backward import backward_kernel, table_kernel
 from ._window_backward_tiles import backward_keys_kernel, backward_queries_kernel
 from ._window_index import (
     COUNTS,
     LOG2E,
+    again,
     load_piece,
+    load_tile,
     load_tokens,
     relative_bias,
     relative_logits,
@@ -40,8 +45,8 @@ from ._window_index import (
     window_place,
 )
 
-LARGEST_WINDOW = 256
-"""Tokens of a window that the kernels take."""
+LARGEST_WINDOW, LARGEST_WINDOW_OF_WIDE = 256, 144
+"""Tokens of a window that the kernels take: with heads of up to 32 channels, and with wider ones."""
 
 LARGEST_IMAGE = 2**31 - 1
 """Elements that one image of a batch may span: offsets within an image have 32 bits, those of images 64."""
@@ -73,7 +78,7 @@ def _forward_kernel(
     WINDOW_H: tl.constexpr,
     WINDOW_W: tl.constexpr,
     QUERIES: tl.constexpr,  # of a tile
-    KEYS_A: tl.constexpr,  # of the first piece
+    KEYS_A: tl.constexpr,  # of the first piece; of each one in float32
     KEYS_B: tl.constexpr,  # of the second, or 0
     KEYS_C: tl.constexpr,  # of the third, or 0
     PAD_FIRST: tl.constexpr,
@@ -84,6 +89,7 @@ def _forward_kernel(
     CHANNELS: tl.constexpr = HEADS * D
     TOKENS: tl.constexpr = WINDOW_H * WINDOW_W
     TILES: tl.constexpr = (TOKENS + QUERIES - 1) // QUERIES
+    STREAMED: tl.constexpr = qkv.dtype.element_ty == tl.float32
     first_query = (tl.program_id(0) % TILES) * QUERIES
     head = tl.program_id(0) // TILES % HEADS
     geometry = (height, width, rows, columns, roll_h, roll_w, shift_h, shift_w)
@@ -94,11 +100,12 @@ def _forward_kernel(
     table += head * (2 * WINDOW_H - 1) * (2 * WINDOW_W - 1)
     if PAD:
         pad += head * D
-    bias_a = relative_bias(table, first_query, 0, QUERIES, KEYS_A, WINDOW_H, WINDOW_W, False)
-    if KEYS_B > 0:
-        bias_b = relative_bias(table, first_query, KEYS_A, QUERIES, KEYS_B, WINDOW_H, WINDOW_W, False)
-    if KEYS_C > 0:
-        bias_c = relative_bias(table, first_query, KEYS_A + KEYS_B, QUERIES, KEYS_C, WINDOW_H, WINDOW_W, False)
+    if not STREAMED:
+        bias_a = relative_bias(table, first_query, 0, QUERIES, KEYS_A, WINDOW_H, WINDOW_W, False)
+        if KEYS_B > 0:
+            bias_b = relative_bias(table, first_query, KEYS_A, QUERIES, KEYS_B, WINDOW_H, WINDOW_W, False)
+        if KEYS_C > 0:
+            bias_c = relative_bias(table, first_query, KEYS_A + KEYS_B, QUERIES, KEYS_C, WINDOW_H, WINDOW_W, False)
 
     for window in range(tl.program_id(0) // (TILES * HEADS), windows, programs):
         place = window_place(window, rows, columns)
@@ -109,21 +116,34 @@ def _forward_kernel(
         largest = tl.full((QUERIES,), float("-inf"), tl.float32)
         total = tl.zeros((QUERIES,), tl.float32)
         result = tl.zeros((QUERIES, D_TILE), tl.float32)
-        largest, total, result = _attend(
-            largest, total, result, query, first_query, bias_a, image_qkv, pad, place, geometry, strides, scale, 0,
-            KEYS_A, QUERIES, CHANNELS, D, D_TILE, WINDOW_H, WINDOW_W, PAD_FIRST, PAD, SHIFTED, PRECISION,
-        )  # fmt: skip
-        if KEYS_B > 0:
+        if STREAMED:
+            for first in range(0, TOKENS + place[4], KEYS_A):
+                bias = relative_bias(table, first_query, first, QUERIES, KEYS_A, WINDOW_H, WINDOW_W, False)
+                query = load_tile(
+                    image_qkv, again(place, first), geometry, strides, first_query, QUERIES, D, D_TILE, WINDOW_H,
+                    WINDOW_W, PAD_FIRST,
+                )  # fmt: skip
+                largest, total, result = _attend(
+                    largest, total, result, query, first_query, bias, image_qkv, pad, place, geometry, strides, scale,
+                    first, KEYS_A, QUERIES, CHANNELS, D, D_TILE, WINDOW_H, WINDOW_W, PAD_FIRST, PAD, SHIFTED, PRECISION,
+                )  # fmt: skip
+        else:
             largest, total, result = _attend(
-                largest, total, result, query, first_query, bias_b, image_qkv, pad, place, geometry, strides, scale,
-                KEYS_A, KEYS_B, QUERIES, CHANNELS, D, D_TILE, WINDOW_H, WINDOW_W, PAD_FIRST, PAD, SHIFTED, PRECISION,
+                largest, total, result, query, first_query, bias_a, image_qkv, pad, place, geometry, strides, scale, 0,
+                KEYS_A, QUERIES, CHANNELS, D, D_TILE, WINDOW_H, WINDOW_W, PAD_FIRST, PAD, SHIFTED, PRECISION,
             )  # fmt: skip
-        if KEYS_C > 0:
-            largest, total, result = _attend(
-                largest, total, result, query, first_query, bias_c, image_qkv, pad, place, geometry, strides, scale,
-                KEYS_A + KEYS_B, KEYS_C, QUERIES, CHANNELS, D, D_TILE, WINDOW_H, WINDOW_W, PAD_FIRST, PAD, SHIFTED,
-                PRECISION,
-            )  # fmt: skip
+            if KEYS_B > 0:
+                largest, total, result = _attend(
+                    largest, total, result, query, first_query, bias_b, image_qkv, pad, place, geometry, strides, scale,
+                    KEYS_A, KEYS_B, QUERIES, CHANNELS, D, D_TILE, WINDOW_H, WINDOW_W, PAD_FIRST, PAD, SHIFTED,
+                    PRECISION,
+                )  # fmt: skip
+            if KEYS_C > 0:
+                largest, total, result = _attend(
+                    largest, total, result, query, first_query, bias_c, image_qkv, pad, place, geometry, strides, scale,
+                    KEYS_A + KEYS_B, KEYS_C, QUERIES, CHANNELS, D, D_TILE, WINDOW_H, WINDOW_W, PAD_FIRST, PAD, SHIFTED,
+                    PRECISION,
+                )  # fmt: skip
         store_tokens(
             out + image * out_strides[0] + token_offsets(y, x, out_strides), real, result / total[:, None], D, D_TILE
         )
@@ -143,7 +163,7 @@ def _attend(
     geometry,
     strides,
     scale,
-    FIRST: tl.constexpr,
+    FIRST,
     KEYS: tl.constexpr,
     QUERIES: tl.constexpr,
     CHANNELS: tl.constexpr,
@@ -158,8 +178,7 @@ def _attend(
 ):
     """One piece of keys: largest logit, total and result with it."""
     key, value = load_piece(
-        qkv, pad, place, geometry, strides, FIRST, KEYS, CHANNELS, D, D_TILE, WINDOW_H, WINDOW_W,
-        PAD_FIRST, PAD,
+        qkv, pad, place, geometry, strides, FIRST, KEYS, CHANNELS, D, D_TILE, WINDOW_H, WINDOW_W, PAD_FIRST, PAD,
     )  # fmt: skip
     logits = relative_logits(
         query,
@@ -301,7 +320,10 @@ def extent_of_image(tensor: Tensor) -> int:
 
 
 _LARGEST_TILE = 64
+_STREAMED = 32
 _ENTRIES = 16
+# Tiles of 16 channels, which no model's heads have, take more registers than these.
+_LEAST_CHANNELS = 32
 
 
 def _float32(like: Tensor, *shape: int) -> Tensor:
@@ -338,13 +360,13 @@ class _Call:
         self.constants = {
             "HEADS": num_heads,
             "D": d,
-            "D_TILE": power_of_two(d),
+            "D_TILE": power_of_two(d, _LEAST_CHANNELS),
             "WINDOW_H": window_h,
             "WINDOW_W": window_w,
             "PAD_FIRST": pad_first,
             "PAD": self.padded and pad_qkv is not None,
             "SHIFTED": bool(shift_h or shift_w),
-            "PRECISION": input_precision(qkv.dtype),
+            "PRECISION": precision(qkv.dtype),
         }
         self.key = (self.tokens, d, qkv.dtype, self.constants["PRECISION"])
 
@@ -369,8 +391,10 @@ def _whole(tokens: int, d: int, dtype: torch.dtype) -> bool:
     return tokens <= _LARGEST_TILE and d <= 32 and dtype != torch.float32
 
 
-def _pieces(tokens: int) -> tuple[int, int, int]:
-    """A window's tokens as up to three powers of two, with few lanes beyond the window."""
+def _pieces(tokens: int, dtype: torch.dtype) -> tuple[int, int, int]:
+    """A window's tokens as up to three powers of two, with few lanes beyond the window; float32 streams equal ones."""
+    if dtype == torch.float32:
+        return _STREAMED, 0, 0
     covering = power_of_two(tokens)
     if covering <= _LARGEST_TILE:
         return covering, 0, 0
@@ -386,10 +410,10 @@ def _forward_candidates(tokens: int, d: int, dtype: torch.dtype, precision: str)
     Only such as need no more registers than there are, which `magnet_fast.kernels.report` tells. A warp takes 16 rows
     of a product: 64 queries and 4 warps where their bias fits, else 16 queries, whose keys the warps share.
     """
-    a, b, c = _pieces(tokens)
+    a, b, c = _pieces(tokens, dtype)
     large = dtype != torch.float32 and (tokens <= _LARGEST_TILE or (tokens <= 144 and d <= 32))
     sizes = {"QUERIES": min(_LARGEST_TILE, power_of_two(tokens)) if large else 16}
-    return _by_programs({**sizes, "KEYS_A": a, "KEYS_B": b, "KEYS_C": c}, 4 if large else 8)
+    return _by_programs({**sizes, "KEYS_A": a, "KEYS_B": b, "KEYS_C": c}, 4 if large or dtype == torch.float32 else 8)
 
 
 def _backward_candidates(tokens: int, d: int, dtype: torch.dtype, precision: str) -> Sequence[triton.Config]:
@@ -397,17 +421,19 @@ def _backward_candidates(tokens: int, d: int, dtype: torch.dtype, precision: str
 
 
 def _backward_queries_candidates(tokens: int, d: int, dtype: torch.dtype, precision: str) -> Sequence[triton.Config]:
-    a, b, c = _pieces(tokens)
+    a, b, c = _pieces(tokens, dtype)
     return _by_programs({"QUERIES": 16, "KEYS_A": a, "KEYS_B": b, "KEYS_C": c}, _warps(tokens, d, dtype))
 
 
 def _backward_keys_candidates(tokens: int, d: int, dtype: torch.dtype, precision: str) -> Sequence[triton.Config]:
-    a, b, c = _pieces(tokens)
+    a, b, c = _pieces(tokens, dtype)
+    if dtype == torch.float32 and d > 32:
+        a //= 2
     return _by_programs({"KEYS": 16, "QUERIES_A": a, "QUERIES_B": b, "QUERIES_C": c}, _warps(tokens, d, dtype))
 
 
 def _warps(tokens: int, d: int, dtype: torch.dtype) -> int:
-    return 8 if dtype == torch.float32 or d > 32 or tokens > 144 else 4
+    return 8 if dtype != torch.float32 and (d > 32 or tokens > 144) else 4
 
 
 def _by_programs(sizes: dict[str, int], warps: int) -> list[triton.Config]:
@@ -426,13 +452,15 @@ _backward_keys_autotuner = Autotuner(_backward_keys_candidates, backward_keys_ke
 
 def launches(dtype: torch.dtype, quick: bool) -> Iterator[tuple[str, Callable[[], object]]]:
     """Calls that :mod:`.report` compiles: windows and head widths, shifted and padded, on meta tensors."""
-    sizes = [(7, 32), (8, 32), (12, 32), (16, 32), (7, 64), (12, 64)]
-    for side, d in sizes[:1] if quick else sizes:
-        heads, shift, extent = 4, side // 2, 30 if side > 7 else 31
+    sizes = [((side, side), 32) for side in (7, 8, 12, 16)]
+    sizes += [((8, 16), 32), ((7, 7), 64), ((12, 12), 64), ((7, 7), 16)]
+    for (side_h, side_w), d in sizes[:1] if quick else sizes:
+        heads, extent = 4, 30 if side_h > 7 else 31
         qkv = torch.empty(16, extent, extent, 3 * heads * d, dtype=dtype, device="meta")
-        table = torch.empty((2 * side - 1) ** 2, heads, dtype=dtype, device="meta")
+        table = torch.empty((2 * side_h - 1) * (2 * side_w - 1), heads, dtype=dtype, device="meta")
         pad = torch.empty(3 * heads * d, dtype=dtype, device="meta")
-        arguments = (qkv, table, pad, heads, side, side, shift, shift, d**-0.5, True)
+        arguments = (qkv, table, pad, heads, side_h, side_w, side_h // 2, side_w // 2, d**-0.5, True)
         grad = torch.empty(16, extent, extent, heads * d, dtype=dtype, device="meta")
-        yield f"w {side}, d {d}", functools.partial(window_attention_forward, *arguments)
-        yield f"w {side}, d {d}", functools.partial(window_attention_backward, grad, *arguments, (True, True, True))
+        label = f"w {side_h}x{side_w}, d {d}"
+        yield label, functools.partial(window_attention_forward, *arguments)
+        yield label, functools.partial(window_attention_backward, grad, *arguments, (True, True, True))

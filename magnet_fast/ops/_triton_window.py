@@ -8,9 +8,9 @@ from torch import Tensor
 from . import _triton_backend
 
 # As in `magnet_fast.kernels.window_attention`, which cannot be asked before Triton is imported.
-_LARGEST_WINDOW = 256
+_LARGEST_WINDOW, _LARGEST_WINDOW_OF_WIDE = 256, 144
 _LARGEST_IMAGE = 2**31 - 1
-_LARGEST_HEAD = 128
+_NARROW_HEAD, _LARGEST_HEAD = 32, 64
 
 
 def supports(qkv: Tensor, bias_table: Tensor, pad_qkv: Tensor | None, num_heads: int, *settings: object) -> str | None:
@@ -21,6 +21,9 @@ def supports(qkv: Tensor, bias_table: Tensor, pad_qkv: Tensor | None, num_heads:
         return f"a window of {window_h}x{window_w} tokens is not supported, at most {_LARGEST_WINDOW} tokens"
     if d > _LARGEST_HEAD:
         return f"{d} channels a head are not supported, at most {_LARGEST_HEAD}"
+    if d > _NARROW_HEAD and window_h * window_w > _LARGEST_WINDOW_OF_WIDE:
+        limit = f"at most {_LARGEST_WINDOW_OF_WIDE} tokens with more than {_NARROW_HEAD} channels a head"
+        return f"a window of {window_h}x{window_w} tokens is not supported, {limit}"
     _, height, width, channels = qkv.shape
     span = max(height * width * channels, (height - 1) * qkv.stride(1) + (width - 1) * qkv.stride(2) + channels)
     if span > _LARGEST_IMAGE:

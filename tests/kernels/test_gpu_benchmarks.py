@@ -7,28 +7,47 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_check, plot
+from benchmarks import gpu, gpu_cases, gpu_check, plot
 from benchmarks.window_shapes import Shape, traffic
+
+CASES = [*gpu_cases.TINY, gpu_cases.CrossModal("pixels only", "pyramid 6x6")]
 
 
 def test_dry_run(tmp_path, capsys):
     target = tmp_path / "new" / "gpu.json"
     gpu.main(["--dry-run", "--results", str(target), "--picture", str(tmp_path / "picture.png")])
     results = json.loads(target.read_text())
-    assert [row.get("error") for row in results["rows"]] == [None] * 6
-    assert {row["path"] for row in results["rows"]} == {"reference", "SDPA", "triton"}
-    assert all(row["median_seconds"] is None and row["bytes"] > 0 for row in results["rows"])
+    rows = results["rows"]
+    assert [row.get("error") for row in rows] == [None] * 2 * 3 * len(gpu_cases.TINY)
+    assert {row["path"] for row in rows} == {"reference", "SDPA", "grid_sample", "triton"}
+    assert {row["suite"] for row in rows} == {f"{case.operator}_gpu" for case in gpu_cases.TINY}
+    assert all(row["median_seconds"] is None and row["bytes"] > 0 for row in rows)
+    assert all(row.get("moved_bytes", row["bytes"]) >= row["bytes"] for row in rows)
     assert results["machine"]["triton"] and results["machine"]["driver"] is None
     assert not (tmp_path / "picture.png").exists() and "ran, not timed" in capsys.readouterr().out
 
 
-def test_rivals_compute_the_same():
-    shape = Shape("Swin-T", 30, 1, 7, True)  # 8 x 8 tokens: shifted and padded
-    ours, *rivals = (
-        gpu.runner(path, shape, 1, torch.bfloat16, False, "cpu", 1)(0) for path in ("triton", "reference", "SDPA")
-    )
-    for rival in rivals:
-        torch.testing.assert_close(ours, rival, rtol=0.02, atol=0.02)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_rivals_compute_the_same(case):
+    """In float32, every path's own code but torch.compile's; and the gradients of the same inputs."""
+    for backward in (False, True):
+        paths = [path for path in case.paths if path not in ("torch.compile", "FlexAttention", "cuda")]
+        ours, *rivals = (gpu.runner(path, case, 1, torch.float32, backward, "cpu", 1)(0) for path in reversed(paths))
+        assert paths[-1] == "triton" and rivals
+        for rival in rivals:
+            for our, their in zip(ours, rival, strict=True):
+                torch.testing.assert_close(our, their, rtol=1e-3, atol=1e-4)
+
+
+def test_every_stage_is_a_case():
+    titles = [f"{case.title}, {case}" for case in gpu_cases.CASES]
+    assert len(set(titles)) == len(titles) and "cross-modal attention, shared, Swin-B stage 4" in titles
+    for case in gpu_cases.CASES:
+        forward, both = (case.floor(torch.bfloat16, backward, 16) for backward in (False, True))
+        assert 0 < forward["bytes"] < both["bytes"] and 0 < forward["flops"] < both["flops"]
+        assert case.floor(torch.bfloat16, False, 1)["bytes"] * 16 == forward["bytes"]
+        assert case.moved(torch.bfloat16, True, 16) > forward["bytes"]
+        assert case.baseline in case.paths and case.paths[-2:] == gpu_cases.OURS
 
 
 def test_counts():

@@ -1,4 +1,8 @@
-"""The kernels compile for GPUs that are not here, and take no more of them than there is."""
+"""The kernels compile for GPUs that are not here and take no more of them than there is; so the committed table says."""
+
+import ast
+import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,10 +11,18 @@ pytest.importorskip("triton")
 
 from magnet_fast.kernels import report  # noqa: E402
 
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results" / "triton_kernels.json"
+
 
 def program(**changes) -> report.Program:
-    given = {"registers": 128, "spills": 0, "shared": 20 << 10, "warps": 4, "arch": 90}
-    return report.Program(**{"kernel": "k", "label": "", "dtype": "bfloat16", "options": "", **given, **changes})
+    given = {"registers": 128, "spills": 0, "shared": 20 << 10, "warps": 4, "stages": 1, "arch": 90, "tiles": ""}
+    return report.Program(**{"operator": "o", "kernel": "k", "cases": ("c",), "dtype": "bfloat16", **given, **changes})
+
+
+@pytest.fixture(scope="module")
+def committed() -> dict:
+    return json.loads(RESULTS.read_text())
 
 
 @pytest.mark.parametrize("arch", [80, 90])
@@ -21,13 +33,55 @@ def test_window_attention_fits(arch):
     assert all(0 < p.registers <= 255 and p.occupancy >= 0.1 for p in found)
 
 
-def test_every_configuration_of_every_launch_is_seen():
-    labels, kernels = set(), set()
-    for label, found in report.launches(torch.bfloat16):
-        labels.add(label)
-        kernels |= {launch.kernel.__name__ for launch in found}
-    assert {"w 7, d 32", "w 12, d 32", "w 16, d 32"} <= labels
-    assert {"_forward_kernel", "backward_kernel", "backward_queries_kernel", "backward_keys_kernel"} <= kernels
+def test_processes_find_the_same():
+    wanted = {"quick": True, "kernel": "_list_kernel", "archs": [80, 90], "dtypes": [torch.float32]}
+    assert list(report.programs(**wanted, jobs=2)) == list(report.programs(**wanted))
+
+
+def test_the_committed_programs_fit(committed):
+    found = report.read(committed)
+    assert [p for p in found if not p.fits] == []
+    assert all(0 < p.registers <= 255 and p.occupancy > 0 for p in found)
+    assert committed["triton"] and committed["ptxas"]
+
+
+def test_the_committed_programs_are_those_of_today(committed):
+    """Every launch with every configuration, of each dtype and architecture that is there, and nothing else."""
+    found = report.read(committed)
+    dtypes = [dtype for dtype in report.DTYPES if any(p.dtype == report._name(dtype) for p in found)]
+    assert {torch.bfloat16, torch.float32} <= set(dtypes)
+    today = {
+        (
+            report._name(request.dtype),
+            request.operator,
+            request.launch.kernel.__name__.strip("_"),
+            case,
+            request.launch.tiles,
+        )
+        for request in report.requests(False, "", [90], dtypes)
+        for case in request.cases
+    }
+    for arch in {p.arch for p in found}:
+        on_chip = [p for p in found if p.arch == arch]
+        assert {(p.dtype, p.operator, p.kernel, case, p.tiles) for p in on_chip for case in p.cases} == today
+
+
+def test_every_kernel_is_committed(committed):
+    written = set()
+    for path in (ROOT / "kernels").glob("*.py"):
+        functions = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef))
+        written |= {node.name.strip("_") for node in functions if node.name.endswith("_kernel")}
+    assert {p.kernel for p in report.read(committed)} == written
+
+
+def test_the_committed_programs_are_of_these_sources(committed):
+    command = "python -m magnet_fast.kernels.report --results benchmarks/results/triton_kernels.json"
+    assert committed["sources"] == report.sources(), f"kernels have changed: {command} --markdown docs/kernels.md"
+
+
+def test_the_document_is_that_of_the_committed_programs(committed):
+    assert (ROOT / "docs" / "kernels.md").read_text() == report.markdown(committed)
+    assert report.text(committed) == RESULTS.read_text()
 
 
 def test_occupancy():
@@ -42,7 +96,13 @@ def test_what_does_not_fit():
     assert program(shared=200 << 10).fits and not program(shared=200 << 10, arch=80).fits
 
 
-def test_the_document_counts_what_does_not_fit():
-    text = report.markdown([program(), program(spills=3)], ["--arch", "90"])
-    assert "magnet_fast.kernels.report --arch 90`" in text
-    assert "2 programs, 1 of them spill or do not fit." in text and text.count("| k |") == 2
+def test_the_document_has_the_worst_of_each_case():
+    programs = [
+        program(arch=80, registers=100),
+        program(registers=200, warps=8),
+        program(registers=90, shared=40 << 10),
+        program(dtype="float32", spills=3),
+    ]
+    text = report.markdown(report.results(programs))
+    assert "Of 4 distinct programs, 1 spill" in text
+    assert "| k | c | 100 / 200 | 128 | 40.0 | 12 % |" in text

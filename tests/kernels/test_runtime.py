@@ -91,10 +91,10 @@ def test_tf32_where_torch_allows_it():
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("highest")
-        assert _runtime.input_precision(torch.float32) == "ieee"
+        assert _runtime.precision(torch.float32) == "tf32x3"
         torch.set_float32_matmul_precision("high")
-        assert _runtime.input_precision(torch.float32) == "tf32"
-        assert _runtime.input_precision(torch.bfloat16) == "ieee"
+        assert _runtime.precision(torch.float32) == "tf32"
+        assert _runtime.precision(torch.bfloat16) == "tf32x3"
     finally:
         torch.set_float32_matmul_precision(before)
 

@@ -166,7 +166,11 @@ def test_auto_never_takes_the_interpreter():
     [
         ("dtype float64 is not supported", {"dtype": torch.float64}),
         ("a window of 20x13 tokens is not supported, at most 256 tokens", {"window": (20, 13)}),
-        ("130 channels a head are not supported, at most 128", {"d": 130}),
+        ("66 channels a head are not supported, at most 64", {"d": 66}),
+        (
+            "a window of 12x13 tokens is not supported, at most 144 tokens with more than 32",
+            {"window": (12, 13), "d": 34},
+        ),
     ],
 )
 def test_what_the_kernels_do_not_take(reason, change):
@@ -176,6 +180,7 @@ def test_what_the_kernels_do_not_take(reason, change):
 
 def test_limits_are_the_kernels():
     assert _triton_window._LARGEST_WINDOW == window_attention.LARGEST_WINDOW
+    assert _triton_window._LARGEST_WINDOW_OF_WIDE == window_attention.LARGEST_WINDOW_OF_WIDE
     assert _triton_window._LARGEST_IMAGE == window_attention.LARGEST_IMAGE
     huge = torch.empty(24).expand(1, 40_000, 30_000, 24)
     with ops.backend("triton"), pytest.raises(ops.BackendError, match="an image of 28800000000 numbers"):
