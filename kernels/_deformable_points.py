@@ -67,7 +67,10 @@ def places_of(
 ):
     """(x, y, unit_x, unit_y, offset_x, offset_y), each (BLOCK_Q, BLOCK_P) float32: the points in pixels of their map,
     with the first pixel's centre at 0; what one unit of the given coordinate moves them by; and, with FUSED, the
-    offsets. Beyond the points the map's sides are 0, and nothing lies on it."""
+    offsets. Beyond the points the map's sides are 0, and nothing lies on it.
+
+    Several kernels place the same points and must find the same pixels, to the last bit: the sums are spelled as fused
+    ones, so that the compiler does not fuse them in one kernel and not in another."""
     point = tl.arange(0, BLOCK_P)
     exists = is_query[:, None] & (point < TOTAL)[None, :]
     offsets = query[:, None] * places_stride + 2 * point[None, :]
@@ -85,10 +88,11 @@ def places_of(
             unit_x, unit_y = side_x * (0.5 / POINTS) * columns, side_y * (0.5 / POINTS) * lines
         else:
             unit_x, unit_y = tl.full(place_x.shape, 1.0, tl.float32), tl.full(place_x.shape, 1.0, tl.float32)
-        x, y = centre_x * columns + place_x * unit_x - 0.5, centre_y * lines + place_y * unit_y - 0.5
+        x, y = tl.fma(centre_x, columns, -0.5), tl.fma(centre_y, lines, -0.5)
+        x, y = tl.fma(place_x, unit_x, x), tl.fma(place_y, unit_y, y)
     else:
         unit_x, unit_y = columns, lines
-        x, y = place_x * columns - 0.5, place_y * lines - 0.5
+        x, y = tl.fma(place_x, columns, -0.5), tl.fma(place_y, lines, -0.5)
     return x, y, unit_x, unit_y, place_x, place_y
 
 

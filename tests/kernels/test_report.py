@@ -1,4 +1,4 @@
-"""The kernels compile for GPUs that are not here and take no more of them than there is; so the committed table says."""
+"""The kernels compile for GPUs that are not here and take no more than they have; so says the committed table."""
 
 import ast
 import json
