@@ -28,7 +28,7 @@ def random_case(
 @pytest.fixture
 def in_blocks(monkeypatch):
     """No tile holds all channels of a pixel: the way of features with many of them."""
-    monkeypatch.setattr(kernels, "_WHOLE_BYTES", 0)
+    monkeypatch.setattr(kernels, "_WHOLE_BYTES", {2: 0, 4: 0})
     monkeypatch.setattr(kernels, "_GRADIENT_CHANNELS", 32)
 
 
