@@ -71,6 +71,7 @@ def test_two_processes_equal_one(config_file, scenes, tmp_path) -> None:
         "clip_norm=1.0",
         "data.mode=refs",
         "loss.alignment=0.5",
+        "precision=float32",
     ]
     flags = [argument for change in changes for argument in ("--set", change)]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
