@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 
 from magnet_fast import ops
 from tests.kernels.agreement import assert_accurate, in_float64
 from tests.ops.cases import Case, weighted_sum
+
+
+def backends_of(operator: str) -> pytest.MarkDecorator:
+    """Runs a test once for each kind of GPU kernels that this machine has for the operator, as ``backend``."""
+    available = ops.available_backends(operator)
+    return pytest.mark.parametrize("backend", [name for name in ("triton", "cuda") if name in available])
 
 
 def on_gpu(case: Case) -> Case:
@@ -28,49 +35,47 @@ def run(case: Case, backend: str) -> list[Tensor]:
     """The outputs and every gradient, on the CPU."""
     with ops.backend(backend):
         outputs = case()
-        found = (*outputs, *torch.autograd.grad(_loss(outputs), case.leaves))
+        # On the CPU the weights of the sum are the same numbers for every device.
+        loss = weighted_sum(tuple(out.cpu() for out in outputs))
+        found = (*outputs, *torch.autograd.grad(loss, case.leaves))
     return [result.detach().cpu() for result in found]
 
 
-def _loss(outputs: tuple[Tensor, ...]) -> Tensor:
-    """The weights are made where the outputs are, from the same numbers."""
-    return weighted_sum(tuple(out.cpu() for out in outputs))
+def _on_device(case: Case, backend: str) -> tuple[Tensor, ...]:
+    """The outputs and every gradient of their sum."""
+    with ops.backend(backend):
+        outputs = case()
+        return (*outputs, *torch.autograd.grad([out.sum() for out in outputs], case.leaves))
 
 
-def assert_agrees(case: Case, backend: str = "triton") -> None:
+def assert_agrees(case: Case, backend: str) -> None:
     """The kernels on the device and the reference, both against the reference in float64 on the CPU."""
     results = run(on_gpu(case), backend), run(case, "reference"), run(in_float64(case), "reference")
     assert_accurate(*results, case.leaves[0].dtype)
 
 
-def assert_same_bits(case: Case, times: int = 20, backend: str = "triton") -> None:
+def assert_same_bits(case: Case, backend: str, times: int = 20) -> None:
     case = on_gpu(case)
-    first = run(case, backend)
+    first = _on_device(case, backend)
     for _ in range(times):
-        assert all(torch.equal(a, b) for a, b in zip(run(case, backend), first, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(_on_device(case, backend), first, strict=True))
 
 
-def assert_captured(case: Case, backend: str = "triton") -> None:
+def assert_captured(case: Case, backend: str) -> None:
     """Forward and backward pass wait for nothing on the host, and a CUDA graph of them gives the same bits."""
     case = on_gpu(case)
-
-    def both() -> tuple[Tensor, ...]:
-        with ops.backend(backend):
-            outputs = case()
-            return (*outputs, *torch.autograd.grad([out.sum() for out in outputs], case.leaves))
-
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        expected = both()  # compiles, and chooses configurations
+        expected = _on_device(case, backend)  # compiles, and chooses configurations
         torch.cuda.set_sync_debug_mode("error")
         try:
-            both()
+            _on_device(case, backend)
         finally:
             torch.cuda.set_sync_debug_mode("default")
     torch.cuda.current_stream().wait_stream(stream)
     with torch.cuda.graph(graph):
-        found = both()
+        found = _on_device(case, backend)
     for result in found:
         result.detach().fill_(torch.nan)
     graph.replay()

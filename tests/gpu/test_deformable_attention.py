@@ -3,13 +3,11 @@
 import pytest
 import torch
 
-from magnet_fast import ops
 from tests.ops.cases import random_deformable_case as random_case
 
-from .device import assert_agrees, assert_captured, assert_same_bits
+from .device import assert_agrees, assert_captured, assert_same_bits, backends_of
 
-AVAILABLE = ops.available_backends("deformable_attention")
-BACKENDS = pytest.mark.parametrize("backend", [name for name in ("triton", "cuda") if name in AVAILABLE])
+BACKENDS = backends_of("deformable_attention")
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
 PYRAMID = [(30, 28), (15, 14), (8, 7)]
 SHAPES = {
@@ -32,9 +30,14 @@ def test_agrees(form, shape, dtype, backend):
 @DTYPES
 @pytest.mark.parametrize("shape", ["pyramid", "crowded"])
 def test_same_bits_over_and_over(shape, dtype, backend):
-    assert_same_bits(random_case(form="fused", **SHAPES[shape], dtype=dtype), backend=backend)
+    assert_same_bits(random_case(form="fused", **SHAPES[shape], dtype=dtype), backend)
 
 
 @BACKENDS
 def test_cuda_graph_without_synchronisation(backend):
     assert_captured(random_case(form="fused", **SHAPES["pyramid"], dtype=torch.bfloat16), backend)
+
+
+@BACKENDS
+def test_same_bits_ten_thousand_times(backend):
+    assert_same_bits(random_case(form="fused", **SHAPES["pyramid"], dtype=torch.bfloat16), backend, times=10_000)
