@@ -1,8 +1,8 @@
 """Everything that needs a GPU, in one command and without a network: python -m benchmarks.gpu_check
 
 Tests of the kernels on the device (tests/gpu), the same on a few shapes under compute-sanitizer where there is one, and
-the benchmarks, of kernels and of whole models, with their results files and picture. Nothing is installed: the kernels
-are found in the checkout.
+the benchmarks, of kernels and of whole models, with their results files and picture. Nothing is installed: the Triton
+kernels are found in the checkout, and where there are nvcc and pybind11 the extensions are built in it first.
 """
 
 from __future__ import annotations
@@ -28,8 +28,12 @@ def commands(results: Path, picture: Path, models: Path) -> list[list[str]]:
     """What is run, one after the other."""
     tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu"]
     found = [tests]
+    if shutil.which("nvcc") and importlib.util.find_spec("pybind11"):
+        found.insert(0, ["env", "MAGNET_FAST_CUDA=1", sys.executable, "setup.py", "build_ext", "--inplace"])
     if sanitizer := shutil.which("compute-sanitizer"):
-        found.append([sanitizer, "--error-exitcode", "1", *tests, "-k", "agrees"])
+        sanitized = [sanitizer, "--error-exitcode", "1", "--tool"]
+        found.append([*sanitized, "memcheck", *tests, "-k", "agrees"])
+        found += [[*sanitized, tool, *tests, "-k", "agrees and odd"] for tool in ("racecheck", "initcheck")]  # slow
     found.append([sys.executable, "-m", "benchmarks.gpu", "--results", str(results), "--picture", str(picture)])
     found.append([sys.executable, "-m", "benchmarks.gpu_models", "--results", str(models)])
     return found

@@ -76,8 +76,13 @@ def test_commands(monkeypatch):
     tests, benchmarks, models = gpu_check.commands(*files)
     assert tests[-1] == "tests/gpu" and benchmarks[0] == sys.executable and "r.json" in benchmarks
     assert "benchmarks.gpu_models" in models and "m.json" in models
-    monkeypatch.setattr(gpu_check.shutil, "which", lambda name: "/bin/compute-sanitizer")
-    assert gpu_check.commands(*files)[1][0] == "/bin/compute-sanitizer"
+    monkeypatch.setattr(gpu_check.shutil, "which", lambda name: f"/bin/{name}")
+    monkeypatch.setattr(gpu_check.importlib.util, "find_spec", lambda name: name)  # pybind11 may be absent
+    build, _, *sanitized, _, _ = gpu_check.commands(*files)
+    assert build[-2:] == ["build_ext", "--inplace"]
+    assert [(command[0], command[4]) for command in sanitized] == [
+        ("/bin/compute-sanitizer", tool) for tool in ("memcheck", "racecheck", "initcheck")
+    ]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the machine has a GPU")
