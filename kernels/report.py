@@ -113,12 +113,9 @@ class Program(NamedTuple):
 def launches(
     dtype: torch.dtype, quick: bool = False, kernel: str = "", arch: int = 90
 ) -> Iterator[tuple[str, str, list[Launch]]]:
-    """(kernel file, label, launches) of every call of every kernel file, every configuration included.
-
-    float16's programs are bfloat16's but for conversions: few calls stand for all.
-    """
+    """(kernel file, label, launches) of every call of every kernel file, every configuration included."""
     for name in KERNEL_FILES:
-        for label, call in import_module(f".{name}", __package__).launches(dtype, quick or dtype == torch.float16):
+        for label, call in import_module(f".{name}", __package__).launches(dtype, quick):
             with _recording(arch) as found:
                 call()
             wanted = [launch for launch in found if kernel in f"{name}.{launch.kernel.__name__}"]
@@ -359,8 +356,7 @@ memory than a block can have ({limits}).
 Triton {triton}, ptxas {ptxas}, {date}; `benchmarks/results/triton_kernels.json` has each program.
 A line here is a kernel in one case: the most registers a thread that any of its configurations takes ({order}),
 the most shared memory of a block, and the least occupancy. That is the share of a multiprocessor's threads that can be
-there at once, estimated from the first two and the warps of a block. "-" stands where a kernel has no part in a dtype,
-and where float16, whose programs are bfloat16's but for conversions, is left out.
+there at once, estimated from the first two and the warps of a block. "-" stands where a kernel has no part in a dtype.
 
 float32 products are three TF32 products of pieces, nearly as exact as float32, and a single one where torch allows TF32
 (`torch.backends.cuda.matmul.fp32_precision = "tf32"`); the tables have the former, which take more registers.
