@@ -178,7 +178,7 @@ def launches(dtype: torch.dtype, quick: bool) -> Iterator[tuple[str, Callable[[]
 
     The models' heads also with either direction alone; separate similarities are one of each.
     """
-    sizes = [(20, 32, 8), (20, 1024, 1), (1, 8, 8), (5, 64, 4), (40, 1024, 1)]
+    sizes = [(20, 32, 8), (20, 1024, 1), (1, 8, 8), (5, 64, 4), (22, 128, 1), (64, 32, 8), (40, 1024, 1)]
     for words, d, heads in sizes[:1] if quick else sizes:
         pixels = 14400 if d < 256 else 900
 
