@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -21,7 +22,7 @@ OURS = ("triton", "cuda")
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(ABC):
     """One operator at one size; a subclass an operator."""
 
     operator: ClassVar[str]  # of `magnet_fast.ops`
@@ -29,21 +30,21 @@ class Case:
     paths: ClassVar[tuple[str, ...]]
     baseline: ClassVar[str]
 
+    @abstractmethod
     def floor(self, dtype: torch.dtype, backward: bool, batch: int) -> dict[str, int]:
         """Compulsory "bytes" and "flops" of one run; ``backward``: of both passes."""
-        raise NotImplementedError
 
+    @abstractmethod
     def moved(self, dtype: torch.dtype, backward: bool, batch: int) -> int:
         """Bytes that our Triton kernels read and write, each tensor counted once for each kernel."""
-        raise NotImplementedError
 
+    @abstractmethod
     def tensors(self, batch: int, draw: Draw) -> list[Tensor | None]:
         """One set of inputs, of which `differentiable` get gradients."""
-        raise NotImplementedError
 
+    @abstractmethod
     def function(self, path: str) -> Callable[..., Tensor | Sequence[Tensor]]:
         """What the path computes of `tensors`."""
-        raise NotImplementedError
 
     def differentiable(self, tensors: Sequence[Tensor | None]) -> list[Tensor]:
         return [tensor for tensor in tensors if tensor is not None and tensor.is_floating_point()]
