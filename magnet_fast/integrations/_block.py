@@ -73,7 +73,7 @@ def forward(
         return _sliced(tokens, x.flatten(0, -2), width).view(x.shape)
 
     def tokens(x: Tensor) -> Tensor:
-        hidden = linear(norm(x), expand.weight, expand.bias, gelu=True)
+        hidden = linear(norm(x), expand.weight, expand.bias, activation="gelu")
         return linear(hidden, reduce.weight, reduce.bias, residual=x)
 
     width = max(3 * x.shape[-1], expand.out_features)

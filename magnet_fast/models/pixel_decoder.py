@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
+from ..ops._linear import linear
 from .config import MaskDecoderConfig
 from .position import sine_position
+from .project import project
 from .tokenwise import tokenwise
 
 
@@ -49,12 +50,13 @@ class DeformableAttention(nn.Module):
         batch, count, width = tokens.shape
         query = tokens + position
         grid = (batch, count, self.num_heads, self.levels, self.points)
-        offsets = self.sampling_offsets(query).view(*grid, 2)  # in pixels of the sampled level
-        logits = self.attention_weights(query).view(grid)
-        value = self.value_proj(tokens).view(batch, count, self.num_heads, width // self.num_heads)
+        offsets = project(self.sampling_offsets, query).view(*grid, 2)  # in pixels of the sampled level
+        logits = project(self.attention_weights, query).view(grid)
+        value = project(self.value_proj, tokens).view(batch, count, self.num_heads, width // self.num_heads)
         # Low precision takes float32 reference points: 8 bits do not place a pixel on a map of 60 columns.
         reference = reference.to(torch.promote_types(reference.dtype, value.dtype))
-        return self.output_proj(ops.fused_deformable_attention(value, shapes, reference, offsets, logits))
+        attended = ops.fused_deformable_attention(value, shapes, reference, offsets, logits)
+        return project(self.output_proj, attended)
 
 
 class DeformableLayer(nn.Module):
@@ -74,7 +76,8 @@ class DeformableLayer(nn.Module):
 
     def _after_attention(self, tokens: Tensor, attended: Tensor) -> Tensor:
         tokens = self.norm1(tokens + attended)
-        return self.norm2(tokens + self.linear2(F.relu(self.linear1(tokens))))
+        hidden = project(self.linear1, tokens, activation="relu")
+        return self.norm2(project(self.linear2, hidden, residual=tokens))
 
 
 class PixelDecoder(nn.Module):
@@ -121,7 +124,7 @@ class PixelDecoder(nn.Module):
 
 def pointwise(convolution: nn.Conv2d, x: Tensor) -> Tensor:
     """A convolution of size 1 on a channels-last map: (B, H, W, C) → (B, H, W, C')."""
-    return F.linear(x, convolution.weight.flatten(1), convolution.bias)
+    return linear(x, convolution.weight.flatten(1), convolution.bias)
 
 
 def _pixel_centres(shapes: list[tuple[int, int]], device: torch.device) -> Tensor:

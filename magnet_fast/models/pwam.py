@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from .bert import MASKED
+from .project import project
 
 
 class PixelInstanceNorm(nn.Module):
@@ -67,20 +68,20 @@ class PWAM(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, pixels: Tensor, words: Tensor, word_mask: Tensor) -> Tensor:
-        vision = self.dropout(F.gelu(self.vision(pixels)))
+        vision = self.dropout(project(self.vision, pixels, activation="gelu"))
         # With one head W Σ p v = Σ p (W v): the few words' values are projected instead of the many pixels.
         absorbed = self.num_heads == 1 and words.shape[1] < pixels.shape[1]
         value = self.value(words)
         attended, _ = ops.cross_modal_attention(
-            self.query_norm(self.query(pixels)),
+            self.query_norm(project(self.query, pixels)),
             self.key(words),
             F.linear(value, self.output.weight) if absorbed else value,
             text_mask=word_mask,  # a masked word is no key, so zeroing its key and value changes nothing
             num_heads=self.num_heads,
             scale=self.scale,
         )
-        language = self.output_norm(attended + self.output.bias if absorbed else self.output(attended))
-        return self.dropout(F.gelu(self.mix(vision * language)))
+        language = self.output_norm(attended + self.output.bias if absorbed else project(self.output, attended))
+        return self.dropout(project(self.mix, vision * language, activation="gelu"))
 
 
 class TextPWAM(nn.Module):
@@ -110,7 +111,8 @@ class TextPWAM(nn.Module):
         attend = self._attend_absorbed if correct and self._absorbing_pays(pixels) else self._attend
         attended = attend(query, pixels, word_mask if correct else None)
         seen = self.norm(self.output(attended), word_mask if correct else None)
-        return F.gelu(self.mix(F.gelu(self.vision(words)) * seen))
+        vision = project(self.vision, words, activation="gelu")
+        return project(self.mix, vision * seen, activation="gelu")
 
     def _attend(self, query: Tensor, pixels: Tensor, word_mask: Tensor | None) -> Tensor:
         key, value = self.norm(self.key(pixels)), self.norm(self.value(pixels))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .. import ops
 from .config import ImageEncoderConfig
 from .position import sine_position
+from .project import project
 from .tokenwise import tokenwise
 
 
@@ -56,24 +57,26 @@ class WindowAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         attended = ops.window_attention(
-            self.qkv(x),
+            project(self.qkv, x),
             self.bias_table,
             num_heads=self.num_heads,
             window_size=self.window_size,
             shift=self.shift,
             pad_qkv=self.qkv.bias,  # a zero token after norm1 has exactly the Linear's bias as q, k and v
         )
-        return self.proj(attended)
+        return project(self.proj, attended)
 
 
-class Mlp(nn.Sequential):
-    """Linear, exact GELU, Linear."""
+class Mlp(nn.Module):
+    """Linear, exact GELU, Linear; plus the residual, if one is given."""
 
     def __init__(self, channels: int, hidden: int) -> None:
         super().__init__()
         self.fc1 = nn.Linear(channels, hidden)
-        self.act = nn.GELU()
         self.fc2 = nn.Linear(hidden, channels)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return project(self.fc2, project(self.fc1, x, activation="gelu"), residual=residual)
 
 
 class SwinBlock(nn.Module):
@@ -93,7 +96,9 @@ class SwinBlock(nn.Module):
 
     def _after_attention(self, x: Tensor, attended: Tensor) -> Tensor:
         x = x + attended
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        if self.training:
+            return x + self.drop_path(self.mlp(self.norm2(x)))
+        return self.mlp(self.norm2(x), residual=x)
 
 
 class PatchMerging(nn.Module):
@@ -110,7 +115,7 @@ class PatchMerging(nn.Module):
         x = x.view(batch, height // 2, 2, width // 2, 2, channels)
         # Neighbours in the order (0,0) (1,0) (0,1) (1,1) of (row, column): column outermost.
         x = x.permute(0, 1, 3, 4, 2, 5).reshape(batch, height // 2, width // 2, 4 * channels)
-        return self.reduction(self.norm(x))
+        return project(self.reduction, self.norm(x))
 
 
 class SwinStage(nn.Module):

@@ -13,7 +13,16 @@ from magnet_fast import ops
 from magnet_fast.ops import _linear
 from magnet_fast.ops._linear import linear
 
-needs_onednn = pytest.mark.skipif(not _linear._works(), reason="oneDNN's operators are not used on this machine")
+needs_onednn = pytest.mark.skipif(
+    not _linear._works(torch.float32), reason="oneDNN's operators are not used on this machine"
+)
+DTYPES = [
+    torch.float32,
+    pytest.param(
+        torch.bfloat16,
+        marks=pytest.mark.skipif(not _linear._works(torch.bfloat16), reason="oneDNN has no bfloat16 on this machine"),
+    ),
+]
 ROWS, INNER, OUTER = 301, 96, 80
 
 
@@ -25,9 +34,9 @@ def arguments() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return values(7, 43, INNER), values(OUTER, INNER, seed=1), values(OUTER, seed=2), values(7, 43, OUTER, seed=3)
 
 
-def plain(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool, residual: Tensor | None) -> Tensor:
+def plain(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, residual: Tensor | None) -> Tensor:
     out = F.linear(x, weight, bias)
-    out = F.gelu(out) if gelu else out
+    out = getattr(F, activation)(out) if activation else out
     return out if residual is None else residual + out
 
 
@@ -43,21 +52,24 @@ def taken(monkeypatch) -> list[bool]:
 @needs_onednn
 @pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("strided", [False, True], ids=["dense", "strided"])
-@pytest.mark.parametrize("form", ["plain", "gelu", "residual"])
-def test_against_float64(form: str, strided: bool, with_bias: bool, taken: list[bool]) -> None:
+@pytest.mark.parametrize("form", ["plain", "gelu", "relu", "residual"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_against_float64(dtype: torch.dtype, form: str, strided: bool, with_bias: bool, taken: list[bool]) -> None:
     x, weight, bias, residual = arguments()
     if strided:
         x = values(43, 7, 2 * INNER).transpose(0, 1)[..., :INNER]
         weight = values(INNER, OUTER, seed=1).T
         residual = values(7, OUTER, 43, seed=3).transpose(1, 2)
+    x, weight, bias, residual = (tensor.to(dtype) for tensor in (x, weight, bias, residual))
     bias = bias if with_bias else None
     residual = residual if form == "residual" else None
+    activation = form if form in ("gelu", "relu") else None
     double = [None if tensor is None else tensor.double() for tensor in (x, weight, bias, residual)]
-    truth = plain(*double[:3], form == "gelu", double[3])
-    expected = plain(x, weight, bias, form == "gelu", residual)
+    truth = plain(*double[:3], activation, double[3])
+    expected = plain(x, weight, bias, activation, residual)
     with torch.no_grad():
-        found = linear(x, weight, bias, gelu=form == "gelu", residual=residual)
-    assert taken == [True] and found.shape == (7, 43, OUTER) and found.dtype == torch.float32
+        found = linear(x, weight, bias, activation=activation, residual=residual)
+    assert taken == [True] and found.shape == (7, 43, OUTER) and found.dtype == dtype
     error, baseline = (found - truth).abs().max(), (expected - truth).abs().max()
     assert error <= 4 * baseline + 1e-6 * truth.abs().max()
 
@@ -68,7 +80,7 @@ def test_gelu_far_out_and_not_a_number(taken: list[bool]) -> None:
     x = torch.linspace(-12, 12, ROWS * INNER).view(ROWS, INNER)
     x[5, 3] = torch.nan
     with torch.no_grad():
-        found = linear(x, torch.eye(INNER), gelu=True)
+        found = linear(x, torch.eye(INNER), activation="gelu")
     assert taken == [True] and found[5].isnan().all()
     keep = torch.arange(ROWS) != 5
     torch.testing.assert_close(found[keep], F.gelu(x[keep].double()).float(), rtol=1e-6, atol=1e-6)
@@ -92,7 +104,7 @@ class Kept(Tensor):
 
 @pytest.mark.parametrize(
     "case",
-    ["gradients", "bfloat16", "subclass", "sparse", "autocast", "reference", "switched off", "small", "operators gone"],
+    ["gradients", "float16", "subclass", "sparse", "autocast", "reference", "switched off", "small", "operators gone"],
 )
 def test_runs_as_pytorch_does(case: str, taken: list[bool], monkeypatch) -> None:
     x, weight, bias, residual = arguments()
@@ -102,8 +114,8 @@ def test_runs_as_pytorch_does(case: str, taken: list[bool], monkeypatch) -> None
         "reference": ops.backend("reference"),
         "switched off": torch.backends.mkldnn.flags(enabled=False),
     }
-    if case == "bfloat16":
-        x, weight, bias, residual = (tensor.bfloat16() for tensor in (x, weight, bias, residual))
+    if case == "float16":
+        x, weight, bias, residual = (tensor.half() for tensor in (x, weight, bias, residual))
     elif case == "subclass":
         weight = weight.as_subclass(Kept)
     elif case == "sparse":
@@ -111,7 +123,7 @@ def test_runs_as_pytorch_does(case: str, taken: list[bool], monkeypatch) -> None
     elif case == "small":
         x, residual = x[:1, :9], residual[:1, :9]
     elif case == "operators gone":
-        monkeypatch.setattr(_linear, "_works", lambda: False)
+        monkeypatch.setattr(_linear, "_works", lambda dtype: False)
     weight.requires_grad_(case == "gradients")
     with torch.no_grad(), contexts.get(case, torch.no_grad()):
         found = linear(x, weight, bias, residual=residual)
@@ -132,10 +144,10 @@ def test_operators_of_another_version_are_not_used(change: str, monkeypatch) -> 
     there = {"gone": {}, "other arguments": {"_linear_pointwise": takes_less}}
     there = there.get(change, {"_linear_pointwise": without_gelu})
     monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace(**there))
-    assert not _linear._works.__wrapped__()
+    assert not _linear._works.__wrapped__(torch.float32)
 
 
-def test_gelu_and_a_residual() -> None:
+def test_activation_and_a_residual() -> None:
     x, weight, bias, residual = arguments()
-    with pytest.raises(ValueError, match="gelu: expected False where there is a residual, got True"):
-        linear(x, weight, bias, gelu=True, residual=residual)
+    with pytest.raises(ValueError, match="activation: expected None where there is a residual, got 'gelu'"):
+        linear(x, weight, bias, activation="gelu", residual=residual)
