@@ -146,10 +146,8 @@ def floor(form: str, stage: str, dtype: torch.dtype, backward: bool) -> dict[str
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
-def test_cross_modal_attention(benchmark, request, path, form, stage, dtype, backward) -> None:
-    if not request.config.getoption("--full", default=False) and (
-        path == "torch.compile" or (form, stage) not in SUBSET
-    ):
+def test_cross_modal_attention(benchmark, full, path, form, stage, dtype, backward) -> None:
+    if not full and (form, stage) not in SUBSET:
         pytest.skip("runs with --full")
     torch.compiler.reset()
     run = runner(path, form, stage, DTYPES[dtype], backward)

@@ -112,10 +112,8 @@ def floor(side: int, d: int, dtype: torch.dtype, backward: bool) -> dict[str, in
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", SHAPES)
-def test_deformable_attention(
-    benchmark, request: pytest.FixtureRequest, path: str, name: str, dtype: str, backward: bool
-) -> None:
-    if not request.config.getoption("--full", default=False) and (name not in SMALL or path == "torch.compile"):
+def test_deformable_attention(benchmark, full: bool, path: str, name: str, dtype: str, backward: bool) -> None:
+    if not full and name not in SMALL:
         pytest.skip("only with --full")
     run = runner(path, name, DTYPES[dtype], backward)
     if not backward and dtype == "float32":

@@ -80,12 +80,9 @@ def _status(key: str) -> int:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("side", ROUNDS)
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
-def test_pixel_contrastive_loss(benchmark, request, path: str, dtype: str, side: int, backward: bool) -> None:
-    if not request.config.getoption("--full", default=False):
-        if path == "torch.compile":
-            pytest.skip("compiles for minutes: --full")
-        if dtype == "bfloat16" and side != 30 or side == 120 and backward:
-            pytest.skip("takes long: --full")
+def test_pixel_contrastive_loss(benchmark, full: bool, path: str, dtype: str, side: int, backward: bool) -> None:
+    if not full and (dtype == "bfloat16" and side != 30 or side == 120 and backward):
+        pytest.skip("takes long: --full")
     run = runner(path, side, DTYPES[dtype], backward)
     result = run()
     if side < 120:  # at 120x120 that of the reference alone takes seconds

@@ -1,8 +1,8 @@
 """Window attention at the stages of Swin, batch 1: float32 and bfloat16, forward and forward+backward.
 
 Without ``--full``: Swin-B at 480 x 480 with window 12, every stage shifted, the first one unshifted as well, and
-the first one with window 7. With it: Swin-T and Swin-B at 224, 384 and 480, windows 7 and 12, and torch.compile of
-the plain form.
+the first one with window 7. With it: Swin-T and Swin-B at 224, 384 and 480, windows 7 and 12. torch.compile takes the
+plain form.
 
 Floor of the forward pass: q, k and v read once and the result written once, 4·H·W·C numbers; every query meets
 N = w² keys, which is 4·N·d operations for each of its heads (2·N·d for its logits, as many for its result) and one
@@ -71,7 +71,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize("shape", ALL if full else SUBSET, ids=str)
     metafunc.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
     metafunc.parametrize("dtype", DTYPES)
-    metafunc.parametrize("path", [path for path in PATHS if full or path != "torch.compile"])
+    metafunc.parametrize("path", PATHS)
 
 
 def test_window_attention(benchmark, path: str, dtype: str, backward: bool, shape: Shape) -> None:

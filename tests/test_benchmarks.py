@@ -52,3 +52,14 @@ def test_picture_of_results(tmp_path, monkeypatch) -> None:
 def test_peak_memory_is_what_a_call_needs() -> None:
     needed = machine.peak_bytes(lambda: torch.ones(16 << 20).sum())
     assert needed == 0 or (60 << 20) < needed < (200 << 20)  # 64 MiB; 0 where the system does not tell
+
+
+@pytest.mark.parametrize("option", [None, "--compile", "--full"])
+def test_compiled_rows_run_when_asked_for(option: str | None) -> None:
+    added: dict[str, list] = {"torch.compile": [], "cpu": []}
+    items = [
+        SimpleNamespace(callspec=SimpleNamespace(params={"path": path, "side": 30}), add_marker=markers.append)
+        for path, markers in added.items()
+    ]
+    conftest.pytest_collection_modifyitems(SimpleNamespace(getoption=lambda name: name == option), items)
+    assert [len(markers) for markers in added.values()] == [int(option is None), 0]
