@@ -40,6 +40,7 @@ class Variant(NamedTuple):
         overrides: of the model's configuration.
         lavt: LAVT instead of MagNet.
         blind: the control in which Mask Grounding's predictor sees neither image nor mask.
+        against: the row that this one is one change of; its differences are to that row.
     """
 
     title: str
@@ -49,6 +50,7 @@ class Variant(NamedTuple):
     overrides: dict[str, Any] = {}
     lavt: bool = False
     blind: bool = False
+    against: str = "baseline"
 
 
 VARIANTS = {
@@ -58,14 +60,24 @@ VARIANTS = {
     "alignment": Variant("+ alignment loss", alignment_module=False, alignment_loss=True),
     "all": Variant("all (pwam, correct masking)", grounding=True, alignment_loss=True),
     "all_xmha": Variant(
-        "all, xmha instead of pwam", grounding=True, alignment_loss=True, overrides={"alignment__kind": "xmha"}
+        "all, xmha instead of pwam",
+        grounding=True,
+        alignment_loss=True,
+        overrides={"alignment__kind": "xmha"},
+        against="all",
     ),
     "all_released": Variant(
-        "all, released masking", grounding=True, alignment_loss=True, overrides={"alignment__masking": "released"}
+        "all, released masking",
+        grounding=True,
+        alignment_loss=True,
+        overrides={"alignment__masking": "released"},
+        against="all",
     ),
-    "all_blind": Variant("all, blind Mask Grounding (control)", grounding=True, alignment_loss=True, blind=True),
+    "all_blind": Variant(
+        "all, blind Mask Grounding (control)", grounding=True, alignment_loss=True, blind=True, against="all"
+    ),
     "lavt": Variant("LAVT", lavt=True),
-    "lavt_grounding": Variant("LAVT + Mask Grounding", grounding=True, lavt=True),
+    "lavt_grounding": Variant("LAVT + Mask Grounding", grounding=True, lavt=True, against="lavt"),
 }
 """The rows by name: MagNet's parts one by one and together, its two forms and maskings, and LAVT."""
 
@@ -117,7 +129,9 @@ def run_ablation(
                 else:
                     say(f"{name}, seed {seed}: training in {folder}")
                     _run(name, settings, folder)
-    return write_report(out, {name: VARIANTS[name].title for name in VARIANTS}, RESULT)
+    titles = {name: variant.title for name, variant in VARIANTS.items()}
+    against = {name: variant.against for name, variant in VARIANTS.items() if name != variant.against}
+    return write_report(out, titles, against, RESULT)
 
 
 def variant_config(config: TrainConfig, variant: Variant, seed: int) -> TrainConfig:

@@ -18,11 +18,12 @@ _COLOURS = {"val": "#7b8794", "testA": "#2878c8", "testB": "#c05020"}
 _NAMES = {"val": "val (all kinds)", "testA": "testA (attributes)", "testB": "testB (relations)"}
 
 
-def write_report(out: Path, titles: dict[str, str], result: str) -> Path:
+def write_report(out: Path, titles: dict[str, str], against: dict[str, str], result: str) -> Path:
     """Write ``table.md``, ``results.json`` and ``plot.png`` from all finished runs below ``out``.
 
     Args:
         titles: rows of the table, by the name of their folder, in order.
+        against: by the name of a row, that of the row it is compared with.
         result: name of a run's file.
 
     Raises:
@@ -38,14 +39,14 @@ def write_report(out: Path, titles: dict[str, str], result: str) -> Path:
     runs = {name: found for name, found in runs.items() if found}
     if not runs:
         raise FileNotFoundError(f"{out}: no finished run of a study")
-    table = _table(runs, titles)
+    table = _table(runs, titles, against)
     write_atomically(out / "results.json", lambda file: file.write((json.dumps(runs, indent=1) + "\n").encode()))
     write_atomically(out / "plot.png", lambda file: _plot(runs, titles).save(file, format="PNG"))
     write_atomically(out / "table.md", lambda file: file.write(table.encode()))
     return out / "table.md"
 
 
-def _table(runs: Runs, titles: dict[str, str]) -> str:
+def _table(runs: Runs, titles: dict[str, str], against: dict[str, str]) -> str:
     every = [run for found in runs.values() for run in found]
     parts = [_introduction(every), _by_split(runs, titles)]
     if all("val" in run["scores"] for run in every):
@@ -57,10 +58,15 @@ def _table(runs: Runs, titles: dict[str, str]) -> str:
             "no mask; the blind control was trained so, too.",
             _hidden_words(worded, titles),
         ]
-    if "baseline" in runs and all("testB" in run["scores"] for run in every):
-        others = [name for name in runs if name != "baseline"]
-        parts.append("Against the baseline, testB oIoU, means of the differences of runs of one seed:")
-        parts.append("\n".join(_difference(runs["baseline"], runs[name], titles[name]) for name in others))
+    pairs = [(name, against[name]) for name in runs if against.get(name) in runs]
+    if pairs and all("testB" in run["scores"] for run in every):
+        parts.append("Each row against the one it changes, testB oIoU, means of the differences of runs of one seed:")
+        parts.append(
+            "\n".join(
+                f"- {titles[name]}, against {titles[base]}: {_difference(runs[base], runs[name])}"
+                for name, base in pairs
+            )
+        )
     seconds = [run["training_seconds"] for run in every]
     parts.append(f"A run took {min(seconds):.0f} to {max(seconds):.0f} s of training.")
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -119,16 +125,16 @@ def _introduction(every: list[dict[str, Any]]) -> str:
     )
 
 
-def _difference(baseline: list[dict[str, Any]], found: list[dict[str, Any]], title: str) -> str:
-    before, now = ({run["seed"]: run["scores"]["testB"]["oIoU"] for run in group} for group in (baseline, found))
+def _difference(base: list[dict[str, Any]], found: list[dict[str, Any]]) -> str:
+    before, now = ({run["seed"]: run["scores"]["testB"]["oIoU"] for run in group} for group in (base, found))
     pairs = [now[seed] - before[seed] for seed in now if seed in before]
     if not pairs:
-        return f"- {title}: no seed in common"
+        return "no seed in common"
     if min(len(before), len(now)) < 2:
-        return f"- {title}: {mean(pairs):+.2f}"
+        return f"{mean(pairs):+.2f}"
     largest = max(stdev(before.values()), stdev(now.values()))
     verdict = "more" if abs(mean(pairs)) > largest else "not more"
-    return f"- {title}: {mean(pairs):+.2f}, {verdict} than the spread over seeds ({largest:.2f})"
+    return f"{mean(pairs):+.2f}, {verdict} than the spread over seeds ({largest:.2f})"
 
 
 def _markdown(head: list[str], rows: list[list[str]]) -> str:

@@ -85,7 +85,7 @@ def test_from_end_to_end(scenes: Path, tmp_path) -> None:
     assert run["machine"]["torch"] == torch.__version__
     table = (out / "table.md").read_text()
     assert "| baseline (PWAM into the pixels) | 2 |" in table and "| all (pwam, correct masking) | 2 |" in table
-    assert "4 runs of 2 steps, batch 4, 32×32 pixels" in table and "Against the baseline" in table
+    assert "4 runs of 2 steps, batch 4, 32×32 pixels" in table and "against baseline (PWAM into the pixels): " in table
     with Image.open(out / "plot.png") as picture:
         assert picture.width == 1000
 
@@ -110,7 +110,7 @@ def test_mistakes(scenes: Path, tmp_path) -> None:
     with pytest.raises(ValueError, match="same length"):
         run_ablation(load_config("magnet_tiny_scenes", settings(scenes)[:1]), tmp_path)
     with pytest.raises(FileNotFoundError, match="no finished run"):
-        write_report(tmp_path, {"all": "all"}, "result.json")
+        write_report(tmp_path, {"all": "all"}, {}, "result.json")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -124,15 +124,17 @@ def result(seed: int, value: float) -> dict:
 
 
 def test_the_table_says_mean_spread_and_difference(tmp_path) -> None:
-    values = {"baseline": (10.0, 12.0, 14.0), "all": (13.0, 16.0, 19.0), "lavt": (12.0, 12.0, 12.5)}
+    values = {"baseline": (10.0, 12.0, 14.0), "all": (13.0, 16.0, 19.0), "lavt": (12.0, 12.0, 12.5), "blind": (9.0,)}
+    against = {"all": "baseline", "lavt": "baseline", "blind": "all", "all_xmha": "all"}
     for name, found in values.items():
         for seed, value in enumerate(found):
             folder = tmp_path / name / f"seed-{seed}"
             folder.mkdir(parents=True)
             (folder / "result.json").write_text(json.dumps(result(seed, value)))
-    table = write_report(tmp_path, {name: name.upper() for name in values}, "result.json").read_text()
+    table = write_report(tmp_path, {name: name.upper() for name in values}, against, "result.json").read_text()
     row = next(line for line in table.splitlines() if line.startswith("| ALL"))
     assert row == f"| ALL | 3 |{' 16.00 ± 3.00 | 17.00 ± 3.00 |' * 3}"
-    assert "- ALL: +4.00, more than the spread over seeds (3.00)" in table
-    assert "- LAVT: +0.17, not more than the spread over seeds (2.00)" in table
+    assert "- ALL, against BASELINE: +4.00, more than the spread over seeds (3.00)" in table
+    assert "- LAVT, against BASELINE: +0.17, not more than the spread over seeds (2.00)" in table
+    assert "- BLIND, against ALL: -4.00\n" in table and "BASELINE, against" not in table and "XMHA" not in table
     assert spread([5.0]) == "5.00"
