@@ -1,6 +1,6 @@
 """The table of a results file."""
 
-from benchmarks.table import table
+from benchmarks.table import compiled_table, table
 
 MACHINE = {
     "processor": "CPU",
@@ -27,3 +27,10 @@ def test_table_of_a_suite() -> None:
     assert lines[0] == "CPU, 2 cores (AVX2), 1 threads, torch 2.15, 2026-11-21"
     assert lines[-1] == "| Swin | 2.00 s | 500 ms | **4.00×** | 3 MiB | 1 MiB |"
     assert not any("DETR" in line or "MagNet" in line for line in lines)  # nothing to compare with; another suite
+
+
+def test_against_torch_compile() -> None:
+    rows = [row("magnet", "one", path, seconds) for path, seconds in (("plain", 2.0), ("torch.compile", 0.75))]
+    rows += [row("magnet", "one", "cpu", 0.00125), row("magnet", "two", "plain", 1.0), row("magnet", "two", "cpu", 1.0)]
+    lines = compiled_table({"machine": MACHINE, "rows": rows}, "magnet").splitlines()
+    assert lines[-1] == "| one | 2.00 s | 750 ms | 1.25 ms | 1600.00× | **600.00×** |" and len(lines) == 5
