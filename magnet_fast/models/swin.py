@@ -96,7 +96,7 @@ class SwinBlock(nn.Module):
 
     def _after_attention(self, x: Tensor, attended: Tensor) -> Tensor:
         x = x + attended
-        if self.training:
+        if self.drop_path.training:
             return x + self.drop_path(self.mlp(self.norm2(x)))
         return self.mlp(self.norm2(x), residual=x)
 
