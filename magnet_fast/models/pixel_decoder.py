@@ -18,7 +18,8 @@ from .tokenwise import tokenwise
 class DeformableAttention(nn.Module):
     """Self-attention of the flattened pyramid on `ops.fused_deformable_attention` (Zhu et al., Deformable DETR).
 
-    tokens and position are (B, ΣHₗWₗ, C); every token samples `points` places a level and head around itself.
+    tokens and position are (B, ΣHₗWₗ, C); every token samples `points` places a level and head around itself. What
+    comes out lies before `output_proj`, which is a token's own affair and left to the layer.
     """
 
     def __init__(self, width: int, num_heads: int, levels: int, points: int) -> None:
@@ -52,11 +53,11 @@ class DeformableAttention(nn.Module):
         grid = (batch, count, self.num_heads, self.levels, self.points)
         offsets = project(self.sampling_offsets, query).view(*grid, 2)  # in pixels of the sampled level
         logits = project(self.attention_weights, query).view(grid)
+        del query  # its memory is that of the values
         value = project(self.value_proj, tokens).view(batch, count, self.num_heads, width // self.num_heads)
         # Low precision takes float32 reference points: 8 bits do not place a pixel on a map of 60 columns.
         reference = reference.to(torch.promote_types(reference.dtype, value.dtype))
-        attended = ops.fused_deformable_attention(value, shapes, reference, offsets, logits)
-        return project(self.output_proj, attended)
+        return ops.fused_deformable_attention(value, shapes, reference, offsets, logits)
 
 
 class DeformableLayer(nn.Module):
@@ -75,7 +76,7 @@ class DeformableLayer(nn.Module):
         return tokenwise(self, self._after_attention, tokens, attended, width=self.linear1.out_features)
 
     def _after_attention(self, tokens: Tensor, attended: Tensor) -> Tensor:
-        tokens = self.norm1(tokens + attended)
+        tokens = self.norm1(project(self.attention.output_proj, attended, residual=tokens))
         hidden = project(self.linear1, tokens, activation="relu")
         return self.norm2(project(self.linear2, hidden, residual=tokens))
 
