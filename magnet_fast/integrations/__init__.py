@@ -14,6 +14,7 @@ import importlib
 
 from torch import nn
 
+from ..ops._linear import FrozenLinear, freeze_linear, plain_linear, thaw_linear
 from . import grounding_dino, timm, torchvision, transformers_deformable, transformers_swin
 from ._replacement import Replacement, class_path, fused_class, upstream_class
 from ._report import ModuleReport, Report
@@ -25,7 +26,7 @@ _REPLACEMENTS: dict[str, Replacement] = {item.path: item for family in _FAMILIES
 _LEFT_ALONE: dict[str, str] = {path: reason for family in _FAMILIES for path, reason in family.LEFT_ALONE.items()}
 
 
-def accelerate(model: nn.Module) -> Report:
+def accelerate(model: nn.Module, *, freeze: bool = False) -> Report:
     """Put the fused operators under the attention that `model` contains, in place, where the arithmetic is the same.
 
     Names, parameters, buffers and the state dict stay as they are, as do training, autocast, ``torch.compile`` and
@@ -36,6 +37,11 @@ def accelerate(model: nn.Module) -> Report:
     Args:
         model: any module; timm's SwinTransformer, what transformers builds on Swin layers and on multi-scale deformable
             attention, torchvision's swin_t, swin_s and swin_b, and whatever contains them. Wrap for FSDP afterwards.
+        freeze: a promise that the weights stay as they are while the model is used for inference on a CPU. Every plain
+            Linear of the model, also beside attention, then runs on oneDNN with a second copy of its weight, packed in
+            the first call; that takes the memory of the weights once more. Changes that PyTorch counts (loading,
+            optimisers, casts) are seen nevertheless, what is written through ``.data`` is not. Training, gradients,
+            other devices and processors that oneDNN is not used on are as without it. Our choice.
 
     Returns:
         What now runs on which operator, and what was left alone and why. ``print`` it. A module that this function
@@ -55,6 +61,9 @@ def accelerate(model: nn.Module) -> Report:
         elif (base := _known_base(module)) is not None:
             reason = f"a subclass of {base.rpartition('.')[2]}: what it changes is not known here"
             found.append(ModuleReport(name, path, None, reason))
+        elif freeze and plain_linear(module):
+            freeze_linear(module)
+            found.append(ModuleReport(name, path, "linear", "packed weight in inference on a CPU"))
     return Report(tuple(found))
 
 
@@ -75,7 +84,9 @@ def restore(model: nn.Module) -> None:
             )
     for module in model.modules():
         upstream = upstream_class(module)
-        if upstream is not None:
+        if isinstance(module, FrozenLinear):
+            thaw_linear(module)
+        elif upstream is not None:
             module.__class__ = upstream
 
 

@@ -20,7 +20,7 @@ from ._replacement import class_path, must_run_original
 _SLICE_BYTES = 28 << 20
 
 NORM = ("torch.nn.modules.normalization.LayerNorm",)
-LINEAR = ("torch.nn.modules.linear.Linear",)
+LINEAR = ("torch.nn.modules.linear.Linear", "magnet_fast.ops._linear.FrozenLinear")
 IDENTITY = ("torch.nn.modules.linear.Identity",)
 DROPOUT = ("torch.nn.modules.dropout.Dropout",)
 GELU = ("torch.nn.modules.activation.GELU", "transformers.activations.GELUActivation")

@@ -104,11 +104,6 @@ def must_run_original(*bypassed: nn.Module) -> bool:
     )
 
 
-def plain_linear(*modules: nn.Module) -> bool:
-    """Whether all are Linears and nothing else: not quantised, adapted, parametrised, or sharded one by one."""
-    return all(type(module) is nn.Linear for module in modules)
-
-
 def names(*text: str) -> frozenset[str]:
     """Names separated by spaces."""
     return frozenset(name for part in text for name in part.split())

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..ops._linear import linear
+from ..ops._linear import linear, plain_linear
 from . import _block, _window
-from ._replacement import Replacement, must_run_original, names, plain_linear
+from ._replacement import Replacement, must_run_original, names
 
 _DROP_PATH = (*_block.IDENTITY, "timm.layers.drop.DropPath")
 _PARTS = {

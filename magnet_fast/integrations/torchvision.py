@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops._linear import plain_linear
 from . import _window
-from ._replacement import Replacement, must_run_original, names, plain_linear
+from ._replacement import Replacement, must_run_original, names
 
 
 class _Attention:

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops._linear import linear
+from ..ops._linear import linear, plain_linear
 from . import _block, _window
-from ._replacement import Replacement, must_run_original, names, plain_linear
+from ._replacement import Replacement, must_run_original, names
 
 # What their attention computes under either name; a name registered by a user may be anything.
 _KNOWN_ATTENTION = ("sdpa", "eager")

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as module_hooks
 
-from ..ops._linear import Activation, linear, then
+from ..ops._linear import Activation, linear, observed, plain_linear, then
 
 
 def project(
@@ -17,14 +16,6 @@ def project(
     While gradients are recorded, and where the layer is anything but an `nn.Linear` without hooks (quantised, adapted,
     sharded, observed), the layer is called as a module.
     """
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not _unobserved(layer):
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not plain_linear(layer) or observed(layer):
         return then(layer(x), activation, residual)
     return linear(x, layer.weight, layer.bias, activation=activation, residual=residual)
-
-
-def _unobserved(layer: nn.Module) -> bool:
-    return (
-        type(layer) is nn.Linear
-        and not (layer._forward_hooks or layer._forward_pre_hooks)
-        and not (module_hooks._global_forward_hooks or module_hooks._global_forward_pre_hooks)
-    )

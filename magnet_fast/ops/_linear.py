@@ -4,8 +4,8 @@ PyTorch gives float32 products on a CPU to MKL, and to oneDNN, which is part of 
 and those in bfloat16. On a processor of AMD's oneDNN is the faster of the two, and what follows a product, GELU, ReLU
 or the sum with a residual, it does while the result is still in registers, in bfloat16 before it is rounded. The
 operators it has for a Linear are those that PyTorch's own compiler calls; they are not part of PyTorch's public
-interface, so they are tried out once before they are used. They read the weights as they lie: nothing is packed
-beforehand, so a weight that changes is seen.
+interface, so they are tried out once before they are used. They read the weights as they lie, so a weight that changes
+is seen; a weight that is promised not to change is packed once (:mod:`._frozen`).
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules import module as module_hooks
 
-from . import _autocast
+from . import _autocast, _frozen
 from ._registry import requested_backend
 
 Activation = Literal["gelu", "relu"]
@@ -59,10 +60,54 @@ def linear(
             f"activation: expected None where there is a residual, got {activation!r}: no layer needs both"
         )
     if _takes_onednn(x, weight, bias, residual):
+        weight = _frozen.in_products(weight, x.shape[:-1].numel())
         if residual is not None:
             return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation or "none", [], "none")
     return then(F.linear(x, weight, bias), activation, residual)
+
+
+torch.fx.wrap("linear")
+
+
+class FrozenLinear(nn.Linear):
+    """A Linear whose weight is promised to stay as it is, so that inference on a CPU may keep a packed copy of it.
+
+    Made of an `nn.Linear` by a change of class, and so is the way back; parameters, names and the state dict are the
+    same. Wherever :func:`linear` does not take oneDNN, it computes as an `nn.Linear` does.
+    """
+
+    _upstream_class = nn.Linear
+
+    def forward(self, input: Tensor) -> Tensor:
+        return linear(input, self.weight, self.bias)
+
+
+def plain_linear(*layers: nn.Module) -> bool:
+    """Whether all are Linears and nothing else: not quantised, adapted, parametrised, or sharded one by one."""
+    return all(type(layer) in (nn.Linear, FrozenLinear) for layer in layers)
+
+
+def observed(module: nn.Module) -> bool:
+    """Whether a forward hook wants to be called with the module."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module_hooks._global_forward_hooks
+        or module_hooks._global_forward_pre_hooks
+    )
+
+
+def freeze_linear(layer: nn.Linear) -> None:
+    """Give a plain Linear a packed copy of its weight."""
+    _frozen.freeze(layer.weight)
+    layer.__class__ = FrozenLinear
+
+
+def thaw_linear(layer: FrozenLinear) -> None:
+    """Undo :func:`freeze_linear`; the copy is gone."""
+    _frozen.thaw(layer.weight)
+    layer.__class__ = nn.Linear
 
 
 def then(out: Tensor, activation: Activation | None, residual: Tensor | None) -> Tensor:
@@ -72,15 +117,16 @@ def then(out: Tensor, activation: Activation | None, residual: Tensor | None) ->
 
 
 def _takes_onednn(x: Tensor, *others: Tensor | None) -> bool:
+    # First what is quickly said: small models are hundreds of Linears that this is not for.
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    if x.numel() * len(others[0]) < _FEWEST_MULTIPLICATIONS:
+        return False
     tensors = [x, *(tensor for tensor in others if tensor is not None)]
     return (
-        not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-        and x.dtype in (torch.float32, torch.bfloat16)
+        x.dtype in (torch.float32, torch.bfloat16)
         and all(type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided for tensor in tensors)
         and all(tensor.device.type == "cpu" and tensor.dtype == x.dtype for tensor in tensors)
-        and x.numel() * len(tensors[1]) >= _FEWEST_MULTIPLICATIONS
         and not _autocast.active(x)
         and requested_backend("linear") in ("auto", "cpu")
         and torch.backends.mkldnn.enabled
@@ -108,6 +154,7 @@ def _works(dtype: torch.dtype) -> bool:
             (operator(x, weight, bias, "gelu", [], "none"), F.gelu(expected)),
             (operator(x, weight, bias, "relu", [], "none"), F.relu(expected)),
             (operator.binary(x, other, weight, bias, "add"), other.float() + expected),
+            (operator(x, torch.ops.mkldnn._reorder_linear_weight(weight, 6), bias, "none", [], "none"), expected),
         ]
     except (AttributeError, TypeError, RuntimeError):  # gone, or called in another way by now
         return False

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -10,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from magnet_fast import ops
-from magnet_fast.ops import _linear
-from magnet_fast.ops._linear import linear
+from magnet_fast.ops import _frozen, _linear
+from magnet_fast.ops._linear import freeze_linear, linear, thaw_linear
 
 needs_onednn = pytest.mark.skipif(
     not _linear._works(torch.float32), reason="oneDNN's operators are not used on this machine"
@@ -151,3 +154,132 @@ def test_activation_and_a_residual() -> None:
     x, weight, bias, residual = arguments()
     with pytest.raises(ValueError, match="activation: expected None where there is a residual, got 'gelu'"):
         linear(x, weight, bias, activation="gelu", residual=residual)
+
+
+# ---- Frozen weights ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def frozen_layer() -> Iterator[nn.Linear]:
+    torch.manual_seed(0)
+    layer = nn.Linear(INNER, OUTER)
+    freeze_linear(layer)
+    yield layer
+    _frozen.thaw(layer.weight)
+
+
+@pytest.fixture
+def packings(monkeypatch) -> list[Tensor]:
+    """Every weight that was packed."""
+    found = []
+    pack = torch.ops.mkldnn._reorder_linear_weight
+    operators = SimpleNamespace(
+        _reorder_linear_weight=lambda weight, rows: found.append(weight) or pack(weight, rows),
+        _linear_pointwise=torch.ops.mkldnn._linear_pointwise,
+    )
+    monkeypatch.setattr(torch.ops, "mkldnn", operators)
+    return found
+
+
+@needs_onednn
+@pytest.mark.parametrize("form", ["plain", "gelu", "relu", "residual"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_frozen_against_float64(dtype: torch.dtype, form: str, packings: list[Tensor]) -> None:
+    x, weight, bias, residual = (tensor.to(dtype) for tensor in arguments())
+    residual = residual if form == "residual" else None
+    activation = form if form in ("gelu", "relu") else None
+    double = [None if tensor is None else tensor.double() for tensor in (x, weight, bias, residual)]
+    truth = plain(*double[:3], activation, double[3])
+    expected = plain(x, weight, bias, activation, residual)
+    _frozen.freeze(weight)
+    with torch.no_grad():
+        found = linear(x, weight, bias, activation=activation, residual=residual)
+        fewer = linear(x[:3], weight, bias)  # the layout of the first call serves any number of rows
+    assert len(packings) == 1
+    error, baseline = (found - truth).abs().max(), (expected - truth).abs().max()
+    assert error <= 4 * baseline + 1e-6 * truth.abs().max()
+    torch.testing.assert_close(fewer, F.linear(x[:3], weight, bias))
+
+
+CHANGES = {
+    "in place": lambda layer: layer.weight.mul_(2),
+    "loaded": lambda layer: layer.load_state_dict({"weight": values(OUTER, INNER, seed=5), "bias": layer.bias}),
+    "other memory": lambda layer: setattr(layer.weight, "data", values(OUTER, INNER, seed=6)),
+    "there and back": lambda layer: layer.bfloat16().float(),
+    "optimiser": lambda layer: step(layer),
+    "another parameter": lambda layer: setattr(layer, "weight", nn.Parameter(values(OUTER, INNER, seed=7))),
+}
+
+
+def step(layer: nn.Linear) -> None:
+    layer.weight.grad = torch.ones_like(layer.weight)
+    torch.optim.SGD(layer.parameters(), lr=0.1).step()
+
+
+@needs_onednn
+@pytest.mark.parametrize("change", CHANGES)
+def test_frozen_weights_that_change_are_packed_again(
+    change: str, frozen_layer: nn.Linear, packings: list[Tensor]
+) -> None:
+    x = arguments()[0]
+    with torch.no_grad():
+        before = frozen_layer(x)
+        assert torch.equal(frozen_layer(x), before) and len(packings) == 1
+        CHANGES[change](frozen_layer)
+        after = frozen_layer(x)
+    assert not torch.allclose(after, before, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(after, F.linear(x, frozen_layer.weight, frozen_layer.bias))
+    assert len(packings) == (1 if change == "another parameter" else 2)  # which is not frozen
+
+
+@needs_onednn
+def test_frozen_memory_that_comes_back_is_not_taken_for_the_old(frozen_layer: nn.Linear, packings: list) -> None:
+    """Weights freed and allocated again at the same address, as many times as an allocator may do that."""
+    x = arguments()[0]
+    with torch.no_grad():
+        for seed in range(20):
+            frozen_layer.weight.data = torch.empty(0)
+            frozen_layer.weight.data = values(OUTER, INNER, seed=seed)
+            torch.testing.assert_close(frozen_layer(x), F.linear(x, frozen_layer.weight, frozen_layer.bias))
+    assert len(packings) == 20
+
+
+@needs_onednn
+def test_frozen_layers_thawed_copied_and_made_in_inference_mode(
+    frozen_layer: nn.Linear, packings: list[Tensor]
+) -> None:
+    x = arguments()[0]
+    with torch.inference_mode():
+        made_here = nn.Linear(INNER, OUTER)
+        freeze_linear(made_here)  # counts no changes: read as it lies
+        made_here(x)
+        copied = copy.deepcopy(frozen_layer)
+        copied(x)
+        assert packings == []
+        frozen_layer(x)
+        assert len(packings) == 1
+    thaw_linear(frozen_layer)
+    with torch.no_grad():
+        torch.testing.assert_close(frozen_layer(x), F.linear(x, frozen_layer.weight, frozen_layer.bias))
+    assert type(frozen_layer) is nn.Linear and len(packings) == 1 and frozen_layer.weight not in _frozen._entries
+
+
+def test_frozen_layer_lives_no_longer_than_its_weight() -> None:
+    count = len(_frozen._entries)
+    layer = nn.Linear(INNER, OUTER)
+    freeze_linear(layer)
+    assert len(_frozen._entries) == count + 1
+    del layer
+    gc.collect()
+    assert len(_frozen._entries) == count
+
+
+@pytest.mark.parametrize("case", ["gradients", "small", "reference"])
+def test_frozen_layer_otherwise_computes_as_a_linear(
+    case: str, frozen_layer: nn.Linear, packings: list[Tensor]
+) -> None:
+    x = arguments()[0][:1, :9] if case == "small" else arguments()[0]
+    with torch.set_grad_enabled(case == "gradients"), ops.backend("reference" if case == "reference" else "auto"):
+        found = frozen_layer(x)
+        assert torch.equal(found, F.linear(x, frozen_layer.weight, frozen_layer.bias))
+    assert found.requires_grad == (case == "gradients") and packings == []
