@@ -1,7 +1,8 @@
 """Models of timm, transformers and torchvision before and after `magnet_fast.accelerate`: inference and training steps.
 
-"plain" is the model as its library runs it, "cpu" the same model with the fused operators in place, on `auto`. Random
-weights; sampling offsets, which start in a regular pattern, get noise, as training gives them.
+"plain" is the model as its library runs it, "cpu" the same model with the fused operators in place, on `auto`, and
+"cpu, frozen weights" after `accelerate(model, freeze=True)`, which is for inference. Random weights; sampling offsets,
+which start in a regular pattern, get noise, as training gives them.
 
 Without ``--full``: inference of the models the project measures itself by. With it: every family, and training.
 
@@ -25,6 +26,7 @@ import magnet_fast
 from benchmarks.machine import peak_bytes
 
 PATHS = ["plain", "cpu"]
+FROZEN = "cpu, frozen weights"
 Step = Callable[[], Any]
 
 
@@ -224,10 +226,9 @@ def model_of(case: str) -> nn.Module:
 
 def prepare(case: str, path: str) -> nn.Module:
     model = model_of(case)
-    if path == "plain":
-        magnet_fast.restore(model)
-    else:
-        assert magnet_fast.accelerate(model).replaced
+    magnet_fast.restore(model)
+    if path != "plain":
+        assert magnet_fast.accelerate(model, freeze=path == FROZEN).replaced
     return model
 
 
@@ -256,15 +257,15 @@ def measure(benchmark: Any, case: str, mode: str, path: str, step: Step) -> None
     benchmark.extra_info["peak_bytes"] = peak_bytes(step)
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", [*PATHS, FROZEN])
 @pytest.mark.parametrize("case", CASES)
 def test_inference(benchmark, full: bool, case: str, path: str) -> None:
     if not (full or CASES[case].quick):
         pytest.skip("--full")
     inputs = CASES[case].inputs()
-    if path == "cpu":
+    if path != "plain":
         with torch.no_grad():
-            agree(*(results(prepare(case, path).eval()(**inputs)) for path in PATHS))
+            agree(*(results(prepare(case, one).eval()(**inputs)) for one in ("plain", path)))
     model = prepare(case, path).eval()
 
     def step() -> None:

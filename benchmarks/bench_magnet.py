@@ -5,8 +5,10 @@ model), and in inference every weight read once ("bytes"). At batch 1 and 480×4
 1.2 GB of weights: bound by products, in float32 and in bfloat16.
 
 "plain" is the released way of computing (`plain_magnet`) with roll, pad, partition, mask and softmax (`plain`) and the
-reference operators. Inference in bfloat16 has bfloat16 weights; training in bfloat16 is autocast, as it is done. Gates
-and sampling offsets, which start closed and at zero, are opened: a trained model computes behind them.
+reference operators. "cpu, frozen weights" is after `accelerate(model, freeze=True)`; "torch.compile" compiles the
+restructured model with the reference operators, "cpu, torch.compile" with ours. Inference in bfloat16 has bfloat16
+weights; training in bfloat16 is autocast, as it is done. Gates and sampling offsets, which start closed and at zero,
+are opened: a trained model computes behind them.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import magnet_fast
 from benchmarks import plain, plain_magnet
 from benchmarks.machine import peak_bytes
 from magnet_fast import models, ops
@@ -42,7 +45,9 @@ CASES = {
     "swin_t": Case("magnet_swin_t", "MagNet Swin-T 384x384", 384, 1, 1, ()),
     "swin_b": Case("magnet_swin_b", "MagNet Swin-B 480x480", 480, 1, 1, ("inference",)),
 }
-PATHS = ["plain", "reference", "cpu", "torch.compile"]
+COMPILED = ("torch.compile", "cpu, torch.compile")
+FROZEN = "cpu, frozen weights"
+PATHS = ["plain", "reference", "cpu", *COMPILED]
 DTYPES = [torch.float32, torch.bfloat16]
 
 
@@ -56,7 +61,7 @@ def implementation(path: str) -> Iterator[None]:
         ):
             yield
     else:  # "cpu" takes the C++ kernel of every operator that has one for the dtype
-        with ops.backend("auto" if path == "cpu" else "reference"):
+        with ops.backend("auto" if path.startswith("cpu") else "reference"):
             yield
 
 
@@ -106,7 +111,7 @@ def wanted(case: str, mode: str, full: bool) -> None:
         pytest.skip("--full")
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", [*PATHS, FROZEN])
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("case", CASES)
 def test_inference(benchmark, full: bool, case: str, dtype: torch.dtype, path: str) -> None:
@@ -118,7 +123,9 @@ def test_inference(benchmark, full: bool, case: str, dtype: torch.dtype, path: s
         model.load_state_dict(model_of(case).state_dict())
     elif path == "cpu":
         agree(model, inputs)
-    predict = torch.compile(model.predict) if path == "torch.compile" else model.predict
+    if path == FROZEN:
+        magnet_fast.accelerate(model, freeze=True)
+    predict = torch.compile(model.predict, dynamic=False) if path in COMPILED else model.predict
     benchmark.extra_info["bytes"] = sum(p.numel() * p.element_size() for p in model.parameters())
 
     def run() -> None:
@@ -126,6 +133,7 @@ def test_inference(benchmark, full: bool, case: str, dtype: torch.dtype, path: s
             predict(*inputs)
 
     measure(benchmark, case, "inference", path, dtype, run)
+    magnet_fast.restore(model)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -139,7 +147,7 @@ def test_training_step(benchmark, full: bool, case: str, dtype: torch.dtype, pat
     mask = torch.zeros(count, side, side)
     mask[:, side // 4 : side // 2, side // 3 : 2 * side // 3] = 1
     optimiser = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)  # the weights stay for the next row
-    forward = torch.compile(model) if path == "torch.compile" else model
+    forward = torch.compile(model, dynamic=False) if path in COMPILED else model
 
     def run() -> None:
         optimiser.zero_grad()

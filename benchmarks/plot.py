@@ -20,6 +20,8 @@ COLOURS = {
     "SDPA": "#7b8794",
     "reference": "#e0a030",
     "torch.compile": "#a05cc0",
+    "cpu, torch.compile": "#7040a0",
+    "cpu, frozen weights": "#184f90",
     "cpu window attention": "#6aaee8",
     "cpu": "#2878c8",
     "auto": "#2878c8",

@@ -11,31 +11,48 @@ from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 
+_FROZEN = "cpu, frozen weights"
+_BOTH = ("torch.compile", "cpu")
+_OURS_COMPILED = "cpu, torch.compile"
+
 
 def table(results: dict, suite: str) -> str:
-    """A line a group: the baseline's median, the fastest other path's, their ratio, and the memory of both."""
-    lines = _head(results["machine"], "| | before | after | ratio | peak memory before | after |")
-    for group, paths in _groups(results, suite):
-        before = paths.pop(next(iter(paths.values()))["baseline"], None)
+    """A line a group: medians of the baseline and the fastest other path, and the memory of both.
+
+    Where a suite has rows of frozen weights, they have columns of their own.
+    """
+    groups = list(_groups(results, suite))
+    any_frozen = any(_FROZEN in paths for _, paths in groups)
+    columns = "| | before | after | ratio |" + (" frozen weights | ratio |" if any_frozen else "")
+    lines = _head(results["machine"], columns + " peak memory before | after |" + (" frozen |" if any_frozen else ""))
+    for group, paths in groups:
+        frozen = paths.pop(_FROZEN, None)
+        before = paths.pop(next(iter(paths.values()))["baseline"], None) if paths else None
         if before is None or not paths:
             continue
         after = min(paths.values(), key=lambda row: row["median_seconds"])
-        ratio = before["median_seconds"] / after["median_seconds"]
-        lines.append(
-            f"| {group} | {_time(before)} | {_time(after)} | **{ratio:.2f}×** | {_memory(before)} | {_memory(after)} |"
-        )
+        cells = [group, _time(before), _time(after), _ratio(before, after)]
+        cells += [_time(frozen), _ratio(before, frozen)] if frozen else ["–", "–"] if any_frozen else []
+        cells += [_memory(before), _memory(after), *([_memory(frozen)] if any_frozen else [])]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def compiled_table(results: dict, suite: str) -> str:
-    """A line a group that has both: medians of the baseline, of torch.compile and of ours, and how ours compares."""
-    lines = _head(results["machine"], "| | plain | torch.compile | ours | ours against plain | against torch.compile |")
-    for group, paths in _groups(results, suite):
-        if not {"plain", "torch.compile", "cpu"} <= paths.keys():
-            continue
-        rows = [paths[name] for name in ("plain", "torch.compile", "cpu")]
+    """A line a group that has both: medians of the baseline, of torch.compile and of ours, and how ours compares.
+
+    Where ours was compiled as well, it has a column of its own.
+    """
+    groups = [(group, paths) for group, paths in _groups(results, suite) if {"plain", *_BOTH} <= paths.keys()]
+    both = any(_OURS_COMPILED in paths for _, paths in groups)
+    columns = "| | plain | torch.compile | ours | ours against plain | against torch.compile |"
+    lines = _head(results["machine"], columns + (" ours, compiled |" if both else ""))
+    for group, paths in groups:
+        rows = [paths[name] for name in ("plain", *_BOTH)]
         first, second = (row["median_seconds"] / rows[2]["median_seconds"] for row in rows[:2])
-        lines.append(f"| {group} | {' | '.join(map(_time, rows))} | {first:.2f}× | **{second:.2f}×** |")
+        cells = [group, *map(_time, rows), f"{first:.2f}×", f"**{second:.2f}×**"]
+        cells += [_time(paths[_OURS_COMPILED]) if _OURS_COMPILED in paths else "–"] if both else []
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -45,7 +62,7 @@ def _head(machine: dict, columns: str) -> list[str]:
         f"{where}, {machine['threads']} threads, torch {machine['torch']}, {machine['date']}",
         "",
         columns,
-        "|---|---|---|---|---|---|",
+        "|" + "---|" * (columns.count("|") - 1),
     ]
 
 
@@ -61,8 +78,12 @@ def _time(row: dict) -> str:
     return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
 
 
-def _memory(row: dict) -> str:
-    return f"{row['peak_bytes'] / 2**20:.0f} MiB" if row.get("peak_bytes") else "–"
+def _ratio(before: dict, after: dict) -> str:
+    return f"**{before['median_seconds'] / after['median_seconds']:.2f}×**"
+
+
+def _memory(row: dict | None) -> str:
+    return f"{row['peak_bytes'] / 2**20:.0f} MiB" if row and row.get("peak_bytes") else "–"
 
 
 def main() -> None:
