@@ -58,6 +58,6 @@ class Report:
 
 
 def _alike(module: ModuleReport) -> tuple[str, str, str, str]:
-    """Modules that differ in the numbers of their names alone are one line."""
-    pattern = re.sub(r"(?<![^.])\d+(?![^.])", "*", module.name)
+    """Modules that differ in the numbers of their names alone are one line, and all frozen Linears are."""
+    pattern = "*" if module.operator == "linear" else re.sub(r"(?<![^.])\d+(?![^.])", "*", module.name)
     return pattern, module.path, module.operator or "", module.remark or ""
