@@ -1,9 +1,9 @@
 """Weights that are promised to stay as they are: a second copy of each, laid out as oneDNN's products read it.
 
-A product of few rows otherwise spends up to a third of its time on bringing the weight into that layout, in every call.
-The copy is made in the first call, and again when the weight is seen to have changed: loaded, stepped by an optimiser,
-moved, cast. What is written through ``.data``, or by a program that shares the memory, PyTorch does not count; hence
-the promise.
+Otherwise every call brings the weight into that layout first, which costs a product of few rows most. The copy
+is made in the first call, and again when the weight is seen to have changed: loaded, stepped by an optimiser, moved,
+cast. What is written through ``.data``, or by a program that shares the memory, PyTorch does not count; hence the
+promise.
 """
 
 from __future__ import annotations
