@@ -23,10 +23,10 @@ import torch
 from torch import Tensor, nn
 
 import magnet_fast
+from benchmarks import FROZEN
 from benchmarks.machine import peak_bytes
 
 PATHS = ["plain", "cpu"]
-FROZEN = "cpu, frozen weights"
 Step = Callable[[], Any]
 
 

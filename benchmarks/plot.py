@@ -13,6 +13,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from benchmarks import FROZEN
+
 WIDTH, LABELS, VALUES, ROW, GAP, SECTION = 1100, 175, 300, 22, 34, 34
 COLOURS = {
     "plain": "#9aa5b1",
@@ -21,7 +23,7 @@ COLOURS = {
     "reference": "#e0a030",
     "torch.compile": "#a05cc0",
     "cpu, torch.compile": "#7040a0",
-    "cpu, frozen weights": "#184f90",
+    FROZEN: "#184f90",
     "cpu window attention": "#6aaee8",
     "cpu": "#2878c8",
     "auto": "#2878c8",

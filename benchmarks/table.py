@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 
-_FROZEN = "cpu, frozen weights"
+from benchmarks import FROZEN
+
 _BOTH = ("torch.compile", "cpu")
 _OURS_COMPILED = "cpu, torch.compile"
 
@@ -22,11 +23,11 @@ def table(results: dict, suite: str) -> str:
     Where a suite has rows of frozen weights, they have columns of their own.
     """
     groups = list(_groups(results, suite))
-    any_frozen = any(_FROZEN in paths for _, paths in groups)
+    any_frozen = any(FROZEN in paths for _, paths in groups)
     columns = "| | before | after | ratio |" + (" frozen weights | ratio |" if any_frozen else "")
     lines = _head(results["machine"], columns + " peak memory before | after |" + (" frozen |" if any_frozen else ""))
     for group, paths in groups:
-        frozen = paths.pop(_FROZEN, None)
+        frozen = paths.pop(FROZEN, None)
         before = paths.pop(next(iter(paths.values()))["baseline"], None) if paths else None
         if before is None or not paths:
             continue

@@ -53,29 +53,20 @@ class Variant(NamedTuple):
     against: str = "baseline"
 
 
+_ALL = Variant("all (pwam, correct masking)", grounding=True, alignment_loss=True)
+_CHANGE_OF_ALL = _ALL._replace(against="all")
+
 VARIANTS = {
     "baseline": Variant("baseline (PWAM into the pixels)", alignment_module=False),
     "cam": Variant("+ CAM"),
     "grounding": Variant("+ Mask Grounding", alignment_module=False, grounding=True),
     "alignment": Variant("+ alignment loss", alignment_module=False, alignment_loss=True),
-    "all": Variant("all (pwam, correct masking)", grounding=True, alignment_loss=True),
-    "all_xmha": Variant(
-        "all, xmha instead of pwam",
-        grounding=True,
-        alignment_loss=True,
-        overrides={"alignment__kind": "xmha"},
-        against="all",
+    "all": _ALL,
+    "all_xmha": _CHANGE_OF_ALL._replace(title="all, xmha instead of pwam", overrides={"alignment__kind": "xmha"}),
+    "all_released": _CHANGE_OF_ALL._replace(
+        title="all, released masking", overrides={"alignment__masking": "released"}
     ),
-    "all_released": Variant(
-        "all, released masking",
-        grounding=True,
-        alignment_loss=True,
-        overrides={"alignment__masking": "released"},
-        against="all",
-    ),
-    "all_blind": Variant(
-        "all, blind Mask Grounding (control)", grounding=True, alignment_loss=True, blind=True, against="all"
-    ),
+    "all_blind": _CHANGE_OF_ALL._replace(title="all, blind Mask Grounding (control)", blind=True),
     "lavt": Variant("LAVT", lavt=True),
     "lavt_grounding": Variant("LAVT + Mask Grounding", grounding=True, lavt=True, against="lavt"),
 }

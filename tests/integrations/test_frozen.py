@@ -11,15 +11,12 @@ from torch import Tensor, nn
 
 import magnet_fast
 from magnet_fast.ops import _frozen, _linear
+from tests.onednn import needs_onednn
 
 from . import zoo
 
 # The last bit of a score makes other pixels queries, and what belongs to them is another's.
 CHOOSE_BY_SCORE = ("RT-DETR", "RT-DETR v2")
-
-needs_onednn = pytest.mark.skipif(
-    not _linear._works(torch.float32), reason="oneDNN's operators are not used on this machine"
-)
 
 
 @pytest.fixture(autouse=True)

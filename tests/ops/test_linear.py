@@ -15,10 +15,8 @@ from torch import Tensor, nn
 from magnet_fast import ops
 from magnet_fast.ops import _frozen, _linear
 from magnet_fast.ops._linear import freeze_linear, linear, thaw_linear
+from tests.onednn import needs_onednn
 
-needs_onednn = pytest.mark.skipif(
-    not _linear._works(torch.float32), reason="oneDNN's operators are not used on this machine"
-)
 DTYPES = [
     torch.float32,
     pytest.param(
