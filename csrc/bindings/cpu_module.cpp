@@ -12,6 +12,7 @@ namespace magnet_fast {
 // Each in the file of its operator, *_module.cpp.
 void bind_cross_modal_attention(py::module_& m);
 void bind_deformable_attention(py::module_& m);
+void bind_linear_chain(py::module_& m);
 void bind_pixel_contrastive_loss(py::module_& m);
 void bind_window_attention(py::module_& m);
 }  // namespace magnet_fast
@@ -26,6 +27,7 @@ PYBIND11_MODULE(_cpu, m) {
 
     bind_cross_modal_attention(m);
     bind_deformable_attention(m);
+    bind_linear_chain(m);
     bind_pixel_contrastive_loss(m);
     bind_window_attention(m);
     m.def("simd_level", &simd_level,

@@ -38,8 +38,10 @@ using Real = float;
 
 using Vec = __m512;
 constexpr int64_t kLanes = 16;
-// Rows of a register tile 1, 2 or 3 vectors wide: sums, one row of B and one broadcast fill the registers.
-constexpr int kTileRows[4] = {0, 12, 12, 8};
+// Rows of a register tile 1, 2, 3 or 4 vectors wide: sums, one row of B and one broadcast fill the registers.
+constexpr int kTileRows[5] = {0, 12, 12, 8, 6};
+// Width of the panels that weights are packed in.
+constexpr int kPanelVectors = 4;
 
 static inline Vec load(const float* p) {
     return _mm512_loadu_ps(p);
@@ -68,6 +70,7 @@ static inline float reduce_add(Vec v) {
 using Vec = __m256;
 constexpr int64_t kLanes = 8;
 constexpr int kTileRows[4] = {0, 8, 6, 4};  // 16 registers
+constexpr int kPanelVectors = 3;
 
 static inline Vec load(const float* p) {
     return _mm256_loadu_ps(p);
@@ -94,6 +97,7 @@ constexpr int64_t kLanes = 4;
 #endif
 typedef Real Vec __attribute__((vector_size(sizeof(Real) * kLanes)));
 constexpr int kTileRows[4] = {0, 8, 6, 4};
+constexpr int kPanelVectors = 3;
 
 static inline Vec load(const Real* p) {
     Vec v;

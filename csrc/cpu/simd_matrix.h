@@ -111,6 +111,27 @@ static void panel(int64_t rows, int64_t depth, const Word* a, int64_t a_row, int
     }
 }
 
+/// C (rows x columns) = A (rows x depth, rows a_row words apart) * B (depth x columns), B and C contiguous,
+/// for columns of `vectors`, at most kPanelVectors, vectors.
+template <typename Word>
+static inline void multiply_panel(int64_t vectors, int64_t rows, int64_t depth, const Word* a, int64_t a_row,
+                                  const Word* b, Real* c) {
+    const int64_t columns = vectors * kLanes;
+    Nothing nothing;
+    switch (vectors) {
+#define MAGNET_FAST_PANEL(V)                                                                          \
+    case V:                                                                                           \
+        if constexpr (V <= kPanelVectors)                                                             \
+            panel<V>(rows, depth, a, a_row, 1, b, columns, nullptr, 0, c, columns, nullptr, nothing); \
+        break;
+        MAGNET_FAST_PANEL(1)
+        MAGNET_FAST_PANEL(2)
+        MAGNET_FAST_PANEL(3)
+        MAGNET_FAST_PANEL(4)
+#undef MAGNET_FAST_PANEL
+    }
+}
+
 /// Vectors of the next panel when `left` remain: 3 + 3 + ... with a remainder of 1 taken as 2 + 2. A tile one
 /// vector wide waits on its own additions.
 static inline int64_t panel_vectors(int64_t left) {

@@ -8,8 +8,9 @@
 namespace magnet_fast {
 namespace MAGNET_FAST_SIMD_LEVEL {
 
-/// Two bfloat16 numbers, depth 2k in the low half and 2k + 1 in the high one.
-struct Pair {
+/// Two bfloat16 numbers, depth 2k in the low half and 2k + 1 in the high one; two neighbours of a row are
+/// one.
+struct __attribute__((may_alias)) Pair {
     uint32_t bits;
 };
 

@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops import _linear_chain
 from ..ops._linear import linear
+from ..ops._linear_chain import Step
 from ._replacement import class_path, must_run_original
 
 # glibc maps memory of 32 MiB or more for one use and gives it back to the system; smaller memory it keeps.
@@ -69,7 +71,15 @@ def forward(
     """
 
     def images(x: Tensor) -> Tensor:
-        x = linear(attend(x), project.weight, project.bias, residual=x)
+        attended = attend(x)
+        if _linear_chain.runs(attended, project, norm, expand, reduce):
+            steps = [
+                Step(project, residual="given"),
+                Step(expand, activation="gelu", before=norm),
+                Step(reduce, residual=0),
+            ]
+            return _linear_chain.run(attended, steps, residual=x)
+        x = linear(attended, project.weight, project.bias, residual=x)
         return _sliced(tokens, x.flatten(0, -2), width).view(x.shape)
 
     def tokens(x: Tensor) -> Tensor:

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..ops import _linear_chain
 from ..ops._linear import linear
+from ..ops._linear_chain import Step
 from .config import MaskDecoderConfig
 from .position import sine_position
 from .project import project
@@ -73,6 +75,14 @@ class DeformableLayer(nn.Module):
 
     def forward(self, tokens: Tensor, position: Tensor, reference: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
         attended = self.attention(tokens, position, reference, shapes)
+        projection = self.attention.output_proj
+        if _linear_chain.runs(attended, projection, self.norm1, self.linear1, self.linear2, self.norm2):
+            steps = [
+                Step(projection, residual="given", after=self.norm1),
+                Step(self.linear1, activation="relu"),
+                Step(self.linear2, residual=0, after=self.norm2),
+            ]
+            return _linear_chain.run(attended, steps, residual=tokens)
         return tokenwise(self, self._after_attention, tokens, attended, width=self.linear1.out_features)
 
     def _after_attention(self, tokens: Tensor, attended: Tensor) -> Tensor:

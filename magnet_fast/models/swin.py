@@ -13,6 +13,8 @@ from timm.layers import DropPath, trunc_normal_
 from torch import Tensor, nn
 
 from .. import ops
+from ..ops import _linear_chain
+from ..ops._linear_chain import Step
 from .config import ImageEncoderConfig
 from .position import sine_position
 from .project import project
@@ -56,15 +58,18 @@ class WindowAttention(nn.Module):
         trunc_normal_(self.bias_table, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
-        attended = ops.window_attention(
-            project(self.qkv, x),
+        return project(self.proj, self.attend(project(self.qkv, x)))
+
+    def attend(self, qkv: Tensor) -> Tensor:
+        """(B, H, W, 3C) to (B, H, W, C): what lies between the projections."""
+        return ops.window_attention(
+            qkv,
             self.bias_table,
             num_heads=self.num_heads,
             window_size=self.window_size,
             shift=self.shift,
             pad_qkv=self.qkv.bias,  # a zero token after norm1 has exactly the Linear's bias as q, k and v
         )
-        return project(self.proj, attended)
 
 
 class Mlp(nn.Module):
@@ -91,6 +96,8 @@ class SwinBlock(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
+        if not self.drop_path.training and _linear_chain.runs(x, *self.modules()):
+            return self._frozen(x)
         attended = self.drop_path(self.attention(self.norm1(x)))
         return tokenwise(self, self._after_attention, x, attended, width=self.mlp.fc1.out_features)
 
@@ -99,6 +106,15 @@ class SwinBlock(nn.Module):
         if self.drop_path.training:
             return x + self.drop_path(self.mlp(self.norm2(x)))
         return self.mlp(self.norm2(x), residual=x)
+
+    def _frozen(self, x: Tensor) -> Tensor:
+        qkv = _linear_chain.run(x, [Step(self.attention.qkv, before=self.norm1)])
+        steps = [
+            Step(self.attention.proj, residual="given"),
+            Step(self.mlp.fc1, activation="gelu", before=self.norm2),
+            Step(self.mlp.fc2, residual=0),
+        ]
+        return _linear_chain.run(self.attention.attend(qkv), steps, residual=x)
 
 
 class PatchMerging(nn.Module):

@@ -1,4 +1,4 @@
-"""Weights that are promised to stay as they are: a second copy of each, laid out as oneDNN's products read it.
+"""Weights that are promised to stay as they are: a second copy of each, laid out as products read it.
 
 Otherwise every call brings the weight into that layout first, which costs a product of few rows most. The copy
 is made in the first call, and again when the weight is seen to have changed: loaded, stepped by an optimiser, moved,
@@ -8,6 +8,7 @@ promise.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,28 +16,35 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from . import _cpu_backend
+
 
 @dataclass
-class _Entry:
-    """A frozen weight's copy, and of what it is one; nothing before the first call."""
+class _Copy:
+    """A frozen weight's copy, and of what it is one."""
 
-    packed: Tensor | None = None
-    storage: StorageWeakRef | None = None
-    state: tuple[object, ...] = ()
+    packed: Tensor
+    storage: StorageWeakRef
+    state: tuple[object, ...]
 
 
-_entries: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # by identity; a copy of a weight is not frozen
+_copies: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # by identity; a copy of a weight is not frozen
 
 
 def freeze(weight: Tensor) -> None:
-    """From now on :func:`in_products` gives a packed copy of `weight`, while the weight lives."""
-    if weight not in _entries:
-        _entries[weight] = _Entry()
+    """From now on :func:`in_products` and :func:`in_chains` give packed copies of `weight`, while the weight lives."""
+    if weight not in _copies:
+        _copies[weight] = {}
 
 
 def thaw(weight: Tensor) -> None:
-    """The way back; the copy is gone."""
-    _entries.pop(weight, None)
+    """The way back; the copies are gone."""
+    _copies.pop(weight, None)
+
+
+def keeps(weight: Tensor) -> bool:
+    """Whether `weight` is frozen, and its changes would be seen: a tensor made in inference mode counts none."""
+    return len(_copies) > 0 and weight in _copies and not weight.is_inference()
 
 
 def in_products(weight: Tensor, rows: int) -> Tensor:
@@ -46,13 +54,36 @@ def in_products(weight: Tensor, rows: int) -> Tensor:
         weight: (D, C), dense, of a dtype that oneDNN packs.
         rows: of the product, which the layout is chosen for when the copy is made; it is right for any number.
     """
-    entry = _entries.get(weight) if len(_entries) else None
-    if entry is None or weight.is_inference():  # a tensor made in inference mode counts no changes
+    if not keeps(weight):
         return weight
+    return _current(weight, "onednn", lambda dense: torch.ops.mkldnn._reorder_linear_weight(dense, rows))
+
+
+def in_chains(weight: Tensor) -> Tensor:
+    """The copy for :mod:`._linear_chain` of a weight that :func:`keeps` says yes to, as bytes.
+
+    Args:
+        weight: (D, C), both multiples of what the SIMD level in use asks for.
+    """
+    return _current(weight, _cpu_backend.extension.simd_level(), _pack_for_chain)
+
+
+def _current(weight: Tensor, layout: str, pack: Callable[[Tensor], Tensor]) -> Tensor:
+    copies = _copies[weight]
     storage = StorageWeakRef(weight.untyped_storage())
     state = (weight.dtype, weight.shape, weight.stride(), weight.data_ptr(), weight._version)
+    copy = copies.get(layout)
     # The reference keeps the storage's place from being taken by another, not its memory.
-    if entry.packed is None or entry.state != state or entry.storage != storage:
-        entry.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), rows)
-        entry.storage, entry.state = storage, state
-    return entry.packed
+    if copy is None or copy.state != state or copy.storage != storage:
+        copy = copies[layout] = _Copy(pack(weight.detach().contiguous()), storage, state)
+    return copy.packed
+
+
+def _pack_for_chain(weight: Tensor) -> Tensor:
+    outputs, inputs = weight.shape
+    sizes = {"dtype": _cpu_backend.DTYPE_CODES[weight.dtype], "inputs": inputs, "outputs": outputs}
+    count = _cpu_backend.extension.linear_chain_packed_bytes(**sizes)
+    room = torch.empty(count + 63, dtype=torch.uint8, device="cpu")
+    packed = room[-room.data_ptr() % 64 :][:count]
+    _cpu_backend.extension.linear_chain_pack(weight_ptr=weight.data_ptr(), packed_ptr=packed.data_ptr(), **sizes)
+    return packed

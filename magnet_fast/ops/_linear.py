@@ -116,22 +116,30 @@ def then(out: Tensor, activation: Activation | None, residual: Tensor | None) ->
     return out if residual is None else residual + out
 
 
-def _takes_onednn(x: Tensor, *others: Tensor | None) -> bool:
-    # First what is quickly said: small models are hundreds of Linears that this is not for.
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return False
-    if x.numel() * len(others[0]) < _FEWEST_MULTIPLICATIONS:
-        return False
-    tensors = [x, *(tensor for tensor in others if tensor is not None)]
+def inference_on_cpu(x: Tensor, *others: Tensor) -> bool:
+    """Whether a product of these tensors is inference on the CPU that a kernel may take: see :func:`linear`."""
+    tensors = (x, *others)
     return (
-        x.dtype in (torch.float32, torch.bfloat16)
+        not _recorded()
+        and x.dtype in (torch.float32, torch.bfloat16)
         and all(type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided for tensor in tensors)
         and all(tensor.device.type == "cpu" and tensor.dtype == x.dtype for tensor in tensors)
         and not _autocast.active(x)
         and requested_backend("linear") in ("auto", "cpu")
-        and torch.backends.mkldnn.enabled
-        and _works(x.dtype)
     )
+
+
+def _recorded() -> bool:
+    """Whether what is called is written down, for gradients or in a graph."""
+    return torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def _takes_onednn(x: Tensor, weight: Tensor, *others: Tensor | None) -> bool:
+    # First what is quickly said: small models are hundreds of Linears that this is not for.
+    if _recorded() or x.numel() * len(weight) < _FEWEST_MULTIPLICATIONS:
+        return False
+    given = (tensor for tensor in others if tensor is not None)
+    return inference_on_cpu(x, weight, *given) and torch.backends.mkldnn.enabled and _works(x.dtype)
 
 
 @cache

@@ -29,8 +29,8 @@ def linears(model: nn.Module) -> list[nn.Module]:
 
 
 def packed(model: nn.Module) -> list[Tensor]:
-    entries = (_frozen._entries.get(layer.weight) for layer in linears(model))
-    return [entry.packed for entry in entries if entry is not None and entry.packed is not None]
+    copies = (_frozen._copies.get(layer.weight) or {} for layer in linears(model))
+    return [copy.packed for layouts in copies for copy in layouts.values()]
 
 
 @needs_onednn

@@ -259,17 +259,17 @@ def test_frozen_layers_thawed_copied_and_made_in_inference_mode(
     thaw_linear(frozen_layer)
     with torch.no_grad():
         torch.testing.assert_close(frozen_layer(x), F.linear(x, frozen_layer.weight, frozen_layer.bias))
-    assert type(frozen_layer) is nn.Linear and len(packings) == 1 and frozen_layer.weight not in _frozen._entries
+    assert type(frozen_layer) is nn.Linear and len(packings) == 1 and frozen_layer.weight not in _frozen._copies
 
 
 def test_frozen_layer_lives_no_longer_than_its_weight() -> None:
-    count = len(_frozen._entries)
+    count = len(_frozen._copies)
     layer = nn.Linear(INNER, OUTER)
     freeze_linear(layer)
-    assert len(_frozen._entries) == count + 1
+    assert len(_frozen._copies) == count + 1
     del layer
     gc.collect()
-    assert len(_frozen._entries) == count
+    assert len(_frozen._copies) == count
 
 
 @pytest.mark.parametrize("case", ["gradients", "small", "reference"])
