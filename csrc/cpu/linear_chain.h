@@ -34,10 +34,9 @@ struct ChainLayer {
 
 template <typename Element>
 struct LinearChain {
-    int64_t rows, threads;  // the result does not depend on the threads, not in a single bit
-    const Element*
-        x;  // (rows, in of the first layer), rows x_row elements apart; 16-bit: at a multiple of 4 bytes
-    int64_t x_row;
+    int64_t rows, threads;    // the result does not depend on the threads, not in a single bit
+    const Element* x;         // (rows, in of the first layer); 16-bit elements: at a multiple of 4 bytes
+    int64_t x_row;            // elements from a row to the next; even for 16-bit elements
     const Element* residual;  // (rows, out of the layer that wants it); null: none
     int64_t residual_row;
     Element* y;  // (rows, out of the last layer), contiguous, written; not x and not residual

@@ -72,7 +72,7 @@ def forward(
 
     def images(x: Tensor) -> Tensor:
         attended = attend(x)
-        if _linear_chain.runs(attended, project, norm, expand, reduce):
+        if _linear_chain.runs(attended, (project, norm, expand, reduce), residual=x):
             steps = [
                 Step(project, residual="given"),
                 Step(expand, activation="gelu", before=norm),

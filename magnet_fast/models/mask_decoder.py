@@ -109,7 +109,8 @@ class MaskDecoder(nn.Module):
             queries.append(self.norm(x))
         # All predictions in one product: its backward pass goes over the large mask features once, not ten times.
         stacked = torch.cat(queries, dim=1)  # (B, 1 + layers, C)
-        masks = (self.mask_head(stacked) @ mask_features.flatten(2)).unflatten(2, mask_features.shape[2:])
+        # bmm, not @: that copies bfloat16 features so that channels come first.
+        masks = torch.bmm(self.mask_head(stacked), mask_features.flatten(2)).unflatten(2, mask_features.shape[2:])
         classes = self.class_head(stacked)
         return [(masks[:, i : i + 1], classes[:, i : i + 1]) for i in range(len(queries))]
 

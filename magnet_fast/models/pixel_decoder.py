@@ -76,7 +76,8 @@ class DeformableLayer(nn.Module):
     def forward(self, tokens: Tensor, position: Tensor, reference: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
         attended = self.attention(tokens, position, reference, shapes)
         projection = self.attention.output_proj
-        if _linear_chain.runs(attended, projection, self.norm1, self.linear1, self.linear2, self.norm2):
+        parts = (projection, self.norm1, self.linear1, self.linear2, self.norm2)
+        if _linear_chain.runs(attended, parts, residual=tokens):
             steps = [
                 Step(projection, residual="given", after=self.norm1),
                 Step(self.linear1, activation="relu"),

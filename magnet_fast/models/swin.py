@@ -96,7 +96,7 @@ class SwinBlock(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.drop_path.training and _linear_chain.runs(x, *self.modules()):
+        if not self.drop_path.training and _linear_chain.runs(x, self.modules()):
             return self._frozen(x)
         attended = self.drop_path(self.attention(self.norm1(x)))
         return tokenwise(self, self._after_attention, x, attended, width=self.mlp.fc1.out_features)

@@ -7,7 +7,7 @@ products run at the speed of oneDNN's; what is gained is everything around them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Literal, NamedTuple
 
@@ -32,21 +32,22 @@ class Step(NamedTuple):
     after: nn.LayerNorm | None = None
 
 
-def runs(x: Tensor, *modules: nn.Module) -> bool:
+def runs(x: Tensor, modules: Iterable[nn.Module], residual: Tensor | None = None) -> bool:
     """Whether :func:`run` can take this input through steps of these modules.
 
     Args:
-        x: the first step's input.
+        x, residual: as in :func:`run`.
         modules: all Linears and LayerNorms, and the modules around them that would not be called. Anything but a frozen
             Linear, a LayerNorm over the last dimension and a module that nobody observes is a no.
     """
+    modules = list(modules)
     linears = [module for module in modules if isinstance(module, nn.Linear)]
     norms = [module for module in modules if isinstance(module, nn.LayerNorm)]
     if not all(type(layer) is FrozenLinear for layer in linears):  # quickly said
         return False
     parameters = [parameter for layer in (*linears, *norms) for parameter in layer.parameters(recurse=False)]
     return (
-        inference_on_cpu(x, *parameters)
+        inference_on_cpu(x, *parameters, *(() if residual is None else (residual,)))
         and all(type(norm) is nn.LayerNorm and len(norm.normalized_shape) == 1 for norm in norms)
         and not any(observed(module) for module in modules)
         and _worthwhile(x.dtype)
@@ -62,7 +63,7 @@ def run(x: Tensor, steps: Sequence[Step], residual: Tensor | None = None) -> Ten
     Args:
         x: (..., C), C the first Linear's inputs.
         steps: at least one.
-        residual: (..., D), for the step that asks for the given one.
+        residual: (..., D) of x's dtype, for the steps that ask for the given one.
 
     Returns:
         (..., D'), D' the last Linear's outputs.
@@ -70,10 +71,12 @@ def run(x: Tensor, steps: Sequence[Step], residual: Tensor | None = None) -> Ten
     Raises:
         ValueError: sizes that do not fit together, or an activation and a residual at once.
     """
-    rows = _rows("x", x, steps[0].linear.in_features)
-    takers = [step.linear.out_features for step in steps if step.residual == "given"]
-    given = _rows("residual", residual, takers[0]) if takers else None
-    y = x.new_empty((*x.shape[:-1], steps[-1].linear.out_features))
+    leading, given = x.shape[:-1], None
+    rows = _rows("x", x, (*leading, steps[0].linear.in_features), x.dtype)
+    for step in steps:
+        if step.residual == "given":
+            given = _rows("residual", residual, (*leading, step.linear.out_features), x.dtype)
+    y = x.new_empty((*leading, steps[-1].linear.out_features))
     packed = [_frozen.in_chains(step.linear.weight) for step in steps]  # alive until the call is over
     _cpu_backend.extension.linear_chain_forward(
         x_ptr=rows.data_ptr(),
@@ -89,12 +92,14 @@ def run(x: Tensor, steps: Sequence[Step], residual: Tensor | None = None) -> Ten
     return y
 
 
-def _rows(name: str, x: Tensor, width: int) -> Tensor:
+def _rows(name: str, x: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """(rows, C), each row contiguous, all of them equally far apart and at addresses that the kernel reads."""
-    if x.shape[-1] != width:
-        raise ValueError(f"{name}: expected (..., {width}), got {tuple(x.shape)}")
-    rows = x.reshape(x.shape[:-1].numel(), width)
-    fits = rows.stride(1) == 1 and rows.stride(0) >= width and rows.stride(0) % 2 == 0 and rows.data_ptr() % 4 == 0
+    if x is None or x.shape != shape or x.dtype != dtype:
+        got = "None" if x is None else f"{tuple(x.shape)} of {x.dtype}"
+        raise ValueError(f"{name}: expected {shape} of {dtype}, got {got}")
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    apart = rows.stride(0)
+    fits = rows.stride(1) == 1 and apart >= rows.shape[1] and apart % 2 == 0 and rows.data_ptr() % 4 == 0
     return rows if fits else rows.clone(memory_format=torch.contiguous_format)
 
 

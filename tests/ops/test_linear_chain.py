@@ -63,7 +63,7 @@ def modules(steps: list[Step]) -> list[nn.Module]:
 
 def assert_agree(x: Tensor, steps: list[Step], residual: Tensor | None = None) -> None:
     with torch.no_grad():
-        assert _linear_chain.runs(x, *modules(steps))
+        assert _linear_chain.runs(x, modules(steps), residual)
         found = _linear_chain.run(x, steps, residual)
         truth, eager = (plainly(x, steps, residual, dtype) for dtype in (torch.float64, x.dtype))
     assert found.shape == truth.shape and found.dtype == x.dtype
@@ -250,11 +250,11 @@ def test_left_to_pytorch(case: str) -> None:
     needs(torch.float32)
     steps = block(torch.float32, 32, 64)
     with torch.no_grad():
-        assert _linear_chain.runs(torch.randn(5, 32), *modules(steps))
+        assert _linear_chain.runs(torch.randn(5, 32), modules(steps))
     x, taken = REFUSED[case](torch.randn(5, 32), steps)
     context = torch.autocast("cpu") if case == "autocast" else ops.backend("reference" if "ref" in case else "auto")
     with torch.set_grad_enabled(case == "gradients"), context:
-        assert not _linear_chain.runs(x, *taken)
+        assert not _linear_chain.runs(x, taken)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -301,10 +301,11 @@ def test_sizes_that_do_not_fit() -> None:
     steps = block(torch.float32, 32, 64)
     x = torch.randn(5, 32)
     with torch.no_grad():
-        with pytest.raises(ValueError, match=r"x: expected \(\.\.\., 32\), got \(5, 16\)"):
+        with pytest.raises(ValueError, match=r"x: expected \(5, 32\) of torch.float32, got \(5, 16\) of"):
             _linear_chain.run(x[:, :16], steps, x)
-        with pytest.raises(ValueError, match=r"residual: expected \(\.\.\., 32\)"):
-            _linear_chain.run(x, steps, x[:, :16])
+        for wrong in (x[:, :16], x[:3], x.bfloat16(), None):
+            with pytest.raises(ValueError, match=r"residual: expected \(5, 32\) of torch.float32, got"):
+                _linear_chain.run(x, steps, wrong)
         with pytest.raises(ValueError, match=r"layers\[1\].in: expected the outputs of the layer before it"):
             _linear_chain.run(x, [steps[0], steps[2]], x)
         with pytest.raises(ValueError, match="before: expected a norm of 64 channels"):
