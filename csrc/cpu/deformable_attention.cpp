@@ -113,7 +113,7 @@ void run_forward(const DeformableAttentionForward& a) {
     if (s.batch == 0 || s.queries == 0) return;
     check_tensor<Element>(a.out, "out_ptr");
 
-    const Launch launch{s, static_cast<const Element*>(a.value), a.value_strides, a.points};
+    const Launch launch{s, static_cast<const Element*>(a.value), a.value_strides, a.points, false};
     const typename Launch::Range all(launch.layout, s.points, 0, launch.levels);
     const int64_t parts = launch.query_parts();
     launch.run(
@@ -226,7 +226,7 @@ void run_backward(const DeformableAttentionBackward& a) {
          {std::pair(a.grad_offsets, "grad_offsets_ptr"), {a.grad_logits, "grad_logits_ptr"}})
         a.points.wide ? check_if_wanted<Real>(pointer, name) : check_if_wanted<Element>(pointer, name);
 
-    const Launch launch{s, static_cast<const Element*>(a.value), a.value_strides, a.points};
+    const Launch launch{s, static_cast<const Element*>(a.value), a.value_strides, a.points, true};
     AlignedReals<Real> parts_of_reference;
     if (a.grad_reference)
         parts_of_reference =

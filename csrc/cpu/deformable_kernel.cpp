@@ -6,6 +6,7 @@
 // over points again.
 #include "cpu/deformable_kernel.h"
 
+#include "cpu/deformable_dot.h"
 #include "cpu/deformable_logits.h"
 #include "cpu/deformable_pairs.h"
 #include "cpu/deformable_points.h"
@@ -87,11 +88,34 @@ static void backward(const DeformableBackward<Element>& a) {
 template <typename Element>
 const DeformableKernels<Element>& deformable_kernels() {
     static const DeformableKernels<Element> kernels = {
-        scratch_reals,   packed_reals,     pack<Element>,     clear,
-        unpack<Element>, forward<Element>, backward<Element>,
+        scratch_reals, packed_reals,    pack<Element>,    pack<Element>,
+        clear,         unpack<Element>, forward<Element>, backward<Element>,
     };
     return kernels;
 }
+
+#if defined(MAGNET_FAST_SIMD_AVX512_BF16)
+static void forward_dots(const DeformableForward<BFloat16>& a) {
+    if (!takes_dots(a.head_dim)) return forward(a);
+    const Points p = points_of(a);
+    for (int64_t query = 0; query < a.queries; query += a.block_queries) {
+        const int64_t left = a.queries - query, queries = left < a.block_queries ? left : a.block_queries;
+        read_and_locate(a, query, queries, p);
+        pair_coefficients(queries * a.query_count(), p);
+        for (int64_t first = 0; first < a.head_dim; first += kDotChannels)
+            sample_dots(a, query, queries, first, p);
+    }
+}
+
+template <>
+const DeformableKernels<BFloat16>& deformable_kernels<BFloat16>() {
+    static const DeformableKernels<BFloat16> kernels = {
+        scratch_reals, packed_reals,     pack_dots,    pack<BFloat16>,
+        clear,         unpack<BFloat16>, forward_dots, backward<BFloat16>,
+    };
+    return kernels;
+}
+#endif
 
 MAGNET_FAST_INSTANTIATE_KERNELS(DeformableKernels, deformable_kernels)
 

@@ -113,9 +113,10 @@ struct DeformableKernels {
     using Real = typename Computed<Element>::Real;
     int64_t (*scratch_reals)(int64_t block_points, int64_t all_points);
     int64_t (*packed_reals)(int64_t rows, int64_t head_dim);
-    /// value_row: from one position to the next.
-    void (*pack)(const Element* value, int64_t value_row, const DeformableLevel* level, int64_t levels,
-                 int64_t rows, int64_t head_dim, Real* packed);
+    /// For forward and for backward, whose rows may differ. value_row: from one position to the next.
+    using Pack = void (*)(const Element* value, int64_t value_row, const DeformableLevel* level,
+                          int64_t levels, int64_t rows, int64_t head_dim, Real* packed);
+    Pack pack_forward, pack_backward;
     /// Sets rows [begin, end) to zeros.
     void (*clear)(Real* packed, int64_t rows, int64_t head_dim, int64_t begin, int64_t end);
     void (*unpack)(const Real* packed, const DeformableLevel* level, int64_t levels, int64_t rows,

@@ -97,7 +97,10 @@ struct DeformableLaunch {
     const Element* value;
     const ValueStrides& strides;
     const DeformableAttentionPoints& points;
+    const bool backward;
     const DeformableKernels<Element>& kernels = deformable_kernels<Element>();
+    const typename DeformableKernels<Element>::Pack pack =
+        backward ? kernels.pack_backward : kernels.pack_forward;
     const DeformableLayout layout{sizes};
     const int64_t levels = static_cast<int64_t>(sizes.maps.size());
     const int64_t slices = sizes.batch * sizes.heads;
@@ -122,8 +125,8 @@ struct DeformableLaunch {
             if (reads_value && worker.packed_slice != slice) {
                 const Element* from =
                     value + slice / sizes.heads * strides.batch + slice % sizes.heads * strides.head;
-                kernels.pack(from, strides.position, layout.levels.data(), levels, layout.rows,
-                             sizes.head_dim, worker.value.get());
+                pack(from, strides.position, layout.levels.data(), levels, layout.rows, sizes.head_dim,
+                     worker.value.get());
                 worker.packed_slice = slice;
             }
             work(slice, t % parts, worker);

@@ -73,7 +73,7 @@ def assert_low(case):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("wide", [False, True], ids=["", "float32 locations"])
 def test_low_precision(dtype, wide):
-    for d in (3, 20, 70):
+    for d in (3, 20, 32, 64, 70):
         case = random_case(d=d, queries=40, dtype=dtype)
         if wide:
             case.leaves[1] = random_case(d=d, queries=40).leaves[1]
@@ -98,6 +98,16 @@ def test_far_and_undefined_points():
     assert_agree(case)
     outputs = run(case, "cpu")
     assert all(t.isfinite().all() for t in outputs)
+
+
+def test_far_and_undefined_points_of_wide_heads_in_bfloat16():
+    case = random_case(d=32, dtype=torch.bfloat16)
+    with torch.no_grad():
+        strange = torch.tensor([1e9, -1e9, 1e30, -1e30, float("inf"), float("nan")])
+        case.leaves[1][0, :6] = strange[:, None, None, None, None]
+    output = run(case, "cpu")[0].unflatten(-1, (2, 32))
+    assert (output[0, :4] == 0).all() and output[0, 4:6].isnan().all()
+    assert output[0, 6:].isfinite().all() and output[1].isfinite().all()
 
 
 @pytest.mark.parametrize("only", range(3), ids=NAMES)

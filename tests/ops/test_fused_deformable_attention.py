@@ -141,7 +141,8 @@ def test_every_simd_level(level):
         for form, points, d in (("Q2", 4, 8), ("BQL2", 3, 13), ("BQL4", 16, 32), ("BQ4", 1, 70)):
             assert_agree(fused_case(form, points=points, d=d, queries=37, dtype=torch.float32))
         for dtype in (torch.bfloat16, torch.float16):
-            assert_low(dtype)
+            for d in (20, 64):
+                assert_low(dtype, d=d)
     finally:
         _cpu.set_simd_level(before)
 
@@ -150,12 +151,13 @@ def test_every_simd_level(level):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("wide", [(), ("reference_points",), NAMES[1:], ("attention_logits",)], ids=len)
 def test_low_precision(dtype, wide, backend):
-    assert_low(dtype, wide, backend)
+    for d in (20, 32):
+        assert_low(dtype, wide, backend, d)
 
 
-def assert_low(dtype, wide=(), backend="cpu"):
+def assert_low(dtype, wide=(), backend="cpu", d=20):
     """Against the formula in the low precision; the tensors named in `wide` stay float32."""
-    case = fused_case("BQL2", d=20, queries=17, dtype=dtype)
+    case = fused_case("BQL2", d=d, queries=17, dtype=dtype)
     case.leaves = [
         leaf.detach().to(torch.float32 if name in wide else dtype).requires_grad_()
         for name, leaf in zip(NAMES, case.leaves, strict=True)
