@@ -72,12 +72,12 @@ def forward(
 
     def images(x: Tensor) -> Tensor:
         attended = attend(x)
-        if _linear_chain.runs(attended, (project, norm, expand, reduce), residual=x):
-            steps = [
-                Step(project, residual="given"),
-                Step(expand, activation="gelu", before=norm),
-                Step(reduce, residual=0),
-            ]
+        steps = [
+            Step(project, residual="given"),
+            Step(expand, activation="gelu", before=norm),
+            Step(reduce, residual=0),
+        ]
+        if _linear_chain.runs(attended, steps, residual=x):
             return _linear_chain.run(attended, steps, residual=x)
         x = linear(attended, project.weight, project.bias, residual=x)
         return _sliced(tokens, x.flatten(0, -2), width).view(x.shape)

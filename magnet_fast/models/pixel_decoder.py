@@ -75,15 +75,14 @@ class DeformableLayer(nn.Module):
 
     def forward(self, tokens: Tensor, position: Tensor, reference: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
         attended = self.attention(tokens, position, reference, shapes)
-        projection = self.attention.output_proj
-        parts = (projection, self.norm1, self.linear1, self.linear2, self.norm2)
-        if _linear_chain.runs(attended, parts, residual=tokens):
+        if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
             steps = [
-                Step(projection, residual="given", after=self.norm1),
+                Step(self.attention.output_proj, residual="given", after=self.norm1),
                 Step(self.linear1, activation="relu"),
                 Step(self.linear2, residual=0, after=self.norm2),
             ]
-            return _linear_chain.run(attended, steps, residual=tokens)
+            if _linear_chain.runs(attended, steps, residual=tokens):
+                return _linear_chain.run(attended, steps, residual=tokens)
         return tokenwise(self, self._after_attention, tokens, attended, width=self.linear1.out_features)
 
     def _after_attention(self, tokens: Tensor, attended: Tensor) -> Tensor:

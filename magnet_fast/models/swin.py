@@ -96,8 +96,11 @@ class SwinBlock(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.drop_path.training and _linear_chain.runs(x, self.modules()):
-            return self._frozen(x)
+        if not torch.is_grad_enabled() and not torch.compiler.is_compiling() and self._known_parts():
+            before, after = self._chains()
+            if _linear_chain.runs(x, [*before, *after], around=self.modules()):
+                attended = self.attention.attend(_linear_chain.run(x, before))
+                return _linear_chain.run(attended, after, residual=x)
         attended = self.drop_path(self.attention(self.norm1(x)))
         return tokenwise(self, self._after_attention, x, attended, width=self.mlp.fc1.out_features)
 
@@ -107,14 +110,19 @@ class SwinBlock(nn.Module):
             return x + self.drop_path(self.mlp(self.norm2(x)))
         return self.mlp(self.norm2(x), residual=x)
 
-    def _frozen(self, x: Tensor) -> Tensor:
-        qkv = _linear_chain.run(x, [Step(self.attention.qkv, before=self.norm1)])
-        steps = [
+    def _known_parts(self) -> bool:
+        """Whether nobody put another module in a part's place, and no residual is dropped."""
+        parts = type(self.attention) is WindowAttention and type(self.mlp) is Mlp
+        return parts and type(self.drop_path) in (DropPath, nn.Identity) and not self.drop_path.training
+
+    def _chains(self) -> tuple[list[Step], list[Step]]:
+        """The layers before attention and those after it."""
+        after = [
             Step(self.attention.proj, residual="given"),
             Step(self.mlp.fc1, activation="gelu", before=self.norm2),
             Step(self.mlp.fc2, residual=0),
         ]
-        return _linear_chain.run(self.attention.attend(qkv), steps, residual=x)
+        return [Step(self.attention.qkv, before=self.norm1)], after
 
 
 class PatchMerging(nn.Module):

@@ -32,24 +32,24 @@ class Step(NamedTuple):
     after: nn.LayerNorm | None = None
 
 
-def runs(x: Tensor, modules: Iterable[nn.Module], residual: Tensor | None = None) -> bool:
-    """Whether :func:`run` can take this input through steps of these modules.
+def runs(x: Tensor, steps: Sequence[Step], residual: Tensor | None = None, around: Iterable[nn.Module] = ()) -> bool:
+    """Whether :func:`run` computes what these layers compute: frozen Linears, LayerNorms over the last dimension, and
+    nothing that is more than that (an adapter, a hook).
 
     Args:
-        x, residual: as in :func:`run`.
-        modules: all Linears and LayerNorms, and the modules around them that would not be called. Anything but a frozen
-            Linear, a LayerNorm over the last dimension and a module that nobody observes is a no.
+        x, steps, residual: as in :func:`run`.
+        around: modules that hold the layers and would not be called; none of them may be observed.
     """
-    modules = list(modules)
-    linears = [module for module in modules if isinstance(module, nn.Linear)]
-    norms = [module for module in modules if isinstance(module, nn.LayerNorm)]
+    linears = [step.linear for step in steps]
     if not all(type(layer) is FrozenLinear for layer in linears):  # quickly said
+        return False
+    norms = [norm for step in steps for norm in (step.before, step.after) if norm is not None]
+    if not all(type(norm) is nn.LayerNorm and len(norm.normalized_shape) == 1 for norm in norms):
         return False
     parameters = [parameter for layer in (*linears, *norms) for parameter in layer.parameters(recurse=False)]
     return (
         inference_on_cpu(x, *parameters, *(() if residual is None else (residual,)))
-        and all(type(norm) is nn.LayerNorm and len(norm.normalized_shape) == 1 for norm in norms)
-        and not any(observed(module) for module in modules)
+        and not any(observed(module) for module in (*linears, *norms, *around))
         and _worthwhile(x.dtype)
         and all(size % _step(x.dtype) == 0 for layer in linears for size in layer.weight.shape)
         and all(_frozen.keeps(layer.weight) for layer in linears)
@@ -131,7 +131,7 @@ def _step(dtype: torch.dtype) -> int:
 
 
 def _worthwhile(dtype: torch.dtype) -> bool:
-    """Whether the level in use multiplies as fast as oneDNN. With AMX oneDNN's bfloat16 is several times as fast."""
+    """Whether the level in use multiplies as fast as oneDNN. oneDNN's bfloat16 uses AMX, ours here does not."""
     if _cpu_backend.missing is not None:
         return False
     level = _cpu_backend.extension.simd_level()

@@ -57,13 +57,9 @@ def plainly(x: Tensor, steps: list[Step], residual: Tensor | None, dtype: torch.
     return y
 
 
-def modules(steps: list[Step]) -> list[nn.Module]:
-    return [module for step in steps for module in (step.linear, step.before, step.after) if module is not None]
-
-
 def assert_agree(x: Tensor, steps: list[Step], residual: Tensor | None = None) -> None:
     with torch.no_grad():
-        assert _linear_chain.runs(x, modules(steps), residual)
+        assert _linear_chain.runs(x, steps, residual)
         found = _linear_chain.run(x, steps, residual)
         truth, eager = (plainly(x, steps, residual, dtype) for dtype in (torch.float64, x.dtype))
     assert found.shape == truth.shape and found.dtype == x.dtype
@@ -228,33 +224,86 @@ def a_hook(*_: object) -> None:
     return None
 
 
+class Adapter(nn.Module):
+    """A frozen Linear and something added to it, with the attributes that adapters pass on."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer, self.weight, self.bias = base, base.weight, base.bias
+        self.in_features, self.out_features = base.in_features, base.out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base_layer(x) + 1
+
+
+def with_norm(steps: list[Step], norm: nn.Module) -> list[Step]:
+    return [steps[0], steps[1]._replace(before=norm), steps[2]]
+
+
 REFUSED = {
-    "gradients": lambda x, steps: (x, modules(steps)),
-    "a plain Linear": lambda x, steps: (x, [*modules(steps), nn.Linear(32, 32)]),
-    "a hook": lambda x, steps: (steps[1].linear.register_forward_hook(a_hook), (x, modules(steps)))[1],
-    "a hook on a norm": lambda x, steps: (steps[1].before.register_forward_hook(a_hook), (x, modules(steps)))[1],
-    "another dtype": lambda x, steps: (x.bfloat16(), modules(steps)),
-    "another norm's dtype": lambda x, steps: (x, [*modules(steps), nn.LayerNorm(32, dtype=torch.bfloat16)]),
-    "a norm of two dimensions": lambda x, steps: (x, [*modules(steps), nn.LayerNorm((4, 32))]),
-    "another norm": lambda x, steps: (x, [*modules(steps), type("Other", (nn.LayerNorm,), {})(32)]),
-    "odd width": lambda x, steps: (x, [*modules(steps), *make(torch.float32, 32, 24)[0]]),
-    "float64": lambda x, steps: (x.double(), [module.double() for module in modules(steps)]),
-    "meta": lambda x, steps: (x.to("meta"), modules(steps)),
-    "the reference": lambda x, steps: (x, modules(steps)),
-    "autocast": lambda x, steps: (x, modules(steps)),
+    "gradients": lambda x, steps: (x, steps),
+    "a plain Linear": lambda x, steps: (x, [*steps, Step(nn.Linear(32, 32))]),
+    "an adapter": lambda x, steps: (x, [Step(Adapter(steps[0].linear), residual="given"), *steps[1:]]),
+    "a hook": lambda x, steps: (steps[1].linear.register_forward_hook(a_hook), (x, steps))[1],
+    "a hook on a norm": lambda x, steps: (steps[1].before.register_forward_hook(a_hook), (x, steps))[1],
+    "another dtype": lambda x, steps: (x.bfloat16(), steps),
+    "another norm's dtype": lambda x, steps: (x, with_norm(steps, nn.LayerNorm(32, dtype=torch.bfloat16))),
+    "a norm of two dimensions": lambda x, steps: (x, with_norm(steps, nn.LayerNorm((4, 32)))),
+    "another norm": lambda x, steps: (x, with_norm(steps, type("Other", (nn.LayerNorm,), {})(32))),
+    "no LayerNorm": lambda x, steps: (x, with_norm(steps, nn.Identity())),
+    "odd width": lambda x, steps: (x, [*steps, Step(make(torch.float32, 32, 24)[0][0])]),
+    "float64": lambda x, steps: (x.double(), [step for step in steps if step.linear.double()]),
+    "meta": lambda x, steps: (x.to("meta"), steps),
+    "the reference": lambda x, steps: (x, steps),
+    "autocast": lambda x, steps: (x, steps),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_left_to_pytorch(case: str) -> None:
     needs(torch.float32)
-    steps = block(torch.float32, 32, 64)
+    steps, given = block(torch.float32, 32, 64), torch.randn(5, 32)
     with torch.no_grad():
-        assert _linear_chain.runs(torch.randn(5, 32), modules(steps))
+        assert _linear_chain.runs(given, steps, given) and not _linear_chain.runs(given, steps, given.bfloat16())
     x, taken = REFUSED[case](torch.randn(5, 32), steps)
     context = torch.autocast("cpu") if case == "autocast" else ops.backend("reference" if "ref" in case else "auto")
     with torch.set_grad_enabled(case == "gradients"), context:
         assert not _linear_chain.runs(x, taken)
+
+
+def test_an_adapter_in_a_block_is_called() -> None:
+    """Around each of a block's Linears, and of a pixel decoder layer's: its answer is not lost."""
+    needs(torch.float32)
+    from magnet_fast.models.config import MaskDecoderConfig
+    from magnet_fast.models.pixel_decoder import DeformableLayer
+    from magnet_fast.models.swin import SwinBlock
+
+    torch.manual_seed(0)
+    swin, layer = SwinBlock(32, 2, 4, 0, 0.0), DeformableLayer(MaskDecoderConfig(width=32, num_heads=2), 1)
+    inputs = {
+        swin: (torch.randn(1, 8, 8, 32),),
+        layer: (torch.randn(1, 64, 32), torch.randn(1, 64, 32), torch.rand(64, 2), [(8, 8)]),
+    }
+    places = [(swin.attention, "qkv"), (swin.attention, "proj"), (swin.mlp, "fc1"), (swin.mlp, "fc2")]
+    places += [(layer.attention, "output_proj"), (layer, "linear1"), (layer, "linear2")]
+    for model in (swin, layer):
+        for module in model.eval().requires_grad_(False).modules():
+            if type(module) is nn.Linear:
+                freeze_linear(module)
+    for parent, name in places:
+        model, plain = (layer if parent in (layer, layer.attention) else swin), getattr(parent, name)
+        setattr(parent, name, Adapter(plain))
+        with torch.no_grad():
+            found = model(*(x.clone() if isinstance(x, Tensor) else x for x in inputs[model]))
+            with ops.backend("reference"):
+                expected = model(*inputs[model])
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        setattr(parent, name, plain)
+
+
+def test_bfloat16_is_left_to_amx(monkeypatch) -> None:
+    monkeypatch.setattr(_linear_chain, "_has_amx", lambda: True)
+    assert not _linear_chain._worthwhile(torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
