@@ -35,6 +35,12 @@ static inline Vec power(Vec x) {
 }
 
 #if defined(MAGNET_FAST_SIMD_AVX512_BF16)
+/// a * b - c, rounded once: of a row's maximum and itself that need not be 0, only within rough_power()'s
+/// error.
+static inline Vec multiply_subtract(Vec a, Vec b, Vec c) {
+    return _mm512_fmsub_ps(a, b, c);
+}
+
 /// As power(), with a relative error of 8.6e-5, a fortieth of bfloat16's.
 static inline Vec rough_power(Vec x) {
     const Vec r = fraction(x);

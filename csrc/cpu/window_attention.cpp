@@ -72,12 +72,19 @@ struct Worker {
 
     Real* bias_gradient_of(int64_t h) { return bias_gradient.get() + h * bias.front().capacity(); }
 
-    /// Moves every pointer on to the next head.
+    /// Moves the pointers of this call on to the next head.
     void advance(int64_t head_dim) {
-        for (auto* pointers : {&query, &next, &grad_out, &next_grad_out})
+        for (auto* pointers : {&query, &grad_out})
             for (const Element*& pointer : *pointers) pointer += head_dim;
         for (Element*& pointer : written) pointer += head_dim;
     }
+};
+
+/// One group of one window; `window` counts its class's windows over the batch.
+struct Place {
+    const Task* task;
+    size_t group;
+    int64_t window;
 };
 
 /// Everything both passes need: the plan, the padding's key and value, and a worker per thread.
@@ -99,47 +106,67 @@ struct Launch {
         for (int64_t i = 0; i < count; ++i) workers.emplace_back(s, plan, kernels, backward);
     }
 
-    /// Pointers to the channels of the task's first head for every token of a group; `window` counts a
-    /// class's windows over the batch.
+    const Group& group_at(const Place& at) const {
+        return plan.classes[at.task->window_class].groups[at.group];
+    }
+
+    /// Where a thread will most likely go on after `at`: a task of its own ends, and it takes the one that is
+    /// as many tasks ahead as there are threads. A task null: nowhere. It decides what is fetched ahead,
+    /// nothing else.
+    Place following(Place at) const {
+        if (at.window + 1 < at.task->end) return {at.task, at.group, at.window + 1};
+        if (at.group + 1 < plan.classes[at.task->window_class].groups.size())
+            return {at.task, at.group + 1, at.task->begin};
+        const size_t next = at.task - plan.tasks.data() + workers.size();
+        if (next >= plan.tasks.size()) return {nullptr, 0, 0};
+        return {&plan.tasks[next], 0, plan.tasks[next].begin};
+    }
+
+    /// Pointers to the channels of the task's first head for every token of the group.
     template <typename Number>
-    void locate(const Task& task, const Group& group, int64_t window, Number* map, const MapStrides& strides,
+    void locate(const Place& at, Number* map, const MapStrides& strides,
                 std::vector<Number*>& pointers) const {
-        const WindowClass& part = plan.classes[task.window_class];
-        const int64_t image = window / part.windows(), place = window % part.windows();
+        const Group& group = group_at(at);
+        const WindowClass& part = plan.classes[at.task->window_class];
+        const int64_t image = at.window / part.windows(), place = at.window % part.windows();
         const int64_t columns = static_cast<int64_t>(part.columns.size());
         const int64_t* source_y = plan.source_y.data() + part.rows[place / columns] * sizes.window_h;
         const int64_t* source_x = plan.source_x.data() + part.columns[place % columns] * sizes.window_w;
-        Number* origin = map + image * strides.batch + task.first_head * head_dim;
+        Number* origin = map + image * strides.batch + at.task->first_head * head_dim;
         pointers.resize(group.tokens.size());  // never beyond what was reserved
         Number** to = pointers.data();
         for (const Token& token : group.tokens)
             *to++ = origin + source_y[token.y] * strides.height + source_x[token.x] * strides.width;
     }
 
-    /// Fills what the two passes share and all heads have in common.
-    void prepare(const Task& task, const Group& group, int64_t window, const Element* qkv,
-                 const MapStrides& strides, Worker<Element>& worker, GroupForward<Element>& arguments) const {
-        arguments.tokens = static_cast<int64_t>(group.tokens.size());
-        arguments.keys = group.keys();
+    /// Fills what the two passes share and all heads have in common; `next` is where the thread goes on.
+    void prepare(const Place& at, const Place& next, const Element* qkv, const MapStrides& strides,
+                 Worker<Element>& worker, GroupForward<Element>& arguments) const {
+        arguments.tokens = static_cast<int64_t>(group_at(at).tokens.size());
+        arguments.keys = group_at(at).keys();
         arguments.head_dim = head_dim;
         arguments.channels = sizes.channels;
         arguments.scale = static_cast<Real>(sizes.scale);
-        locate(task, group, window, qkv, strides, worker.query);
+        locate(at, qkv, strides, worker.query);
         arguments.query = worker.query.data();
         arguments.zeros = zeros.data();
         worker.next.clear();
-        if (window + 1 < task.end) locate(task, group, window + 1, qkv, strides, worker.next);
-        arguments.next = worker.next.empty() ? nullptr : worker.next.data();
+        if (next.task) locate(next, qkv, strides, worker.next);
         arguments.scratch = worker.scratch.get();
     }
 
-    /// Fills what belongs to group g's head h of the task.
-    void prepare_head(const Task& task, int64_t g, int64_t h, const Worker<Element>& worker,
+    /// Fills what belongs to the task's head h.
+    void prepare_head(const Place& at, int64_t h, const Worker<Element>& worker,
                       GroupForward<Element>& arguments) const {
-        arguments.pad_key = padding.data() + sizes.channels + (task.first_head + h) * head_dim;
+        const int64_t g = static_cast<int64_t>(at.group);
+        arguments.pad_key = padding.data() + sizes.channels + (at.task->first_head + h) * head_dim;
         arguments.pad_value = arguments.pad_key + sizes.channels;
         arguments.bias = worker.bias[h].values(g);
         arguments.bias_row = worker.bias[h].row(g);
+        const bool last = h + 1 == at.task->heads;
+        arguments.next = last ? worker.next.data() : arguments.query;
+        arguments.next_tokens = last ? static_cast<int64_t>(worker.next.size()) : arguments.tokens;
+        arguments.next_offset = last ? 0 : head_dim;
     }
 
     /// Calls work(task index, worker) for every task, on all threads.
@@ -193,11 +220,12 @@ void window_attention_forward(const WindowAttentionForward<Element>& a) {
         for (size_t g = 0; g < groups.size(); ++g) {
             for (int64_t window = task.begin; window < task.end; ++window) {
                 GroupForward<Element> arguments;
-                launch.prepare(task, groups[g], window, a.qkv, a.qkv_strides, worker, arguments);
-                launch.locate(task, groups[g], window, a.out, a.out_strides, worker.written);
+                const Place at{&task, g, window};
+                launch.prepare(at, launch.following(at), a.qkv, a.qkv_strides, worker, arguments);
+                launch.locate(at, a.out, a.out_strides, worker.written);
                 arguments.out = worker.written.data();
                 for (int64_t h = 0; h < task.heads; ++h, worker.advance(launch.head_dim)) {
-                    launch.prepare_head(task, g, h, worker, arguments);
+                    launch.prepare_head(at, h, worker, arguments);
                     launch.kernels.forward(arguments);
                 }
             }
@@ -242,20 +270,20 @@ void window_attention_backward(const WindowAttentionBackward<Element>& a) {
             if (!a.grad_qkv && !a.grad_bias && !(a.grad_pad_qkv && groups[g].pads)) continue;
             for (int64_t window = task.begin; window < task.end; ++window) {
                 GroupBackward<Element> arguments;
-                launch.prepare(task, groups[g], window, a.qkv, a.qkv_strides, worker, arguments);
-                launch.locate(task, groups[g], window, a.grad_out, a.grad_out_strides, worker.grad_out);
+                const Place at{&task, g, window}, next = launch.following(at);
+                launch.prepare(at, next, a.qkv, a.qkv_strides, worker, arguments);
+                launch.locate(at, a.grad_out, a.grad_out_strides, worker.grad_out);
                 arguments.grad_out = worker.grad_out.data();
-                if (arguments.next)
-                    launch.locate(task, groups[g], window + 1, a.grad_out, a.grad_out_strides,
-                                  worker.next_grad_out);
-                arguments.next_grad_out = worker.next_grad_out.data();
+                if (next.task) launch.locate(next, a.grad_out, a.grad_out_strides, worker.next_grad_out);
                 arguments.grad_query = nullptr;
                 if (a.grad_qkv) {
-                    launch.locate(task, groups[g], window, a.grad_qkv, a.grad_qkv_strides, worker.written);
+                    launch.locate(at, a.grad_qkv, a.grad_qkv_strides, worker.written);
                     arguments.grad_query = worker.written.data();
                 }
                 for (int64_t h = 0; h < task.heads; ++h, worker.advance(d)) {
-                    launch.prepare_head(task, g, h, worker, arguments);
+                    launch.prepare_head(at, h, worker, arguments);
+                    arguments.next_grad_out =
+                        h + 1 == task.heads ? worker.next_grad_out.data() : arguments.grad_out;
                     arguments.grad_bias =
                         a.grad_bias ? worker.bias_gradient_of(h) + worker.bias[h].offset(g) : nullptr;
                     arguments.grad_pad_key = a.grad_pad_qkv ? pad_parts.data() + (part + h) * 2 * d : nullptr;

@@ -112,23 +112,27 @@ static inline void write_key_gradients(const GroupBackward<Element>& g, const Re
 
 template <typename Element>
 static inline void prefetch_row(const Element* row, int64_t d) {
-    for (int64_t c = 0; c < d; c += 64 / static_cast<int64_t>(sizeof(Element)))
-        __builtin_prefetch(row + c, 0, 2);
+    for (int64_t c = 0; c < d; c += 64 / static_cast<int64_t>(sizeof(Element))) {
+        __builtin_prefetch(row + c, 0, 3);
+        // GCC takes a function that only prefetches for one without effect, and drops its calls.
+        asm volatile("");
+    }
 }
 
-/// Begins to fetch q, k and v of token i of the group that follows.
+/// Begins to fetch what the call that follows reads of token i: q, k and v. Called once with every token of
+/// this call; tokens that the next one has beyond these are spread over them.
 template <typename Element>
 static inline void prefetch_token(const GroupForward<Element>& g, int64_t i) {
-    if (!g.next) return;
-    for (int64_t part = 0; part < 3; ++part) prefetch_row(g.next[i] + part * g.channels, g.head_dim);
+    for (; i < g.next_tokens; i += g.tokens)
+        for (int64_t part = 0; part < 3; ++part)
+            prefetch_row(g.next[i] + g.next_offset + part * g.channels, g.head_dim);
 }
 
 /// And its output's gradient.
 template <typename Element>
 static inline void prefetch_token(const GroupBackward<Element>& g, int64_t i) {
-    if (!g.next) return;
     prefetch_token(static_cast<const GroupForward<Element>&>(g), i);
-    prefetch_row(g.next_grad_out[i], g.head_dim);
+    for (; i < g.next_tokens; i += g.tokens) prefetch_row(g.next_grad_out[i] + g.next_offset, g.head_dim);
 }
 
 }  // namespace MAGNET_FAST_SIMD_LEVEL

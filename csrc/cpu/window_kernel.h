@@ -30,15 +30,19 @@ struct GroupForward {
     const Real* bias;             // (tokens, bias_row); lanes past `keys` hold -infinity
     int64_t bias_row;             // keys, rounded up to whole vectors
     Element* const* out;          // (tokens) pointers to the head's d output channels
-    const Element* const* next;  // (tokens) query pointers of the group that follows, to prefetch; null: none
-    void* scratch;               // scratch_bytes(...) bytes, 64-byte aligned
+    // What the call that follows will read, to fetch it ahead: (next_tokens) query pointers, of which the
+    // query lies next_offset channels further on.
+    const Element* const* next;
+    int64_t next_tokens;  // 0: nothing
+    int64_t next_offset;
+    void* scratch;  // scratch_bytes(...) bytes, 64-byte aligned
 };
 
 template <typename Element>
 struct GroupBackward : GroupForward<Element> {
     using Real = typename Computed<Element>::Real;
     const Element* const* grad_out;       // (tokens) pointers to d channels
-    const Element* const* next_grad_out;  // like `next`; null with it
+    const Element* const* next_grad_out;  // (next_tokens), like `next`
     Element* const* grad_query;           // (tokens) pointers like `query`, written; null: not wanted
     Real* grad_bias;       // (tokens, bias_row), of the unscaled bias, added to; null: not wanted
     Real* grad_pad_key;    // (d), added to; null: not wanted

@@ -94,10 +94,10 @@ static void forward_pairs(const GroupForward<BFloat16>& g) {
 /// score = exp(scale * (score - highest)); returns the factor that makes P of it, and in `mean` sum(P * dP).
 static inline Vec exponentiate(float* score, const float* grad, int64_t columns, float scale, Vec top,
                                Vec* mean) {
-    const Vec highest = broadcast(reduce_max(top)), unit = broadcast(scale * kPowerUnit);
+    const Vec unit = broadcast(scale * kPowerUnit), base = broadcast(reduce_max(top)) * unit;
     Vec total = broadcast(0.0f), dot = broadcast(0.0f);
     for (int64_t j = 0; j < columns; j += kLanes) {
-        const Vec weight = rough_power((load(score + j) - highest) * unit);
+        const Vec weight = rough_power(multiply_subtract(load(score + j), unit, base));
         store(score + j, weight);
         total = total + weight;
         dot = multiply_add(weight, load(grad + j), dot);

@@ -48,11 +48,13 @@ template <int Vectors>
 static inline __attribute__((always_inline)) Vec write_weights(const Vec (&score)[Vectors], Vec highest,
                                                                Vec unit, Pair* weight) {
     const __m512bh ones = broadcast(Pair{0x3F803F80u});
+    const Vec base = highest * unit;
     Vec total = broadcast(0.0f);
     for (int n = 0; n < Vectors; n += 2, weight += kLanes) {
         const bool both = n + 1 < Vectors;
-        const Vec low = rough_power((score[n] - highest) * unit);
-        const Vec high = both ? rough_power((score[both ? n + 1 : n] - highest) * unit) : broadcast(0.0f);
+        const Vec low = rough_power(multiply_subtract(score[n], unit, base));
+        const Vec high =
+            both ? rough_power(multiply_subtract(score[both ? n + 1 : n], unit, base)) : broadcast(0.0f);
         const __m512i pairs = narrowed(low, high);
         if (both)
             _mm512_storeu_si512(weight, pairs);
