@@ -63,6 +63,12 @@ def upsample(level: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(grid, size=tuple(size), mode="bilinear", align_corners=True).permute(0, 2, 3, 1)
 
 
+def mix(self: alignment.Mixer, levels: list[Tensor], full: Tensor, size: tuple[int, int]) -> Tensor:
+    first, norm, last, activation = self
+    maps = [upsample(level, size) for level in levels]
+    return activation(last(norm(first(torch.cat([*maps, full.unflatten(1, size)], dim=-1)))))
+
+
 def deformable_attention(
     self: pixel_decoder.DeformableAttention,
     tokens: Tensor,
@@ -179,7 +185,7 @@ _REPLACEMENTS: list[tuple[Any, str, Callable[..., Any]]] = [
     (pwam.PWAM, "forward", pixel_word_attention),
     (pwam.Gate, "closed", gate_is_never_closed),
     (pwam.TextPWAM, "_absorbing_pays", absorbing_never_pays),
-    (alignment, "_upsample", upsample),
+    (alignment.Mixer, "forward", mix),
     (pixel_decoder.DeformableAttention, "forward", deformable_attention),
     (pixel_decoder.DeformableLayer, "forward", deformable_layer),
     (pixel_decoder.PixelDecoder, "forward", pixel_decode),

@@ -6,11 +6,17 @@ Both sides read the other's features from before the exchange.
 
 from __future__ import annotations
 
+import math
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops._linear import linear, observed, plain_linear
 from .config import AlignmentConfig
+from .position import constants_outlive_call
+from .project import project
 from .pwam import PWAM, Gate, TextPWAM
 from .xmha import CrossModalityAttention
 
@@ -28,16 +34,39 @@ class PooledLevel(nn.Module):
 
     def forward(self, feature: Tensor) -> Tensor:
         pooled = _average(feature, self.side)
-        return self.reduce(F.gelu(self.contract(self.norm(self.expand(pooled)))))
+        return self.reduce(project(self.contract, self.norm(self.expand(pooled)), activation="gelu"))
 
 
 class Mixer(nn.Sequential):
-    """Concatenated levels (B, H, W, 2C), or C without a pyramid, to the stage's output (B, H, W, C)."""
+    """Pooled levels, upsampled, and full resolution, side by side, to the stage's output: Linear, norm, Linear, GELU.
+
+    forward(levels [(B, p², c), ...], full (B, H·W, C), size (H, W)) returns (B, H, W, C). Upsampling and the first
+    Linear commute: its columns that meet the levels are applied to their few tokens, not to every pixel, and upsampling
+    all of them is one product.
+    """
 
     def __init__(self, channels: int, in_channels: int) -> None:
         super().__init__(
             nn.Linear(in_channels, channels), nn.LayerNorm(channels), nn.Linear(channels, channels), nn.GELU()
         )
+
+    def forward(self, levels: list[Tensor], full: Tensor, size: tuple[int, int]) -> Tensor:
+        first, norm, last, _ = self
+        known = plain_linear(first) and not observed(first)
+        mixed = self._levels_first(levels, full, size) if known and levels else self._concatenated(levels, full, size)
+        return project(last, norm(mixed), activation="gelu").unflatten(1, size)
+
+    def _concatenated(self, levels: list[Tensor], full: Tensor, size: tuple[int, int]) -> Tensor:
+        maps = [_upsample(level, size).flatten(1, 2) for level in levels]
+        return self[0](torch.cat([*maps, full], dim=-1))
+
+    def _levels_first(self, levels: list[Tensor], full: Tensor, size: tuple[int, int]) -> Tensor:
+        *narrow, wide = self[0].weight.split([*(level.shape[2] for level in levels), full.shape[2]], dim=1)
+        tokens = torch.cat([F.linear(level, weight) for level, weight in zip(levels, narrow, strict=True)], dim=1)
+        sides = tuple(math.isqrt(level.shape[1]) for level in levels)
+        made = _kept_upsampling if constants_outlive_call(tokens.device) else _upsampling
+        upsampled = made(sides, tuple(size), tokens.device, tokens.dtype) @ tokens
+        return linear(full, wide, self[0].bias, residual=upsampled)
 
 
 class AlignmentModule(nn.Module):
@@ -56,16 +85,15 @@ class AlignmentModule(nn.Module):
         level_channels = channels // max(1, len(config.pyramid))
         self.pools = nn.ModuleList(PooledLevel(channels, level_channels, side) for side in config.pyramid)
         self.mixer = Mixer(channels, channels + level_channels * len(config.pyramid))
-        self.image_gate = Gate(channels, nn.GELU)
-        self.text_gate = Gate(text_width, nn.ReLU)
+        self.image_gate = Gate(channels, "gelu")
+        self.text_gate = Gate(text_width, "relu")
         self._build_exchange(config, stage, channels, level_channels, text_width)
 
     def forward(self, feature: Tensor, words: Tensor, word_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         size = feature.shape[1:3]
         words_listen = not self.text_gate.closed()
         full, levels, image_residual, text_residual = self._exchange(feature, words, word_mask, words_listen)
-        maps = [_upsample(level, size) for level in levels]
-        output = self.mixer(torch.cat([*maps, full.unflatten(1, size)], dim=-1))
+        output = self.mixer(levels, full, size)
         stream = self.image_gate(feature, image_residual.unflatten(1, size))
         return output, stream, self.text_gate(words, text_residual) if words_listen else words
 
@@ -152,6 +180,19 @@ def _bins(size: int, side: int, like: Tensor) -> tuple[Tensor, Tensor]:
 
 def _upsample(level: Tensor, size: tuple[int, int]) -> Tensor:
     """(B, p², c) to (B, H, W, c), bilinear with aligned corners."""
-    side = int(level.shape[1] ** 0.5)
+    side = math.isqrt(level.shape[1])
     grid = level.transpose(1, 2).unflatten(2, (side, side))
     return F.interpolate(grid, size=tuple(size), mode="bilinear", align_corners=True).permute(0, 2, 3, 1)
+
+
+def _upsampling(sides: tuple[int, ...], size: tuple[int, int], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """(H·W, Σp²): the product with tokens of all levels is the sum of what :func:`_upsample` makes of each."""
+    wide = torch.promote_types(dtype, torch.float32)
+    maps = [_upsample(torch.eye(p * p, device=device, dtype=wide)[None], size) for p in sides]
+    return torch.cat(maps, dim=-1).flatten(0, 2).to(dtype)
+
+
+@lru_cache(maxsize=16)
+def _kept_upsampling(sides: tuple[int, ...], size: tuple[int, int], device: torch.device, dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode(False), torch.no_grad():  # made during inference, it must still serve training
+        return _upsampling(sides, size, device, dtype)

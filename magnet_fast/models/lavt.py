@@ -21,7 +21,7 @@ class LanguageFusion(nn.Module):
         super().__init__()
         self.fusion = PWAM(channels, text_width, num_heads=num_heads, norm="instance", dropout=dropout)
         self.norm = nn.LayerNorm(channels)
-        self.gate = Gate(channels, nn.ReLU)
+        self.gate = Gate(channels, "relu")
 
     def forward(self, feature: Tensor, words: Tensor, word_mask: Tensor) -> tuple[Tensor, Tensor]:
         """feature (B, H, W, C) → (output for the decoder, stream), both (B, H, W, C)."""

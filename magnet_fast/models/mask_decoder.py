@@ -110,14 +110,22 @@ class MaskDecoder(nn.Module):
         # All predictions in one product: its backward pass goes over the large mask features once, not ten times.
         stacked = torch.cat(queries, dim=1)  # (B, 1 + layers, C)
         # bmm, not @: that copies bfloat16 features so that channels come first.
-        masks = torch.bmm(self.mask_head(stacked), mask_features.flatten(2)).unflatten(2, mask_features.shape[2:])
+        masks = torch.bmm(self.mask_head(stacked), _pixels_last(mask_features)).unflatten(2, mask_features.shape[2:])
         classes = self.class_head(stacked)
         return [(masks[:, i : i + 1], classes[:, i : i + 1]) for i in range(len(queries))]
 
 
 def _resize(mask_features: Tensor, shape: tuple[int, int]) -> Tensor:
     """(B, C, H/4, W/4) to (B, C, P): resizing is linear, so it may come before the product with the query."""
-    return F.interpolate(mask_features, size=shape, mode="bilinear", align_corners=False).flatten(2)
+    return _pixels_last(F.interpolate(mask_features, size=shape, mode="bilinear", align_corners=False))
+
+
+def _pixels_last(features: Tensor) -> Tensor:
+    """(B, C, H, W) to (B, C, H·W), a view where channels lie last.
+
+    A batch of one keeps the stride of a batch: what `flatten(2)` makes of it, oneDNN copies before it multiplies.
+    """
+    return features.permute(0, 2, 3, 1).flatten(1, 2).transpose(1, 2)
 
 
 def _inside_mask(embedding: Tensor, resized_features: Tensor) -> Tensor:

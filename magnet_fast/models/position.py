@@ -15,10 +15,15 @@ def sine_position(height: int, width: int, channels: int, device: torch.device, 
     Coordinates run 1…n normalised to (0, 2π]; frequencies are 10000^(-2⌊i/2⌋/(channels/2)), sine and cosine alternate.
     The last few encodings are kept: a model asks for the same ones at every image.
     """
-    tracing = torch.compiler.is_compiling() or device.type not in ("cpu", "cuda")
-    if tracing or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
-        return _encode(height, width, channels, device, dtype)
-    return _kept(height, width, channels, device, dtype)
+    made = _kept if constants_outlive_call(device) else _encode
+    return made(height, width, channels, device, dtype)
+
+
+def constants_outlive_call(device: torch.device) -> bool:
+    """Whether a tensor made now may be kept for later calls: it is real, and no captured graph owns its memory."""
+    if torch.compiler.is_compiling() or device.type not in ("cpu", "cuda"):
+        return False
+    return device.type == "cpu" or not torch.cuda.is_current_stream_capturing()
 
 
 @lru_cache(maxsize=16)

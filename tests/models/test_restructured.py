@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from benchmarks import plain_magnet
 from magnet_fast import models
-from magnet_fast.models import alignment
+from magnet_fast.models import alignment, mask_decoder
 from magnet_fast.models import tokenwise as tokenwise_module
 from magnet_fast.models.config import MaskDecoderConfig
 from magnet_fast.models.mask_decoder import MaskDecoder, QueryAttention
@@ -118,6 +118,43 @@ def test_deformable_layer_in_slices() -> None:
     )
 
 
+@pytest.mark.parametrize("size", [(5, 8), (1, 1)], ids=str)
+@pytest.mark.parametrize("sides", [(1, 2, 3, 6), (3,), ()], ids=str)
+def test_levels_are_mixed_before_they_are_upsampled(sides: tuple[int, ...], size: tuple[int, int]) -> None:
+    module = fill(alignment.Mixer(8, 8 + 2 * len(sides)))
+    levels = [values(2, side * side, 2, seed=side) for side in sides]
+    full = values(2, size[0] * size[1], 8, seed=7)
+    check(lambda *t: [module(list(t[:-1]), t[-1], size)], [*levels, full], module)
+
+
+def test_a_mixer_whose_first_layer_is_watched_calls_it_with_the_upsampled_levels() -> None:
+    module = fill(alignment.Mixer(8, 12))
+    levels, full = [values(2, 4, 4)], values(2, 15, 8)
+    expected = module(levels, full, (3, 5))
+    seen = []
+    module[0].register_forward_hook(lambda layer, inputs, output: seen.append(inputs[0].shape))
+    torch.testing.assert_close(module(levels, full, (3, 5)), expected, rtol=1e-10, atol=1e-10)
+    assert seen == [(2, 15, 12)]
+
+
+def test_upsampling_is_kept_and_serves_training() -> None:
+    module = fill(alignment.Mixer(8, 12))
+    with torch.inference_mode():
+        module([values(2, 4, 4)], values(2, 15, 8), (3, 5))
+    made = alignment._kept_upsampling.cache_info().misses
+    module([values(2, 4, 4)], values(2, 15, 8), (3, 5)).sum().backward()
+    assert alignment._kept_upsampling.cache_info().misses == made
+    assert module[0].weight.grad.abs().sum() > 0
+
+
+def test_pixels_lie_as_products_read_them() -> None:
+    """One image's, too: with a stride of 6 from batch to batch oneDNN would copy all features first."""
+    features = torch.randn(1, 6, 3, 5).contiguous(memory_format=torch.channels_last)
+    pixels = mask_decoder._pixels_last(features)
+    assert torch.equal(pixels, features.flatten(2))
+    assert pixels.stride() == (90, 1, 6) and pixels.data_ptr() == features.data_ptr()
+
+
 @pytest.mark.parametrize("norm", ["layer", "instance"])
 @pytest.mark.parametrize("heads", [1, 2])
 @pytest.mark.parametrize("pixels", [4, 50], ids=["fewer pixels than words", "more"])
@@ -200,7 +237,7 @@ def test_a_closed_text_gate_skips_the_words_side(kind: str) -> None:
 
 
 def test_a_gate_keeps_its_answer_off_the_cpu_until_its_weights_change() -> None:
-    gate = Gate(4, nn.ReLU).to("meta")
+    gate = Gate(4, "relu").to("meta")
     state = (gate.last.weight.data_ptr(), gate.last.weight._version)
     gate._known = state, True  # as if asked before: nothing is read back, which "meta" could not
     with torch.no_grad():
@@ -211,6 +248,14 @@ def test_a_gate_keeps_its_answer_off_the_cpu_until_its_weights_change() -> None:
     gate._known = state, True
     gate.train()
     assert gate._known is None
+
+
+def test_a_gate_that_opens_in_its_last_row_alone_is_not_closed() -> None:
+    gate = Gate(4, "gelu")
+    with torch.no_grad():
+        assert gate.closed()
+        gate.last.weight[3, 3] = 1e-3
+        assert not gate.closed()
 
 
 def test_positions_are_kept_and_serve_training() -> None:

@@ -51,6 +51,33 @@ def taken(monkeypatch) -> list[bool]:
 
 
 @needs_onednn
+@pytest.mark.parametrize("form", ["plain", "residual"])
+def test_a_slice_of_a_weight_is_brought_together_first(form: str, monkeypatch) -> None:
+    """With the slice itself oneDNN takes a thousand times as long."""
+    x, weight, bias, residual = arguments()
+    wider = torch.cat([values(OUTER, 5), weight], dim=1)
+    given = []
+    onednn = torch.ops.mkldnn._linear_pointwise
+
+    class Watched:
+        def __call__(self, x, weight, *rest):
+            given.append(weight.is_contiguous())
+            return onednn(x, weight, *rest)
+
+        def binary(self, x, other, weight, *rest):
+            given.append(weight.is_contiguous())
+            return onednn.binary(x, other, weight, *rest)
+
+    assert _linear._works(torch.float32)  # tried out before it is watched
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", Watched(), raising=False)
+    more = {"residual": residual} if form == "residual" else {}
+    with torch.no_grad():
+        found = linear(x, wider[:, 5:], bias, **more)
+    torch.testing.assert_close(found, plain(x, weight, bias, None, more.get("residual")))
+    assert given == [True]
+
+
+@needs_onednn
 @pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("strided", [False, True], ids=["dense", "strided"])
 @pytest.mark.parametrize("form", ["plain", "gelu", "relu", "residual"])
@@ -263,6 +290,7 @@ def test_frozen_layers_thawed_copied_and_made_in_inference_mode(
 
 
 def test_frozen_layer_lives_no_longer_than_its_weight() -> None:
+    gc.collect()  # of other tests
     count = len(_frozen._copies)
     layer = nn.Linear(INNER, OUTER)
     freeze_linear(layer)
