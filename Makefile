@@ -58,6 +58,8 @@ demo: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m pytest benchmarks --full --results build/benchmarks.json
 	$(BIN)/python -m benchmarks.plot build/benchmarks.json build/benchmarks.png
+	$(BIN)/python -m pytest benchmarks --compile --results build/benchmarks-compile.json
+	$(BIN)/python -m benchmarks.plot build/benchmarks-compile.json build/benchmarks-compile.png
 
 # The extra's requirements alone: installing the package again for them would compile it again.
 DOCS_EXTRA = from importlib.metadata import requires; \

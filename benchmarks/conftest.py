@@ -4,8 +4,8 @@ A benchmark belongs to a group and says in `extra_info["path"]` which implementa
 are to the path that `extra_info["baseline"]` names. It may add "bytes" and "flops" (compulsory traffic and operations
 of one run), "dtype" and "peak_bytes": the table then shows its share of the ceilings; "items" makes it items a second.
 
-`--full` takes every shape (`full` is the fixture). A row of path "torch.compile" needs it, or `--compile`, which keeps
-the shapes as they are.
+`--full` takes every shape (`full` is the fixture). A row of path "torch.compile" needs `--compile`; with both, every
+shape is compiled, which takes hours.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _KEPT = ("bytes", "flops", "dtype", "peak_bytes", "items")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--results", type=Path, help="write medians, ratios and shares to this JSON file")
-    parser.addoption("--full", action="store_true", help="all shapes, and torch.compile (hours)")
-    parser.addoption("--compile", action="store_true", help="torch.compile of the usual shapes (half a minute a row)")
+    parser.addoption("--full", action="store_true", help="all shapes")
+    parser.addoption("--compile", action="store_true", help="torch.compile, too (half a minute a row)")
 
 
 @pytest.fixture(scope="session")
@@ -35,12 +35,12 @@ def full(request: pytest.FixtureRequest) -> bool:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Rows that compile run when asked for: a compilation on a CPU takes long."""
-    if config.getoption("--full") or config.getoption("--compile"):
+    if config.getoption("--compile"):
         return
     for item in items:
         callspec = getattr(item, "callspec", None)
         if callspec is not None and any("torch.compile" in str(value) for value in callspec.params.values()):
-            item.add_marker(pytest.mark.skip(reason="compiles: --compile or --full"))
+            item.add_marker(pytest.mark.skip(reason="compiles: --compile"))
 
 
 @pytest.fixture(scope="session", autouse=True)
