@@ -3,6 +3,7 @@
 #   make lint    style of Python and C++      make bench   all benchmarks, results and plots
 #   make format  rewrite to that style        make docs    the documentation, in build/docs
 #   make clean   remove everything made here
+#   make sanitize   the C++ kernels' tests with address and undefined-behaviour sanitizers (GCC)
 #   make gpu-check  tests and benchmarks on a GPU, with the Python (PYTHON=) that has torch and Triton for it
 PYTHON ?= python3
 VENV ?= .venv
@@ -20,7 +21,7 @@ TRAIN = OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node $(DEMO_PROCESSES) -m 
 CPP := $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cuh' 'csrc/*.cu' 'tests/*.cpp' 'tests/*.h' 2>/dev/null)
 PY := magnet_fast kernels benchmarks tests setup.py
 
-.PHONY: env test lint format demo bench docs gpu-check clean
+.PHONY: env test lint format demo bench docs sanitize gpu-check clean
 
 env: $(STAMP)
 
@@ -69,6 +70,19 @@ docs: $(STAMP)
 	$(BIN)/python -m pip install --quiet $$($(BIN)/python -c '$(DOCS_EXTRA)')
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "Documentation: $(abspath build/docs)/index.html"
+
+# A copy of the sources with an extension of its own: the one in use stays as it is. Python itself is not sanitized, so
+# the runtime is loaded before it, and what Python and torch never free is not looked at.
+SANITIZED := build/sanitized
+SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=all
+sanitize: $(STAMP)
+	mkdir -p $(SANITIZED)
+	git ls-files -z | xargs -0 cp -pu --parents -t $(SANITIZED)
+	cd $(SANITIZED) && MAGNET_FAST_CUDA=0 CXXFLAGS="-O1 -g $(SANITIZERS)" LDFLAGS="$(SANITIZERS)" \
+		$(abspath $(BIN))/python setup.py --quiet build_ext --inplace
+	cd $(SANITIZED) && ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+		$(abspath $(BIN))/python -m pytest tests/test_cpu_*.py tests/ops/test_cpu_*.py tests/ops/test_linear_chain.py
 
 # No environment of its own: a machine with a GPU often has no network, and torch for that GPU already.
 gpu-check:
