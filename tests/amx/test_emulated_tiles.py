@@ -10,7 +10,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from magnet_fast import ops
-from tests.ops.cases import CROSS_MODAL_FORMS, assert_low_precision, random_cross_modal_case, window_case
+from tests.ops.cases import (
+    CROSS_MODAL_FORMS,
+    assert_low_precision,
+    random_cross_modal_case,
+    weights_like,
+    window_case,
+)
 
 BF16 = torch.bfloat16
 
@@ -240,13 +246,8 @@ def test_one_gradient_of_window_attention_alone(tiles, which):
     with ops.backend("cpu"):
         together = case.gradients()[which]
         leaves = [leaf if i == which else leaf.detach() for i, leaf in enumerate(case.leaves)]
-        alone = torch.autograd.grad(case(*leaves)[0], leaves[which], weights_of(case))[0]
+        alone = torch.autograd.grad(case(*leaves)[0], leaves[which], weights_like(*case()))[0]
     assert torch.equal(alone, together)
-
-
-def weights_of(case):
-    (out,) = case()
-    return torch.linspace(0.5, 1.5, out.numel(), dtype=out.dtype).view_as(out)
 
 
 @pytest.mark.parametrize("form", CROSS_MODAL_FORMS)

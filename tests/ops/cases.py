@@ -51,11 +51,12 @@ def outputs_of(result: Tensor | tuple[Tensor | None, ...]) -> tuple[Tensor, ...]
 
 def weighted_sum(outputs: tuple[Tensor, ...]) -> Tensor:
     """Every element of every output with a weight of its own."""
+    return sum((out * weights_like(out)).sum() for out in outputs)
 
-    def weights(out: Tensor) -> Tensor:  # rounded last: torch 2.14 counts float16's steps in float16
-        return torch.linspace(0.5, 1.5, out.numel(), dtype=torch.float64).to(out.dtype).view_as(out)
 
-    return sum((out * weights(out)).sum() for out in outputs)
+def weights_like(out: Tensor) -> Tensor:
+    """From 0.5 to 1.5, rounded last: torch 2.14 counts float16's steps in float16."""
+    return torch.linspace(0.5, 1.5, out.numel(), dtype=torch.float64).to(out.dtype).view_as(out)
 
 
 def leaf(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
