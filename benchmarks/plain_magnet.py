@@ -64,9 +64,9 @@ def upsample(level: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def mix(self: alignment.Mixer, levels: list[Tensor], full: Tensor, size: tuple[int, int]) -> Tensor:
-    first, norm, last, activation = self
+    first, norm, last = self
     maps = [upsample(level, size) for level in levels]
-    return activation(last(norm(first(torch.cat([*maps, full.unflatten(1, size)], dim=-1)))))
+    return F.gelu(last(norm(first(torch.cat([*maps, full.unflatten(1, size)], dim=-1)))))
 
 
 def deformable_attention(

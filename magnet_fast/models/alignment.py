@@ -46,12 +46,10 @@ class Mixer(nn.Sequential):
     """
 
     def __init__(self, channels: int, in_channels: int) -> None:
-        super().__init__(
-            nn.Linear(in_channels, channels), nn.LayerNorm(channels), nn.Linear(channels, channels), nn.GELU()
-        )
+        super().__init__(nn.Linear(in_channels, channels), nn.LayerNorm(channels), nn.Linear(channels, channels))
 
     def forward(self, levels: list[Tensor], full: Tensor, size: tuple[int, int]) -> Tensor:
-        first, norm, last, _ = self
+        first, norm, last = self
         known = plain_linear(first) and not observed(first)
         mixed = self._levels_first(levels, full, size) if known and levels else self._concatenated(levels, full, size)
         return project(last, norm(mixed), activation="gelu").unflatten(1, size)
