@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from magnet_fast import models
 from magnet_fast.data import Tokenizer
 from magnet_fast.data.transforms import as_rgb, prepare_image
+from magnet_fast.integrations import accelerate
 
 RELEASED_IMAGE_SIZE = 480
 RELEASED_MAX_WORDS = 20
@@ -84,6 +85,7 @@ class Segmenter:
         image_size: int | None = None,
         dtype: torch.dtype | str | None = None,
         compile: bool = False,
+        freeze: bool = True,
     ) -> Segmenter:
         """Load a segmenter.
 
@@ -97,6 +99,10 @@ class Segmenter:
             image_size: default: what the checkpoint was trained at; 480 for released ones.
             dtype: as in `Segmenter`; default: float32.
             compile: as in `Segmenter`.
+            freeze: on a CPU, keep a packed copy of every Linear's weight, as `magnet_fast.accelerate(model,
+                freeze=True)` does: every image after the first is faster, for the memory of the weights once more.
+                False where a single image is asked about, or where ``model``'s weights are to be written through
+                ``.data``, which the copies do not see.
 
         Raises:
             FileNotFoundError: no such file.
@@ -104,7 +110,7 @@ class Segmenter:
                 or a dtype that does not run here.
         """
         loaded = load_checkpoint_model(path)
-        return cls(
+        segmenter = cls(
             loaded.model,
             loaded.tokenizer(tokenizer),
             image_size or loaded.image_size,
@@ -112,6 +118,9 @@ class Segmenter:
             dtype,
             compile,
         )
+        if freeze:
+            frozen_on_cpu(segmenter.model)
+        return segmenter
 
     @overload
     def __call__(self, image: ImageLike, expression: str) -> Segmentation: ...
@@ -183,6 +192,13 @@ def in_precision(model: nn.Module, dtype: torch.dtype | str) -> nn.Module:
     if name == "float16" and next(model.parameters()).device.type == "cpu":
         raise ValueError("dtype: float16 is for GPUs (a CPU computes it slower than float32); take bfloat16")
     return model.to(getattr(torch, name))
+
+
+def frozen_on_cpu(model: nn.Module) -> nn.Module:
+    """The model, itself, its Linears' weights packed if it is on a CPU: for many images and weights that stay."""
+    if next(model.parameters()).device.type == "cpu":
+        accelerate(model, freeze=True)
+    return model
 
 
 @dataclass(frozen=True)

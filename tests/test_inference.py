@@ -14,6 +14,7 @@ from torch import nn
 from magnet_fast import Segmenter, models
 from magnet_fast.data import Tokenizer, prepare_image
 from magnet_fast.inference import load_checkpoint_model, vocabulary_digest
+from magnet_fast.ops._linear import FrozenLinear
 from magnet_fast.training.checkpoint import save_checkpoint
 from magnet_fast.visualize import Example, contact_sheet, overlay
 
@@ -66,6 +67,17 @@ def test_the_same_image_in_every_form(checkpoint, picture, tmp_path) -> None:
     expected = segmenter(picture, "circle").probability
     for form in (path, str(path), np.asarray(picture)):
         assert np.array_equal(segmenter(form, "circle").probability, expected)
+
+
+def test_weights_are_packed_unless_declined(checkpoint, picture) -> None:
+    frozen, plain = Segmenter.from_checkpoint(checkpoint), Segmenter.from_checkpoint(checkpoint, freeze=False)
+    linears = [type(module) for module in frozen.model.modules() if isinstance(module, nn.Linear)]
+    assert linears and set(linears) == {FrozenLinear}
+    assert not any(isinstance(module, FrozenLinear) for module in plain.model.modules())
+    for image in (picture, picture.rotate(90)):  # the copies are made with the first
+        assert np.allclose(frozen(image, "circle").probability, plain(image, "circle").probability, atol=1e-5)
+    callers = Segmenter(plain.model, plain.tokenizer, SIZE).model  # a model that others may go on with stays as it is
+    assert not any(isinstance(module, FrozenLinear) for module in callers.modules())
 
 
 def test_several_expressions_for_one_image(checkpoint, picture) -> None:

@@ -12,7 +12,7 @@ import torch
 from magnet_fast import Segmenter
 from magnet_fast.data import ExpressionDataset, Refer
 from magnet_fast.data.scenes import write_scenes
-from magnet_fast.inference import in_precision, load_checkpoint_model
+from magnet_fast.inference import frozen_on_cpu, in_precision, load_checkpoint_model
 from magnet_fast.models import from_released
 from tests.golden.parameters import golden, released_checkpoint
 
@@ -30,13 +30,16 @@ def overlap(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch.where(union > 0, intersection / union.clamp(min=1), 1.0)
 
 
-def test_shipped_weights_give_the_same_masks(root: Path) -> None:
+@pytest.mark.parametrize("freeze", [False, True])
+def test_shipped_weights_give_the_same_masks(root: Path, freeze: bool) -> None:
     loaded = load_checkpoint_model()
     sentences = ExpressionDataset(Refer(root), "train", loaded.tokenizer(), loaded.image_size)
     items = [sentences[index] for index in range(128)]
     inputs = [torch.stack([item[key] for item in items]) for key in ("image", "input_ids", "attention_mask")]
     low = in_precision(copy.deepcopy(loaded.model), "bfloat16")
     assert {p.dtype for p in low.parameters()} == {torch.bfloat16}
+    if freeze:
+        frozen_on_cpu(low)
     with torch.inference_mode():
         exact, rough = loaded.model.predict(*inputs), low.predict(*inputs)
     assert rough.dtype == torch.float32 and not torch.equal(exact, rough)

@@ -162,7 +162,7 @@ def evaluate(
 ) -> None:
     """Score a checkpoint: oIoU, mIoU, P@0.5 ... P@0.9; under torchrun, on several processes."""
     from magnet_fast import evaluation
-    from magnet_fast.inference import in_precision, load_checkpoint_model
+    from magnet_fast.inference import frozen_on_cpu, in_precision, load_checkpoint_model
     from magnet_fast.training.distributed import distributed_world
 
     loaded = load_checkpoint_model(checkpoint)
@@ -172,7 +172,7 @@ def evaluate(
     with _backend(backend), distributed_world(device) as world:
         with _progress("evaluating", enabled=world.is_main) as advance:
             scores = evaluation.evaluate(
-                in_precision(loaded.model.to(world.device), dtype.value),
+                frozen_on_cpu(in_precision(loaded.model.to(world.device), dtype.value)),
                 sentences,
                 batch_size,
                 resolution.value,
@@ -225,7 +225,9 @@ def segment(
     _check_picture_name(out)
     _check_picture_name(overlay)
     picture = open_image(image)
-    segmenter = Segmenter.from_checkpoint(checkpoint, pick_device(device), tokenizer, image_size, dtype.value)
+    segmenter = Segmenter.from_checkpoint(
+        checkpoint, pick_device(device), tokenizer, image_size, dtype.value, freeze=False
+    )
     with _backend(backend):
         found = segmenter(picture, expression)
     _save_picture(Image.fromarray(found.mask.astype("uint8") * 255), out)
