@@ -4,6 +4,8 @@ A benchmark belongs to a group and says in `extra_info["path"]` which implementa
 are to the path that `extra_info["baseline"]` names. It may add "bytes" and "flops" (compulsory traffic and operations
 of one run), "dtype" and "peak_bytes": the table then shows its share of the ceilings; "items" makes it items a second.
 
+The file is written once a minute, too, so that a run of hours that is stopped has kept what it measured.
+
 `--full` takes every shape (`full` is the fixture). A row of path "torch.compile" needs `--compile`; with both, every
 shape is compiled, which takes hours.
 """
@@ -11,6 +13,10 @@ shape is compiled, which takes hours.
 from __future__ import annotations
 
 import json
+import math
+import os
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +24,7 @@ import pytest
 
 from benchmarks import machine
 
+_SECONDS_BETWEEN_WRITES = 60
 _KEPT = ("bytes", "flops", "dtype", "peak_bytes", "items")
 
 
@@ -50,16 +57,21 @@ def ceilings(request: pytest.FixtureRequest) -> dict[str, float]:
     return request.config._ceilings
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
+    yield
+    config, now = item.config, time.monotonic()
+    due = now > getattr(config, "_results_written", -math.inf) + _SECONDS_BETWEEN_WRITES
+    if config.getoption("--results") and due and (rows := _measured(config)):
+        _write(config, rows)
+        config._results_written = now
+
+
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    session = getattr(config, "_benchmarksession", None)
-    groups: dict[str, list[Any]] = {}
-    for bench in getattr(session, "benchmarks", []):
-        if bench.stats.data:
-            groups.setdefault(bench.group, []).append(bench)
-    if not groups:
+    rows = _measured(config)
+    if not rows:
         return
     best = config._ceilings
-    rows = [row for name, members in groups.items() for row in _rows(name, members, best)]
     terminalreporter.section("ratios (baseline time / time, medians) and shares of the ceilings")
     terminalreporter.write_line(
         f"ceilings: copy {best['copy'] / 1e9:.1f} GB/s (read + written), matrix product "
@@ -68,10 +80,26 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     for row in rows:
         terminalreporter.write_line(_line(row))
     if target := config.getoption("--results"):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        contents = {"machine": machine.description(), "ceilings": best, "rows": rows}
-        target.write_text(json.dumps(contents, indent=1) + "\n")
+        _write(config, rows)
         terminalreporter.write_line(f"written to {target}")
+
+
+def _measured(config: pytest.Config) -> list[dict[str, Any]]:
+    """The rows of all benchmarks that ran so far, group by group."""
+    groups: dict[str, list[Any]] = {}
+    for bench in getattr(getattr(config, "_benchmarksession", None), "benchmarks", []):
+        if bench.stats.data:
+            groups.setdefault(bench.group, []).append(bench)
+    return [row for name, members in groups.items() for row in _rows(name, members, config._ceilings)]
+
+
+def _write(config: pytest.Config, rows: list[dict[str, Any]]) -> None:
+    target = config.getoption("--results")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    contents = {"machine": machine.description(), "ceilings": config._ceilings, "rows": rows}
+    temporary = target.with_name(f"{target.name}.part")
+    temporary.write_text(json.dumps(contents, indent=1) + "\n")
+    os.replace(temporary, target)
 
 
 def _rows(group: str, members: list[Any], best: dict[str, float]) -> list[dict[str, Any]]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -63,3 +65,26 @@ def test_compiled_rows_run_when_asked_for(option: str | None) -> None:
     ]
     conftest.pytest_collection_modifyitems(SimpleNamespace(getoption=lambda name: name == option), items)
     assert [len(markers) for markers in added.values()] == [int(option != "--compile"), 0]
+
+
+def test_results_are_written_while_the_run_goes_on(tmp_path) -> None:
+    target = tmp_path / "new" / "results.json"
+    measured = [bench("plain", 2.0), bench("cpu", 0.5)]
+    for member in measured:
+        member.group, member.stats.data = "group", [1.0]
+    session = SimpleNamespace(benchmarks=[])
+    config = SimpleNamespace(getoption=lambda name: target, _benchmarksession=session, _ceilings=BEST)
+
+    def end_of_test() -> None:
+        hook = conftest.pytest_runtest_teardown(SimpleNamespace(config=config))
+        next(hook)
+        assert next(hook, "ended") == "ended"
+
+    end_of_test()
+    assert not target.exists()  # nothing was measured yet
+    for last_written, rows in ((-math.inf, 1), (time.monotonic(), 1), (-math.inf, 3)):  # at most once a minute
+        session.benchmarks.append(measured[len(session.benchmarks) % 2])
+        config._results_written = last_written
+        end_of_test()
+        assert len(json.loads(target.read_text())["rows"]) == rows
+    assert [path.name for path in target.parent.iterdir()] == ["results.json"]

@@ -1,6 +1,8 @@
 // How the window kernels collect a group's scattered rows; compiled once per SIMD level like simd.h.
 #pragma once
 
+#include <limits>
+
 #include "cpu/simd.h"
 #include "cpu/window_kernel.h"
 
@@ -69,6 +71,20 @@ static void transpose_rows(const Real* const* rows, int64_t count, int64_t d, Re
     }
     for (; i < count; ++i)
         for (int64_t c = 0; c < d; ++c) move_word(to + c * count + i, rows[i] + c);
+}
+
+/// WindowBiasKernels::gather_rows. Whole vectors: what is written past a run is overwritten by what follows.
+static void gather_bias(const Real* table, const int64_t* places, int64_t rows, const BiasRun* runs,
+                        int64_t count, int64_t columns, Real* to) {
+    const Vec nothing = broadcast(-std::numeric_limits<Real>::infinity());
+    for (int64_t r = 0; r < rows; ++r, to += columns) {
+        Real* at = to;
+        for (const BiasRun* run = runs; run < runs + count; at += run++->length) {
+            const Real* from = table + (places[r] + run->offset);
+            for (int64_t t = 0; t < run->length; t += kLanes) store(at + t, load(from + t));
+        }
+        store(at, nothing);
+    }
 }
 
 /// Pointers to every key's row, `offset` channels after the query: the real tokens', the padding's, then

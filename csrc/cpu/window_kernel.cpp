@@ -115,8 +115,10 @@ static void backward(const GroupBackward<Element>& g) {
 
 template <typename Element>
 const WindowKernels<Element>& window_kernels() {
-    static const WindowKernels<Element> kernels = {
-        {kLanes, log_sum_exp_rows, softmax_rows}, scratch_bytes, forward<Element>, backward<Element>};
+    static const WindowKernels<Element> kernels = {{kLanes, gather_bias, log_sum_exp_rows, softmax_rows},
+                                                   scratch_bytes,
+                                                   forward<Element>,
+                                                   backward<Element>};
     return kernels;
 }
 
@@ -124,7 +126,7 @@ const WindowKernels<Element>& window_kernels() {
 template <>
 const WindowKernels<BFloat16>& window_kernels<BFloat16>() {
     static const WindowKernels<BFloat16> kernels = {
-        {kLanes, log_sum_exp_rows, softmax_rows}, scratch_bytes, forward_pairs, backward_pairs};
+        {kLanes, gather_bias, log_sum_exp_rows, softmax_rows}, scratch_bytes, forward_pairs, backward_pairs};
     return kernels;
 }
 #endif

@@ -49,10 +49,20 @@ struct GroupBackward : GroupForward<Element> {
     Real* grad_pad_value;  // (d), added to; null with grad_pad_key
 };
 
-/// What joins a group's padded keys into one.
+/// Neighbouring numbers of a bias table, from `offset` after a query's own place in it (see Group::places).
+struct BiasRun {
+    int64_t offset, length;
+};
+
+/// How the biases of a group come from the table, and what joins its padded keys into one.
 template <typename Real>
 struct WindowBiasKernels {
     int64_t lanes;
+    /// to (rows, columns): in row r every run, from table + places[r] + its offset on, then -infinity;
+    /// columns is that, rounded up to whole vectors. Reads and writes up to `lanes` numbers beyond what it
+    /// should.
+    void (*gather_rows)(const Real* table, const int64_t* places, int64_t rows, const BiasRun* runs,
+                        int64_t count, int64_t columns, Real* to);
     /// result[r * result_stride] = log(sum(exp(scale * values[r, :]))) / scale; columns is a multiple of
     /// `lanes`.
     void (*log_sum_exp_rows)(const Real* values, int64_t rows, int64_t columns, Real scale, Real* result,

@@ -1,8 +1,6 @@
 #include "cpu/window_plan.h"
 
 #include <algorithm>
-#include <cstring>
-#include <limits>
 #include <utility>
 
 #include "common/window_index.h"
@@ -10,10 +8,6 @@
 namespace magnet_fast {
 namespace {
 
-// Numbers that gather() copies at a time; tables are that much longer.
-constexpr int64_t kCopied = 8;
-template <typename Real>
-constexpr Real kMinusInfinity = -std::numeric_limits<Real>::infinity();
 // Enough tasks to keep many cores busy, few enough that a task's own cost (its bias gradient) stays small.
 constexpr int64_t kTasksWanted = 128;
 // The biases of a task's heads stay in the second cache together, beside their tokens.
@@ -50,12 +44,11 @@ struct Axis {
     }
 };
 
-void append(std::vector<Run>& runs, const Token& token) {
-    if (!runs.empty() && runs.back().first.y == token.y &&
-        runs.back().first.x + runs.back().length == token.x)
+void append(std::vector<BiasRun>& runs, int64_t offset) {
+    if (!runs.empty() && runs.back().offset + runs.back().length == offset)
         ++runs.back().length;
     else
-        runs.push_back({token, 1});
+        runs.push_back({offset, 1});
 }
 
 /// The groups of the window at (row, column) that have a query.
@@ -70,12 +63,17 @@ std::vector<Group> groups_of(const Axis& y_axis, const Axis& x_axis, int64_t row
                                       [&](auto& known) { return known.first == region; });
             if (found == regions.end()) found = regions.insert(regions.end(), {region, Group()});
             Group& group = found->second;
+            // A query's place and a key's offset add up to the bias of the pair: bias_row() of the table,
+            // reversed.
+            const int64_t table_w = 2 * window_w - 1;
+            const int64_t offset = (window_h - 1 - y) * table_w + window_w - 1 + x;
             if (y_axis.source[at_y] < 0 || x_axis.source[at_x] < 0) {
-                append(group.pad_runs, {y, x});
+                append(group.pad_runs, offset);
                 ++group.pads;
             } else {
-                append(group.runs, {y, x});
+                append(group.runs, offset);
                 group.tokens.push_back({y, x});
+                group.places.push_back(y * table_w - x);
             }
         }
     }
@@ -130,7 +128,7 @@ GroupBias<Real>::GroupBias(const WindowAttentionSizes& sizes, const WindowPlan& 
       kernels_(kernels),
       table_h_(2 * sizes.window_h - 1),
       table_w_(2 * sizes.window_w - 1),
-      table_(table_h_ * table_w_ + kCopied) {
+      table_(table_h_ * table_w_ + kernels.lanes) {
     size_t largest = 0, most_pads = 0, most_groups = 0;
     for (const WindowClass& part : plan.classes) {
         size_t total = 0;
@@ -146,37 +144,16 @@ GroupBias<Real>::GroupBias(const WindowAttentionSizes& sizes, const WindowPlan& 
     offsets_.reserve(most_groups +
                      1);  // load() runs where an exception could not be caught: it never allocates
     rows_.reserve(most_groups);
-    values_ = aligned_numbers<Real>(largest + kCopied);
-    capacity_ = (largest + kCopied + 15) / 16 * 16;
-    pads_.resize(most_pads + kCopied);
+    capacity_ = (largest + kernels.lanes + 15) / 16 * 16;
+    values_ = aligned_numbers<Real>(capacity_);
+    pads_.resize(most_pads + kernels.lanes);
 }
 
 template <typename Real>
-int64_t GroupBias<Real>::position(const Token& query, const Run& run) const {
-    // reversed(bias_row(...)) without its division: the row of the table, and the column from its end.
-    return (query.y - run.first.y + sizes_.window_h - 1) * table_w_ + sizes_.window_w - 1 + run.first.x -
-           query.x;
-}
-
-template <typename Real>
-void GroupBias<Real>::gather(const std::vector<Run>& runs, const Token& query, Real* to) const {
-    for (const Run& run : runs) {
-        // Eight at a time: what is written past the run is overwritten by what follows.
-        const Real* from = table_.data() + position(query, run);
-        for (int64_t t = 0; t < run.length; t += kCopied)
-            std::memcpy(to + t, from + t, kCopied * sizeof(Real));
-        to += run.length;
-    }
-}
-
-template <typename Real>
-void GroupBias<Real>::load_pads(const Group& group, int64_t row, Real* to) {
-    Real* at = to;
-    for (const Token& query : group.tokens) {
-        gather(group.pad_runs, query, at);
-        std::fill(at + group.pads, at + row, kMinusInfinity<Real>);
-        at += row;
-    }
+void GroupBias<Real>::gather(const Group& group, const std::vector<BiasRun>& runs, int64_t columns,
+                             Real* to) const {
+    kernels_.gather_rows(table_.data(), group.places.data(), static_cast<int64_t>(group.places.size()),
+                         runs.data(), static_cast<int64_t>(runs.size()), columns, to);
 }
 
 template <typename Real>
@@ -195,15 +172,10 @@ void GroupBias<Real>::load(const Real* table, int64_t head, int64_t window_class
     for (const Group& group : plan_.classes[window_class].groups) {
         const int64_t tokens = static_cast<int64_t>(group.tokens.size());
         const int64_t row = whole_vectors(group.keys(), kernels_.lanes);
-        Real* at = values_.get() + offsets_.back();
-        for (const Token& query : group.tokens) {
-            gather(group.runs, query, at);
-            std::fill(at + tokens, at + row, kMinusInfinity<Real>);
-            at += row;
-        }
+        gather(group, group.runs, row, values_.get() + offsets_.back());
         if (group.pads) {
             const int64_t pad_row = whole_vectors(group.pads, kernels_.lanes);
-            load_pads(group, pad_row, pads_.data());
+            gather(group, group.pad_runs, pad_row, pads_.data());
             kernels_.log_sum_exp_rows(pads_.data(), tokens, pad_row, static_cast<Real>(sizes_.scale),
                                       values_.get() + offsets_.back() + tokens, row);
         }
@@ -223,15 +195,15 @@ void GroupBias<Real>::scatter(const Real* gradients, Real* table_gradient) {
         if (group.pads) {
             // The one padded key's gradient goes to its members in proportion to their share of the
             // exponentials.
-            load_pads(group, pad_row, pads_.data());
+            gather(group, group.pad_runs, pad_row, pads_.data());
             kernels_.softmax_rows(pads_.data(), tokens, pad_row, static_cast<Real>(sizes_.scale),
                                   values(g) + tokens, rows + tokens, row);
         }
         for (int64_t i = 0; i < tokens; ++i) {
             const Real* from = rows + i * row;
-            for (const std::vector<Run>* runs : {&group.runs, &group.pad_runs}) {
-                for (const Run& run : *runs) {
-                    Real* to = table_gradient + position(group.tokens[i], run);
+            for (const std::vector<BiasRun>* runs : {&group.runs, &group.pad_runs}) {
+                for (const BiasRun& run : *runs) {
+                    Real* to = table_gradient + (group.places[i] + run.offset);
                     for (int64_t t = 0; t < run.length; ++t) to[t] += from[t];
                     from += run.length;
                 }

@@ -20,17 +20,12 @@ struct Token {
     int64_t y, x;  // place inside the window
 };
 
-/// Neighbouring tokens of one window row.
-struct Run {
-    Token first;
-    int64_t length;
-};
-
 /// Tokens of a window that attend to each other (one shift region of it).
 struct Group {
-    std::vector<Token> tokens;  // real tokens, row by row
-    std::vector<Run> runs;      // the same, as runs
-    std::vector<Run> pad_runs;  // padded tokens, as runs
+    std::vector<Token> tokens;      // real tokens, row by row
+    std::vector<int64_t> places;    // of the tokens as queries in the bias table with its columns reversed:
+    std::vector<BiasRun> runs;      // the same tokens as keys; neighbours in a window row read forwards there
+    std::vector<BiasRun> pad_runs;  // padded tokens as keys
     int64_t pads = 0;
     int64_t keys() const { return static_cast<int64_t>(tokens.size()) + (pads > 0); }
 };
@@ -100,9 +95,7 @@ class GroupBias {
     }
 
   private:
-    void gather(const std::vector<Run>& runs, const Token& query, Real* to) const;
-    void load_pads(const Group& group, int64_t row, Real* to);
-    int64_t position(const Token& query, const Run& run) const;
+    void gather(const Group& group, const std::vector<BiasRun>& runs, int64_t columns, Real* to) const;
 
     const WindowAttentionSizes& sizes_;
     const WindowPlan& plan_;
