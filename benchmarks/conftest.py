@@ -96,9 +96,10 @@ def _measured(config: pytest.Config) -> list[dict[str, Any]]:
 def _write(config: pytest.Config, rows: list[dict[str, Any]]) -> None:
     target = config.getoption("--results")
     target.parent.mkdir(parents=True, exist_ok=True)
-    contents = {"machine": machine.description(), "ceilings": config._ceilings, "rows": rows}
+    head = json.dumps({"machine": machine.description(), "ceilings": config._ceilings}, indent=1).removesuffix("\n}")
+    lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)  # one a line: all shapes are thousands
     temporary = target.with_name(f"{target.name}.part")
-    temporary.write_text(json.dumps(contents, indent=1) + "\n")
+    temporary.write_text(f'{head},\n "rows": [\n{lines}\n ]\n}}\n')
     os.replace(temporary, target)
 
 
