@@ -56,9 +56,10 @@ demo: $(STAMP)
 		--out $(DEMO)/contact-sheet.png
 	@echo "Pictures: $(abspath $(DEMO))/contact-sheet.png  Scores: $(abspath $(DEMO))/metrics.json, metrics-shuffled.json"
 
+# All shapes of the operators are thousands of bars: the first picture is of whole models, the second of every suite.
 bench: $(STAMP)
 	$(BIN)/python -m pytest benchmarks --full --results build/benchmarks.json
-	$(BIN)/python -m benchmarks.plot build/benchmarks.json build/benchmarks.png
+	$(BIN)/python -m benchmarks.plot build/benchmarks.json build/benchmarks.png --suite magnet
 	$(BIN)/python -m pytest benchmarks --compile --results build/benchmarks-compile.json
 	$(BIN)/python -m benchmarks.plot build/benchmarks-compile.json build/benchmarks-compile.png
 

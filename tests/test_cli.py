@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+from magnet_fast import inference
 from magnet_fast.cli import app
 from magnet_fast.ops import _registry
 
@@ -106,6 +107,16 @@ def test_evaluate(root, trained, tmp_path) -> None:
     output = run("evaluate", "--checkpoint", trained / "last.safetensors", "--data", root, *shuffled)
     assert "shuffled" in output
     assert json.loads(out.read_text())["expressions"].startswith("shuffled")
+
+
+def test_weights_are_packed_for_many_images(root, trained, picture, tmp_path, monkeypatch) -> None:
+    frozen = []
+    monkeypatch.setattr(inference, "accelerate", lambda model, freeze: frozen.append(freeze))
+    checkpoint = ["--checkpoint", trained / "best.safetensors", "--device", "cpu"]
+    run("segment", picture, "circle", *checkpoint, "--out", tmp_path / "mask.png")
+    assert frozen == []
+    run("evaluate", *checkpoint, "--data", root, "--limit", 2)
+    assert frozen == [True]
 
 
 def test_segment(trained, picture, tmp_path) -> None:

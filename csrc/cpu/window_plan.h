@@ -23,8 +23,8 @@ struct Token {
 /// Tokens of a window that attend to each other (one shift region of it).
 struct Group {
     std::vector<Token> tokens;      // real tokens, row by row
-    std::vector<int64_t> places;    // of the tokens as queries in the bias table with its columns reversed:
-    std::vector<BiasRun> runs;      // the same tokens as keys; neighbours in a window row read forwards there
+    std::vector<int64_t> places;    // the tokens as queries: where in the reversed bias table
+    std::vector<BiasRun> runs;      // the tokens as keys: neighbours of a window row read forwards in it
     std::vector<BiasRun> pad_runs;  // padded tokens as keys
     int64_t pads = 0;
     int64_t keys() const { return static_cast<int64_t>(tokens.size()) + (pads > 0); }
