@@ -1,0 +1,146 @@
+"""What models take and return: the one contract between data, models, losses and scores.
+
+Nothing here knows a model. Tensors between parts are channels-last, (B, H, W, C).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Text(NamedTuple):
+    """A batch of tokenised expressions.
+
+    Attributes:
+        ids: (B, T) int64.
+        mask: (B, T) bool, True for a token that is read, False for padding.
+    """
+
+    ids: Tensor
+    mask: Tensor
+
+
+class Words(NamedTuple):
+    """Features of a batch of expressions.
+
+    Attributes:
+        features: (B, T, D).
+        mask: (B, T) bool, True for a token that is read.
+        pooled: (B, D) what the encoder itself says of the whole sentence; None where it says nothing.
+    """
+
+    features: Tensor
+    mask: Tensor
+    pooled: Tensor | None = None
+
+    @property
+    def sentence(self) -> Tensor:
+        """(B, D): `pooled`, else the mean of the words that are read."""
+        if self.pooled is not None:
+            return self.pooled
+        keep = self.mask[..., None].to(self.features.dtype)
+        return (self.features * keep).sum(dim=1) / keep.sum(dim=1).clamp(min=1)
+
+
+class Step(NamedTuple):
+    """What a fusion makes of one stage.
+
+    Attributes:
+        output: (B, H, W, C) for the head.
+        stream: (B, H, W, C) for the next stage.
+        words: the words that go on.
+        tokens: (B, N, C) for heads that read tokens; None for a fusion without.
+        carry: what the fusion hands to itself at the next stage.
+    """
+
+    output: Tensor
+    stream: Tensor
+    words: Words
+    tokens: Tensor | None = None
+    carry: Any = None
+
+
+class Features(NamedTuple):
+    """What the encoders and the fusion make of a batch: all that a head, or a training term, reads.
+
+    Attributes:
+        maps: (B, Hᵢ, Wᵢ, Cᵢ) of each stage, in the order of the image encoder's strides.
+        words: after the last stage.
+        tokens: of each stage; None where the fusion has none.
+        size: (H, W) of the image that went in.
+    """
+
+    maps: list[Tensor]
+    words: Words
+    tokens: list[Tensor | None]
+    size: tuple[int, int]
+
+
+class Prediction(NamedTuple):
+    """What every model returns; nobody looks at shapes to know which model it was.
+
+    Attributes:
+        mask: (B, h, w) logits; sigmoid is the probability that a pixel belongs to what is named. A model with a logit
+            for the background, too, gives the difference, target minus background: that is exact.
+        presence: (B,) logits; sigmoid is the probability that anything is named. None: this model cannot say.
+        earlier: predictions of earlier layers, first to last, for deep supervision.
+        pixels: (B, C, h, w) embedding of the pixels, for training terms; None for a model without.
+        words: after the encoders; None for a model without.
+        extra: what only this system has (a minimap, roles, instances), for its own terms and pictures.
+        presence_weighs: how `probability` reads `presence`. False: below one half it empties the mask. True: it is a
+            factor, the class of the one query, as Mask2Former and MagNet multiply them.
+    """
+
+    mask: Tensor
+    presence: Tensor | None = None
+    earlier: tuple[Prediction, ...] = ()
+    pixels: Tensor | None = None
+    words: Words | None = None
+    extra: dict[str, Tensor] = {}  # noqa: RUF012 (never written to)
+    presence_weighs: bool = False
+
+
+class InputSpec(NamedTuple):
+    """How pictures and expressions are prepared for a model; stored with every checkpoint.
+
+    Attributes:
+        size: side of the square that images are brought to, in pixels.
+        fit: "squash" (aspect ratio not kept), "letterbox" (kept, centred, borders around) or "longest" (the longest side
+            becomes `size`, padded at the right and at the bottom).
+        mean, std: of the channels red, green, blue, for values from 0 to 1.
+        tokenizer: "wordpiece" (BERT's), "clip" (CLIP's byte pairs), or name or folder of a transformers tokenizer.
+        max_tokens: T, the special tokens included; what is longer is cut.
+        threshold: a pixel belongs to what is named where its probability exceeds this.
+    """
+
+    size: int = 480
+    fit: Literal["squash", "letterbox", "longest"] = "squash"
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    tokenizer: str = "wordpiece"
+    max_tokens: int = 20
+    threshold: float = 0.5
+
+
+def probability(prediction: Prediction, size: tuple[int, int]) -> Tensor:
+    """The probability that a pixel belongs to what is named: (B, H, W) float32 at `size`.
+
+    The one decision: mask logits resized bilinearly with aligned corners, as this family of models releases it, then a
+    sigmoid, then the presence (see `Prediction.presence_weighs`).
+    """
+    logits = prediction.mask.float()
+    if logits.shape[-2:] != torch.Size(size):
+        logits = F.interpolate(logits[:, None], size=tuple(size), mode="bilinear", align_corners=True)[:, 0]
+    mask = logits.sigmoid()
+    if prediction.presence is None:
+        return mask
+    presence = prediction.presence.float()
+    if not prediction.presence_weighs:
+        return mask * (presence >= 0)[:, None, None]
+    # A softmax over two logits, to the last bit, which the sigmoid of their difference is not.
+    named = torch.stack([torch.zeros_like(presence), presence], dim=-1).softmax(dim=-1)[..., 1]
+    return named[:, None, None] * mask
