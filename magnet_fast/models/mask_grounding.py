@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import BertConfig
 from transformers.models.bert.modeling_bert import BertLayer, BertPredictionHeadTransform
 
-from .bert import additive_mask
-from .position import sine_position
+from magnet_fast.models.encoders.bert import additive_mask
+from magnet_fast.models.position import sine_position
 
 
 class MaskGrounding(nn.Module):
