@@ -247,16 +247,14 @@ class ReferringModel(nn.Module):
         if ids.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"text.ids must be int64 or int32; got {ids.dtype}")
         if ids.ndim != 2 or ids.shape[0] != image.shape[0] or ids.shape[1] == 0:
-            raise ValueError(
-                f"text.ids must be (B, T) with the image's batch of {image.shape[0]}; got {tuple(ids.shape)}"
-            )
+            raise ValueError(f"text.ids must be (B, T), B that of the image, {image.shape[0]}; got {tuple(ids.shape)}")
         if mask.dtype != torch.bool:
             raise TypeError(f"text.mask must be bool, True for a token that is read; got {mask.dtype}")
         if mask.shape != ids.shape:
             raise ValueError(f"text.mask must have the shape of text.ids, {tuple(ids.shape)}; got {tuple(mask.shape)}")
         if ids.shape[1] > self.text_encoder.max_positions:
             raise ValueError(
-                f"text.ids holds {ids.shape[1]} tokens; this text encoder has {self.text_encoder.max_positions} positions"
+                f"text.ids holds {ids.shape[1]} tokens; this encoder has {self.text_encoder.max_positions} positions"
             )
         missing = [name for name in self.needs if name not in (context or {})]
         if missing:

@@ -1,10 +1,9 @@
-"""Files that the systems' own authors released: recognised by their names, sizes read off the shapes, loaded strictly."""
+"""Files that the systems' authors released: recognised by their names, sizes read off the shapes, loaded strictly."""
 
 from __future__ import annotations
 
 import os
 import re
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any

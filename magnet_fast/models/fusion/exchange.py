@@ -46,7 +46,7 @@ class ExchangeConfig(FusionConfig):
         for channels in image.channels:
             if self.pyramid and channels % len(self.pyramid):
                 raise ValueError(
-                    f"fusion.pyramid has {len(self.pyramid)} levels, which must divide the {channels} channels of a stage"
+                    f"fusion.pyramid has {len(self.pyramid)} levels, which must divide a stage's {channels} channels"
                 )
 
     def build(self, image: ImageConfig, text: TextConfig) -> Exchange:
