@@ -74,9 +74,9 @@ def evaluate(
     from rich.console import Console
 
     from magnet_fast import checkpoints, evaluation
-    from magnet_fast.training.distributed import distributed_world
     from magnet_fast.fast import accelerate
     from magnet_fast.inference import in_precision
+    from magnet_fast.training.distributed import distributed_world
 
     loaded = checkpoints.load(checkpoint)
     sentences = open_dataset(

@@ -48,8 +48,8 @@ def segment(
 
     from magnet_fast import visualize
     from magnet_fast.data.transforms import open_image
-    from magnet_fast.training.distributed import pick_device
     from magnet_fast.inference import Segmenter
+    from magnet_fast.training.distributed import pick_device
 
     check_picture_name(out)
     check_picture_name(overlay)
@@ -89,8 +89,8 @@ def contact_sheet(
     import random
 
     from magnet_fast import checkpoints, visualize
-    from magnet_fast.training.distributed import pick_device
     from magnet_fast.inference import Segmenter
+    from magnet_fast.training.distributed import pick_device
 
     check_picture_name(out)
     loaded = checkpoints.load(checkpoint)
