@@ -1,7 +1,7 @@
 """A complete small system: the sentence scales and shifts every channel, and the maps are summed up (FiLM and an FPN).
 
-Perez et al., "FiLM: Visual Reasoning with a General Conditioning Layer", AAAI 2018; Lin et al., "Feature Pyramid Networks
-for Object Detection", CVPR 2017. Importing this file is all it takes: `models.create("film_tiny")`.
+Perez et al., "FiLM: Visual Reasoning with a General Conditioning Layer", AAAI 2018; Lin et al., "Feature Pyramid
+Networks for Object Detection", CVPR 2017. Importing this file is all it takes: `models.create("film_tiny")`.
 """
 
 from __future__ import annotations
