@@ -163,7 +163,7 @@ def find_file(name: str, folders: Sequence[Path], what: str) -> Path:
 
 
 def read_picture(path: Path, mode: str, stored_as: Sequence[str] = ()) -> np.ndarray:
-    """A picture's pixels in one of Pillow's modes. ValueError if it is unreadable or `stored_as` has not its own mode."""
+    """A picture's pixels in one of Pillow's modes. ValueError if unreadable or its own mode is not in `stored_as`."""
     try:
         with Image.open(path) as picture:
             if stored_as and picture.mode not in stored_as:
