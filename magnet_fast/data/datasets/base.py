@@ -70,7 +70,7 @@ class BaseReader:
         if not self._refs:
             raise ValueError(f"{self.source}: no record can be used{f'; left out {reasons}' if reasons else ''}")
         if reasons:
-            warnings.warn(f"{self.source}: left out {reasons}", stacklevel=4)
+            warnings.warn(f"{self.source}: left out {reasons}", stacklevel=3)
 
 
 def read_json(path: Path) -> Any:
