@@ -40,8 +40,8 @@ def evaluate(
 
     Args:
         model: `model(image, text, context) -> Prediction`; put into eval mode for the time of the call.
-        dataset: of `Sample`s, a sentence each; its attribute `fit` says how images were fitted to the model's square
-            (squashed, where it has none).
+        dataset: of `Sample`s, a sentence each, prepared as its `spec` says (an `InputSpec`; the model's where it has
+            none). Where images were not squashed, its `fit` brings a map back: `fit.back(map, size)`.
         batch_size: sentences at a time.
         task: one of `TASKS`: which scores.
         protocol: one of `PROTOCOLS`: how masks are made and IoUs read.
@@ -64,10 +64,12 @@ def evaluate(
         ValueError: for bad arguments, a dataset that does not fit the protocol or lacks what task or model need, and
             a model that answers NaN.
     """
-    fit = getattr(dataset, "fit", None)
-    fit_kind = "squash" if fit is None else fit.kind
+    spec = getattr(model, "spec", None)
+    prepared = getattr(dataset, "spec", spec)
+    fit = "squash" if prepared is None else prepared.fit
     find_task(task)
-    rules = find_protocol(protocol, task, resolution, fit_kind)
+    rules = find_protocol(protocol, task, resolution, fit)
+    way_back = None if fit == "squash" else dataset.fit.back
     if batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
     count = len(dataset) if limit is None else min(limit, len(dataset))
@@ -76,7 +78,7 @@ def evaluate(
     device = torch.device(device) if device is not None else _device_of(model)
     threshold = rules.threshold
     if threshold is None:
-        threshold = getattr(getattr(model, "spec", None), "threshold", DEFAULT_THRESHOLD)
+        threshold = DEFAULT_THRESHOLD if spec is None else spec.threshold
     mine = _share(count)
     loader = DataLoader(
         dataset,
@@ -100,7 +102,7 @@ def evaluate(
                 found = probability_at_input(prediction, rules, batch["mask"].shape[-2:])
                 _add(table, batch, slice(None), prediction, found, batch["mask"], threshold)
             else:
-                way_back, square = None if fit_kind == "squash" else fit, batch["image"].shape[-2:]
+                square = batch["image"].shape[-2:]
                 for i, truth in enumerate(truths):
                     one = _one(prediction, i)
                     found = probability_at_original(one, rules, way_back, square, truth.shape)[None]
@@ -115,9 +117,9 @@ def evaluate(
         "protocol": protocol,
         "rules": rules.says,
         "resolution": resolution,
-        "fit": fit_kind,
+        "fit": fit,
         "threshold": threshold,
-        "image_size": getattr(dataset, "image_size", None),
+        "image_size": None if prepared is None else prepared.size,
         **scores(table, task, rules.rule),
     }
 

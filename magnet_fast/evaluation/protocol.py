@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -97,17 +98,22 @@ def probability_at_input(prediction: Prediction, protocol: Protocol, size: tuple
 
 
 def probability_at_original(
-    prediction: Prediction, protocol: Protocol, fit: Any, square: tuple[int, int], size: tuple[int, int]
+    prediction: Prediction,
+    protocol: Protocol,
+    way_back: Callable[[Tensor, tuple[int, int]], Tensor] | None,
+    square: tuple[int, int],
+    size: tuple[int, int],
 ) -> Tensor:
     """(H, W) float32 at an image's own size, of a prediction for one sentence.
 
     Args:
         prediction: of a batch of one.
         protocol: how.
-        fit: a dataset's, whose `back` undoes it; None where images were squashed, which undoes itself.
+        way_back: from a map (S, S) on the model's square and (H, W) to a map (H, W); None where images were squashed:
+            logits go straight to (H, W) then, one resize, not two.
         square: (S, S), the model's square.
         size: (H, W) of the image.
     """
-    if fit is None:
+    if way_back is None:
         return probability_at_input(prediction, protocol, size)[0]
-    return fit.back(probability_at_input(prediction, protocol, square)[0], size)
+    return way_back(probability_at_input(prediction, protocol, square)[0], size)

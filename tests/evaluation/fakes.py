@@ -13,14 +13,10 @@ from magnet_fast.models.contract import InputSpec, Prediction, Text
 SIZE = 16
 
 
-class Fit:
-    """A fit with a way back, told by name."""
-
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
+class Middle:
+    """A fit whose way back takes the middle pixels of the canvas."""
 
     def back(self, canvas: Tensor, size: tuple[int, int]) -> Tensor:
-        """The middle `size` pixels of a canvas."""
         top, left = ((side - wanted) // 2 for side, wanted in zip(canvas.shape[-2:], size, strict=True))
         return canvas[..., top : top + size[0], left : left + size[1]]
 
@@ -30,8 +26,6 @@ class FakeDataset(Dataset):
 
     Two sentences of three belong to a ref, the third to the next. Every fifth names nothing, if `negatives`.
     """
-
-    image_size = SIZE
 
     def __init__(
         self, length: int = 24, *, negatives: bool = False, sizes: tuple = ((16, 16),), original: bool = False

@@ -1,4 +1,4 @@
-"""A model scored on samples: batches, resolutions, processes, what is refused; by oracles and models that answer NaN."""
+"""A model scored on samples: batches, resolutions, processes, what is refused; oracles, and models that answer NaN."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 from magnet_fast.evaluation import TASKS, evaluate
-from magnet_fast.models.contract import Prediction, probability
+from magnet_fast.models.contract import InputSpec, Prediction, probability
 
-from .fakes import SIZE, FakeDataset, FakeModel, Fit, Oracle, Says
+from .fakes import SIZE, FakeDataset, FakeModel, Middle, Oracle, Says
 
 MIXED = ((16, 16), (9, 21), (16, 16), (30, 12))
 
@@ -291,7 +291,7 @@ def test_bad_arguments(arguments: dict, message: str) -> None:
 def test_other_fits_are_compared_at_the_images_own_size_only(kind: str) -> None:
     """At the canvas their borders would be scored."""
     dataset = FakeDataset(4, sizes=((16, 8), (10, 16)), original=True)
-    dataset.fit = Fit(kind)
+    dataset.spec, dataset.fit = InputSpec(size=SIZE, fit=kind), Middle()
     with pytest.raises(ValueError, match="'family' at resolution 'input' is for images fitted by squash"):
         evaluate(seeded(), dataset, fast=False)
     found = evaluate(seeded(), dataset, 3, resolution="original", fast=False)

@@ -106,8 +106,6 @@ def test_thresholds() -> None:
 class PlainLetterbox:
     """The way back as cris.md writes it, in float64, without OpenCV 4's rounding of coordinates."""
 
-    kind = "letterbox"
-
     def back(self, canvas: Tensor, size: tuple[int, int]) -> Tensor:
         height, width = size
         side = canvas.shape[-1]
@@ -132,7 +130,7 @@ def test_cris_from_logits_to_the_score() -> None:
     assert torch.allclose(original, torch.from_numpy(golden["original"]), atol=2e-3)
 
     dataset = One(torch.from_numpy(golden["mask"] > 0).to(torch.uint8), square[0], original=True)
-    dataset.fit = PlainLetterbox()
+    dataset.spec, dataset.fit = InputSpec(fit="letterbox"), PlainLetterbox()
     found = evaluate(Says(prediction), dataset, protocol="cris", resolution="original", fast=False)
     assert found["mIoU"] == pytest.approx(100 * golden["iou"][0], abs=0.2)
     assert (found["P@0.6"], found["P@0.7"]) == (100, 0)
@@ -152,7 +150,7 @@ def test_cris_says_how_an_iou_is_formed() -> None:
             return canvas
 
     dataset = One(truth, size, original=True)
-    dataset.fit = Same()
+    dataset.spec, dataset.fit = InputSpec(fit="letterbox"), Same()
     found = evaluate(Says(Prediction(logits)), dataset, protocol="cris", resolution="original", fast=False)
     assert found["P@0.5"] == 0
     assert found["mIoU"] == 100 * 50 / (100 + 1e-6)
@@ -163,7 +161,7 @@ def test_cris_says_how_an_iou_is_formed() -> None:
 
 def test_cris_empty_union_is_zero() -> None:
     dataset = One(torch.zeros(8, 8, dtype=torch.uint8), 8, original=True)
-    dataset.fit = PlainLetterbox()
+    dataset.spec, dataset.fit = InputSpec(fit="letterbox"), PlainLetterbox()
     nothing = Says(Prediction(torch.full((1, 2, 2), -9.0)))
     found = evaluate(nothing, dataset, protocol="cris", resolution="original", fast=False)
     assert (found["mIoU"], found["P@0.5"]) == (0, 0)
