@@ -113,15 +113,18 @@ class Table:
         index = _integers("index", index, size)
         ref = None if ref is None else _integers("ref", ref, size)
         predicted_pixels, true_pixels = prediction.flatten(1), truth.to(device).flatten(1)
-        intersection = (predicted_pixels & true_pixels).sum(dim=1)
-        predicted, true = predicted_pixels.sum(dim=1), true_pixels.sum(dim=1)
-        none = torch.zeros_like(true)
-        rank = none if probability is None else _rank(probability, prediction.shape, true_pixels)
+        intersection = _count(predicted_pixels & true_pixels)
+        predicted, true = _count(predicted_pixels), _count(true_pixels)
+        if probability is None:
+            rank = nan = torch.zeros_like(true)
+        else:
+            pixels = _pixels(probability, prediction.shape, device)
+            rank, nan = _rank(pixels, true_pixels), _has_nan(pixels)
         counts = [
             true > 0 if exists is None else _flags("exists", exists, size, device),
             predicted > 0 if claimed is None else _flags("claimed", claimed, size, device),
             intersection, predicted + true - intersection, predicted, true,
-            rank, none if probability is None else probability.flatten(1).isnan().any(dim=1).to(device),
+            rank, nan,
         ]  # fmt: skip
         kinds = _entries("kind", kind, size, str)
         categories = _entries("category", category, size, int)
@@ -204,18 +207,33 @@ def _entries(name: str, values: Sequence[Any] | None, size: int, type_: type) ->
     return values
 
 
-def _rank(probability: Tensor, shape: torch.Size, truth: Tensor) -> Tensor:
-    """`Row.rank` of B sentences, without sorting their pixels."""
+def _count(pixels: Tensor) -> Tensor:
+    """True pixels of (B, P) bool: (B,). In 32 bits, twice as fast as in 64."""
+    return pixels.sum(dim=1, dtype=torch.int32)
+
+
+def _pixels(probability: Tensor, shape: torch.Size, device: torch.device) -> Tensor:
     probability = torch.as_tensor(probability)
     if probability.shape != shape:
         raise ValueError(f"probability: expected the masks' shape {tuple(shape)}, got {tuple(probability.shape)}")
     if not probability.is_floating_point():
         raise TypeError(f"probability: expected floating point, got {probability.dtype}")
-    pixels = probability.to(truth.device).flatten(1)
+    return probability.to(device).flatten(1)
+
+
+def _has_nan(pixels: Tensor) -> Tensor:
+    """Of (B, P): (B,) bool. The largest of numbers among which is NaN is NaN."""
+    if not pixels.shape[1]:
+        return torch.zeros(len(pixels), dtype=torch.bool, device=pixels.device)
+    return pixels.amax(dim=1).isnan()
+
+
+def _rank(pixels: Tensor, truth: Tensor) -> Tensor:
+    """`Row.rank` of B sentences, (B, P) each, without sorting their pixels."""
     if not pixels.shape[1]:
         return torch.full((len(pixels),), NEVER, device=truth.device)
     # The first of the most probable pixels inside; torch.max gives the first of several.
     best, first = pixels.masked_fill(~truth, -torch.inf).max(dim=1, keepdim=True)
     place = torch.arange(pixels.shape[1], device=truth.device)
     ahead = (pixels > best) | ((pixels == best) & (place < first))
-    return torch.where(truth.any(dim=1), ahead.sum(dim=1), NEVER)
+    return torch.where(truth.any(dim=1), _count(ahead).to(torch.int64), NEVER)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from magnet_fast.data.transforms import open_fit
 from magnet_fast.evaluation import evaluate
 from magnet_fast.evaluation.protocol import PROTOCOLS, probability_at_input
 from magnet_fast.models.contract import InputSpec, Prediction, Text
@@ -135,6 +136,18 @@ def test_cris_from_logits_to_the_score() -> None:
     assert found["mIoU"] == pytest.approx(100 * golden["iou"][0], abs=0.2)
     assert (found["P@0.6"], found["P@0.7"]) == (100, 0)
     assert found["threshold"] == 0.35
+
+
+def test_cris_with_the_letterbox_equals_the_released_score() -> None:
+    """To the last digit that float32 holds: the way back rounds coordinates as OpenCV 4 does."""
+    golden = np.load(GOLDEN / "cris_data.npz")
+    side = golden["probability"].shape[0]
+    dataset = One(torch.from_numpy(golden["mask"] > 0).to(torch.uint8), side, original=True)
+    dataset.spec = InputSpec(size=side, fit="letterbox")
+    dataset.fit = open_fit(dataset.spec)
+    prediction = Prediction(torch.from_numpy(golden["logits"])[:, 0])
+    found = evaluate(Says(prediction), dataset, protocol="cris", resolution="original", fast=False)
+    assert found["mIoU"] == pytest.approx(100 * golden["iou"][0], abs=1e-9)
 
 
 def test_cris_says_how_an_iou_is_formed() -> None:

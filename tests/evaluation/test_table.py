@@ -163,6 +163,12 @@ def test_bad_arguments_add_nothing(changes: dict, error: type, message: str) -> 
     assert len(table) == 0
 
 
+def test_masks_without_pixels() -> None:
+    table = Table()
+    table.add(STACK[:, :0], STACK[:, :0], index=[0, 1], probability=torch.zeros(2, 0, 3))
+    assert [row[4:9] for row in table.rows()] == [(0, 0, 0, 0, NEVER)] * 2
+
+
 def test_a_batch_of_none() -> None:
     table = Table()
     table.add(STACK[:0], STACK[:0], index=[], ref=[], exists=[], claimed=[], kind=[], probability=torch.zeros(0, 3, 3))
