@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import multiprocessing
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -109,6 +112,37 @@ def test_gather_alone_changes_nothing() -> None:
     before = table.rows()
     table.gather()
     assert table.rows() == before
+
+
+def _add_as_one_of_two(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    table = Table()
+    indices = range(6) if rank == 0 else range(3, 9)
+    table.add(*drawn_masks(indices), index=indices, ref=[i // 2 for i in indices])
+    table.gather()
+    (folder / f"{rank}.json").write_text(json.dumps([scores(table, "robust"), len(table)]))
+    torch.distributed.destroy_process_group()
+
+
+def drawn_masks(indices: range) -> tuple[torch.Tensor, torch.Tensor]:
+    """Predictions and truths that follow from the index."""
+    return (torch.rand(2, 9, 4, 4, generator=torch.Generator().manual_seed(0)) > 0.5)[:, list(indices)].unbind()
+
+
+def test_a_sentence_of_two_processes_counts_once(tmp_path: Path) -> None:
+    """A sampler that fills the last round with sentences of the first does not change the scores."""
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=_add_as_one_of_two, args=(rank, tmp_path)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    alone = Table()
+    alone.add(*drawn_masks(range(9)), index=range(9), ref=[i // 2 for i in range(9)])
+    for rank in range(2):
+        assert (tmp_path / f"{rank}.json").read_text() == json.dumps([scores(alone, "robust"), 9])
 
 
 def test_nan_is_refused_by_the_sentence() -> None:
