@@ -34,7 +34,7 @@ TASKS: dict[str, Task] = {
     # One, or nothing in this image: R-RefCOCO.
     "robust": Task(("mRR", "rIoU", "mIoU_ref", "oIoU", "mIoU", *_PRECISIONS), best="rIoU", named_only=True),
     # A command names a place: Talk2Car-RegSeg. The counts of pixels are our choice.
-    "region": Task(("pointing", "recall@10", "recall@100", "recall@1000", "oIoU", "mIoU"), best="pointing"),
+    "region": Task(("pointing", "recall@10", "recall@100", "recall@1000", "oIoU", "mIoU"), best="mIoU"),
 }
 
 
