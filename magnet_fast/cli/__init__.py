@@ -290,12 +290,15 @@ def scenes(
     seed: Annotated[int, typer.Option(min=0)] = 0,
     level: Annotated[Level, typer.Option(help="easy: 2-4 objects; hard: 5-10, all kinds of sentences.")] = Level.easy,
     image_size: Annotated[int, typer.Option(help="Side of the pictures.")] = 128,
+    negatives: Annotated[int, typer.Option(help="Sentences a ref that name nothing, at most.", min=0)] = 0,
+    several: Annotated[int, typer.Option(help="Sentences a picture that name several objects, at most.", min=0)] = 0,
     workers: Annotated[int, typer.Option(help="Processes; the files do not depend on it.", min=1)] = 1,
 ) -> None:
     """Draw embedded scenes with unambiguous expressions."""
     from magnet_fast.data.scenes import write_scenes
 
-    write_scenes(out, images, seed, level=level.value, image_size=image_size, workers=workers)
+    more = {"negatives": negatives, "several": several}
+    write_scenes(out, images, seed, level=level.value, image_size=image_size, workers=workers, **more)
     typer.echo(str(out))
 
 
