@@ -13,6 +13,7 @@ from magnet_fast.data.scenes.expressions import (
     HALVES,
     PROPERTIES,
     RELATIONS,
+    Description,
     Expression,
     names_nothing,
 )
@@ -22,7 +23,8 @@ from magnet_fast.data.scenes.wording import reword
 _RANGES = {"shape": SHAPES, "colour": tuple(COLOURS), "size": SIZES, "texture": TEXTURES}
 _PLACES = (*HALVES, *CORNERS, "middle")  # something is always farthest to a side
 _RANKS = (2, 3, 4)
-_SEEN_SHARE = 0.7  # of the changed properties, those that another object of the scene has, where there is one
+_LOOK_ALIKES = {"box": "square", "circle": "ring"}  # a square is a rectangle as well, a ring a circle
+_SEEN_SHARE = 0.8  # of the changes, to something that the scene shows elsewhere, where there is such a change
 
 
 def absent_expressions(
@@ -30,8 +32,9 @@ def absent_expressions(
 ) -> tuple[Expression, ...]:
     """Up to `number` different sentences that name nothing, each one change away from one of `expressions`.
 
-    What is changed is drawn first, then how, so that the rarer changes get their share. The evaluator proves that
-    nothing fits, even generously (`expressions.names_nothing`).
+    What is changed is drawn first, then how, so that the rarer changes get their share; and mostly to what the scene
+    shows elsewhere, so that looking for each word alone does not tell. The evaluator proves that nothing fits, even
+    generously (`expressions.names_nothing`).
     """
     changes: dict[str, list[tuple[bool, Expression]]] = {}
     for expression in expressions:
@@ -43,11 +46,11 @@ def absent_expressions(
                         changes.setdefault(changed.changed, []).append((seen, changed))
     found: dict[str, Expression] = {}
     while len(found) < number and changes:
-        what = rng.choice(tuple(changes))
         wanted = rng.random() < _SEEN_SHARE
-        choices = [one for seen, one in changes[what] if seen == wanted] or [one for _, one in changes[what]]
-        chosen = rng.choice(choices)
-        changes[what] = [pair for pair in changes[what] if pair[1].text != chosen.text]
+        kinds = [what for what, choices in changes.items() if any(seen == wanted for seen, _ in choices)]
+        what = rng.choice(kinds or list(changes))
+        chosen = rng.choice([one for seen, one in changes[what] if seen == wanted or not kinds])
+        changes[what] = [(seen, one) for seen, one in changes[what] if one.text != chosen.text]
         if not changes[what]:
             del changes[what]
         found.setdefault(chosen.text, chosen)
@@ -79,10 +82,20 @@ def _changes(scene: Scene, expression: Expression, slot: str) -> Iterator[tuple[
 
 
 def _is_absent(scene: Scene, changed: Expression) -> bool:
+    """Whether nothing fits, even where a square is taken for a rectangle or a ring for a circle."""
     if changed.anchor is not None and changed.anchor == changed.target:
         return False  # "the red star left of the red star" says nothing
+    targets = _readings(changed.target)
     slots = [part.slot for part in changed.parts]
     if "place" in slots and slots.index("place") < slots.index("shape"):
         # "The left star" may also be the leftmost of several, wherever they are: no star may be there at all.
-        return not any(map(changed.target.fits, scene.objects))
-    return names_nothing(scene, changed)
+        return not any(target.fits(item) for target in targets for item in scene.objects)
+    anchors = _readings(changed.anchor) if changed.anchor is not None else [None]
+    return all(
+        names_nothing(scene, replace(changed, target=target, anchor=anchor)) for target in targets for anchor in anchors
+    )
+
+
+def _readings(description: Description) -> list[Description]:
+    like = _LOOK_ALIKES.get(description.shape)
+    return [description] if like is None else [description, replace(description, shape=like)]

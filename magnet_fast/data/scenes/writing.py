@@ -67,7 +67,8 @@ def write_scenes(
             proven to fit no object. Written in R-RefCOCO's way, with the key "exist" False, after the ref's other
             sentences. Their kind says what was changed: "absent/shape", "absent/colour", "absent/size",
             "absent/texture", "absent/place", "absent/rank", "absent/relation", "absent/anchor" (a property of the
-            object that the sentence relates to).
+            object that the sentence relates to). The fewer there are, the more of them speak of what the picture shows
+            elsewhere: with one a ref, a third of the colours and shapes, with ten a tenth.
         several: at most so many sentences a picture that name several objects, "the two red circles" or all of a kind,
             but never all objects of the picture. Written in gRefCOCO's way, `ann_id` and `category_id` lists, as refs
             after the picture's others. Kinds: "several/attribute", "several/place", "several/relation", and
