@@ -7,12 +7,16 @@ import pickle
 import random
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from magnet_fast.cli import app
 from magnet_fast.data import Refer
+from magnet_fast.data.check import check_data
 from magnet_fast.data.scenes import describe_scene, write_scenes, writing
 from magnet_fast.data.scenes.drawing import Scene, SceneObject
 from magnet_fast.data.scenes.expressions import (
@@ -248,6 +252,28 @@ def test_the_evaluator_agrees(level):
             for expression in referent.absent:
                 assert names_nothing(drawn.scene, expression) and expression.label.startswith("absent/")
             assert any(one.several for one in referent.expressions) == (len(referent.indices) > 1)
+
+
+@pytest.mark.parametrize(("named", "like"), [("box", "square"), ("circle", "ring")])
+def test_what_looks_alike_is_not_absent(named, like):
+    """A square is a rectangle as well: no rectangle is absent where a square would fit."""
+    count = 0
+    for number in range(150):
+        drawn = describe_scene(15, number, "hard", "train", 64, negatives=10)
+        for absent in (one for referent in drawn.referents for one in referent.absent if one.target.shape == named):
+            assert names_nothing(drawn.scene, replace(absent, target=replace(absent.target, shape=like)))
+            count += 1
+    assert count > 50
+
+
+def test_command_line(tmp_path):
+    arguments = ["data", "scenes", "--images", "6", "--level", "hard", "--image-size", "64"]
+    result = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "a"), "--negatives", "2", "--several", "1"])
+    assert result.exit_code == 0, result.output
+    again = write_scenes(tmp_path / "b", 6, 0, "hard", 64, negatives=2, several=1)
+    assert (tmp_path / "a/refcoco/refs(unc).p").read_bytes() == (again / "refcoco/refs(unc).p").read_bytes()
+    assert any(isinstance(ref["ann_id"], list) for ref in Written(again).refs)
+    assert check_data(again).problems == []
 
 
 def make_scene(*objects: tuple[str, float, float]) -> Scene:

@@ -93,8 +93,8 @@ def word_expression(expression: Expression, rng: random.Random) -> tuple[Part, .
 def reword(expression: Expression, slot: str, rng: random.Random) -> tuple[Part, ...]:
     """The same sentence once the meaning of one slot is another: only that slot's phrase is replaced.
 
-    `expression` has the new meaning and the old parts. The new phrase stands on the same side of the noun. No parts at
-    all where the new meaning has no phrase there ("with dots" becomes no "with plain").
+    `expression` has the new meaning and the old parts. The new phrase stands on the same side of the noun. Returns no
+    parts where the new meaning has no phrase for that side (there is no "with plain" in place of "with dots").
     """
     position = next(i for i, part in enumerate(expression.parts) if part.slot == slot)
     old = expression.parts[position].phrase
