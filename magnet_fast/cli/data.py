@@ -29,12 +29,23 @@ def scenes(
     seed: Annotated[int, typer.Option(min=0)] = 0,
     level: Annotated[Level, typer.Option(help="easy: 2-4 objects; hard: 5-10, all kinds of sentences.")] = Level.easy,
     image_size: Annotated[int, typer.Option(help="Side of the pictures.")] = 128,
+    negatives: Annotated[int, typer.Option(help="At most so many sentences a referent that fit nothing.", min=0)] = 0,
+    several: Annotated[int, typer.Option(help="At most so many sentences a picture that name several.", min=0)] = 0,
     workers: Annotated[int, typer.Option(help="Processes; the files do not depend on it.", min=1)] = 1,
 ) -> None:
     """Draw embedded scenes with unambiguous expressions."""
     from magnet_fast.data.scenes import write_scenes
 
-    write_scenes(out, images, seed, level=level.value, image_size=image_size, workers=workers)
+    write_scenes(
+        out,
+        images,
+        seed,
+        level=level.value,
+        image_size=image_size,
+        negatives=negatives,
+        several=several,
+        workers=workers,
+    )
     typer.echo(str(out))
 
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from magnet_fast.data import tokenizer as tokenizer_module
-from magnet_fast.data.scene_drawing import COLOURS, SHAPES
+from magnet_fast.data.scenes.drawing import COLOURS, SHAPES
 from magnet_fast.data.tokenizer import Tokenizer
 
 VOCABULARY = Path(tokenizer_module.__file__).with_name("vocab.txt")
