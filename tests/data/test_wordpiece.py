@@ -14,7 +14,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import magnet_fast.data
-from magnet_fast.data.scenes.drawing import COLOURS, SHAPES
 from magnet_fast.data.tokenizers import Tokenizer, open_tokenizer
 
 VOCABULARY = Path(magnet_fast.data.__file__).with_name("vocab.txt")
