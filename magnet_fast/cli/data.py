@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from magnet_fast.cli.common import ImagesOption, progress_bar
+from magnet_fast.cli.common import FormatOption, ImagesOption, progress_bar
 from magnet_fast.cli.errors import user_errors
 
 data_app = typer.Typer(help="Make data, or check what is there.", no_args_is_help=True)
@@ -57,6 +57,7 @@ def check(
         str, typer.Option(help="refcoco, refcoco+, refcocog, or any folder of a known layout.")
     ] = "refcoco",
     split_by: Annotated[str, typer.Option(help="unc; umd or google for refcocog.")] = "unc",
+    format: FormatOption = None,
     images: ImagesOption = None,
     masks: Annotated[bool, typer.Option(help="Decode every mask, too.")] = True,
 ) -> None:
@@ -64,9 +65,11 @@ def check(
     from magnet_fast.data.check import check_data
 
     with progress_bar("checking images") as progress:
-        report = check_data(data, dataset, split_by, images=images, masks=masks, progress=progress)
+        report = check_data(data, dataset, split_by, format=format, images=images, masks=masks, progress=progress)
     for split, (refs, sentences, pictures) in report.counts.items():
         typer.echo(f"{split}: {refs} refs, {sentences} sentences, {pictures} images")
+    for note in report.notes:
+        typer.echo(f"note: {note}")
     for problem in report.problems:
         typer.echo(f"problem: {problem}", err=True)
     if report.problems:

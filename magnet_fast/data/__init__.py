@@ -13,6 +13,7 @@ _HOMES = {
     "TokenHider": "hidden_tokens",
     "Tokenizer": "tokenizers",
     "open_fit": "transforms",
+    "open_reader": "datasets",
     "open_tokenizer": "tokenizers",
     "prepare_image": "transforms",
     "prepare_mask": "transforms",

@@ -6,13 +6,15 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from PIL import Image
 
+from magnet_fast.data.datasets import open_reader
 from magnet_fast.data.datasets.base import Folders
 from magnet_fast.data.datasets.published import IMAGES_SOURCE, PUBLISHED_REFS, SOURCES
 from magnet_fast.data.datasets.reader import Reader, Ref
-from magnet_fast.data.datasets.refer import IMAGE_FOLDERS, Refer
+from magnet_fast.data.datasets.refer import IMAGE_FOLDERS
 
 _EXAMPLES = 5  # of each kind of problem that are named
 
@@ -39,6 +41,7 @@ def check_data(
     dataset: str = "refcoco",
     split_by: str = "unc",
     *,
+    format: str | None = None,
     images: Folders | None = None,
     masks: bool = True,
     progress: Callable[[int, int], None] | None = None,
@@ -49,14 +52,14 @@ def check_data(
     published one, and what `check_reader` looks at.
 
     Args:
-        root, dataset, split_by, images: as for `Refer`.
+        root, dataset, split_by, format, images: as for `open_reader`.
         masks: decode the masks, too (minutes for a whole data set).
         progress: called with (images done, images in all).
     """
     try:
         with warnings.catch_warnings():  # what is left out stands in the notes
             warnings.simplefilter("ignore", UserWarning)
-            reader = Refer(root, dataset, split_by, images=images)
+            reader = open_reader(root, dataset, split_by, format=format, images=images)
     except (FileNotFoundError, ValueError) as error:
         report = DataReport(f"{root}/{dataset}")
         report.problems.append(f"{error}{_advice(str(error), dataset)}")
@@ -70,7 +73,7 @@ def check_data(
         images_advice=images_advice if of_coco else "",
         masks_advice=_advice("", dataset),
     )
-    if not (reader.root / "scenes.json").exists():  # embedded scenes carry RefCOCO's names, not its contents
+    if not (Path(root) / "scenes.json").exists():  # embedded scenes carry RefCOCO's names, not its contents
         report.problems[:0] = _count_problems(report, dataset, split_by)
     return report
 

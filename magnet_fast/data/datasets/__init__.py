@@ -36,7 +36,7 @@ def _open_refer(root: str | os.PathLike[str], dataset: str, split_by: str, image
 FORMATS: dict[str, Format] = {
     "refer": Format(
         "instances.json and refs(<split_by>).p or .json (grefs for gRefCOCO)",
-        lambda folder: (folder / "instances.json").is_file(),
+        lambda folder: (folder / "instances.json").is_file() or any(folder.glob("*refs(*")),
         _open_refer,
     ),
     "phrasecut": Format(
