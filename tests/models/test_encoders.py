@@ -282,7 +282,9 @@ def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("preset", ["lavt_tiny", "magnet_tiny"])
-@pytest.mark.parametrize("name", ["tf_efficientnet_lite0", "swin_tiny_patch4_window7_224"])
+@pytest.mark.parametrize(
+    "name", ["tf_efficientnet_lite0", pytest.param("swin_tiny_patch4_window7_224", marks=pytest.mark.slow)]
+)
 def test_trains_saves_and_loads(preset: str, name: str, folder: Path, tmp_path: Path) -> None:
     """A step changes every part; the file gives the same masks where neither folder nor network is."""
     torch.manual_seed(0)
