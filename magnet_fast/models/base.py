@@ -101,7 +101,7 @@ class Head(nn.Module):
 
     Attributes:
         pixel_channels: C of `Prediction.pixels`; None for a head that gives none.
-        says_presence: whether `Prediction.presence` is set.
+        says_presence: whether `Prediction.presence` is set, as its configuration says.
         needs: names of tensors of the context that it reads.
     """
 
@@ -141,8 +141,6 @@ class ReferringModel(nn.Module):
         self.head: Head = config.head.build(channels, image.strides, text.width)
         self.presence: Presence | None = None
         if config.presence is not None:
-            if self.head.says_presence:
-                raise ValueError(f"presence: the head {config.head.kind!r} says it already; leave it out")
             self.presence = config.presence.build(channels, image.strides, text.width)
 
     def forward(self, image: Tensor, text: Text, context: Mapping[str, Tensor] | None = None) -> Prediction:
@@ -208,10 +206,13 @@ class ReferringModel(nn.Module):
         return tuple(dict.fromkeys((*self.fusion.needs, *self.head.needs)))
 
     def repeated_layers(self) -> list[nn.Module]:
-        """The layers that hold nearly all activations and weights: units of activation checkpointing and of FSDP."""
-        return [module for module in self.modules() if getattr(module, "is_repeated_layer", False)] + [
-            layer for layer in self.text_encoder.modules() if type(layer).__name__.endswith("Layer")
-        ]
+        """The layers that hold nearly all activations and weights: units of activation checkpointing and of FSDP.
+
+        They are the modules with `is_repeated_layer`, and what the text encoder, which may be another library's, keeps
+        in lists. No layer is inside another.
+        """
+        marked = [module for module in self.modules() if getattr(module, "is_repeated_layer", False)]
+        return list(dict.fromkeys([*marked, *_listed(self.text_encoder)]))
 
     def load_pretrained(self, sources: Mapping[str, str | bool]) -> None:
         """Load published weights into the encoders.
@@ -241,7 +242,7 @@ class ReferringModel(nn.Module):
             raise TypeError(f"image must be a floating-point tensor, normalised; got {image.dtype}")
         if image.ndim != 4 or image.shape[1] != 3 or 0 in image.shape:
             raise ValueError(f"image must be (B, 3, H, W) with no empty dimension; got {tuple(image.shape)}")
-        if not isinstance(text, tuple) or len(text) != 2:
+        if not isinstance(text, Text):
             raise TypeError(f"text must be a models.Text(ids, mask); got {type(text).__name__}")
         ids, mask = text
         if ids.dtype not in (torch.int64, torch.int32):
@@ -259,3 +260,10 @@ class ReferringModel(nn.Module):
         missing = [name for name in self.needs if name not in (context or {})]
         if missing:
             raise ValueError(f"context lacks {', '.join(missing)}, which this model needs")
+
+
+def _listed(module: nn.Module) -> list[nn.Module]:
+    """Members of the outermost lists of modules inside a module."""
+    if isinstance(module, nn.ModuleList):
+        return list(module)
+    return [layer for child in module.children() for layer in _listed(child)]

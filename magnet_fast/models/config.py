@@ -73,6 +73,9 @@ class TextConfig(PartConfig):
         """As in `InputSpec`."""
         return "wordpiece"
 
+    def check(self, image: ImageConfig) -> None:
+        """Raise a ValueError for an image encoder that this one cannot run beside."""
+
     def build(self) -> nn.Module:
         """A `TextEncoder`."""
         raise NotImplementedError
@@ -99,6 +102,7 @@ class HeadConfig(PartConfig):
     """What makes masks of the stages' outputs."""
 
     role: ClassVar[str] = "head"
+    says_presence: ClassVar[bool] = False
 
     def check(self, channels: tuple[int, ...], strides: tuple[int, ...]) -> None:
         """Raise a ValueError for maps that this head cannot read."""
@@ -182,8 +186,11 @@ class ModelConfig(Settings):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> ModelConfig:
+        self.text.check(self.image)
         self.fusion.check(self.image, self.text)
         self.head.check(self.fusion.channels(self.image), self.image.strides)
+        if self.presence is not None and self.head.says_presence:
+            raise ValueError(f"presence: the head {self.head.kind!r} says it already; leave it out")
         return self
 
     @property

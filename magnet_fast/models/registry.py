@@ -170,7 +170,7 @@ def _override(entries: dict[str, Any], path: list[str], value: Any, name: str) -
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"unknown model setting {name!r}{hint}")
     before = entries[leaf]
-    if not (isinstance(value, Mapping) and isinstance(before, dict)):
+    if not (isinstance(value, Mapping) and isinstance(before, dict) and before):  # an empty one is free, not a part
         entries[leaf] = value
     elif value.get("kind", before.get("kind")) != before.get("kind"):
         entries[leaf] = dict(value)

@@ -56,6 +56,8 @@ def load_with_metadata(path: str | os.PathLike[str]) -> tuple[ReferringModel, di
                     f"model file {name!r} has format {metadata.get('format')!r}, expected {FORMAT!r}: "
                     "it was not written by magnet_fast"
                 )
+            if "config" not in metadata:
+                raise ValueError(f"model file {name!r} has no configuration in its metadata")
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     except SafetensorError as error:
         raise ValueError(f"model file {name!r} is not a readable .safetensors file: {error}") from error

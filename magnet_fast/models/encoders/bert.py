@@ -10,7 +10,7 @@ from transformers import BertConfig as TransformersBertConfig
 from transformers import BertModel
 
 from magnet_fast.models.base import TextEncoder
-from magnet_fast.models.config import TextConfig, part
+from magnet_fast.models.config import ImageConfig, TextConfig, part
 from magnet_fast.models.contract import Text, Words
 from magnet_fast.models.state import load_strictly, unreachable
 
@@ -39,6 +39,13 @@ class BertConfig(TextConfig):
     @property
     def width(self) -> int:
         return self.hidden_size
+
+    def check(self, image: ImageConfig) -> None:
+        if self.schedule == "slices" and len(image.channels) != SLICES:
+            raise ValueError(
+                f"text.schedule='slices' has a slice for each of {SLICES} stages; the image encoder has "
+                f"{len(image.channels)}: use schedule='whole'"
+            )
 
     def build(self) -> BertEncoder:
         return BertEncoder(self)

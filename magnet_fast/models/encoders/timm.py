@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -55,7 +56,7 @@ class TimmConfig(ImageConfig):
 
     @property
     def _described(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-        return _describe(self.name, tuple(sorted(self.arguments.items())))
+        return _describe(self.name, json.dumps(self.arguments, sort_keys=True))
 
     def build(self) -> TimmEncoder:
         return TimmEncoder(self)
@@ -99,17 +100,19 @@ class TimmEncoder(ImageEncoder):
 
 
 @lru_cache(maxsize=32)
-def _describe(
-    name: str, arguments: tuple[tuple[str, Any], ...]
-) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+def _describe(name: str, arguments: str) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """Indices, channels and strides of the maps taken; nothing is allocated.
+
+    Args:
+        name: timm's.
+        arguments: JSON, which unlike a dictionary can be looked up.
 
     Raises:
         ValueError: the model gives no features, or none coarser than stride 4.
     """
     try:
         with torch.device("meta"):
-            model = timm.create_model(name, pretrained=False, features_only=True, **dict(arguments))
+            model = timm.create_model(name, pretrained=False, features_only=True, **json.loads(arguments))
     except (RuntimeError, TypeError, AssertionError, AttributeError) as error:
         raise ValueError(f"name: timm's {name!r} gives no features ({str(error).splitlines()[0]})") from error
     info = model.feature_info

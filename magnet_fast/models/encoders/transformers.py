@@ -5,9 +5,16 @@ from __future__ import annotations
 import inspect
 from typing import Any, Literal
 
+import torch
 from pydantic import Field, model_validator
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AutoConfig,
+    AutoModel,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from magnet_fast.models.base import TextEncoder
 from magnet_fast.models.config import TextConfig, part
@@ -41,7 +48,8 @@ class TransformersConfig(TextConfig):
     @model_validator(mode="after")
     def _encoder(self) -> TransformersConfig:
         found = self.transformers
-        if not hasattr(found, "hidden_size") or getattr(found, "is_encoder_decoder", False):
+        # Those that were trained to say hidden words: they read both ways, and in one stack.
+        if type(found) not in MODEL_FOR_MASKED_LM_MAPPING or found.is_encoder_decoder:
             raise ValueError(f"name: {self.name!r} is a {found.model_type}, expected a text encoder of BERT's kind")
         return self
 
@@ -69,11 +77,12 @@ class TransformersEncoder(TextEncoder):
         super().__init__()
         found = config.transformers
         self.name = config.name
-        self.encoder: PreTrainedModel = AutoModel.from_config(found, **_without_pooler(found))
+        self.encoder: PreTrainedModel = AutoModel.from_config(found, **_arguments(found))
         self.width, self.vocab_size = found.hidden_size, found.vocab_size
         # RoBERTa and its kind count positions from behind the padding's.
-        offset = found.pad_token_id + 1 if hasattr(self.encoder.embeddings, "create_position_ids_from_input_ids") else 0
-        self.max_positions = getattr(found, "max_position_embeddings", 512) - offset
+        positions = getattr(self.encoder.embeddings, "position_embeddings", None)
+        padding = getattr(positions, "padding_idx", None)
+        self.max_positions = found.max_position_embeddings - (0 if padding is None else padding + 1)
 
     @property
     def word_embedding(self) -> Tensor:
@@ -86,13 +95,14 @@ class TransformersEncoder(TextEncoder):
     def load_pretrained(self, source: str | None) -> None:
         name = source or self.name
         try:
-            found = AutoModel.from_pretrained(name, **_without_pooler(self.encoder.config))
+            found = AutoModel.from_pretrained(name, **_arguments(self.encoder.config))
         except (OSError, ValueError) as error:
             raise unreachable("text", name, error) from error
         load_strictly(self.encoder, found.state_dict(), f"text weights {name!r}")
 
 
-def _without_pooler(config: PretrainedConfig) -> dict[str, bool]:
-    """A pooler's weights would get no gradient."""
+def _arguments(config: PretrainedConfig) -> dict[str, Any]:
+    """Weights in float32 like the other parts', however they were stored; no pooler: it would get no gradient."""
     model = AutoModel._model_mapping[type(config)]
-    return {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(model).parameters else {}
+    pooler = {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(model).parameters else {}
+    return {"dtype": torch.float32, **pooler}

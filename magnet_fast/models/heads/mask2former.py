@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -16,6 +16,8 @@ from magnet_fast.models.heads.pixel_decoder import PixelDecoder
 @part
 class Mask2FormerConfig(HeadConfig):
     """Sizes of both decoders."""
+
+    says_presence: ClassVar[bool] = True
 
     kind: Literal["mask2former"] = "mask2former"
     width: int = Field(256, gt=0)
@@ -42,7 +44,7 @@ class Mask2Former(Head):
     The class of the query, "it is the referent", is the presence; it weighs the mask.
     """
 
-    says_presence = True
+    says_presence = Mask2FormerConfig.says_presence
 
     def __init__(self, channels: tuple[int, ...], config: Mask2FormerConfig) -> None:
         super().__init__()
