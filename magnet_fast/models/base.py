@@ -107,7 +107,6 @@ class Head(nn.Module):
 
     pixel_channels: int | None = None
     says_presence = False
-    needs: tuple[str, ...] = ()
 
     def forward(self, features: Features) -> Prediction:
         raise NotImplementedError
@@ -202,8 +201,8 @@ class ReferringModel(nn.Module):
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """Names of the tensors of the context that the parts read: what a data set must offer."""
-        return tuple(dict.fromkeys((*self.fusion.needs, *self.head.needs)))
+        """Names of the tensors of the context that the fusion reads: what a data set must offer."""
+        return self.fusion.needs
 
     def repeated_layers(self) -> list[nn.Module]:
         """The layers that hold nearly all activations and weights: units of activation checkpointing and of FSDP.

@@ -117,6 +117,9 @@ class PresenceConfig(PartConfig):
 
     role: ClassVar[str] = "presence"
 
+    def check(self, channels: tuple[int, ...], strides: tuple[int, ...]) -> None:
+        """Raise a ValueError for maps that this part cannot read."""
+
     def build(self, channels: tuple[int, ...], strides: tuple[int, ...], text_width: int) -> nn.Module:
         """A `Presence`."""
         raise NotImplementedError
@@ -188,9 +191,12 @@ class ModelConfig(Settings):
     def _parts_fit(self) -> ModelConfig:
         self.text.check(self.image)
         self.fusion.check(self.image, self.text)
-        self.head.check(self.fusion.channels(self.image), self.image.strides)
-        if self.presence is not None and self.head.says_presence:
-            raise ValueError(f"presence: the head {self.head.kind!r} says it already; leave it out")
+        channels = self.fusion.channels(self.image)
+        self.head.check(channels, self.image.strides)
+        if self.presence is not None:
+            if self.head.says_presence:
+                raise ValueError(f"presence: the head {self.head.kind!r} says it already; leave it out")
+            self.presence.check(channels, self.image.strides)
         return self
 
     @property

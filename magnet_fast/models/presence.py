@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from magnet_fast import ops
@@ -26,13 +26,17 @@ class ExistConfig(PresenceConfig):
     width: int = Field(256, gt=0)
     heads: int = Field(8, gt=0)
 
-    def build(self, channels: tuple[int, ...], strides: tuple[int, ...], text_width: int) -> Exist:
-        if self.stage >= len(channels):
-            raise ValueError(
-                f"presence.stage={self.stage}: this model has {len(channels)} stages, 0 to {len(channels) - 1}"
-            )
+    @model_validator(mode="after")
+    def _divisible(self) -> ExistConfig:
         if self.width % self.heads:
-            raise ValueError(f"presence.heads={self.heads} does not divide presence.width={self.width}")
+            raise ValueError(f"heads={self.heads} does not divide width={self.width}")
+        return self
+
+    def check(self, channels: tuple[int, ...], strides: tuple[int, ...]) -> None:
+        if self.stage >= len(channels):
+            raise ValueError(f"presence.stage={self.stage}: this model has stages 0 to {len(channels) - 1}")
+
+    def build(self, channels: tuple[int, ...], strides: tuple[int, ...], text_width: int) -> Exist:
         return Exist(channels[self.stage], text_width, self)
 
 
