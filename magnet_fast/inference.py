@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from magnet_fast import models
 from magnet_fast.data import Tokenizer
 from magnet_fast.data.transforms import as_rgb, prepare_image
-from magnet_fast.integrations import accelerate
+from magnet_fast.fast import accelerate
 
 RELEASED_IMAGE_SIZE = 480
 RELEASED_MAX_WORDS = 20
@@ -197,7 +197,7 @@ def in_precision(model: nn.Module, dtype: torch.dtype | str) -> nn.Module:
 def frozen_on_cpu(model: nn.Module) -> nn.Module:
     """The model, itself, its Linears' weights packed if it is on a CPU: for many images and weights that stay."""
     if next(model.parameters()).device.type == "cpu":
-        accelerate(model, freeze=True)
+        accelerate(model, pack=True)
     return model
 
 
