@@ -144,8 +144,8 @@ class QueryAttention:
         if query.shape[1] != 1 or not plain_linear(*projections) or must_run_original(*projections):
             return super().forward(x, query, key, value, allowed)
         if key.shape[1] == 1 and allowed is None:
-            unread = [parameter for layer in (self.query, self.key) for parameter in layer.parameters()]
-            return self.norm(x + self.output(with_zero_gradients(self.value(value), *unread)))
+            unread = (parameter for layer in (self.query, self.key) for parameter in layer.parameters())
+            return self.norm(x + self.output(with_zero_gradients(self.value(value), query, key, *unread)))
         heads = (self.num_heads, -1)
         q = self.query(query).squeeze(1).unflatten(1, heads)  # (B, h, d)
         absorbed = torch.einsum("bhd,hdc->bhc", q * q.shape[2] ** -0.5, self.key.weight.unflatten(0, heads))

@@ -90,26 +90,26 @@ def _outlives_call(device: torch.device) -> bool:
 kept_sine_position = kept(sine_position)
 
 
-def with_zero_gradients(out: Tensor, *parameters: Tensor) -> Tensor:
-    """`out`, and in training a gradient of zero for parameters that the plain form computes with to no effect.
+def with_zero_gradients(out: Tensor, *unread: Tensor) -> Tensor:
+    """`out`, and in training a gradient of zero for what the plain form computes with to no effect.
 
     A key's bias, say, shifts all scores of a query alike. Optimisers, and processes that wait for every gradient, then
     find what they find in the plain form.
     """
-    if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters):
-        return _WithZeroGradients.apply(out, *parameters)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in unread):
+        return _WithZeroGradients.apply(out, *unread)
     return out
 
 
 class _WithZeroGradients(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, out: Tensor, *parameters: Tensor) -> Tensor:
-        ctx.save_for_backward(*parameters)
+    def forward(ctx: Any, out: Tensor, *unread: Tensor) -> Tensor:
+        ctx.save_for_backward(*unread)
         return out.view_as(out)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
-        return gradient, *(torch.zeros_like(parameter) for parameter in ctx.saved_tensors)
+        return gradient, *(torch.zeros_like(tensor) for tensor in ctx.saved_tensors)
 
 
 def plain_pointwise(convolution: nn.Module) -> bool:
