@@ -10,14 +10,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .inference import Segmenter
-    from .integrations import accelerate, restore
+    from magnet_fast.inference import Segmenter
+    from magnet_fast.fast import accelerate, restore
 
 __version__ = "0.1.0"
 
-_PARTS = ("data", "evaluation", "inference", "integrations", "losses", "models", "ops", "training", "visualize")
+_PARTS = ("data", "evaluation", "fast", "inference", "losses", "models", "ops", "training", "visualize")
 
-_EXPORTS = {"Segmenter": "inference", "accelerate": "integrations", "restore": "integrations"}
+_EXPORTS = {"Segmenter": "inference", "accelerate": "fast", "restore": "fast"}
 
 __all__ = ["Segmenter", "__version__", "accelerate", "restore"]
 

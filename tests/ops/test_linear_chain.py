@@ -1,4 +1,4 @@
-"""Chains of frozen Linears: against float64 and PyTorch's own layers, and when they run."""
+"""Chains of packed Linears: against float64 and PyTorch's own layers, and when they run."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from magnet_fast import models, ops
-from magnet_fast.ops import _cpu_backend, _frozen, _linear_chain
-from magnet_fast.ops._linear import freeze_linear
+from magnet_fast.ops import _cpu_backend, _linear_chain, _packed
+from magnet_fast.ops._linear import pack_linear
 from magnet_fast.ops._linear_chain import Step
 
 _cpu = _cpu_backend.extension
@@ -26,14 +26,14 @@ def needs(dtype: torch.dtype) -> None:
 
 
 def make(dtype: torch.dtype, *widths: int, bias: bool = True, affine: bool = True) -> tuple[list, list]:
-    """Frozen Linears from width to width, and a LayerNorm for every width."""
+    """Packed Linears from width to width, and a LayerNorm for every width."""
     linears = [nn.Linear(c, d, bias=bias, dtype=dtype) for c, d in zip(widths, widths[1:], strict=False)]
     norms = [nn.LayerNorm(width, elementwise_affine=affine, dtype=dtype) for width in widths]
     for norm in norms if affine else []:
         nn.init.uniform_(norm.weight, 0.5, 1.5)
         nn.init.uniform_(norm.bias, -0.5, 0.5)
     for layer in linears:
-        freeze_linear(layer.requires_grad_(False))
+        pack_linear(layer.requires_grad_(False))
     return linears, norms
 
 
@@ -210,9 +210,9 @@ def test_changed_weights_are_seen() -> None:
     torch.manual_seed(0)
     steps, x = block(torch.float32, 32, 64), torch.randn(5, 32)
     assert_agree(x, steps, x)
-    copies = [_frozen.in_chains(step.linear.weight) for step in steps]
+    copies = [_packed.in_chains(step.linear.weight) for step in steps]
     assert_agree(x, steps, x)
-    assert all(_frozen.in_chains(step.linear.weight) is copy for step, copy in zip(steps, copies, strict=True))
+    assert all(_packed.in_chains(step.linear.weight) is copy for step, copy in zip(steps, copies, strict=True))
     with torch.no_grad():
         for step in steps:
             step.linear.weight.mul_(3)
@@ -225,7 +225,7 @@ def a_hook(*_: object) -> None:
 
 
 class Adapter(nn.Module):
-    """A frozen Linear and something added to it, with the attributes that adapters pass on."""
+    """A packed Linear and something added to it, with the attributes that adapters pass on."""
 
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()
@@ -289,7 +289,7 @@ def test_an_adapter_in_a_block_is_called() -> None:
     for model in (swin, layer):
         for module in model.eval().requires_grad_(False).modules():
             if type(module) is nn.Linear:
-                freeze_linear(module)
+                pack_linear(module)
     for parent, name in places:
         model, plain = (layer if parent in (layer, layer.attention) else swin), getattr(parent, name)
         setattr(parent, name, Adapter(plain))
@@ -320,7 +320,7 @@ def test_models_take_it(dtype: torch.dtype, monkeypatch) -> None:
         assert ran == []
         for module in model.modules():
             if type(module) is nn.Linear:
-                freeze_linear(module)
+                pack_linear(module)
         found = model.predict(*inputs)
         blocks, layers = sum(model.config.image.depths), model.config.decoder.pixel_layers
         assert len(ran) == 2 * blocks + layers
@@ -335,7 +335,7 @@ def test_a_block_that_is_watched_calls_its_parts() -> None:
     block_, seen = SwinBlock(32, 2, 4, 0, 0.0).eval().requires_grad_(False), []
     for module in block_.modules():
         if type(module) is nn.Linear:
-            freeze_linear(module)
+            pack_linear(module)
     x = torch.randn(1, 8, 8, 32)
     with torch.no_grad():
         expected = block_(x)

@@ -8,7 +8,7 @@ and a masked word still reads the image, where the operator gives it a row of ze
 
 from __future__ import annotations
 
-from .transformers_deformable import deformable_replacement
+from magnet_fast.fast.transformers_deformable import deformable_replacement
 
 _BIDIRECTIONAL = (
     "it returns its pixels x words attention maps, masks pixels as well as words, and lets masked words read the "

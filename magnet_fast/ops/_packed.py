@@ -2,7 +2,7 @@
 
 Otherwise every call brings the weight into that layout first, which costs a product of few rows most. The copy
 is made in the first call, and again when the weight is seen to have changed: loaded, stepped by an optimiser, moved,
-cast. What is written through ``.data``, or by a program that shares the memory, PyTorch does not count; hence the
+cast. What is written through `.data`, or by a program that shares the memory, PyTorch does not count; hence the
 promise.
 """
 
@@ -21,34 +21,34 @@ from . import _cpu_backend
 
 @dataclass
 class _Copy:
-    """A frozen weight's copy, and of what it is one."""
+    """A packed weight's copy, and of what it is one."""
 
     packed: Tensor
     storage: StorageWeakRef
     state: tuple[object, ...]
 
 
-_copies: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # by identity; a copy of a weight is not frozen
+_copies: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # by identity; a copy of a weight is not packed
 
 
-def freeze(weight: Tensor) -> None:
-    """From now on :func:`in_products` and :func:`in_chains` give packed copies of `weight`, while the weight lives."""
+def pack(weight: Tensor) -> None:
+    """From now on `in_products` and `in_chains` give packed copies of `weight`, while the weight lives."""
     if weight not in _copies:
         _copies[weight] = {}
 
 
-def thaw(weight: Tensor) -> None:
+def unpack(weight: Tensor) -> None:
     """The way back; the copies are gone."""
     _copies.pop(weight, None)
 
 
 def keeps(weight: Tensor) -> bool:
-    """Whether `weight` is frozen, and its changes would be seen: a tensor made in inference mode counts none."""
+    """Whether `weight` is packed, and its changes would be seen: a tensor made in inference mode counts none."""
     return len(_copies) > 0 and weight in _copies and not weight.is_inference()
 
 
 def in_products(weight: Tensor, rows: int) -> Tensor:
-    """What to give to oneDNN's product in place of `weight`: its packed copy if it is frozen, else the weight itself,
+    """What to give to oneDNN's product in place of `weight`: its packed copy if it has one, else the weight itself,
     made contiguous: with a slice of a wider one oneDNN takes a thousand times as long.
 
     Args:
@@ -61,7 +61,7 @@ def in_products(weight: Tensor, rows: int) -> Tensor:
 
 
 def in_chains(weight: Tensor) -> Tensor:
-    """The copy for :mod:`._linear_chain` of a weight that :func:`keeps` says yes to, as bytes.
+    """The copy for `_linear_chain` of a weight that `keeps` says yes to, as bytes.
 
     Args:
         weight: (D, C), both multiples of what the SIMD level in use asks for.
@@ -69,14 +69,14 @@ def in_chains(weight: Tensor) -> Tensor:
     return _current(weight, _cpu_backend.extension.simd_level(), _pack_for_chain)
 
 
-def _current(weight: Tensor, layout: str, pack: Callable[[Tensor], Tensor]) -> Tensor:
+def _current(weight: Tensor, layout: str, make: Callable[[Tensor], Tensor]) -> Tensor:
     copies = _copies[weight]
     storage = StorageWeakRef(weight.untyped_storage())
     state = (weight.dtype, weight.shape, weight.stride(), weight.data_ptr(), weight._version)
     copy = copies.get(layout)
     # The reference keeps the storage's place from being taken by another, not its memory.
     if copy is None or copy.state != state or copy.storage != storage:
-        copy = copies[layout] = _Copy(pack(weight.detach().contiguous()), storage, state)
+        copy = copies[layout] = _Copy(make(weight.detach().contiguous()), storage, state)
     return copy.packed
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import magnet_fast
-from magnet_fast.integrations import _REPLACEMENTS, _replacement
+from magnet_fast.fast import _REPLACEMENTS, _replacement
 
 PATHS = [path for path, replacement in _REPLACEMENTS.items() if "Multiscale" in path]
 SIZES = [(5, 4), (3, 2), (1, 3)]

@@ -30,7 +30,7 @@ def test_table_of_a_suite() -> None:
     assert not any("DETR" in line or "MagNet" in line for line in lines)  # nothing to compare with; another suite
 
 
-def test_table_with_frozen_weights() -> None:
+def test_table_with_packed_weights() -> None:
     rows = [row("integrations", name, path, 2.0, peak_bytes=3 << 20) for name in "AB" for path in ("plain", "cpu")]
     rows.insert(2, row("integrations", "A", "cpu, frozen weights", 0.5, peak_bytes=4 << 20))
     lines = table({"machine": MACHINE, "rows": rows}, "integrations").splitlines()

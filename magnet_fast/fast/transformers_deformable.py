@@ -3,7 +3,7 @@
 Mask2Former, OneFormer, Deformable DETR, RT-DETR and RT-DETR v2, Grounding DINO and the models that carry a copy of the
 same module. The operator takes the raw offsets and logits: softmax, location arithmetic and sampling are one kernel.
 The weights that the modules hand back beside their result are computed as ever, one softmax of the logits, so that
-``output_attentions`` and hooks find what they found before.
+`output_attentions` and hooks find what they found before.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import ops
-from ._replacement import Replacement, must_run_original, names
+from magnet_fast import ops
+from magnet_fast.fast._replacement import Replacement, must_run_original, names, parts_changed
 
 
 class _DeformableAttention:
@@ -38,7 +38,7 @@ class _DeformableAttention:
         shapes = _python_shapes(kwargs.get("spatial_shapes_list"), kwargs.get("spatial_shapes"))
         points = self._points(reference_points)
         bypassed = [self.attn] if hasattr(self, "attn") else []
-        if args or shapes is None or points is None or must_run_original(*bypassed):
+        if args or shapes is None or points is None or parts_changed(self) or must_run_original(*bypassed):
             return super().forward(
                 hidden_states,
                 attention_mask,
@@ -165,7 +165,7 @@ def deformable_replacement(path: str, mixin: type = _DeformableAttention) -> Rep
         operator="fused_deformable_attention",
         parameters={"forward": (_REQUIRED, _OPTIONAL)},
         attributes=(*_ATTRIBUTES, "method", "n_points_list", "offset_scale") if second else _ATTRIBUTES,
-        passed_over={} if by_function else {"attn": sampling},
+        bypassed={} if by_function else {"attn": sampling},
         unfit=_unfit_v2 if second else _unfit,
     )
 

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops._linear import linear, plain_linear
-from . import _block, _window
-from ._replacement import Replacement, must_run_original, names
+from magnet_fast.ops._linear import linear, plain_linear
+from magnet_fast.fast import _block, _window
+from magnet_fast.fast._replacement import Replacement, must_run_original, names, parts_changed
 
 # What their attention computes under either name; a name registered by a user may be anything.
 _KNOWN_ATTENTION = ("sdpa", "eager")
@@ -51,6 +51,7 @@ class _SwinLayer:
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
         if (
             (self.training and attention.attention_dropout > 0)
+            or parts_changed(self)
             or must_run_original(attention, bias, *projections)
             or not plain_linear(*projections)
             or kwargs.get("output_attentions", attention.config.output_attentions)
@@ -111,7 +112,8 @@ def _older_unfit_now(layer: nn.Module) -> bool:
     attention = layer.attention.self
     projections = (attention.query, attention.key, attention.value)
     return (
-        (attention.dropout.training and attention.dropout.p > 0)
+        parts_changed(layer)
+        or (attention.dropout.training and attention.dropout.p > 0)
         or must_run_original(layer.attention, attention, attention.dropout, layer.attention.output, *projections)
         or not plain_linear(*projections)
         or (layer.window_size, layer.window_size) != tuple(attention.window_size)
@@ -207,7 +209,7 @@ def _older(path: str, mixin: type, more_parameters: str) -> Replacement:
             "attention.output.dense",
             "attention.output.dropout",
         ),
-        passed_over={
+        bypassed={
             "attention": attention + "Attention",
             "attention.self": attention + "SelfAttention",
             "attention.output": attention + "SelfOutput",
@@ -246,7 +248,7 @@ REPLACEMENTS = (
             "attention.relative_position_bias.window_size",
             "attention.relative_position_bias.relative_position_bias_table",
         ),
-        passed_over={
+        bypassed={
             "attention": f"{_MODULE}.SwinAttention",
             "attention.relative_position_bias": f"{_MODULE}.SwinRelativePositionBias",
         },

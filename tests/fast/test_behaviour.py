@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import magnet_fast
-from magnet_fast.integrations import Report, _replacement
+from magnet_fast.fast import Report, _replacement
 
 from . import zoo
 
@@ -232,7 +232,7 @@ def test_attention_dropout_runs_the_original_in_training(name: str) -> None:
         ("MaskFormer", "MaskFormerSwinSelfAttention"),
     ],
 )
-def test_hooks_on_what_is_passed_over_are_called(name: str, inner: str) -> None:
+def test_hooks_on_what_is_bypassed_are_called(name: str, inner: str) -> None:
     family = zoo.FAMILIES[name]
     model, inputs = accelerated(family), family.inputs(zoo.EVEN)
     expected = zoo.call(model, inputs)
@@ -413,9 +413,9 @@ def test_no_framework_is_imported() -> None:
 
 def test_names_of_replaced_classes_differ() -> None:
     """A pickle finds a class by that name alone."""
-    from magnet_fast import integrations
+    from magnet_fast import fast
 
-    names = [replacement.fused_name for replacement in integrations._REPLACEMENTS.values()]
+    names = [replacement.fused_name for replacement in fast._REPLACEMENTS.values()]
     assert len(set(names)) == len(names)
     model = zoo.timm_swin(zoo.EVEN)
     magnet_fast.accelerate(model)
@@ -424,4 +424,4 @@ def test_names_of_replaced_classes_differ() -> None:
     buffer.seek(0)
     assert type(torch.load(buffer, weights_only=False)) is type(model)
     with pytest.raises(AttributeError, match="no attribute 'FusedNothing'"):
-        integrations.FusedNothing  # noqa: B018
+        fast.FusedNothing  # noqa: B018

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..ops._linear import linear, plain_linear
-from . import _block, _window
-from ._replacement import Replacement, must_run_original, names
+from magnet_fast.ops._linear import linear, plain_linear
+from magnet_fast.fast import _block, _window
+from magnet_fast.fast._replacement import Replacement, must_run_original, names, parts_changed
 
 _DROP_PATH = (*_block.IDENTITY, "timm.layers.drop.DropPath")
 _PARTS = {
@@ -49,7 +49,12 @@ class _Block:
     def _attn(self, x: Tensor) -> Tensor:
         attn = self.attn
         dropped = attn.attn_drop.p > 0 and attn.attn_drop.training
-        if dropped or must_run_original(attn, attn.softmax, attn.attn_drop) or not plain_linear(attn.qkv):
+        if (
+            dropped
+            or parts_changed(self)
+            or not plain_linear(attn.qkv)
+            or must_run_original(attn, attn.qkv, attn.softmax, attn.attn_drop)
+        ):
             return super()._attn(x)
         return attn.proj_drop(attn.proj(self._attend(attn.qkv(x))))
 
@@ -94,7 +99,11 @@ REPLACEMENTS = (
             "attn.proj",
             "attn.proj_drop",
         ),
-        passed_over={"attn": "timm.models.swin_transformer.WindowAttention"},
+        bypassed={
+            "attn": "timm.models.swin_transformer.WindowAttention",
+            "attn.softmax": "torch.nn.modules.activation.Softmax",
+            "attn.attn_drop": "torch.nn.modules.dropout.Dropout",
+        },
         unfit=_unfit,
         note=lambda block: _window.dropout_note(block.attn.attn_drop.p),
     ),

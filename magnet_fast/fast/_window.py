@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import ops
+from magnet_fast import ops
 
 COSINE = "Swin v2: cosine similarity with a learned scale and a bias from an MLP, which the operator does not have"
 

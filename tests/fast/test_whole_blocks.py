@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import magnet_fast
-from magnet_fast.integrations import _block
+from magnet_fast.fast import _block
 from magnet_fast.ops import _linear
 
 from . import zoo

@@ -13,23 +13,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import _linear_chain
-from ..ops._linear import linear
-from ..ops._linear_chain import Step
-from ._replacement import class_path, must_run_original
+from magnet_fast.ops import _linear_chain
+from magnet_fast.ops._linear import linear, plain_weight
+from magnet_fast.ops._linear_chain import Step
+from magnet_fast.fast._replacement import class_path, must_run_original
 
 # glibc maps memory of 32 MiB or more for one use and gives it back to the system; smaller memory it keeps.
 _SLICE_BYTES = 28 << 20
 
 NORM = ("torch.nn.modules.normalization.LayerNorm",)
-LINEAR = ("torch.nn.modules.linear.Linear", "magnet_fast.ops._linear.FrozenLinear")
+LINEAR = (
+    "torch.nn.modules.linear.Linear",
+    "magnet_fast.ops._linear.PackedLinear",
+    "magnet_fast.ops._linear.ProductLinear",
+)
 IDENTITY = ("torch.nn.modules.linear.Identity",)
 DROPOUT = ("torch.nn.modules.dropout.Dropout",)
 GELU = ("torch.nn.modules.activation.GELU", "transformers.activations.GELUActivation")
 
 
 def runs_whole(block: nn.Module, x: Tensor, parts: Mapping[str, tuple[str, ...]]) -> bool:
-    """Whether :func:`forward` computes what the block computes, in this call.
+    """Whether `forward` computes what the block computes, in this call.
 
     Args:
         x: what the block was called with.
@@ -45,7 +49,7 @@ def runs_whole(block: nn.Module, x: Tensor, parts: Mapping[str, tuple[str, ...]]
         found.keys() == parts.keys()
         and all(class_path(type(module)) in parts[name] for name, module in found.items())
         and all(_exact(module) for module in found.values() if class_path(type(module)) in GELU)
-        and not any(module.training for module in found.values())
+        and all(plain_weight(module) and not module.training for module in found.values())
         and not must_run_original(*found.values())
     )
 

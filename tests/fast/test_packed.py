@@ -1,4 +1,4 @@
-"""`accelerate(model, freeze=True)`: every Linear on a packed copy of its weight, and nothing else different."""
+"""`accelerate(model, pack=True)`: every Linear on a packed copy of its weight, and nothing else different."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import magnet_fast
-from magnet_fast.ops import _frozen, _linear
+from magnet_fast.ops import _packed, _linear
 from tests.onednn import needs_onednn
 
 from . import zoo
@@ -25,11 +25,11 @@ def any_size(monkeypatch) -> None:
 
 
 def linears(model: nn.Module) -> list[nn.Module]:
-    return [module for module in model.modules() if type(module) in (nn.Linear, _linear.FrozenLinear)]
+    return [module for module in model.modules() if type(module) in (nn.Linear, _linear.PackedLinear)]
 
 
 def packed(model: nn.Module) -> list[Tensor]:
-    copies = (_frozen._copies.get(layer.weight) or {} for layer in linears(model))
+    copies = (_packed._copies.get(layer.weight) or {} for layer in linears(model))
     return [copy.packed for layouts in copies for copy in layouts.values()]
 
 
@@ -42,7 +42,7 @@ def test_same_outputs_and_the_way_back(name: str) -> None:
     state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     with torch.no_grad():
         expected = zoo.call(model, inputs)
-        report = magnet_fast.accelerate(model, freeze=True)
+        report = magnet_fast.accelerate(model, pack=True)
         found = zoo.call(model, inputs)
         again = zoo.call(model, inputs)
         assert packed(model)
@@ -69,7 +69,7 @@ def test_low_precision() -> None:
         truth = zoo.call(family.model().eval(), inputs)
         model = family.model().eval().bfloat16()
         plain = zoo.call(model, inputs)
-        magnet_fast.accelerate(model, freeze=True)
+        magnet_fast.accelerate(model, pack=True)
         for expected, original, found in zip(truth, plain, zoo.call(model, inputs), strict=True):
             error, baseline = (found - expected).abs().max(), (original - expected).abs().max()
             assert found.dtype == torch.bfloat16 and error <= 2 * baseline + 2**-8 * expected.abs().max()
@@ -79,9 +79,9 @@ def test_training_is_as_without() -> None:
     family = zoo.FAMILIES["timm"]
     inputs = family.inputs(zoo.EVEN)
     gradients = []
-    for freeze in (False, True):
+    for pack in (False, True):
         model = family.model().train()
-        magnet_fast.accelerate(model, freeze=freeze)
+        magnet_fast.accelerate(model, pack=pack)
         zoo.call(model, inputs)[0].square().sum().backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
         assert not packed(model)
@@ -93,7 +93,7 @@ def test_training_is_as_without() -> None:
 def test_copies_read_their_own_weights(way: str) -> None:
     family = zoo.FAMILIES["timm"]
     model, inputs = family.model().eval(), family.inputs(zoo.EVEN)
-    magnet_fast.accelerate(model, freeze=True)
+    magnet_fast.accelerate(model, pack=True)
     with torch.no_grad():
         expected = zoo.call(model, inputs)
         other = copy.deepcopy(model) if way == "copy" else pickle.loads(pickle.dumps(model))
@@ -109,7 +109,7 @@ def test_graphs_do_not_ask_for_this_package() -> None:
     model, inputs = family.model().eval(), family.inputs(zoo.EVEN)
     with torch.no_grad():
         expected = zoo.call(model, inputs)[0]
-        magnet_fast.accelerate(model, freeze=True)
+        magnet_fast.accelerate(model, pack=True)
         exported = torch.export.export(model, (inputs,))
         traced = torch.jit.trace(model, inputs, check_trace=False)
         assert not any(word in str(exported.graph) for word in ("magnet_fast::", "mkldnn"))
@@ -124,7 +124,7 @@ def test_compiled_in_one_graph() -> None:
     model, inputs = family.model(family.odd).eval(), family.inputs(family.odd)
     with torch.no_grad():
         expected = zoo.call(model, inputs)[0]
-        magnet_fast.accelerate(model, freeze=True)
+        magnet_fast.accelerate(model, pack=True)
         found = torch.compile(model, backend="aot_eager", fullgraph=True)(inputs)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
@@ -134,7 +134,7 @@ def test_feature_extraction() -> None:
 
     family = zoo.FAMILIES["torchvision"]
     model, inputs = family.model(zoo.ODD).eval(), family.inputs(zoo.ODD)
-    magnet_fast.accelerate(model, freeze=True)
+    magnet_fast.accelerate(model, pack=True)
     extractor = create_feature_extractor(model, ["features.3", "head"])
     with torch.no_grad():
         torch.testing.assert_close(extractor(inputs)["head"], model(inputs))
@@ -143,7 +143,7 @@ def test_feature_extraction() -> None:
 def test_report_has_one_line_for_all_linears() -> None:
     model = zoo.FAMILIES["timm"].model()
     count = len(linears(model))
-    lines = str(magnet_fast.accelerate(model, freeze=True)).splitlines()
+    lines = str(magnet_fast.accelerate(model, pack=True)).splitlines()
     assert f"  replaced: * ({count} x torch Linear) -> linear; packed weight in inference on a CPU" in lines
     assert len(lines) == 3
 
@@ -154,7 +154,7 @@ def test_what_is_more_than_a_linear_is_left_alone() -> None:
 
     model = nn.Sequential(nn.Linear(8, 8), Adapter(8, 8), nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)))
     classes = [type(layer) for layer in model]
-    report = magnet_fast.accelerate(model, freeze=True)
+    report = magnet_fast.accelerate(model, pack=True)
     assert [module.name for module in report.replaced] == ["0"] and not report.left_alone
     assert [type(layer) for layer in model][1:] == classes[1:] and isinstance(model[0], nn.Linear)
     magnet_fast.restore(model)
@@ -169,5 +169,5 @@ def test_magnet() -> None:
     model = models.build("magnet_tiny").eval()
     inputs = (torch.randn(1, 3, 64, 64), torch.randint(5, 100, (1, 7)), torch.ones(1, 7, dtype=torch.long))
     expected = model.predict(*inputs)
-    assert magnet_fast.accelerate(model, freeze=True).replaced
+    assert magnet_fast.accelerate(model, pack=True).replaced
     torch.testing.assert_close(model.predict(*inputs), expected, rtol=1e-3, atol=1e-4)

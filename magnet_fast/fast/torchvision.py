@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops._linear import plain_linear
-from . import _window
-from ._replacement import Replacement, must_run_original, names
+from magnet_fast.ops._linear import plain_linear
+from magnet_fast.fast import _window
+from magnet_fast.fast._replacement import Replacement, must_run_original, names
 
 
 class _Attention:
@@ -74,7 +74,7 @@ REPLACEMENTS = (
             "proj",
             "relative_position_bias_table",
         ),
-        passed_over={},
+        bypassed={},
         unfit=_unfit,
         note=lambda attention: _window.dropout_note(attention.attention_dropout),
     ),
