@@ -1,8 +1,4 @@
-"""Mask Grounding: say the hidden word from the other words, the pixels and where the referent's mask is.
-
-MagNet, section 3.1 (Chng et al., CVPR 2024). A training task that attaches to any model with word and pixel features;
-the model itself does not know of it, and nothing of it is needed, or saved, for inference.
-"""
+"""Mask Grounding's predictor: a hidden word from the other words, the pixels and where the mask is."""
 
 from __future__ import annotations
 
@@ -12,11 +8,12 @@ from torch import Tensor, nn
 from transformers import BertConfig
 from transformers.models.bert.modeling_bert import BertLayer, BertPredictionHeadTransform
 
-from .bert import additive_mask
-from .position import sine_position
+from magnet_fast.models.position import sine_position
+
+_PADDING = -10000.0  # added to the similarities of padded words: exp of it is 0 in every dtype used here
 
 
-class MaskGrounding(nn.Module):
+class WordPredictor(nn.Module):
     """Mask encoder, predictor and language head.
 
     The predictor is a BERT encoder over [words ; pixels ; the mask's token], with padded words really masked. The
@@ -89,7 +86,7 @@ class MaskGrounding(nn.Module):
         tokens = torch.cat([part + kind for part, kind in zip(parts, self.kinds, strict=True)], dim=1)
         present = F.pad(word_mask.to(torch.int64), (0, tokens.shape[1] - words.shape[1]), value=1)
         hidden = self.norm(tokens)
-        padding = additive_mask(present, hidden)
+        padding = ((1.0 - present.to(hidden.dtype)) * _PADDING)[:, None, None, :]
         for layer in self.layers:
             hidden = layer(hidden, padding)
             if isinstance(hidden, tuple):  # transformers' layers returned tuples for a long time
