@@ -55,11 +55,11 @@ class GroundingTerm(Term):
 
     @classmethod
     def build(cls, config: GroundingConfig, model: nn.Module, tokenizer: Any) -> GroundingTerm:
-        text, channels = model.text_encoder, model.image_encoder.channels
+        text, channels = model.text_encoder, model.config.fusion.channels(model.config.image)
         if config.image_stage >= len(channels):
             raise ValueError(
-                f"terms.grounding.image_stage: expected less than the {len(channels)} stages of the model's image "
-                f"encoder, got {config.image_stage}"
+                f"terms.grounding.image_stage: expected a stage of the model's, 0 to {len(channels) - 1}, "
+                f"got {config.image_stage}"
             )
         embedding = getattr(text, "word_embedding", None)
         if embedding is None or embedding.shape[1] != text.width:

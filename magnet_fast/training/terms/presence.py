@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from magnet_fast.models.contract import Prediction
-from magnet_fast.training.terms.term import Term, TermConfig, register
+from magnet_fast.training.terms.term import Term, TermConfig, register, says_presence
 
 
 @register("presence")
@@ -20,8 +20,8 @@ class PresenceTerm(Term):
 
     @classmethod
     def build(cls, config: TermConfig, model: nn.Module, tokenizer: Any) -> PresenceTerm:
-        if getattr(model, "presence", None) is None:
-            raise cls.refuse("the model cannot say whether anything is named (model.presence is None)")
+        if not says_presence(model):
+            raise cls.refuse("the model cannot say whether anything is named (no presence part, and a head without)")
         return cls(config)
 
     def forward(self, prediction: Prediction, batch: dict[str, Any], model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:

@@ -89,6 +89,11 @@ class Term(nn.Module):
         return ValueError(f"terms.{cls.name}: {lack}; set terms.{cls.name}.weight to 0, or train another model")
 
 
+def says_presence(model: nn.Module) -> bool:
+    """Whether the model's predictions have a presence, by a part of its own or by its head."""
+    return model.presence is not None or model.head.says_presence
+
+
 TERMS: dict[str, type[Term]] = {}
 """All terms by the name that recipes use."""
 
@@ -132,7 +137,7 @@ def build_terms(configs: Mapping[str, TermConfig], model: nn.Module, tokenizer: 
         ValueError: a term with a weight reads what the model does not have, or all weights are 0.
     """
     chosen = {"mask": TERMS["mask"].config_class()}
-    if getattr(model, "presence", None) is not None:
+    if says_presence(model):
         chosen["presence"] = TERMS["presence"].config_class()
     chosen |= configs
     # In the order of the registry, whatever the recipe's: sums and random weights then do not depend on it.

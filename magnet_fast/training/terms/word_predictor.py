@@ -8,9 +8,8 @@ from torch import Tensor, nn
 from transformers import BertConfig
 from transformers.models.bert.modeling_bert import BertLayer, BertPredictionHeadTransform
 
+from magnet_fast.models.encoders.bert import additive_mask
 from magnet_fast.models.position import sine_position
-
-_PADDING = -10000.0  # added to the similarities of padded words: exp of it is 0 in every dtype used here
 
 
 class WordPredictor(nn.Module):
@@ -86,7 +85,7 @@ class WordPredictor(nn.Module):
         tokens = torch.cat([part + kind for part, kind in zip(parts, self.kinds, strict=True)], dim=1)
         present = F.pad(word_mask.to(torch.int64), (0, tokens.shape[1] - words.shape[1]), value=1)
         hidden = self.norm(tokens)
-        padding = ((1.0 - present.to(hidden.dtype)) * _PADDING)[:, None, None, :]
+        padding = additive_mask(present, hidden)
         for layer in self.layers:
             hidden = layer(hidden, padding)
             if isinstance(hidden, tuple):  # transformers' layers returned tuples for a long time

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .. import ops
+from magnet_fast import ops
 
 
 class CrossModalityAttention(nn.Module):

@@ -1,4 +1,4 @@
-"""Pretrained Swin and BERT weights, by published name or local path."""
+"""Pretrained weights of Swin, by published name or local path."""
 
 from __future__ import annotations
 
@@ -10,49 +10,35 @@ from pathlib import Path
 import timm
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import BertModel
 
-from .released import load_strictly, read_checkpoint
+from magnet_fast.models.state import read_checkpoint, unreachable
 
 # The ImageNet-22k weights that the papers of this family start from, by (embed_dim, depth of stage 3).
-_SWIN_NAMES = {
+_NAMES = {
     (96, 6): "swin_tiny_patch4_window7_224.ms_in22k",
     (96, 18): "swin_small_patch4_window7_224.ms_in22k",
     (128, 18): "swin_base_patch4_window12_384.ms_in22k",
 }
-_BERT_NAME = "bert-base-uncased"
 
 
-def load_pretrained(model: nn.Module, sources: Mapping[str, str]) -> None:
-    """Load Swin into `model.image_encoder` and BERT into `model.text_encoder`.
-
-    Args:
-        sources: {"image": timm name, .safetensors or .pth file; "text": transformers name or folder}; an entry
-            that is absent takes the published default of the model's size.
-
-    Raises:
-        ValueError: an unknown entry, a size without a published default, weights that do not fit or that neither
-            the network nor a cache has.
-    """
-    unknown = sorted(set(sources) - {"image", "text"})
-    if unknown:
-        raise ValueError(f"pretrained has the unknown entry {unknown[0]!r}; known: 'image', 'text'")
-    image = model.config.image
-    default = _SWIN_NAMES.get((image.embed_dim, image.depths[2]))
-    name = sources.get("image", default)
+def published_swin(embed_dim: int, depths: tuple[int, ...]) -> str:
+    """timm's name of the published weights of this size; ValueError where there are none."""
+    name = _NAMES.get((embed_dim, depths[2]))
     if name is None:
         raise ValueError(
-            f"no published Swin has embed_dim {image.embed_dim} and depths {image.depths}: "
+            f"no published Swin has embed_dim {embed_dim} and depths {depths}: "
             "name weights with pretrained={'image': ..., 'text': ...} or build with pretrained=False"
         )
-    swin = _read_swin(name)
-    load_strictly(model.image_encoder, swin_from_timm(swin, image.window_size), f"image weights {name!r}")
-    text_name = sources.get("text", _BERT_NAME)
-    try:
-        bert = BertModel.from_pretrained(text_name, add_pooling_layer=False)
-    except (OSError, ValueError) as error:
-        raise ValueError(_unreachable("text", text_name, error)) from error
-    load_strictly(model.text_encoder.bert, bert.state_dict(), f"text weights {text_name!r}")
+    return name
+
+
+def read_swin(name: str, window_size: int) -> dict[str, Tensor]:
+    """Weights for a `SwinEncoder` of a window from a timm name, a .safetensors or a .pth file.
+
+    Raises:
+        ValueError: neither a file nor a name that timm knows, or weights that cannot be had.
+    """
+    return swin_from_timm(_read(name), window_size)
 
 
 def swin_from_timm(state: Mapping[str, Tensor], window_size: int) -> dict[str, Tensor]:
@@ -86,7 +72,7 @@ def _resize_table(table: Tensor, window_size: int) -> Tensor:
     return grid.reshape(-1, wanted * wanted).T.contiguous().to(table.dtype)
 
 
-def _read_swin(name: str) -> Mapping[str, Tensor]:
+def _read(name: str) -> Mapping[str, Tensor]:
     if os.sep in name or Path(name).exists():
         if not Path(name).is_file():
             raise ValueError(f"image weights {name!r}: no such file")
@@ -97,13 +83,4 @@ def _read_swin(name: str) -> Mapping[str, Tensor]:
     try:
         return timm.create_model(name, pretrained=True).state_dict()
     except (OSError, RuntimeError, ValueError) as error:
-        raise ValueError(_unreachable("image", name, error)) from error
-
-
-def _unreachable(kind: str, name: str, error: Exception) -> str:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return (
-        f"pretrained {kind} weights {name!r} could not be loaded: {reason} "
-        f"Neither network nor cache has them, or the name is wrong: give a local path "
-        f"(pretrained={{'{kind}': PATH}}) or build with pretrained=False."
-    )
+        raise unreachable("image", name, error) from error
