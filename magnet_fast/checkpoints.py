@@ -10,7 +10,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from magnet_fast.data.tokenizers import Tokenizing, open_tokenizer
+from magnet_fast.data.tokenizers import ExpressionTokenizer, open_tokenizer
 from magnet_fast.models.base import ReferringModel
 from magnet_fast.models.released import from_released
 from magnet_fast.models.weights import load_with_metadata, restored
@@ -34,7 +34,7 @@ class Checkpoint:
     vocabulary: str | None
     metadata: dict[str, str]
 
-    def tokenizer(self, given: str | os.PathLike[str] | Tokenizing | None = None) -> Tokenizing:
+    def tokenizer(self, given: str | os.PathLike[str] | ExpressionTokenizer | None = None) -> ExpressionTokenizer:
         """The tokenizer for this model, checked.
 
         Args:

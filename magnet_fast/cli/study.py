@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .errors import user_errors
+from magnet_fast.cli.errors import user_errors
 
 study_app = typer.Typer(help="Find out what the parts of the method do.", no_args_is_help=True)
 

@@ -28,15 +28,19 @@ class System:
         name: as in `ModelConfig.architecture`.
         model: the class, built from a configuration alone.
         config: class of its configurations.
-        presets: configurations by name.
+        presets: the parts of each, by name.
         released: how its authors' files are read; None where there are none.
     """
 
     name: str
     model: type[ReferringModel]
     config: type[ModelConfig]
-    presets: dict[str, ModelConfig]
+    presets: dict[str, dict[str, Any]]
     released: Released | None
+
+    def preset(self, name: str) -> ModelConfig:
+        """The configuration of a preset."""
+        return parse_config({"architecture": self.name, **self.presets[name]})
 
 
 _systems: dict[str, System] = {}
@@ -67,8 +71,10 @@ def register(
         before = _systems.get(name)
         if twice or (before is not None and before.model.__qualname__ != model.__qualname__):
             raise ValueError(f"name: {twice[0] if twice else name!r} is registered already")
-        configs = {preset: config(architecture=name, **parts) for preset, parts in presets.items()}
-        _systems[name] = System(name, model, config, configs, released)
+        # Presets are read when they are asked for: by then all parts are known.
+        _systems[name] = System(
+            name, model, config, {preset: dict(parts) for preset, parts in presets.items()}, released
+        )
         return model
 
     return known
@@ -104,12 +110,12 @@ def create(name: str, pretrained: bool | Mapping[str, str | bool] = False, **ove
 
 def preset_config(name: str, **overrides: Any) -> ModelConfig:
     """The configuration that `create` would use."""
-    known = {preset: config for system in systems() for preset, config in system.presets.items()}
+    known = {preset: system for system in systems() for preset in system.presets}
     if name not in known:
         near = get_close_matches(name, known, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"name: unknown model {name!r}{hint} Known: {', '.join(sorted(known))}")
-    entries = known[name].model_dump()
+    entries = known[name].preset(name).model_dump()
     for key, value in overrides.items():
         _override(entries, key.split("__"), value, key)
     return parse_config(entries)
