@@ -56,7 +56,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
             if metadata.get("format") in _FORMER:
                 raise ValueError(
                     f"{path}: this run was begun by an earlier version (format {metadata['format']!r}, expected "
-                    f"{FORMAT!r}) and cannot be resumed; evaluate it as it is, or start a new run from its weights with "
+                    f"{FORMAT!r}) and cannot be resumed; evaluate it as it is, or start a new run from its weights, "
                     f"--set model.weights={path}"
                 )
             if metadata.get("format") != FORMAT:

@@ -50,9 +50,7 @@ def stop_training(
     )
 
 
-def save_batch(
-    dataset: Any, indices: Sequence[int], folder: Path, step: int, rank: int, facts: dict[str, Any]
-) -> Path:
+def save_batch(dataset: Any, indices: Sequence[int], folder: Path, step: int, rank: int, facts: dict[str, Any]) -> Path:
     """Write this process's share of a step's batch, read from the dataset again, and what is known of it.
 
     Args:

@@ -9,14 +9,16 @@ from itertools import chain
 import torch
 from torch import nn
 
-from magnet_fast.training.sections import OptimiserConfig
 from magnet_fast.training.muon import FUSED_DEVICES, Muon
+from magnet_fast.training.sections import OptimiserConfig
 
 # A projection to fewer outputs is a handful of vectors, whose lengths mean something: not for Muon.
 _SMALLEST_SIDE = 8
 
 
-def build_optimiser(model: nn.Module, config: OptimiserConfig, beside: nn.Module | None = None) -> torch.optim.Optimizer:
+def build_optimiser(
+    model: nn.Module, config: OptimiserConfig, beside: nn.Module | None = None
+) -> torch.optim.Optimizer:
     """The optimiser over `parameter_groups`; each group remembers its `initial_lr` for the schedule.
 
     The fused implementation of AdamW is used where the device has it: one pass instead of one for every parameter or
@@ -35,10 +37,10 @@ def parameter_groups(model: nn.Module, config: OptimiserConfig, beside: nn.Modul
     that are too narrow for it; `stacked` says of each parameter of how many matrices it is made.
 
     Weight decay falls on the weight matrices of linear and convolution layers only: not on biases, norms,
-    relative position bias tables, embeddings and other free parameters. `image_multiplier` and
-    `text_multiplier` scale the learning rate of the parts that are usually pretrained. Parameters that
-    match `config.freeze` are frozen (`requires_grad=False`) and left out. `beside` is trained with the model and does not
-    belong to it (the terms); its parameters are among the rest.
+    relative position bias tables, embeddings and other free parameters. `image_multiplier` and `text_multiplier` scale
+    the learning rate of `model.image_encoder` and `model.text_encoder`, which are usually pretrained. Parameters that
+    match `config.freeze` are frozen (`requires_grad=False`) and left out. `beside` is trained with the model and does
+    not belong to it (the terms); its parameters are among the rest.
 
     Raises:
         ValueError: a pattern of `freeze` matches no parameter, or everything is frozen.

@@ -46,7 +46,7 @@ class RunDisplay:
             self._bar.stop()
 
     def update(self, share: float, state: str) -> None:
-        """``share`` of the run is done, in [0, 1]; ``state`` says the rest in words."""
+        """`share` of the run is done, in [0, 1]; `state` says the rest in words."""
         if self._bar is not None:
             self._bar.update(self._task, completed=share, state=state)
         elif self._enabled:
@@ -63,7 +63,7 @@ class RunDisplay:
 class MetricsFile:
     """Rows of numbers, one JSON object a line, appended as they come.
 
-    Each row has ``kind`` ("train" or "validation") and ``step``; within a kind no step appears twice.
+    Each row has `kind` ("train" or "validation") and `step`; within a kind no step appears twice.
     """
 
     def __init__(self, path: Path) -> None:

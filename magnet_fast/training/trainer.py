@@ -269,14 +269,20 @@ class Trainer:
         batches = iter(self._batches(epoch, position))
         indices = [index for _ in range(self.config.accumulation) for index in next(batches)]
         self._enter_epoch(epoch)
-        return self.training_set, indices, {
-            "epoch": epoch,
-            "position": position,
-            "found_after_step": self.step,
-            "processes": self.world.size,
-            "precision": self.config.precision,
-            "checkpoint": f"{CHECKPOINT} is of step {self.saved_at}" if self.saved_at > 0 else "there is no checkpoint",
-        }
+        return (
+            self.training_set,
+            indices,
+            {
+                "epoch": epoch,
+                "position": position,
+                "found_after_step": self.step,
+                "processes": self.world.size,
+                "precision": self.config.precision,
+                "checkpoint": f"{CHECKPOINT} is of step {self.saved_at}"
+                if self.saved_at > 0
+                else "there is no checkpoint",
+            },
+        )
 
     # ---- data and time ----
 

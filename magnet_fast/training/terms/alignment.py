@@ -55,7 +55,9 @@ class AlignmentTerm(Term):
             )
         return cls(config, model.text_encoder.width, channels)
 
-    def forward(self, prediction: Prediction, batch: dict[str, Any], model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, prediction: Prediction, batch: dict[str, Any], model: nn.Module
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         sentence = self.projection(prediction.words.sentence)
         parts = alignment_loss(prediction.pixels, sentence, batch["mask"], **self.temperatures)
         return parts["p2p"] + parts["p2t"], {name: part.detach() for name, part in parts.items()}

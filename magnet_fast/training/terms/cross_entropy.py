@@ -32,7 +32,9 @@ class CrossEntropyTerm(Term):
         super().__init__(config)
         self.background, self.target = config.background, config.target
 
-    def forward(self, prediction: Prediction, batch: dict[str, Any], model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, prediction: Prediction, batch: dict[str, Any], model: nn.Module
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         loss = weighted_cross_entropy(prediction, batch["mask"], self.background, self.target)
         return loss, {"cross_entropy": loss.detach()}
 

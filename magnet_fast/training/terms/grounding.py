@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from magnet_fast.data.masking import TokenMasker
+from magnet_fast.data.hidden_tokens import TokenHider
 from magnet_fast.models.contract import Prediction, Text
 from magnet_fast.training.terms.hidden_words import hidden_word_accuracy
 from magnet_fast.training.terms.term import Term, TermConfig, register
@@ -48,7 +48,7 @@ class GroundingTerm(Term):
     config_class = GroundingConfig
     logged = ("grounding", "grounding_accuracy")
 
-    def __init__(self, config: GroundingConfig, predictor: WordPredictor, hider: TokenMasker) -> None:
+    def __init__(self, config: GroundingConfig, predictor: WordPredictor, hider: TokenHider) -> None:
         super().__init__(config)
         self.predictor, self.hider = predictor, hider
         self.image_stage, self.blind = config.image_stage, config.blind
@@ -76,13 +76,13 @@ class GroundingTerm(Term):
             heads=config.heads,
             feedforward=config.feedforward,
         )
-        return cls(config, predictor, TokenMasker(tokenizer, config.share, config.scheme))
+        return cls(config, predictor, TokenHider(tokenizer, config.share, config.scheme))
 
-    def forward(self, prediction: Prediction, batch: dict[str, Any], model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
-        text = batch["text"]
-        hidden = self.hider(text.ids, text.mask)
-        given = Text(hidden.input_ids, text.mask)
-        logits = self.predict(model, batch, given, hidden.positions, blind=self.blind)
+    def forward(
+        self, prediction: Prediction, batch: dict[str, Any], model: nn.Module
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        hidden = self.hider(batch["text"])
+        logits = self.predict(model, batch, hidden.text, hidden.positions, blind=self.blind)
         loss, accuracy = grounding_loss(logits, hidden.targets, hidden.valid)
         return loss, {"grounding": loss.detach(), "grounding_accuracy": accuracy}
 

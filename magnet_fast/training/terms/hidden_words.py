@@ -65,14 +65,13 @@ def hidden_word_accuracy(
     grounding.eval()
     try:
         for batch in loader:
-            hidden = _hide(grounding.hider, batch["text"], batch["index"].tolist(), seed)
-            answers += torch.bincount(hidden.targets[hidden.valid], minlength=len(answers))
-            batch = to_device(batch, device)
-            ids, positions, targets, valid = (part.to(device) for part in hidden)
-            text = Text(ids, batch["text"].mask)
+            text, positions, targets, valid = _hide(grounding.hider, batch["text"], batch["index"].tolist(), seed)
+            answers += torch.bincount(targets[valid], minlength=len(answers))
+            batch = to_device({**batch, "text": text}, device)
+            positions, targets, valid = (part.to(device) for part in (positions, targets, valid))
             with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
                 for row, blind in enumerate((False, True)):
-                    logits = grounding.predict(model, batch, text, positions, blind=blind)
+                    logits = grounding.predict(model, batch, batch["text"], positions, blind=blind)
                     right[row] += ((logits.argmax(dim=-1) == targets) & valid).sum()
     finally:
         model.train(modes[0])
@@ -93,10 +92,15 @@ def hidden_word_accuracy(
     }
 
 
-def _hide(hider: Any, text: Text, indices: list[int], seed: int) -> Any:
+def _hide(hider: Any, text: Text, indices: list[int], seed: int) -> tuple[Text, Tensor, Tensor, Tensor]:
     """The hidden tokens of a batch, every sentence by a generator of its own."""
     rows = []
     for row, index in enumerate(indices):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
-        rows.append(hider(text.ids[row : row + 1], text.mask[row : row + 1], generator=generator))
-    return type(rows[0])(*(torch.cat(parts) for parts in zip(*rows, strict=True)))
+        one = Text(text.ids[row : row + 1], text.mask[row : row + 1])
+        rows.append(hider(one, generator=generator))
+    ids, positions, targets, valid = (
+        torch.cat(parts)
+        for parts in zip(*((row.text.ids, row.positions, row.targets, row.valid) for row in rows), strict=True)
+    )
+    return Text(ids, text.mask), positions, targets, valid

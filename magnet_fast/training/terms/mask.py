@@ -34,7 +34,9 @@ class MaskTerm(Term):
         super().__init__(config)
         self.bce, self.dice = config.bce, config.dice
 
-    def forward(self, prediction: Prediction, batch: dict[str, Any], model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, prediction: Prediction, batch: dict[str, Any], model: nn.Module
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         bce, dice = mask_loss(prediction, batch["mask"])
         return self.bce * bce.sum() + self.dice * dice.sum(), {"bce": bce.detach().mean(), "dice": dice.detach().mean()}
 

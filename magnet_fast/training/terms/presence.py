@@ -24,7 +24,9 @@ class PresenceTerm(Term):
             raise cls.refuse("the model cannot say whether anything is named (no presence part, and a head without)")
         return cls(config)
 
-    def forward(self, prediction: Prediction, batch: dict[str, Any], model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, prediction: Prediction, batch: dict[str, Any], model: nn.Module
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         losses = presence_loss(prediction, batch["exists"])
         return losses.sum(), {"presence": losses.detach().mean()}
 

@@ -52,7 +52,9 @@ class Term(nn.Module):
         """
         return cls(config)
 
-    def forward(self, prediction: Prediction, batch: dict[str, Any], model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, prediction: Prediction, batch: dict[str, Any], model: nn.Module
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a batch, and detached scalars for the log.
 
         Args:
@@ -139,9 +141,8 @@ def build_terms(configs: Mapping[str, TermConfig], model: nn.Module, tokenizer: 
     chosen = {"mask": TERMS["mask"].config_class()}
     if says_presence(model):
         chosen["presence"] = TERMS["presence"].config_class()
-    chosen |= configs
-    # In the order of the registry, whatever the recipe's: sums and random weights then do not depend on it.
-    names = [name for name in TERMS if name in chosen and chosen[name].weight > 0]
+    chosen |= dict(sorted(configs.items()))  # sums and random weights shall not depend on the recipe's order
+    names = [name for name, config in chosen.items() if config.weight > 0]
     if not names:
         raise ValueError("terms: all weights are 0; nothing is left to train for")
     return {name: TERMS[name].build(chosen[name], model, tokenizer) for name in names}
