@@ -8,7 +8,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save, save_file
+from safetensors.torch import save_file
 
 from magnet_fast.training.checkpoint import FORMAT, load_checkpoint, save_checkpoint
 from magnet_fast.training.randomness import rng_state, seed_everything, set_rng_state
