@@ -47,7 +47,7 @@ def test_two_processes_equal_one(folder, tmp_path, kind: str) -> None:
     for name, value in one.average.weights.items():
         assert torch.allclose(value, state["ema"]["weights"][name], rtol=0, atol=1e-5), name
     (row,) = [r for r in MetricsFile(folder / kind / "metrics.jsonl").rows() if r["kind"] == "train"]
-    (expected,) = [r for r in one.metrics_file.rows() if r["kind"] == "train"]
+    (expected,) = [r for r in one.log.metrics.rows() if r["kind"] == "train"]
     assert row["loss"] == pytest.approx(expected["loss"], rel=1e-5)
     assert row["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
     found = json.loads((folder / "found-0.json").read_text())[kind]
@@ -57,7 +57,7 @@ def test_two_processes_equal_one(folder, tmp_path, kind: str) -> None:
 def test_shards_train_as_copies_do(folder) -> None:
     """A real MagNet with its own losses: layer by layer, twice in a step, with unused parameters, recomputed."""
     copies, shards = (state_of(folder / f"magnet_{kind}") for kind in ("ddp", "fsdp"))
-    for part in ("model", "grounding"):
+    for part in ("model", "terms"):
         assert copies[part].keys() == shards[part].keys()
         for name, value in copies[part].items():
             assert torch.allclose(value, shards[part][name], rtol=0, atol=2e-4), name
@@ -96,8 +96,9 @@ def test_exported_weights_are_whole_and_averaged(folder) -> None:
     exported = load_file(folder / "fsdp" / "last.safetensors")
     averaged = {f"model.{name}": value for name, value in exported.items()}
     assert same_weights(averaged, state["ema"]["weights"])
-    assert not torch.equal(exported["patches.weight"], state["model"]["patches.weight"])
-    assert models.load_model(folder / "magnet_fsdp" / "last.safetensors")[0].config.architecture == "magnet"
+    name = "image_encoder.patches.weight"
+    assert not torch.equal(exported[name], state["model"][name])
+    assert models.load(folder / "magnet_fsdp" / "last.safetensors").config.architecture == "magnet"
 
 
 def test_every_sentence_is_scored_once(found) -> None:
