@@ -40,7 +40,7 @@ def load_config(source: str | Path | None, overrides: list[str] | tuple[str, ...
         where = str(path)
         values = _read_with_base(path)
     for override in overrides:
-        _apply_override(values, override)
+        apply_override(values, override)
     return parse_config(values, where)
 
 
@@ -202,7 +202,8 @@ def _laid_over(below: dict[str, Any], above: dict[str, Any], depth: int) -> dict
     return merged
 
 
-def _apply_override(values: dict[str, Any], override: str) -> None:
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Write `section.key=value` into nested entries, the value read as YAML; ValueError where it cannot be read."""
     key, equals, text = override.partition("=")
     key = key.strip()
     if not equals or not key:

@@ -54,7 +54,7 @@ def save_batch(dataset: Any, indices: Sequence[int], folder: Path, step: int, ra
     """Write this process's share of a step's batch, read from the dataset again, and what is known of it.
 
     Args:
-        dataset: items are samples.
+        dataset: items are samples; its `record(index)`, where it has one, says more of an item.
         indices: the items, in the order of the micro-batches.
         folder: made if absent.
         facts: plain values for the JSON file.
@@ -69,8 +69,10 @@ def save_batch(dataset: Any, indices: Sequence[int], folder: Path, step: int, ra
     tensors = dict(_named_tensors(collate(samples)))
     write_atomically(path, lambda file: file.write(save(tensors)))
     described = [{key: value for key, value in sample.items() if _is_plain(value)} for sample in samples]
+    if hasattr(dataset, "record"):  # the sentence itself, the image's file
+        described = [{**dataset.record(index), **one} for index, one in zip(indices, described, strict=True)]
     content = {"step": step, "rank": rank, **facts, "indices": list(indices), "samples": described}
-    write_text_atomically(path.with_suffix(".json"), json.dumps(content, indent=2) + "\n")
+    write_text_atomically(path.with_suffix(".json"), json.dumps(content, indent=2, default=str) + "\n")
     return path
 
 

@@ -12,9 +12,11 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
-from magnet_fast import cli, models
-from magnet_fast.data import ExpressionDataset, Refer, Tokenizer
+from magnet_fast import checkpoints, cli, models
+from magnet_fast.data import ExpressionDataset
+from magnet_fast.data.datasets import open_reader
 from magnet_fast.data.scenes import write_scenes
+from magnet_fast.data.tokenizers import open_tokenizer
 from magnet_fast.evaluation import evaluate
 from magnet_fast.training import load_config, train
 from magnet_fast.training.checkpoint import load_checkpoint
@@ -44,7 +46,7 @@ def config_file(tmp_path_factory, scenes) -> Path:
     path = tmp_path_factory.mktemp("config") / "small.yaml"
     values = {
         "model": {"name": "magnet_tiny", "overrides": {**SMALL_MAGNET, "text__dropout": 0.1}},
-        "data": {"root": str(scenes), "image_size": 32, "max_words": 12, "cache": True},
+        "data": {"root": str(scenes), "image_size": 32, "max_tokens": 12, "cache": True},
         "optimiser": {"lr": 1e-3, "eps": 1e-3},
         "max_steps": 6,
         "batch_size": 4,
@@ -70,7 +72,7 @@ def test_two_processes_equal_one(config_file, scenes, tmp_path) -> None:
         "validate_every=3 steps",
         "clip_norm=1.0",
         "data.mode=refs",
-        "loss.alignment=0.5",
+        "terms.alignment.weight=0.5",
         "precision=float32",
     ]
     flags = [argument for change in changes for argument in ("--set", change)]
@@ -99,8 +101,10 @@ def test_two_processes_equal_one(config_file, scenes, tmp_path) -> None:
     assert len(load_checkpoint(tmp_path / "two" / "checkpoint.safetensors")["rng"]) == 2
 
     # Two processes score each sentence once.
-    model, _ = models.load_model(tmp_path / "two" / "last.safetensors")
-    dataset = ExpressionDataset(Refer(scenes), "val", Tokenizer(max_words=12), 32)
+    model = models.load(tmp_path / "two" / "last.safetensors")
+    assert (model.spec.size, model.spec.max_tokens) == (32, 12)
+    tokenizer = open_tokenizer(model.spec.tokenizer, max_tokens=12)
+    dataset = ExpressionDataset(open_reader(scenes, "refcoco"), "val", tokenizer, model.spec)
     alone = evaluate(model, dataset)
     validation = [row for row in rows if row["kind"] == "validation"][-1]
     assert validation["sentences"] == alone["sentences"] == len(dataset) == one["sentences"]
@@ -120,9 +124,12 @@ def test_files_of_a_run(config_file, tmp_path) -> None:
         "config.yaml", "metrics.jsonl", "checkpoint.safetensors", "best.safetensors", "last.safetensors",
     }  # fmt: skip
     assert load_config(tmp_path / "run" / "config.yaml") == config
-    model, metadata = models.load_model(tmp_path / "run" / "best.safetensors")
-    assert (metadata["image_size"], metadata["max_words"], metadata["model_name"]) == ("32", "12", "magnet_tiny")
-    assert len(metadata["tokenizer_vocab"]) == 64
+    loaded = checkpoints.load(tmp_path / "run" / "best.safetensors")
+    model = loaded.model
+    assert (model.spec.size, model.spec.max_tokens, loaded.metadata["model_name"]) == (32, 12, "magnet_tiny")
+    assert len(loaded.vocabulary) == 64 and loaded.metadata["best_metric"] == "oIoU"
+    again = checkpoints.load(tmp_path / "run" / "checkpoint.safetensors").model
+    assert again.spec == model.spec and same_weights(again.state_dict(), model.state_dict())
     assert same_weights(model.state_dict(), weights(tmp_path / "run"))
     json.dumps(scores)  # plain numbers
     assert scores["resolution"] == "input"
