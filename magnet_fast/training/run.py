@@ -43,7 +43,7 @@ def train(config: TrainConfig, out: str | Path, *, resume: bool = False, overwri
         raise ValueError("resume and overwrite: choose one")
     out = Path(out)
     with distributed_world(config.device) as world, deterministic_algorithms(config.deterministic):
-        state = _state_of_all(config, out, resume, overwrite, world)
+        state = state_to_resume(config, out, resume, overwrite, world)
         trainer = build_trainer(config, out, world)
         # Only now, when nothing can be wrong any more, in any process.
         broadcast_object(None, world)
@@ -54,18 +54,23 @@ def train(config: TrainConfig, out: str | Path, *, resume: bool = False, overwri
         return trainer.run()
 
 
-def _state_of_all(config: TrainConfig, out: Path, resume: bool, overwrite: bool, world: World) -> dict[str, Any] | None:
-    """What the first process finds in its folder, on every process: theirs may be other folders, on other machines."""
+def state_to_resume(
+    config: TrainConfig, out: Path, resume: bool, overwrite: bool, world: World
+) -> dict[str, Any] | None:
+    """The checkpoint to go on from, if there is one, on every process. Collective.
+
+    The first process looks into its folder and decides: those of the others may be other folders, on other machines.
+    """
     found: list[dict[str, Any] | None] = [None]
 
     def look() -> None:
-        found[0] = _state_to_resume(config, out, resume, overwrite)
+        found[0] = _state_in_folder(config, out, resume, overwrite)
 
     done_on_main(look, world)
     return hand_out(found[0], world)
 
 
-def _state_to_resume(config: TrainConfig, out: Path, resume: bool, overwrite: bool) -> dict[str, Any] | None:
+def _state_in_folder(config: TrainConfig, out: Path, resume: bool, overwrite: bool) -> dict[str, Any] | None:
     """Check the folder, changing nothing; the checkpoint to go on from, if there is one."""
     found = [name for name in RUN_FILES if (out / name).exists()]
     if found and not (resume or overwrite):

@@ -44,6 +44,7 @@ def config_file(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_killed_ten_times_the_run_ends_as_an_unbroken_one(config_file, tmp_path) -> None:
     """By SIGKILL and SIGTERM, at any moment of a step, of a validation, of writing a checkpoint."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -67,6 +68,7 @@ def test_killed_ten_times_the_run_ends_as_an_unbroken_one(config_file, tmp_path)
     assert rows(killed) == rows(whole), what
 
 
+@pytest.mark.slow
 def test_an_elastic_restart_goes_on_exactly(config_file, tmp_path) -> None:
     """torchrun starts a process again that died; --resume finds the checkpoint."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"

@@ -97,7 +97,7 @@ def test_two_processes_equal_one(config_file, scenes, tmp_path) -> None:
             assert row["loss"] == pytest.approx(other["loss"], rel=1e-4)
             assert row["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-2)
     assert rows[0]["loss"] == pytest.approx(expected[0]["loss"], rel=1e-6)
-    assert rows[0]["grad_norm"] == pytest.approx(expected[0]["grad_norm"], rel=1e-5)
+    assert rows[0]["grad_norm"] == pytest.approx(expected[0]["grad_norm"], rel=1e-4)
     assert len(load_checkpoint(tmp_path / "two" / "checkpoint.safetensors")["rng"]) == 2
 
     # Two processes score each sentence once.

@@ -15,8 +15,11 @@ import torch
 from magnet_fast.evaluation import evaluate
 from magnet_fast.models import Text, probability
 from magnet_fast.training import Trainer, TrainingError
+from magnet_fast.training import trainer as trainer_module
 from magnet_fast.training.checkpoint import CHECKPOINT, load_checkpoint
-from magnet_fast.training.progress import MetricsFile, duration
+from magnet_fast.training.progress import MetricsFile, duration, time_left
+from magnet_fast.training.terms import build_terms
+from magnet_fast.training.terms.mask import MaskConfig
 
 from .fakes import FakeDataset, FakeModel, fake_config, same_weights, trainer_of
 
@@ -264,6 +267,49 @@ def test_loader_processes_survive_a_signal_to_all_of_the_job(tmp_path) -> None:
         os.kill(worker.pid, signal.SIGTERM)
     rest = list(batches)
     assert len(rest) == 2 and len(first["image"]) == 8
+
+
+def test_the_time_left_never_runs_below_zero() -> None:
+    """A run by the clock ends a little after its time: "-1 h 59 min left" stood at the end of every one."""
+    assert time_left(30.0, 0.25) == 90.0
+    assert time_left(360.4, 1.001) == 0.0 and time_left(5.0, 0.0) is None
+
+
+def test_the_line_at_the_end_of_a_run_by_the_clock(tmp_path, capsys) -> None:
+    config = {"epochs": None, "max_minutes": 0.2 / 60, "validate_every": "never", "log_every": 1}
+    make_trainer(tmp_path, **config).run()
+    lines = [line for line in capsys.readouterr().out.splitlines() if "left" in line]
+    assert lines and not any("-" in line.split("images/s")[1] for line in lines)
+    assert lines[-1].startswith("100.0 %") and lines[-1].endswith("0 s left")
+
+
+def test_a_rehearsal_validates_as_the_run_does(tmp_path) -> None:
+    """Scores, precision and loaders as configured, and what the terms measure: only the sentences are fewer."""
+    calls: list[dict] = []
+
+    class Measuring(type(build_terms({}, FakeModel(), None)["mask"])):
+        def measure(self, model, dataset, batch_size, **options):
+            calls.append({"batch_size": batch_size, **options})
+            return {"seen": {"sentences": float(len(calls))}}
+
+    config = fake_config(
+        precision="bf16", eval_batch_size=4, task="generalized", protocol="gres", data={"val_limit": 6}, max_steps=1
+    )
+    trainer = Trainer(config, FakeModel(), {"mask": Measuring(MaskConfig())}, FakeDataset(), FakeDataset(9), tmp_path)
+    assert trainer.rehearse_validation() == 4
+    scores = trainer.run()
+    assert [call.pop("limit") for call in calls] == [4, 6]
+    assert calls[0] == calls[1] == {"batch_size": 4, "workers": 0, "autocast": torch.bfloat16}
+    assert scores["seen"] == {"sentences": 2.0} and {"gIoU", "N-acc"} <= scores.keys()
+    assert trainer.best == scores["gIoU"]
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_the_model_is_accelerated_unless_declined(tmp_path, monkeypatch, fast: bool) -> None:
+    seen: list[object] = []
+    monkeypatch.setattr(trainer_module, "accelerate", seen.append)
+    trainer = make_trainer(tmp_path, fast=fast)
+    assert seen == ([trainer.model] if fast else [])
 
 
 def test_durations() -> None:

@@ -91,6 +91,17 @@ def test_a_signal_to_one_stops_both_and_they_go_on_exactly(folder, found) -> Non
         assert torch.allclose(value, other["model"][name], rtol=0, atol=1e-5), name
 
 
+def test_processes_with_folders_of_their_own_go_on_from_the_first_ones(folder, found) -> None:
+    """The second process once began anew, and two models' gradients were averaged."""
+    assert [entry["started_at"] for entry in found] == [5, 5]
+    assert all("own-0: the folder already holds a run" in entry["refused"] for entry in found)
+    assert found[1]["own_files"] == []
+    whole, resumed = state_of(folder / "fsdp"), state_of(folder / "own-0")
+    for part in ("model", "terms"):
+        assert same_weights(whole[part], resumed[part])
+    assert same_weights(whole["ema"]["weights"], resumed["ema"]["weights"])
+
+
 def test_exported_weights_are_whole_and_averaged(folder) -> None:
     state = state_of(folder / "fsdp")
     exported = load_file(folder / "fsdp" / "last.safetensors")

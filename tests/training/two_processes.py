@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
 import traceback
@@ -21,6 +22,7 @@ from magnet_fast.models import Text
 from magnet_fast.training import Trainer, TrainingError, TrainingStopped
 from magnet_fast.training.checkpoint import CHECKPOINT, load_checkpoint
 from magnet_fast.training.distributed import World
+from magnet_fast.training.run import state_to_resume
 
 from .fakes import SMALLEST_MAGNET, FakeDataset, FakeModel, fake_config, trainer_of
 
@@ -112,6 +114,8 @@ def checks(out: Path, world: World) -> dict[str, object]:
         resumed.load_state(load_checkpoint(out / "stopped" / CHECKPOINT))
         resumed.run()
 
+    found |= folders_apart(out, world)
+
     validation = Counted(7)
     found["scores"] = evaluate(FakeModel().eval(), validation, batch_size=2)
     found["scored"] = validation.asked
@@ -127,6 +131,26 @@ def checks(out: Path, world: World) -> dict[str, object]:
         found["error"] = str(error)
     found["batch_norms"] = sum(isinstance(m, nn.SyncBatchNorm) for m in trainer.model.modules())
     return found
+
+
+def folders_apart(out: Path, world: World) -> dict[str, object]:
+    """Each process has a folder of its own, as on machines without a shared disk; the first one's holds a run."""
+    own = out / f"own-{world.rank}"
+    own.mkdir()
+    if world.is_main:
+        shutil.copy(out / "stopped" / CHECKPOINT, own)
+    config = fake_config(**{**FAKE, "parallel": "fsdp"})
+    refused = None
+    try:
+        state_to_resume(config, own, False, False, world)
+    except FileExistsError as error:
+        refused = str(error)
+    state = state_to_resume(config, own, True, False, world)
+    resumed = fake_trainer(own, world, parallel="fsdp")
+    resumed.load_state(state)
+    started_at = resumed.step
+    resumed.run()
+    return {"refused": refused, "started_at": started_at, "own_files": sorted(path.name for path in own.iterdir())}
 
 
 def main() -> None:
