@@ -55,7 +55,7 @@ class Checkpoint:
         else:
             tokenizer = given
         name = "the tokenizer of the model's specification" if given is None else f"tokenizer {given}"
-        if self.vocabulary is not None and tokenizer.digest() != self.vocabulary:
+        if self.vocabulary is not None and not tokenizer.matches(self.vocabulary):
             raise ValueError(
                 f"tokenizer: {self.source} was trained with another vocabulary than {name} "
                 f"({tokenizer.vocab_size} entries); pass the one it was trained with"

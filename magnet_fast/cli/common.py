@@ -44,6 +44,9 @@ DataRoot = Annotated[Path, typer.Option("--data", help="Folder of the data.")]
 DatasetOption = Annotated[str, typer.Option(help="Folder below the root: refcoco, refcoco+, refcocog, grefcoco, ….")]
 SplitByOption = Annotated[str, typer.Option(help="Whose split: unc, umd, google.")]
 SplitOption = Annotated[str, typer.Option(help="val, testA, testB, test, train, or another that the data name.")]
+FormatOption = Annotated[
+    str | None, typer.Option(help="refer, phrasecut, complex_queries or regions; told from the files if left out.")
+]
 ImagesOption = Annotated[
     list[str] | None, typer.Option(help="Folder of the images, below the root or absolute; the field's if left out.")
 ]

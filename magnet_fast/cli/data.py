@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from magnet_fast.cli.common import ImagesOption, progress_bar
+from magnet_fast.cli.common import FormatOption, ImagesOption, progress_bar
 from magnet_fast.cli.errors import user_errors
 
 data_app = typer.Typer(help="Make data, or check what is there.", no_args_is_help=True)
@@ -29,12 +29,23 @@ def scenes(
     seed: Annotated[int, typer.Option(min=0)] = 0,
     level: Annotated[Level, typer.Option(help="easy: 2-4 objects; hard: 5-10, all kinds of sentences.")] = Level.easy,
     image_size: Annotated[int, typer.Option(help="Side of the pictures.")] = 128,
+    negatives: Annotated[int, typer.Option(help="At most so many sentences a referent that fit nothing.", min=0)] = 0,
+    several: Annotated[int, typer.Option(help="At most so many sentences a picture that name several.", min=0)] = 0,
     workers: Annotated[int, typer.Option(help="Processes; the files do not depend on it.", min=1)] = 1,
 ) -> None:
     """Draw embedded scenes with unambiguous expressions."""
     from magnet_fast.data.scenes import write_scenes
 
-    write_scenes(out, images, seed, level=level.value, image_size=image_size, workers=workers)
+    write_scenes(
+        out,
+        images,
+        seed,
+        level=level.value,
+        image_size=image_size,
+        negatives=negatives,
+        several=several,
+        workers=workers,
+    )
     typer.echo(str(out))
 
 
@@ -46,6 +57,7 @@ def check(
         str, typer.Option(help="refcoco, refcoco+, refcocog, or any folder of a known layout.")
     ] = "refcoco",
     split_by: Annotated[str, typer.Option(help="unc; umd or google for refcocog.")] = "unc",
+    format: FormatOption = None,
     images: ImagesOption = None,
     masks: Annotated[bool, typer.Option(help="Decode every mask, too.")] = True,
 ) -> None:
@@ -53,9 +65,11 @@ def check(
     from magnet_fast.data.check import check_data
 
     with progress_bar("checking images") as progress:
-        report = check_data(data, dataset, split_by, images=images, masks=masks, progress=progress)
+        report = check_data(data, dataset, split_by, format=format, images=images, masks=masks, progress=progress)
     for split, (refs, sentences, pictures) in report.counts.items():
         typer.echo(f"{split}: {refs} refs, {sentences} sentences, {pictures} images")
+    for note in report.notes:
+        typer.echo(f"note: {note}")
     for problem in report.problems:
         typer.echo(f"problem: {problem}", err=True)
     if report.problems:

@@ -11,6 +11,7 @@ from magnet_fast.data.datasets.base import Folders
 from magnet_fast.data.datasets.complex_queries import ComplexQueries, query_files
 from magnet_fast.data.datasets.phrasecut import IMAGE_RECORDS, PhraseCut, split_files
 from magnet_fast.data.datasets.reader import Reader
+from magnet_fast.data.datasets.refer import Refer
 from magnet_fast.data.datasets.regions import Regions, command_files
 
 
@@ -29,15 +30,13 @@ class Format(NamedTuple):
 
 
 def _open_refer(root: str | os.PathLike[str], dataset: str, split_by: str, images: Folders | None) -> Reader:
-    from magnet_fast.data.refer import Refer
-
-    return Refer(root, dataset, split_by) if images is None else Refer(root, dataset, split_by, images=images)
+    return Refer(root, dataset, split_by, images=images)
 
 
 FORMATS: dict[str, Format] = {
     "refer": Format(
         "instances.json and refs(<split_by>).p or .json (grefs for gRefCOCO)",
-        lambda folder: (folder / "instances.json").is_file(),
+        lambda folder: (folder / "instances.json").is_file() or any(folder.glob("*refs(*")),
         _open_refer,
     ),
     "phrasecut": Format(

@@ -1,7 +1,7 @@
-"""Search for unambiguous expressions about the objects of a scene.
+"""Search for unambiguous expressions about single objects of a scene.
 
 Candidates are tried on bit sets (bit i = object i), since one scene takes hundreds of trials. Each expression
-found is then confirmed by `scene_expressions.is_unambiguous`, which shares no code with the search.
+found is then confirmed by `expressions.is_unambiguous`, which shares no code with the search.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from magnet_fast.data.scene_drawing import Scene
-from magnet_fast.data.scene_expressions import (
+from magnet_fast.data.scenes.drawing import Scene
+from magnet_fast.data.scenes.expressions import (
     CORNERS,
     EXTREMES,
     HALVES,
@@ -27,11 +27,11 @@ from magnet_fast.data.scene_expressions import (
     Expression,
     is_unambiguous,
 )
-from magnet_fast.data.scene_wording import word_expression
+from magnet_fast.data.scenes.wording import word_expression
 
 MAX_WORDS = 12
 _EXTRA_SHARE = 0.2  # of the expressions, that may name one property more than they need
-_SUBSETS = tuple(
+SUBSETS = tuple(
     tuple(name for bit, name in enumerate(PROPERTIES) if code >> bit & 1) for code in range(1 << len(PROPERTIES))
 )
 _SLACK = MARGIN + 1e-9  # a hair stricter than the checker, so that rounding never makes the two disagree
@@ -74,16 +74,24 @@ class ExpressionSearch:
         self._before = {side: [_predecessors(keys, i) for i in range(len(keys))] for side, keys in self._keys.items()}
 
     def find(self, kind: str, index: int) -> Expression | None:
-        """An unambiguous expression of `kind` for object `index`, with its text; None if there is none."""
+        """An unambiguous expression of `kind` for object `index`, with its words; None if there is none."""
         extra = int(self._rng.random() < _EXTRA_SHARE)
         for frame in getattr(self, f"_{kind}_frames")(index):
-            for names in self._rng.sample(_SUBSETS, len(_SUBSETS)):
+            for names in self._rng.sample(SUBSETS, len(SUBSETS)):
                 if not self._is_needed(index, names, frame, extra):
                     continue
                 found = Expression(kind, self._description(index, names), **frame.fields)
-                text = word_expression(found, self._rng)
-                if len(text.split()) <= MAX_WORDS and is_unambiguous(self.scene, found):
-                    return replace(found, text=text)
+                found = replace(found, parts=word_expression(found, self._rng))
+                if len(found.text.split()) <= MAX_WORDS and is_unambiguous(self.scene, found):
+                    return found
+        return None
+
+    def alone(self, index: int) -> Description | None:
+        """A description of object `index` alone, no property to spare; None if another object looks the same."""
+        (frame,) = self._attribute_frames(index)
+        for names in self._rng.sample(SUBSETS, len(SUBSETS)):
+            if self._is_needed(index, names, frame, 0):
+                return self._description(index, names)
         return None
 
     def _is_needed(self, index: int, names: tuple[str, ...], frame: _Frame, extra: int) -> bool:
@@ -120,7 +128,7 @@ class ExpressionSearch:
             yield _Frame(self._all, 3, self._ranker(index, side, rank), {"rank": rank, "side": side})
 
     def _relation_frames(self, index: int) -> Iterator[_Frame]:
-        anchors = [(i, self._anchor(i)) for i in range(len(self.scene.objects)) if i != index]
+        anchors = [(i, self.alone(i)) for i in range(len(self.scene.objects)) if i != index]
         anchors = [(i, described) for i, described in anchors if described is not None]
         # A nearest or farthest object exists nearly always, one clearly above another less often: the sides
         # go first three times in four, so that they are not crowded out.
@@ -145,13 +153,6 @@ class ExpressionSearch:
 
     def _description(self, index: int, names: Iterable[str]) -> Description:
         return Description(**{name: getattr(self.scene.objects[index], name) for name in names})
-
-    def _anchor(self, index: int) -> Description | None:
-        (frame,) = self._attribute_frames(index)
-        for names in self._rng.sample(_SUBSETS, len(_SUBSETS)):
-            if self._is_needed(index, names, frame, 0):
-                return self._description(index, names)
-        return None
 
     def _ranker(self, index: int, side: str, rank: int) -> Callable[[int], bool]:
         surely, maybe = self._before[side][index]

@@ -1,7 +1,8 @@
-"""The tokenizer against transformers' BertTokenizer, and its limits."""
+"""WordPiece against transformers' BertTokenizer, its limits, and what the digest of a vocabulary says."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 from pathlib import Path
@@ -12,11 +13,10 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from magnet_fast.data import tokenizer as tokenizer_module
-from magnet_fast.data.scene_drawing import COLOURS, SHAPES
-from magnet_fast.data.tokenizer import Tokenizer
+import magnet_fast.data
+from magnet_fast.data.tokenizers import Tokenizer, open_tokenizer
 
-VOCABULARY = Path(tokenizer_module.__file__).with_name("vocab.txt")
+VOCABULARY = Path(magnet_fast.data.__file__).with_name("vocab.txt")
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def bert(tmp_path_factory) -> transformers.PreTrainedTokenizerBase:
 
 def both(tokenizer, bert, text):
     ours, mask = tokenizer(text)
-    theirs = bert(text)["input_ids"][: tokenizer.max_words]
+    theirs = bert(text)["input_ids"][: tokenizer.max_tokens]
     return ours[0][: int(mask.sum())].tolist(), theirs
 
 
@@ -61,9 +61,9 @@ def test_agrees_with_bert_on_any_text(tokenizer, bert, text):
 def test_shapes_padding_and_mask(tokenizer):
     ids, mask = tokenizer(["red star", "the third circle from the left"])
     assert ids.shape == mask.shape == (2, 20)
-    assert ids.dtype == mask.dtype == torch.int64
+    assert ids.dtype == torch.int64 and mask.dtype == torch.bool
     assert mask.sum(1).tolist() == [4, 8]
-    assert ids[mask == 0].eq(0).all() and ids[mask == 1].ne(0).all()
+    assert ids[~mask].eq(0).all() and ids[mask].ne(0).all()
     tokens = VOCABULARY.read_text().splitlines()
     assert [tokens[i] for i in ids[0][:4]] == ["[CLS]", "red", "star", "[SEP]"]
     single, _ = tokenizer("red star")
@@ -75,7 +75,7 @@ def test_sentence_of_200_words_is_cut(tokenizer):
     tokens = VOCABULARY.read_text().splitlines()
     assert ids.shape == (1, 20) and mask.all()
     assert [tokens[i] for i in ids[0]] == ["[CLS]"] + ["left"] * 19
-    assert Tokenizer(max_words=7)(" ".join(["left"] * 200))[0].shape == (1, 7)
+    assert Tokenizer(max_tokens=7)(" ".join(["left"] * 200))[0].shape == (1, 7)
 
 
 @pytest.mark.parametrize("text", ["", "   ", "\t\n"])
@@ -93,7 +93,7 @@ def test_vocabulary_spells_every_word_and_holds_the_scenes_words(tokenizer):
     tokens = VOCABULARY.read_text().splitlines()
     assert len(set(tokens)) == len(tokens) == tokenizer.vocab_size
     assert tokens[:5] == ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    assert {*SHAPES, *COLOURS, "second", "leftmost", "checkered"} <= set(tokens)
+    assert {"circle", "star", "red", "cyan", "second", "leftmost", "checkered"} <= set(tokens)
     ids, _ = tokenizer("xylophone qwertz 4711")
     assert tokens.index("[UNK]") not in ids
 
@@ -144,7 +144,42 @@ def test_broken_tokenizer_json(tmp_path):
         Tokenizer(tmp_path)
 
 
-@pytest.mark.parametrize(("max_words", "error"), [(2, ValueError), ("20", TypeError), (True, TypeError)])
-def test_max_words_is_checked(max_words, error):
-    with pytest.raises(error, match="max_words"):
-        Tokenizer(max_words=max_words)
+def test_digest_of_the_shipped_vocabulary():
+    """Checkpoints of before keep it; `sha256sum` of the file without its last line end gives it, too."""
+    expected = "aabf31214339a6c46063084186942342aa18ab353a8f7ba92660cdeba99fa231"
+    assert Tokenizer().digest() == expected == hashlib.sha256(VOCABULARY.read_bytes().rstrip(b"\n")).hexdigest()
+
+
+def test_digest_is_one_in_every_file_format(tmp_path, tokenizer, bert):
+    bert.save_pretrained(tmp_path / "saved")
+    (tmp_path / "vocab.txt").write_bytes(VOCABULARY.read_bytes().replace(b"\n", b"\r\n"))
+    for vocabulary in (tmp_path / "saved", tmp_path / "vocab.txt"):
+        assert Tokenizer(vocabulary).digest() == tokenizer.digest()
+    assert open_tokenizer(str(tmp_path / "saved")).digest() == tokenizer.digest()
+
+
+@pytest.mark.parametrize("odd", ["\u2028", "\u0085", "a\u2029b", "\u001c"])
+def test_digest_tells_tokens_apart_that_hold_line_ends_of_unicode(tmp_path, odd):
+    """`splitlines` takes them for line ends: two vocabularies that differ there had one digest."""
+    start = "[PAD]\n[UNK]\n[CLS]\n[SEP]\nred\n"
+    (tmp_path / "one.txt").write_text(start + f"x{odd}y\n", newline="")
+    (tmp_path / "other.txt").write_text(start + "x\ny\n", newline="")
+    one, other = Tokenizer(tmp_path / "one.txt"), Tokenizer(tmp_path / "other.txt")
+    assert one.vocab_size == 6 and one.vocabulary[f"x{odd}y"] == 5
+    assert one.digest() != other.digest()
+    assert one.matches(one.digest()) and not one.matches(Tokenizer().digest())
+
+
+def test_checkpoints_of_before_still_know_their_vocabulary(tmp_path):
+    path = tmp_path / "vocab.txt"
+    path.write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n\u00a0\nx\u2028y\nred\n", newline="")
+    lines = [token.strip() for token in path.read_text(encoding="utf-8").splitlines()]  # as it was computed
+    before = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    tokenizer = Tokenizer(path)
+    assert tokenizer.digest() != before and tokenizer.matches(before)
+
+
+@pytest.mark.parametrize(("max_tokens", "error"), [(2, ValueError), ("20", TypeError), (True, TypeError)])
+def test_max_tokens_is_checked(max_tokens, error):
+    with pytest.raises(error, match="max_tokens"):
+        Tokenizer(max_tokens=max_tokens)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 
-from magnet_fast.data.scene_drawing import COLOURS, SHAPES, SIZES, TEXTURES, Scene, SceneObject
+from magnet_fast.data.scenes.drawing import COLOURS, SHAPES, SIZES, TEXTURES, Scene, SceneObject
 
 LEVELS = ("easy", "hard")
 _COUNTS = {"easy": ((2, 3, 4), (2, 4, 4)), "hard": ((5, 6, 7, 8, 9, 10), (3, 4, 4, 3, 3, 2))}

@@ -15,48 +15,22 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from magnet_fast.data.polygons import mask_to_polygons
-from magnet_fast.data.scene_drawing import SHAPES, Scene, draw_scene
-from magnet_fast.data.scene_expressions import Expression
-from magnet_fast.data.scene_generation import LEVELS, random_scene
-from magnet_fast.data.scene_search import ExpressionSearch
+from magnet_fast.data.scenes.describing import describe_scene
+from magnet_fast.data.scenes.drawing import SHAPES, SceneObject
+from magnet_fast.data.scenes.expressions import Expression
+from magnet_fast.data.scenes.generation import LEVELS
 
 FORMAT = "magnet_fast.scenes/1"
 _MANIFEST = "scenes.json"
 _IMAGE_FOLDER = Path("images/mscoco/images/train2014")
 _JPEG_QUALITY = 92
-_MINIMUM_VISIBLE = 0.62  # of an object's own pixels
 _CHUNK = 50  # images per piece of work
-# Chances with which a kind is tried first. Not every scene has an order or a relation to offer, so these are
-# set such that the sentences written come out near 35 % attribute, 25 % place, 15 % order, 25 % relation.
-_KIND_CHANCES = {
-    "easy": {"attribute": 0.8, "place": 0.2},
-    "hard": {"attribute": 0.62, "place": 0.15, "order": 0.08, "relation": 0.15},
-}
-
-
-@dataclass(frozen=True)
-class Referent:
-    """An object that is referred to and its one to three expressions."""
-
-    index: int
-    expressions: tuple[Expression, ...]
-
-
-@dataclass(frozen=True)
-class DescribedScene:
-    """A scene, its picture uint8 (S, S, 3), visible masks bool (N, S, S) and two to four referents."""
-
-    scene: Scene
-    picture: np.ndarray
-    masks: np.ndarray
-    referents: tuple[Referent, ...]
 
 
 def write_scenes(
@@ -66,6 +40,8 @@ def write_scenes(
     level: str = "easy",
     image_size: int = 128,
     *,
+    negatives: int = 0,
+    several: int = 0,
     workers: int = 1,
     progress: bool | None = None,
 ) -> Path:
@@ -80,15 +56,36 @@ def write_scenes(
     and relation. Splits are by image: val 10 %, testA 5 % (attribute sentences only), testB 5 % (relation
     sentences only; place for "easy"), the rest train; each at least one image.
 
-    `progress`: show a progress bar; None shows it on an interactive terminal only.
+    Args:
+        out: the folder; absent, empty, or holding scenes of these same arguments, which are kept as they are. It
+            appears under its name only once complete.
+        images: number of pictures, at least 4.
+        seed: of everything drawn.
+        level: "easy" or "hard".
+        image_size: side of the pictures in pixels, at least 64.
+        negatives: at most so many sentences a ref that name nothing: one of its sentences with one thing changed,
+            proven to fit no object. Written in R-RefCOCO's way, with the key "exist" False, after the ref's other
+            sentences. Their kind says what was changed: "absent/shape", "absent/colour", "absent/size",
+            "absent/texture", "absent/place", "absent/rank", "absent/relation", "absent/anchor" (a property of the
+            object that the sentence relates to). The fewer there are, the more of them speak of what the picture shows
+            elsewhere: with one a ref, a third of the colours and shapes, with ten a tenth.
+        several: at most so many sentences a picture that name several objects, "the two red circles" or all of a kind,
+            but never all objects of the picture. Written in gRefCOCO's way, `ann_id` and `category_id` lists, as refs
+            after the picture's others. Kinds: "several/attribute", "several/place", "several/relation", and
+            "several/pair" ("the red circle and the blue star"); in testA and testB as above.
+            Pictures and all other sentences are the same with `negatives` and `several` as without.
+        workers: processes.
+        progress: show a progress bar; None shows it on an interactive terminal only.
 
-    Raises ValueError for arguments out of range and FileExistsError if `out` holds anything but scenes of
-    these same arguments, which are kept as they are. The folder appears under its name only once complete.
+    Raises:
+        TypeError, ValueError: an argument is no integer, or out of range.
+        FileExistsError: `out` holds anything but scenes of these same arguments.
     """
-    _check_arguments(images, seed, level, image_size, workers)
+    _check_arguments(images, seed, level, image_size, negatives, several, workers)
     out = Path(out)
     target = out.resolve()  # renaming onto a link would replace the link
     manifest = {"format": FORMAT, "images": images, "seed": seed, "level": level, "image_size": image_size}
+    manifest |= {name: value for name, value in (("negatives", negatives), ("several", several)) if value}
     if _already_written(target, manifest):
         return out
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -104,20 +101,6 @@ def write_scenes(
     return out
 
 
-def describe_scene(seed: int, number: int, level: str, split: str, image_size: int = 128) -> DescribedScene:
-    """Scene `number` of `write_scenes(..., seed, level, image_size)` when that image falls into `split`."""
-    rng = random.Random(f"magnet_fast scene {seed} {number} {level}")
-    chances = _kind_chances(level, split)
-    while True:
-        scene = random_scene(rng, level)
-        referents = _choose_referents(scene, rng, chances)
-        if referents is None:
-            continue
-        picture, masks, shown = draw_scene(scene, image_size)
-        if shown.min() >= _MINIMUM_VISIBLE:
-            return DescribedScene(scene, picture, masks, referents)
-
-
 def assign_splits(images: int, seed: int) -> list[str]:
     """Split of each image: 80 % train, 10 % val, 5 % testA, 5 % testB, at least one image each."""
     counts = {"val": max(1, round(0.1 * images)), "testA": max(1, round(0.05 * images))}
@@ -128,11 +111,15 @@ def assign_splits(images: int, seed: int) -> list[str]:
     return splits
 
 
-def _check_arguments(images: int, seed: int, level: str, image_size: int, workers: int) -> None:
+def _check_arguments(
+    images: int, seed: int, level: str, image_size: int, negatives: int, several: int, workers: int
+) -> None:
     for name, value, least in (
         ("images", images, 4),
         ("seed", seed, 0),
         ("image_size", image_size, 64),
+        ("negatives", negatives, 0),
+        ("several", several, 0),
         ("workers", workers, 1),
     ):
         if isinstance(value, bool) or not isinstance(value, int):
@@ -161,17 +148,7 @@ def _already_written(out: Path, manifest: dict) -> bool:
 def _write_all(root: Path, manifest: dict, workers: int, progress: bool | None) -> None:
     images = manifest["images"]
     splits = assign_splits(images, manifest["seed"])
-    jobs = [
-        (
-            root,
-            manifest["seed"],
-            manifest["level"],
-            manifest["image_size"],
-            start,
-            splits[start : start + _CHUNK],
-        )
-        for start in range(0, images, _CHUNK)
-    ]
+    jobs = [(root, manifest, start, splits[start : start + _CHUNK]) for start in range(0, images, _CHUNK)]
     records: list[dict] = []
     with contextlib.ExitStack() as stack:
         if workers > 1:
@@ -196,12 +173,14 @@ def _tracked(results: Iterator[list[dict]], total: int, progress: bool | None) -
     return track(results, "Drawing scenes", total=total, console=console) if progress else results
 
 
-def _write_images(job: tuple[Path, int, str, int, int, list[str]]) -> list[dict]:
+def _write_images(job: tuple[Path, dict, int, list[str]]) -> list[dict]:
     """Draw and write one piece's images; returns what the annotation files need of each."""
-    root, seed, level, image_size, start, splits = job
+    root, manifest, start, splits = job
+    seed, level, image_size = manifest["seed"], manifest["level"], manifest["image_size"]
+    more = {name: manifest.get(name, 0) for name in ("negatives", "several")}
     records = []
     for number, split in enumerate(splits, start):
-        described = describe_scene(seed, number, level, split, image_size)
+        described = describe_scene(seed, number, level, split, image_size, **more)
         file_name = f"COCO_train2014_{number + 1:012d}.jpg"
         Image.fromarray(described.picture).save(root / _IMAGE_FOLDER / file_name, quality=_JPEG_QUALITY, subsampling=0)
         records.append(
@@ -213,7 +192,7 @@ def _write_images(job: tuple[Path, int, str, int, int, list[str]]) -> list[dict]
                     for item, mask in zip(described.scene.objects, described.masks, strict=True)
                 ],
                 "referents": [
-                    (referent.index, [(one.kind, one.text) for one in referent.expressions])
+                    (referent.indices, [_sentence_record(one) for one in (*referent.expressions, *referent.absent)])
                     for referent in described.referents
                 ],
             }
@@ -221,7 +200,13 @@ def _write_images(job: tuple[Path, int, str, int, int, list[str]]) -> list[dict]
     return records
 
 
-def _object_record(item, mask: np.ndarray) -> dict:
+def _sentence_record(expression: Expression) -> dict:
+    text = expression.text
+    record = {"raw": text, "sent": text, "tokens": text.split(), "kind": expression.label}
+    return record if expression.changed is None else {**record, "exist": False}
+
+
+def _object_record(item: SceneObject, mask: np.ndarray) -> dict:
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     left, top = int(columns[0]), int(rows[0])
     return {
@@ -247,18 +232,19 @@ def _write_annotations(root: Path, manifest: dict, records: list[dict]) -> None:
         first = len(annotations) + 1
         for offset, item in enumerate(record["objects"]):
             annotations.append({"id": first + offset, "image_id": image_id, "iscrowd": 0, **item})
-        for index, expressions in record["referents"]:
+        for indices, expressions in record["referents"]:
             sentences = []
-            for kind, text in expressions:
+            for expression in expressions:
                 sentence_id += 1
-                sentences.append(
-                    {"sent_id": sentence_id, "raw": text, "sent": text, "tokens": text.split(), "kind": kind}
-                )
+                sentences.append({"sent_id": sentence_id, **expression})
+            ann_ids = [first + index for index in indices]
+            categories = [record["objects"][index]["category_id"] for index in indices]
+            alone = len(indices) == 1
             refs.append(
                 {
                     "ref_id": len(refs) + 1,
-                    "ann_id": first + index,
-                    "category_id": record["objects"][index]["category_id"],
+                    "ann_id": ann_ids[0] if alone else ann_ids,
+                    "category_id": categories[0] if alone else categories,
                     "image_id": image_id,
                     "file_name": record["file_name"],
                     "split": record["split"],
@@ -281,41 +267,3 @@ def _write_annotations(root: Path, manifest: dict, records: list[dict]) -> None:
     plain = json.loads(json.dumps(refs))
     (folder / "refs(unc).p").write_bytes(pickle.dumps(plain, protocol=2))
     (root / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-
-
-def _kind_chances(level: str, split: str) -> dict[str, float]:
-    if split == "testA":
-        return {"attribute": 1.0}
-    if split == "testB":
-        return {"relation": 1.0} if level == "hard" else {"place": 1.0}
-    return _KIND_CHANCES[level]
-
-
-def _choose_referents(scene: Scene, rng: random.Random, chances: dict[str, float]) -> tuple[Referent, ...] | None:
-    """Two to four objects with one to three expressions each; None if the scene offers fewer than two."""
-    search = ExpressionSearch(scene, rng)
-    wanted = rng.randint(2, min(4, len(scene.objects)))
-    referents = []
-    for index in rng.sample(range(len(scene.objects)), len(scene.objects)):
-        found: dict[str, Expression] = {}
-        for _ in range(rng.choice((1, 2, 2, 3))):
-            expression = _find_any(search, index, rng, chances)
-            if expression is not None:
-                found.setdefault(expression.text, expression)
-        if found:
-            referents.append(Referent(index, tuple(found.values())))
-        if len(referents) == wanted:
-            break
-    return tuple(referents) if len(referents) >= 2 else None
-
-
-def _find_any(search: ExpressionSearch, index: int, rng: random.Random, chances: dict[str, float]) -> Expression | None:
-    """An expression of a kind drawn by its chance, or of another kind if the object has none of that."""
-    left = dict(chances)
-    while left:
-        kind = rng.choices(tuple(left), tuple(left.values()))[0]
-        expression = search.find(kind, index)
-        if expression is not None:
-            return expression
-        del left[kind]
-    return None
