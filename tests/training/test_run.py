@@ -63,6 +63,7 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
     return load_checkpoint(out / "checkpoint.safetensors")["model"]
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(config_file, scenes, tmp_path) -> None:
     """The same global batch on two gloo processes: the same losses, weights and validation scores."""
     changes = [

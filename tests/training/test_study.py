@@ -75,6 +75,7 @@ def test_in_the_baseline_no_word_reads_a_pixel() -> None:
     assert torch.equal(one, other)
 
 
+@pytest.mark.slow
 def test_from_end_to_end(scenes: Path, tmp_path) -> None:
     out = tmp_path / "study"
     flags = [flag for change in settings(scenes) for flag in ("--set", change)]

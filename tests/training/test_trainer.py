@@ -34,6 +34,7 @@ def finished_weights(out) -> dict[str, torch.Tensor]:
     return load_checkpoint(out / "checkpoint.safetensors")["model"]
 
 
+@pytest.mark.slow
 def test_training_learns(tmp_path) -> None:
     trainer = make_trainer(tmp_path, dropout=0.0, epochs=40, optimiser={"lr": 3e-2}, best_metric="mIoU")
     before = evaluate(trainer.model, FakeDataset(24))["mIoU"]
@@ -229,6 +230,7 @@ def test_frozen_parameters_stay(tmp_path) -> None:
     assert torch.equal(trainer.model.text_encoder.words.weight, before)
 
 
+@pytest.mark.slow
 def test_compiled_step_gives_the_same_losses(tmp_path, monkeypatch) -> None:
     """What is compiled is model and losses together; traced by dynamo and run eagerly, for speed."""
     compiled = []

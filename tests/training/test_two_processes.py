@@ -18,6 +18,8 @@ from .fakes import FakeDataset, FakeModel, same_weights
 from .processes import run_module
 from .two_processes import fake_trainer
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
