@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_PARTS = ("data", "evaluation", "inference", "integrations", "losses", "models", "ops", "training", "visualize")
+_PARTS = ("data", "evaluation", "inference", "integrations", "models", "ops", "training", "visualize")
 
 _EXPORTS = {"Segmenter": "inference", "accelerate": "integrations", "restore": "integrations"}
 

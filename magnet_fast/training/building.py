@@ -47,8 +47,8 @@ def build_model(config: TrainConfig) -> nn.Module:
     spec = model.spec
     if config.model.weights is not None:
         start = checkpoints.load(config.model.weights).model
-        spec, start.spec = start.spec, model.spec
-        if start.config != model.config:
+        spec = start.spec
+        if start.config.model_copy(update={"input": model.config.input}) != model.config:
             raise ValueError(
                 f"model.weights: {config.model.weights} holds another model ({start.config}), expected {model.config}"
             )

@@ -19,6 +19,7 @@ from magnet_fast.data.scenes import write_scenes
 from magnet_fast.data.tokenizers import open_tokenizer
 from magnet_fast.evaluation import evaluate
 from magnet_fast.training import load_config, train
+from magnet_fast.training.building import build_model
 from magnet_fast.training.checkpoint import load_checkpoint
 from magnet_fast.training.dry_run import dry_run
 from magnet_fast.training.progress import MetricsFile
@@ -134,6 +135,20 @@ def test_files_of_a_run(config_file, tmp_path) -> None:
     assert same_weights(model.state_dict(), weights(tmp_path / "run"))
     json.dumps(scores)  # plain numbers
     assert scores["resolution"] == "input"
+
+
+@pytest.mark.parametrize("name", ["best.safetensors", "checkpoint.safetensors"])
+def test_a_run_starts_from_the_weights_of_another(config_file, tmp_path, name: str) -> None:
+    """The size that the weights were trained at stays, unless the recipe says one."""
+    train(load_config(config_file, ["max_steps=2", "validate_every=2 steps", "ema=0.5"]), tmp_path)
+    expected = checkpoints.load(tmp_path / "best.safetensors").model.state_dict()
+    start = f"model.weights={tmp_path / name}"
+    kept = build_model(load_config(config_file, [start, "data.image_size=null"]))
+    assert same_weights(kept.state_dict(), expected) and (kept.spec.size, kept.spec.max_tokens) == (32, 12)
+    larger = build_model(load_config(config_file, [start, "data.image_size=64"]))
+    assert same_weights(larger.state_dict(), expected) and larger.spec.size == 64
+    with pytest.raises(ValueError, match=r"model\.weights: .* holds another model"):
+        build_model(load_config(config_file, [start, "model.overrides.image__window_size=4"]))
 
 
 def test_a_folder_with_a_run_is_not_touched(config_file, tmp_path) -> None:
