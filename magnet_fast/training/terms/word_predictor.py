@@ -1,8 +1,4 @@
-"""Mask Grounding: say the hidden word from the other words, the pixels and where the referent's mask is.
-
-MagNet, section 3.1 (Chng et al., CVPR 2024). A training task that attaches to any model with word and pixel features;
-the model itself does not know of it, and nothing of it is needed, or saved, for inference.
-"""
+"""Mask Grounding's predictor: a hidden word from the other words, the pixels and where the mask is."""
 
 from __future__ import annotations
 
@@ -16,7 +12,7 @@ from magnet_fast.models.encoders.bert import additive_mask
 from magnet_fast.models.position import sine_position
 
 
-class MaskGrounding(nn.Module):
+class WordPredictor(nn.Module):
     """Mask encoder, predictor and language head.
 
     The predictor is a BERT encoder over [words ; pixels ; the mask's token], with padded words really masked. The

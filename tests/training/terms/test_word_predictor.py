@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from magnet_fast.models.mask_grounding import MaskGrounding
+from magnet_fast.training.terms.word_predictor import WordPredictor
 
 WIDTH, CHANNELS, VOCABULARY = 32, 24, 50
 
 
 @pytest.fixture
-def head() -> MaskGrounding:
+def head() -> WordPredictor:
     torch.manual_seed(0)
-    head = MaskGrounding(WIDTH, CHANNELS, VOCABULARY, layers=2, heads=4, feedforward=48)
+    head = WordPredictor(WIDTH, CHANNELS, VOCABULARY, layers=2, heads=4, feedforward=48)
     return head.eval()  # no dropout
 
 
@@ -33,7 +33,7 @@ def inputs(batch: int = 2, words: int = 7) -> dict[str, torch.Tensor]:
     }
 
 
-def test_the_mask_token_is_its_centre(head: MaskGrounding) -> None:
+def test_the_mask_token_is_its_centre(head: WordPredictor) -> None:
     mask = torch.zeros(3, 20, 30)
     mask[0, 5:9, 10:20] = 1  # rows 5..8, columns 10..19: centre (15, 7) in pixels
     mask[1, 6, 14:16] = 1  # another shape, the same... not quite: row 6 is centred at 6.5
@@ -45,7 +45,7 @@ def test_the_mask_token_is_its_centre(head: MaskGrounding) -> None:
     assert torch.equal(found[2], head.no_mask)
 
 
-def test_logits_at_chosen_positions_only(head: MaskGrounding) -> None:
+def test_logits_at_chosen_positions_only(head: WordPredictor) -> None:
     given = inputs()
     logits = head(**given)
     assert logits.shape == (2, 2, VOCABULARY)
@@ -53,7 +53,7 @@ def test_logits_at_chosen_positions_only(head: MaskGrounding) -> None:
     torch.testing.assert_close(logits, every.gather(1, given["positions"][..., None].expand(-1, -1, VOCABULARY)))
 
 
-def test_the_decoder_is_the_word_embedding(head: MaskGrounding) -> None:
+def test_the_decoder_is_the_word_embedding(head: WordPredictor) -> None:
     given = inputs()
     logits = head(**given)
     order = torch.randperm(VOCABULARY, generator=torch.Generator().manual_seed(2))
@@ -61,7 +61,7 @@ def test_the_decoder_is_the_word_embedding(head: MaskGrounding) -> None:
     torch.testing.assert_close(permuted, logits[..., order])
 
 
-def test_padding_is_never_seen(head: MaskGrounding) -> None:
+def test_padding_is_never_seen(head: WordPredictor) -> None:
     given = inputs()
     changed = {**given, "words": given["words"].clone()}
     changed["words"][0, 5:] = 100.0
@@ -71,20 +71,20 @@ def test_padding_is_never_seen(head: MaskGrounding) -> None:
 
 
 @pytest.mark.parametrize("name", ["words", "feature", "mask"])
-def test_everything_else_is_seen(head: MaskGrounding, name: str) -> None:
+def test_everything_else_is_seen(head: WordPredictor, name: str) -> None:
     given = inputs()
     changed = {**given, name: given[name].roll(1, dims=2)}  # words' and pixels' columns, the mask's place
     assert not torch.allclose(head(**given), head(**changed), atol=1e-4)
 
 
-def test_pixels_have_places(head: MaskGrounding) -> None:
+def test_pixels_have_places(head: WordPredictor) -> None:
     """Another order of the same pixels is another picture."""
     given = inputs()
     changed = {**given, "feature": given["feature"].flip(2)}
     assert not torch.allclose(head(**given), head(**changed), atol=1e-4)
 
 
-def test_gradients_reach_every_parameter(head: MaskGrounding) -> None:
+def test_gradients_reach_every_parameter(head: WordPredictor) -> None:
     given = inputs()
     given["mask"][1] = 0  # so that the token of an absent referent is used, too
     head(**given).square().sum().backward()
@@ -93,4 +93,4 @@ def test_gradients_reach_every_parameter(head: MaskGrounding) -> None:
 
 def test_refuses_a_width_that_heads_do_not_divide() -> None:
     with pytest.raises(ValueError, match="text_width=30 must be a multiple of 4 and of heads=8"):
-        MaskGrounding(30, CHANNELS, VOCABULARY)
+        WordPredictor(30, CHANNELS, VOCABULARY)
