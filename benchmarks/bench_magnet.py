@@ -20,13 +20,13 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from magnet_fast.losses import segmentation_loss
 from torch.utils.flop_counter import FlopCounterMode
 
 import magnet_fast
 from benchmarks import FROZEN, plain, plain_magnet
 from benchmarks.machine import peak_bytes
 from magnet_fast import models, ops
-from magnet_fast.losses import segmentation_loss
 
 
 class Case(NamedTuple):

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from magnet_fast.losses import segmentation_loss
 from torch import Tensor, nn
 
 from benchmarks import gpu
 from benchmarks.bench_magnet import model_of, operations
 from magnet_fast import models, ops
-from magnet_fast.losses import segmentation_loss
 
 WORDS = 20
 PATHS = ("reference", "reference + compile", "ours", "ours + compile")

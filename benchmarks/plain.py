@@ -8,9 +8,8 @@ from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
 from magnet_fast.models.swin import WindowAttention
+from torch import Tensor
 
 
 def window_attention(

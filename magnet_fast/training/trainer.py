@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from magnet_fast import accelerate, models
+from magnet_fast import models
 from magnet_fast.data.sample import collate, to_device
+from magnet_fast.fast import accelerate
 from magnet_fast.training.averaging import WeightAverage
 from magnet_fast.training.checkpoint import CHECKPOINT, save_checkpoint
 from magnet_fast.training.config import TrainConfig

@@ -196,9 +196,7 @@ def calls_of(made: nn.Module, image: Tensor, *, one_at_a_time: bool) -> Counter[
     modules = {name: module for name, module in made.named_modules() if name}
     rounds = [[name] for name in modules] if one_at_a_time else [list(modules)]
     for names in rounds:
-        handles = [
-            modules[name].register_forward_hook(lambda *_, name=name: counted.update([name])) for name in names
-        ]
+        handles = [modules[name].register_forward_hook(lambda *_, name=name: counted.update([name])) for name in names]
         with torch.no_grad():
             made(image, Text(*(tensor[:1] for tensor in text())))
         for handle in handles:
