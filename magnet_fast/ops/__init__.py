@@ -11,6 +11,8 @@ fastest that can run. The environment variable ``MAGNET_FAST_BACKEND`` or the co
 :func:`backend` force one. The reference can be differentiated any number of times, the others once.
 """
 
+from magnet_fast.ops import _linear  # noqa: F401 - `backend` and `explain` know it by name
+
 from ._cross_modal_attention import cross_modal_attention
 from ._deformable_attention import deformable_attention
 from ._fused_deformable_attention import fused_deformable_attention

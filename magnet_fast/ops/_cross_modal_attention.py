@@ -16,7 +16,7 @@ from . import (
     _triton_backend,
     _triton_cross_modal,
 )
-from ._binding import bind, recomputed_backward
+from ._binding import bind
 
 _NAME = "cross_modal_attention"
 
@@ -253,16 +253,6 @@ def _fake(*arguments: Tensor | None) -> tuple[Tensor, Tensor]:
     return image_out, text_out
 
 
-def _both(*arguments: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The reference with an empty tensor for the direction that a call does not have, as the schema wants
-    it."""
-    like = next(t for t in arguments[:6] if t is not None)
-    image_out, text_out = (
-        like.new_empty(0) if out is None else out for out in cross_modal_attention_reference(*arguments)
-    )
-    return image_out, text_out
-
-
 _DIFFERENTIABLE = (0, 1, 2, 3, 4, 5)
 
 _run = bind(
@@ -283,7 +273,6 @@ _run = bind(
 )
 
 _registry.register_operator(_NAME, _prepare)
-_registry.register(_NAME, "reference", _both, recomputed_backward(_both, 2, _DIFFERENTIABLE))
 _registry.register(
     _NAME,
     "cpu",

@@ -19,7 +19,7 @@ from . import (
     _triton_backend,
     _triton_deformable,
 )
-from ._binding import bind, recomputed_backward
+from ._binding import bind
 
 _NAME = "deformable_attention"
 
@@ -160,12 +160,6 @@ _run = bind(
 )
 
 _registry.register_operator(_NAME, _prepare)
-_registry.register(
-    _NAME,
-    "reference",
-    deformable_attention_reference,
-    recomputed_backward(deformable_attention_reference, 1, _DIFFERENTIABLE),
-)
 _registry.register(
     _NAME,
     "cpu",

@@ -18,7 +18,7 @@ from . import (
     _triton_backend,
     _triton_deformable,
 )
-from ._binding import bind, recomputed_backward
+from ._binding import bind
 from ._deformable_attention import deformable_attention_reference, flat_sizes
 
 _NAME = "fused_deformable_attention"
@@ -155,12 +155,6 @@ _run = bind(
 )
 
 _registry.register_operator(_NAME, _prepare)
-_registry.register(
-    _NAME,
-    "reference",
-    fused_deformable_attention_reference,
-    recomputed_backward(fused_deformable_attention_reference, 1, _DIFFERENTIABLE),
-)
 _registry.register(
     _NAME,
     "cpu",

@@ -16,7 +16,7 @@ from . import (
     _triton_backend,
     _triton_pixel_contrastive,
 )
-from ._binding import bind, recomputed_backward
+from ._binding import bind
 
 _NAME = "pixel_contrastive_loss"
 
@@ -143,12 +143,6 @@ _run = bind(
 )
 
 _registry.register_operator(_NAME, _prepare)
-_registry.register(
-    _NAME,
-    "reference",
-    pixel_contrastive_loss_reference,
-    recomputed_backward(pixel_contrastive_loss_reference, 1, _DIFFERENTIABLE),
-)
 _registry.register(
     _NAME,
     "cpu",

@@ -17,7 +17,7 @@ from . import (
     _triton_backend,
     _triton_window,
 )
-from ._binding import bind, recomputed_backward
+from ._binding import bind
 
 _NAME = "window_attention"
 
@@ -274,12 +274,6 @@ _run = bind(
 )
 
 _registry.register_operator(_NAME, _prepare)
-_registry.register(
-    _NAME,
-    "reference",
-    window_attention_reference,
-    recomputed_backward(window_attention_reference, 1, _DIFFERENTIABLE),
-)
 _registry.register(
     _NAME,
     "cpu",
