@@ -1,7 +1,7 @@
 """Registration of an operator with torch: schemas, fake kernels and the autograd function around them.
 
-``torch.library`` define + impl + register_fake for the forward and the backward as operators of their own,
-and an ``autograd.Function`` outside of them: compiled graphs then hold one opaque node for each pass.
+`torch.library` define + impl + register_fake for the forward and the backward as operators of their own,
+and an `autograd.Function` outside of them: compiled graphs then hold one opaque node for each pass.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _registry
+from magnet_fast.ops import _registry
 
 _NAMESPACE = "magnet_fast"
 
@@ -27,11 +27,11 @@ def bind(
     differentiable: Sequence[int],
     keeps: bool = False,
 ) -> Callable[..., Any]:
-    """Register ``magnet_fast::<operator>`` and its ``_backward``; return a function that runs them.
+    """Register `magnet_fast::<operator>` and its `_backward`; return a function that runs them.
 
-    Forward ``(*tensors, *settings, str backend) -> Tensor`` or a tuple of ``outputs`` tensors. Backward
-    ``(*grad_outputs, *tensors, *settings, bool[] wanted, str backend) -> Tensor[]``: one gradient for each
-    index in ``differentiable``, an empty tensor of shape (0,) where ``wanted`` is false. Missing output
+    Forward `(*tensors, *settings, str backend) -> Tensor` or a tuple of `outputs` tensors. Backward
+    `(*grad_outputs, *tensors, *settings, bool[] wanted, str backend) -> Tensor[]`: one gradient for each
+    index in `differentiable`, an empty tensor of shape (0,) where `wanted` is false. Missing output
     gradients are None.
 
     With `keeps` the registered forward returns one more tensor, `kept`, which the registered backward takes after its
@@ -40,11 +40,11 @@ def bind(
 
     Args:
         operator: the operator's name.
-        tensors: schema of the tensor arguments, e.g. ``"Tensor qkv"``, ``"Tensor? pad_qkv"``.
-        settings: schema of the others, e.g. ``"int num_heads"``.
+        tensors: schema of the tensor arguments, e.g. `"Tensor qkv"`, `"Tensor? pad_qkv"`.
+        settings: schema of the others, e.g. `"int num_heads"`.
         outputs: number of results; a result that a call does not have is an empty tensor of shape (0,).
-        fake: ``(*tensors, *settings) -> `` empty results of the right shape and dtype.
-        differentiable: indices into ``tensors`` of the arguments that get a gradient.
+        fake: `(*tensors, *settings) -> ` empty results of the right shape and dtype.
+        differentiable: indices into `tensors` of the arguments that get a gradient.
         keeps: whether the forward can keep a tensor for the backward.
     """
     name, count = f"{_NAMESPACE}::{operator}", len(tensors)

@@ -2,7 +2,7 @@
 
 Otherwise every call brings the weight into that layout first, which costs a product of few rows most. The copy
 is made in the first call, and again when the weight is seen to have changed: loaded, stepped by an optimiser, moved,
-cast. What is written through ``.data``, or by a program that shares the memory, PyTorch does not count; hence the
+cast. What is written through `.data`, or by a program that shares the memory, PyTorch does not count; hence the
 promise.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from . import _cpu_backend
+from magnet_fast.ops import _cpu_backend
 
 
 @dataclass
@@ -32,7 +32,7 @@ _copies: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # by identity; a c
 
 
 def freeze(weight: Tensor) -> None:
-    """From now on :func:`in_products` and :func:`in_chains` give packed copies of `weight`, while the weight lives."""
+    """From now on `in_products` and `in_chains` give packed copies of `weight`, while the weight lives."""
     if weight not in _copies:
         _copies[weight] = {}
 
@@ -61,7 +61,7 @@ def in_products(weight: Tensor, rows: int) -> Tensor:
 
 
 def in_chains(weight: Tensor) -> Tensor:
-    """The copy for :mod:`._linear_chain` of a weight that :func:`keeps` says yes to, as bytes.
+    """The copy for `_linear_chain` of a weight that `keeps` says yes to, as bytes.
 
     Args:
         weight: (D, C), both multiples of what the SIMD level in use asks for.

@@ -5,7 +5,7 @@ and those in bfloat16. On a processor of AMD's oneDNN is the faster of the two, 
 or the sum with a residual, it does while the result is still in registers, in bfloat16 before it is rounded. The
 operators it has for a Linear are those that PyTorch's own compiler calls; they are not part of PyTorch's public
 interface, so they are tried out once before they are used. They read the weights as they lie, so a weight that changes
-is seen; a weight that is promised not to change is packed once (:mod:`._frozen`).
+is seen; a weight that is promised not to change is packed once (`_frozen`).
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 
-from . import _autocast, _frozen
-from ._registry import NO_KERNEL, Explanation, Layer, register_layer, requested_backend
+from magnet_fast.ops import _autocast, _frozen
+from magnet_fast.ops._registry import NO_KERNEL, Explanation, Layer, register_layer, requested_backend
 
 Activation = Literal["gelu", "relu"]
 _ACTIVATIONS = {None: lambda x: x, "gelu": F.gelu, "relu": F.relu}
@@ -39,7 +39,7 @@ def linear(
     """`F.linear(x, weight, bias)`, then exact GELU or ReLU if asked for, or plus `residual`.
 
     In inference (no gradients) in float32 or bfloat16 on an x86 CPU that is one call of oneDNN; anywhere else, under
-    autocast, in a graph that is being taken, and where :class:`magnet_fast.ops.backend` asks for the reference, it is
+    autocast, in a graph that is being taken, and where `magnet_fast.ops.backend` asks for the reference, it is
     PyTorch's own functions one after the other. Both agree within the rounding of the dtype.
 
     Args:
@@ -71,7 +71,7 @@ class FrozenLinear(nn.Linear):
     """A Linear whose weight is promised to stay as it is, so that inference on a CPU may keep a packed copy of it.
 
     Made of an `nn.Linear` by a change of class, and so is the way back; parameters, names and the state dict are the
-    same. Wherever :func:`linear` does not take oneDNN, it computes as an `nn.Linear` does.
+    same. Wherever `linear` does not take oneDNN, it computes as an `nn.Linear` does.
     """
 
     _upstream_class = nn.Linear
@@ -102,7 +102,7 @@ def freeze_linear(layer: nn.Linear) -> None:
 
 
 def thaw_linear(layer: FrozenLinear) -> None:
-    """Undo :func:`freeze_linear`; the copy is gone."""
+    """Undo `freeze_linear`; the copy is gone."""
     _frozen.thaw(layer.weight)
     layer.__class__ = nn.Linear
 

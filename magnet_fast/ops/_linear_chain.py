@@ -14,8 +14,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import _cpu_backend, _frozen
-from ._linear import Activation, FrozenLinear, inference_on_cpu, observed
+from magnet_fast.ops import _cpu_backend, _frozen
+from magnet_fast.ops._linear import Activation, FrozenLinear, inference_on_cpu, observed
 
 _ACTIVATIONS = {None: 0, "gelu": 1, "relu": 2}
 _NO_NORM = (0, 0, -1.0)
@@ -27,17 +27,17 @@ class Step(NamedTuple):
     linear: nn.Linear
     activation: Activation | None = None
     residual: int | Literal["given"] | None = None
-    """The output of the step of that index, or what :func:`run` is given; not together with an activation."""
+    """The output of the step of that index, or what `run` is given; not together with an activation."""
     before: nn.LayerNorm | None = None
     after: nn.LayerNorm | None = None
 
 
 def runs(x: Tensor, steps: Sequence[Step], residual: Tensor | None = None, around: Iterable[nn.Module] = ()) -> bool:
-    """Whether :func:`run` computes what these layers compute: frozen Linears, LayerNorms over the last dimension, and
+    """Whether `run` computes what these layers compute: frozen Linears, LayerNorms over the last dimension, and
     nothing that is more than that (an adapter, a hook).
 
     Args:
-        x, steps, residual: as in :func:`run`.
+        x, steps, residual: as in `run`.
         around: modules that hold the layers and would not be called; none of them may be observed.
     """
     linears = [step.linear for step in steps]
@@ -58,7 +58,7 @@ def runs(x: Tensor, steps: Sequence[Step], residual: Tensor | None = None, aroun
 
 
 def run(x: Tensor, steps: Sequence[Step], residual: Tensor | None = None) -> Tensor:
-    """The steps one after the other, where :func:`runs` says so.
+    """The steps one after the other, where `runs` says so.
 
     Args:
         x: (..., C), C the first Linear's inputs.

@@ -1,11 +1,11 @@
 """The one place that decides which implementation of an operator runs.
 
 Each operator registers its implementations here, every one with a predicate that says *why not*. The
-public functions ask :func:`choose` on every call; :func:`explain` asks the same predicates and prints the
+public functions ask `choose` on every call; `explain` asks the same predicates and prints the
 answer.
 
-The choice is plain Python over a thread-local stack, tensor metadata and the predicates: ``torch.compile``
-traces it, guards on the stack (so a compiled function follows ``ops.backend``) and leaves nothing of it in
+The choice is plain Python over a thread-local stack, tensor metadata and the predicates: `torch.compile`
+traces it, guards on the stack (so a compiled function follows `ops.backend`) and leaves nothing of it in
 the graph.
 """
 
@@ -36,15 +36,15 @@ class BackendError(RuntimeError):
 
 
 class backend:  # noqa: N801 - used as a function: `with ops.backend("cpu"):`
-    """Force one backend for the operators called inside the ``with`` block.
+    """Force one backend for the operators called inside the `with` block.
 
     Blocks nest (the innermost counts), hold for the current thread only, take precedence over the
-    environment variable ``MAGNET_FAST_BACKEND`` and work inside and outside of a compiled function. The
+    environment variable `MAGNET_FAST_BACKEND` and work inside and outside of a compiled function. The
     backward pass uses the backend of its forward. What activation checkpointing recomputes on a GPU runs in
     a thread of autograd's, where only the environment variable holds.
 
     Args:
-        name: ``"reference"``, ``"cpu"``, ``"triton"``, ``"cuda"``, or ``"auto"`` (the fastest that can run).
+        name: `"reference"`, `"cpu"`, `"triton"`, `"cuda"`, or `"auto"` (the fastest that can run).
         *operators: names of the operators that the block is about; none given means all of them. A whole
             model can so run one operator on a backend that has no kernel for the others. `linear` stands for the
             models' Linears: PyTorch computes them wherever the forced backend cannot, without an error.
@@ -69,12 +69,12 @@ class backend:  # noqa: N801 - used as a function: `with ops.backend("cpu"):`
 
 @dataclass(frozen=True)
 class Explanation:
-    """What an operator call would run, and why not something else. ``str()`` of it is meant for people.
+    """What an operator call would run, and why not something else. `str()` of it is meant for people.
 
     Attributes:
         operator: the operator's name.
-        requested: the backend asked for (``auto`` when none is forced).
-        chosen: the backend that would run, or ``"none"`` when the forced one cannot.
+        requested: the backend asked for (`auto` when none is forced).
+        chosen: the backend that would run, or `"none"` when the forced one cannot.
         reasons: for every other backend, why it would not run.
     """
 
@@ -101,7 +101,7 @@ def explain(operator: str, *args: Any, **kwargs: Any) -> Explanation:
     """Say which backend a call would run, and why each other one would not. Nothing is computed.
 
     Args:
-        operator: an operator's name, e.g. ``"window_attention"``.
+        operator: an operator's name, e.g. `"window_attention"`.
         *args: exactly what the operator itself would be called with, by position,
         **kwargs: and by name.
 
@@ -140,7 +140,7 @@ class Implementation:
         kept: for an operator bound with `keeps`, else None: takes the operator's normalised arguments, returns an
             empty tensor like the one that the forward returns after its results and the backward gets after its
             tensors.
-        passed_over: takes the operator's normalised arguments, returns None or why ``auto`` prefers the next
+        passed_over: takes the operator's normalised arguments, returns None or why `auto` prefers the next
             backend although this one can run them: where another has been measured to be faster.
     """
 
@@ -235,7 +235,7 @@ def _why_passed_over(operator: str, name: str, arguments: tuple) -> str | None:
 
 
 def requested_backend(operator: str) -> str:
-    """The name that the innermost ``ops.backend`` block forces, else the environment's, else ``auto``.
+    """The name that the innermost `ops.backend` block forces, else the environment's, else `auto`.
 
     The environment is read at every call; a compiled function keeps what it read when it was traced.
     """
