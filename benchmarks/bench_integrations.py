@@ -4,7 +4,7 @@
 "cpu, frozen weights" after `accelerate(model, freeze=True)`, which is for inference. Random weights; sampling offsets,
 which start in a regular pattern, get noise, as training gives them.
 
-Without ``--full``: inference of the models the project measures itself by. With it: every family, and training.
+Without `--full`: inference of the models the project measures itself by. With it: every family, and training.
 
     OMP_NUM_THREADS=2 pytest benchmarks/bench_integrations.py --full --results benchmarks/results/integrations_cpu.json
 

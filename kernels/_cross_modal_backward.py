@@ -7,14 +7,20 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
+from magnet_fast.kernels import _runtime
+from magnet_fast.kernels._cross_modal_launch import Similarity, backward_walks, product_walks, rows
+from magnet_fast.kernels._cross_modal_merge import merge
+from magnet_fast.kernels._cross_modal_tiles import (
+    LOG2_E,
+    load_rows,
+    merged_statistics,
+    pixel_weights,
+    store_rows,
+    words_of,
+)
+from magnet_fast.kernels._cross_modal_wide import Products
+from magnet_fast.kernels._runtime import dot, rounded
 from torch import Tensor
-
-from . import _runtime
-from ._cross_modal_launch import Similarity, backward_walks, product_walks, rows
-from ._cross_modal_merge import merge
-from ._cross_modal_tiles import LOG2_E, load_rows, merged_statistics, pixel_weights, store_rows, words_of
-from ._cross_modal_wide import Products
-from ._runtime import dot, rounded
 
 
 @triton.jit

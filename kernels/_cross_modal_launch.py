@@ -7,9 +7,8 @@ from functools import cached_property
 
 import torch
 import triton
+from magnet_fast.kernels import _runtime
 from torch import Tensor
-
-from . import _runtime
 
 # Numbers of a tile (words, channels), by bytes of one, that registers have room for. A narrow head's tile has all of
 # its channels: the forward pass holds two and an accumulator, the backward pass three and two. A wide head's has a
@@ -99,7 +98,7 @@ class Similarity:
         return cut | {name: named[name] for name in widths}
 
     def key(self, tiles: int) -> tuple[object, ...]:
-        """What a configuration is chosen by; ``tiles`` of (BLOCK_P, block_d) are loaded in a step."""
+        """What a configuration is chosen by; `tiles` of (BLOCK_P, block_d) are loaded in a step."""
         pixels = min(_runtime.power_of_two(self.pixel.shape[1]), _MOST_PIXELS)
         rest = (_runtime.precision(self.pixel.dtype), self.heads, self.wide, *self.widths, self.mask is None)
         return (self.pixel.dtype, pixels, self.block_t, self.block_d, tiles, *rest)
@@ -160,7 +159,7 @@ def backward_walks(
 
 
 def _fitting(largest: int, dtype: torch.dtype, block_d: int, tiles: int) -> list[triton.Config]:
-    """Of at most ``largest`` pixels a step. Small maps leave a part of it idle: they have no programs of their own."""
+    """Of at most `largest` pixels a step. Small maps leave a part of it idle: they have no programs of their own."""
     # What the loads ahead may take: the rest of 100 KB or more goes to the words and to exchanges.
     rows_ahead = _AHEAD_BYTES // (tiles * block_d * dtype.itemsize)
     found = [

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from magnet_fast.kernels import _runtime
+from magnet_fast.kernels._cross_modal_launch import Similarity
+from magnet_fast.kernels._runtime import rounded
 from torch import Tensor
-
-from . import _runtime
-from ._cross_modal_launch import Similarity
-from ._runtime import rounded
 
 
 @triton.jit
@@ -64,8 +63,8 @@ def merge(
     total: Tensor | None = None,
     factor: float = 1.0,
 ) -> None:
-    """Adds the runs' parts (B, h, runs, BLOCK_T, width) into ``out`` (B, T, h * width), as parts of a softmax when its
-    statistics are given, else as they are, times ``factor``."""
+    """Adds the runs' parts (B, h, runs, BLOCK_T, width) into `out` (B, T, h * width), as parts of a softmax when its
+    statistics are given, else as they are, times `factor`."""
     this, (batch, words, channels) = similarity, out.shape
     width = channels // this.heads
     block_r = _runtime.power_of_two(this.runs, 1)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-
-from ._runtime import dot, rounded
+from magnet_fast.kernels._runtime import dot, rounded
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 

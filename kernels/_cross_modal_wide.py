@@ -12,11 +12,9 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
-from . import _runtime
-from ._cross_modal_launch import Similarity, apply_walks, product_walks, rows
-from ._cross_modal_tiles import (
+from magnet_fast.kernels import _runtime
+from magnet_fast.kernels._cross_modal_launch import Similarity, apply_walks, product_walks, rows
+from magnet_fast.kernels._cross_modal_tiles import (
     LOG2_E,
     load_rows,
     merged_statistics,
@@ -25,7 +23,8 @@ from ._cross_modal_tiles import (
     tile_products,
     words_of,
 )
-from ._runtime import dot, rounded
+from magnet_fast.kernels._runtime import dot, rounded
+from torch import Tensor
 
 
 @triton.jit
@@ -247,7 +246,7 @@ def _apply_kernel(
 def product(
     similarity: Similarity, left: Tensor, right: Tensor, image_out: Tensor | None = None, *, store: bool = True
 ) -> Tensor | None:
-    """left @ right^T of every head, (B, h, P, BLOCK_T) float32 (None unless ``store``); and into ``image_out`` what the
+    """left @ right^T of every head, (B, h, P, BLOCK_T) float32 (None unless `store`); and into `image_out` what the
     pixels read from text_value with it.
 
     Args:
@@ -304,7 +303,7 @@ class Products:
         """The products become weights and the gradient of the scores, in the dtype of the inputs.
 
         Args:
-            statistics: pointers of the words' softmax; read with ``has_text``.
+            statistics: pointers of the words' softmax; read with `has_text`.
             has_image, has_text: whether there are gradients of image_out and text_out.
             wanted: the gradients of pixel, word, text_value and image_value.
         """

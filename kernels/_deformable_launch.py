@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import triton
+from magnet_fast.kernels import _runtime
 from torch import Tensor
-
-from . import _runtime
 
 # Numbers of a tile (queries, points, channels), for each warp. One corner's values are one such tile.
 _TILE_OF_WARP, _WARPS = 512, 4

@@ -20,12 +20,11 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from magnet_fast.kernels import _runtime
+from magnet_fast.kernels._deformable_launch import Points
+from magnet_fast.kernels._deformable_points import corners_of, maps_of, places_of, weights_of
+from magnet_fast.kernels._runtime import rounded
 from torch import Tensor
-
-from . import _runtime
-from ._deformable_launch import Points
-from ._deformable_points import corners_of, maps_of, places_of, weights_of
-from ._runtime import rounded
 
 
 @triton.jit

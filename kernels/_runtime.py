@@ -63,7 +63,7 @@ def precision(dtype: torch.dtype) -> str:
 
 
 def power_of_two(size: int, least: int = 16) -> int:
-    """The smallest power of two that holds ``size``, and that `tl.dot` takes as a side (16 or more)."""
+    """The smallest power of two that holds `size`, and that `tl.dot` takes as a side (16 or more)."""
     return max(least, 1 << (size - 1).bit_length())
 
 
@@ -110,7 +110,7 @@ class Autotuner:
         self._lock = threading.Lock()
 
     def __call__(self, launch: Callable[[triton.Config], T], device: torch.device, *key: Any) -> T:
-        """Runs ``launch(config)`` with the configuration for ``key`` and returns its result.
+        """Runs `launch(config)` with the configuration for `key` and returns its result.
 
         Args:
             launch: does one whole launch, outputs included. It is called many times while candidates are timed, so

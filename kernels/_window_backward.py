@@ -1,15 +1,14 @@
 """Window attention's backward pass for windows that one program holds, and what both kinds of windows end with.
 
-:mod:`.window_attention` has the formulas and launches the kernels.
+`window_attention` has the formulas and launches the kernels.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
-
-from ._runtime import dot, rounded
-from ._window_index import (
+from magnet_fast.kernels._runtime import dot, rounded
+from magnet_fast.kernels._window_index import (
     COUNTS,
     LOG2E,
     has_padding,

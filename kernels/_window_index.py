@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-
-from ._runtime import dot, rounded
+from magnet_fast.kernels._runtime import dot, rounded
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 

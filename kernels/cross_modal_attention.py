@@ -7,7 +7,7 @@ batch.
 
 *Narrow* heads, all channels of which fit on chip beside the words, take their products on the way. *Wide* ones, up to
 1024 channels, would need more registers than there are: their products of pixels and words, T numbers a pixel, go
-through memory (:mod:`._cross_modal_wide`), and the walks then take one block of channels each.
+through memory (`_cross_modal_wide`), and the walks then take one block of channels each.
 """
 
 from __future__ import annotations
@@ -18,15 +18,14 @@ from collections.abc import Callable, Iterator
 import torch
 import triton
 import triton.language as tl
+from magnet_fast.kernels import _runtime
+from magnet_fast.kernels._cross_modal_backward import backward
+from magnet_fast.kernels._cross_modal_launch import Similarity, rows, walks
+from magnet_fast.kernels._cross_modal_merge import merge
+from magnet_fast.kernels._cross_modal_tiles import LOG2_E, load_rows, pixel_weights, store_rows, words_of
+from magnet_fast.kernels._cross_modal_wide import product
+from magnet_fast.kernels._runtime import dot, rounded
 from torch import Tensor
-
-from . import _runtime
-from ._cross_modal_backward import backward
-from ._cross_modal_launch import Similarity, rows, walks
-from ._cross_modal_merge import merge
-from ._cross_modal_tiles import LOG2_E, load_rows, pixel_weights, store_rows, words_of
-from ._cross_modal_wide import product
-from ._runtime import dot, rounded
 
 
 @triton.jit
@@ -174,7 +173,7 @@ _FORWARD = _runtime.Autotuner(walks, _forward_kernel)
 
 
 def launches(dtype: torch.dtype, quick: bool) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Calls that :mod:`.report` compiles, on meta tensors: few and many words, narrow and wide heads.
+    """Calls that `report` compiles, on meta tensors: few and many words, narrow and wide heads.
 
     The models' heads also with either direction alone; separate similarities are one of each.
     """

@@ -3,7 +3,7 @@ maps, bilinearly, and sums them with its weights. The fused form (FUSED) takes t
 the location arithmetic into the same kernels.
 
 A program takes some queries of one head with all their points side by side. No output of these kernels is added to by
-two programs; the gradient of `value` is, and has kernels of its own in :mod:`._deformable_value`.
+two programs; the gradient of `value` is, and has kernels of its own in `_deformable_value`.
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 import triton
 import triton.language as tl
+from magnet_fast.kernels import _runtime
+from magnet_fast.kernels._deformable_launch import Points, gathers, gathers_backward
+from magnet_fast.kernels._deformable_points import corners_of, maps_of, places_of, weights_of
+from magnet_fast.kernels._deformable_value import gradient_of_value
+from magnet_fast.kernels._runtime import rounded
 from torch import Tensor
-
-from . import _runtime
-from ._deformable_launch import Points, gathers, gathers_backward
-from ._deformable_points import corners_of, maps_of, places_of, weights_of
-from ._deformable_value import gradient_of_value
-from ._runtime import rounded
 
 
 @triton.jit
@@ -299,7 +298,7 @@ _BACKWARD = _runtime.Autotuner(gathers_backward, _backward_kernel)
 
 
 def launches(dtype: torch.dtype, quick: bool) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Calls that :mod:`.report` compiles: pyramids of three and four maps, all forms, on meta tensors."""
+    """Calls that `report` compiles: pyramids of three and four maps, all forms, on meta tensors."""
     pyramids = [("fused", [60, 60, 30, 30, 15, 15], 32, 2)]
     if not quick:
         pyramids += [

@@ -18,10 +18,9 @@ from collections.abc import Callable, Iterator
 import torch
 import triton
 import triton.language as tl
+from magnet_fast.kernels import _runtime
+from magnet_fast.kernels._runtime import dot, precision, rounded
 from torch import Tensor
-
-from . import _runtime
-from ._runtime import dot, precision, rounded
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
@@ -461,7 +460,7 @@ _BACKWARD = _runtime.Autotuner(_backward_tiles, _backward_kernel)
 
 
 def launches(dtype: torch.dtype, quick: bool) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Calls that :mod:`.report` compiles: channels first and last, few and many, on meta tensors."""
+    """Calls that `report` compiles: channels first and last, few and many, on meta tensors."""
     sizes = [(256, True, 14400), (256, False, 14400), (512, True, 14400), (64, True, 60)]
     for channels, first, pixels in sizes[:1] if quick else sizes:
         shape = (2, channels, pixels) if first else (2, pixels, channels)

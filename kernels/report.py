@@ -3,10 +3,10 @@
     python -m magnet_fast.kernels.report [--quick] [--kernel NAME] [--arch 80 90] [--dtype bfloat16] [--jobs N]
                                          [--results FILE] [--markdown FILE]
 
-A kernel file takes part by a function ``launches(dtype, quick)`` that yields (label, call): each call runs the file's
+A kernel file takes part by a function `launches(dtype, quick)` that yields (label, call): each call runs the file's
 host function on *meta* tensors. Nothing is launched: every launch of a call, with every configuration that its
 autotuner may choose, is compiled as it would be on a GPU, from the same arguments. Registers and spills are those of
-the compiled program as ``cuobjdump`` and ``nvdisasm`` see it. Triton's cache keeps what was compiled: another run takes
+the compiled program as `cuobjdump` and `nvdisasm` see it. Triton's cache keeps what was compiled: another run takes
 minutes.
 """
 
@@ -29,13 +29,12 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+from magnet_fast.kernels import _runtime
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas_version
 from triton.compiler import ASTSource
 from triton.runtime.cache import get_cache_manager
 from triton.runtime.jit import JITFunction
-
-from . import _runtime
 
 KERNEL_FILES = (
     "window_attention",

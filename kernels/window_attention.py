@@ -1,8 +1,8 @@
 """Swin's window attention in one pass: a program keeps its part of one head's bias on chip and walks over many windows.
 
-``softmax(scale * q k^T + bias) v`` per window and head, read from and written to the unpadded, unshifted map; the
+`softmax(scale * q k^T + bias) v` per window and head, read from and written to the unpadded, unshifted map; the
 softmax is taken to base 2, with log2(e) folded into scale and bias. The backward pass recomputes the probabilities P:
-``dV = P^T dO``, ``dS = P * (dO V^T - rowsum(P * dO V^T))``, ``dQ = scale * dS K``, ``dK = scale * dS^T Q``, and the
+`dV = P^T dO`, `dS = P * (dO V^T - rowsum(P * dO V^T))`, `dQ = scale * dS K`, `dK = scale * dS^T Q`, and the
 bias' gradient is the sum of dS over windows, which stays on chip until the program ends. Nothing is added to with
 atomics: programs write partial sums, which are added in a fixed order.
 
@@ -25,12 +25,19 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
-from ._runtime import Autotuner, dot, grid, multiprocessors, on_device, power_of_two, precision, rounded
-from ._window_backward import backward_kernel, table_kernel
-from ._window_backward_tiles import backward_keys_kernel, backward_queries_kernel
-from ._window_index import (
+from magnet_fast.kernels._runtime import (
+    Autotuner,
+    dot,
+    grid,
+    multiprocessors,
+    on_device,
+    power_of_two,
+    precision,
+    rounded,
+)
+from magnet_fast.kernels._window_backward import backward_kernel, table_kernel
+from magnet_fast.kernels._window_backward_tiles import backward_keys_kernel, backward_queries_kernel
+from magnet_fast.kernels._window_index import (
     COUNTS,
     LOG2E,
     again,
@@ -44,6 +51,7 @@ from ._window_index import (
     token_places,
     window_place,
 )
+from torch import Tensor
 
 LARGEST_WINDOW, LARGEST_WINDOW_OF_WIDE = 256, 144
 """Tokens of a window that the kernels take: with heads of up to 32 channels, and with wider ones."""
@@ -227,7 +235,7 @@ def window_attention_forward(
         pad_qkv: (3 * C), or None for zeros.
 
     Returns:
-        (B, H, W, C) contiguous, dtype of ``qkv``.
+        (B, H, W, C) contiguous, dtype of `qkv`.
     """
     call = _Call(qkv, bias_table, pad_qkv, num_heads, window_h, window_w, shift_h, shift_w, scale, pad_first)
     out = qkv.new_empty((*qkv.shape[:3], call.channels))
@@ -258,7 +266,7 @@ def window_attention_backward(
     pad_first: bool,
     wanted: Sequence[bool],
 ) -> list[Tensor | None]:
-    """Gradients of ``qkv``, ``bias_table`` and ``pad_qkv`` in their shapes and dtypes, None for those not wanted.
+    """Gradients of `qkv`, `bias_table` and `pad_qkv` in their shapes and dtypes, None for those not wanted.
 
     Args:
         grad_out: (B, H, W, C), any strides.
@@ -451,7 +459,7 @@ _backward_keys_autotuner = Autotuner(_backward_keys_candidates, backward_keys_ke
 
 
 def launches(dtype: torch.dtype, quick: bool) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Calls that :mod:`.report` compiles: windows and head widths, shifted and padded, on meta tensors."""
+    """Calls that `report` compiles: windows and head widths, shifted and padded, on meta tensors."""
     sizes = [((side, side), 32) for side in (7, 8, 12, 16)]
     sizes += [((8, 16), 32), ((7, 7), 64), ((12, 12), 64), ((7, 7), 16)]
     for (side_h, side_w), d in sizes[:1] if quick else sizes:

@@ -58,8 +58,7 @@ void cross_modal_attention_backward(const CrossModalInputs& inputs, Dtype dtype,
                                     const CrossModalGradients& gradients, void* workspace,
                                     int64_t workspace_bytes);
 
-// ---- Between the launchers and the kernels
-// -----------------------------------------------------------------
+// ---- Between the launchers and the kernels ----------------------------------------------------------------
 
 /// How a weight is made from a number x of the matrix.
 enum class Weights : int {

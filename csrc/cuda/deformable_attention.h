@@ -96,8 +96,7 @@ int64_t deformable_attention_workspace(DeformableParams params, const Maps& maps
 void deformable_attention_backward(DeformableParams params, const Maps& maps, Dtype dtype, const Place& place,
                                    void* workspace, int64_t workspace_bytes);
 
-// ---- Between the launchers and the kernels
-// -----------------------------------------------------------------
+// ---- Between the launchers and the kernels ----------------------------------------------------------------
 
 /// A point in its bin's order: what it adds to the gradient of `value` is grad_out of its query, times the
 /// weight, times (1 - right or right) (1 - low or low).

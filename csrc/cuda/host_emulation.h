@@ -198,8 +198,7 @@ inline void launch(int64_t blocks, int threads, size_t shared_bytes, const std::
     }
 }
 
-// ---- What primitives.cuh calls
-// ------------------------------------------------------------------------------
+// ---- What primitives.cuh calls ----------------------------------------------------------------------------
 
 inline void sync_block(int line) {
     Machine& m = machine();

@@ -18,9 +18,9 @@
 
 namespace magnet_fast {
 
-/// How float32 products are made on tensor cores. kExact: of x = high + low in TF32 each, high high + high
-/// low
-/// + low high, nearly as exact as float32. kTf32: of the numbers rounded to TF32.
+/// How float32 products are made on tensor cores. kExact: of x = high + low in TF32 each, the sum
+///     high high + high low + low high,
+/// nearly as exact as float32. kTf32: of the numbers rounded to TF32.
 enum class Float32Products : int { kExact = 0, kTf32 = 1 };
 
 namespace cuda {

@@ -66,8 +66,7 @@ int64_t window_attention_workspace(WindowParams params, Dtype dtype, const Place
 void window_attention_backward(WindowParams params, Dtype dtype, const Place& place, void* workspace,
                                int64_t workspace_bytes);
 
-// ---- Between the launchers and the kernels
-// -----------------------------------------------------------------
+// ---- Between the launchers and the kernels ----------------------------------------------------------------
 
 /// The forward kernels take 8 * tiles keys at a time: 64 (all keys of a 7 x 7 or 8 x 8 window at once), or 48
 /// (those of a 12 x 12 window in three turns; 16-bit elements only).

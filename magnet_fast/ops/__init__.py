@@ -6,17 +6,18 @@ that agree.
 ...     out = ops.window_attention(qkv, bias_table, num_heads=4, window_size=7, shift=3, pad_qkv=qkv_bias)
 >>> print(ops.explain("window_attention", qkv, bias_table, num_heads=4, window_size=7))
 
-Backends are ``reference`` (PyTorch, everywhere), ``cpu``, ``triton`` and ``cuda``; ``auto`` takes the
-fastest that can run. The environment variable ``MAGNET_FAST_BACKEND`` or the context manager
-:func:`backend` force one. The reference can be differentiated any number of times, the others once.
+Backends are `reference` (PyTorch, everywhere), `cpu`, `triton` and `cuda`; `auto` takes the
+fastest that can run. The environment variable `MAGNET_FAST_BACKEND` or the context manager
+`backend` force one. The reference can be differentiated any number of times, the others once.
 """
 
-from ._cross_modal_attention import cross_modal_attention
-from ._deformable_attention import deformable_attention
-from ._fused_deformable_attention import fused_deformable_attention
-from ._pixel_contrastive_loss import pixel_contrastive_loss
-from ._registry import BackendError, Explanation, available_backends, backend, explain
-from ._window_attention import window_attention
+from magnet_fast.ops import _linear  # noqa: F401 - `backend` and `explain` know it by name
+from magnet_fast.ops._cross_modal_attention import cross_modal_attention
+from magnet_fast.ops._deformable_attention import deformable_attention
+from magnet_fast.ops._fused_deformable_attention import fused_deformable_attention
+from magnet_fast.ops._pixel_contrastive_loss import pixel_contrastive_loss
+from magnet_fast.ops._registry import BackendError, Explanation, available_backends, backend, explain
+from magnet_fast.ops._window_attention import window_attention
 
 __all__ = [
     "BackendError",

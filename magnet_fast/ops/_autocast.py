@@ -1,4 +1,4 @@
-"""Autocast as ``scaled_dot_product_attention`` does it: inputs are cast first, the body runs without it."""
+"""Autocast as `scaled_dot_product_attention` does it: inputs are cast first, the body runs without it."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from torch import Tensor
 
 
 def active(like: Tensor) -> bool:
-    """Whether autocast is on for the device of ``like``; some devices (meta) have none."""
+    """Whether autocast is on for the device of `like`; some devices (meta) have none."""
     kind = like.device.type
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def cast(x: Tensor) -> Tensor:
-    """``x`` in autocast's dtype where autocast is on; float64 is never touched (autocast's own rule)."""
+    """`x` in autocast's dtype where autocast is on; float64 is never touched (autocast's own rule)."""
     if not active(x) or x.dtype == torch.float64:
         return x
     return x.to(torch.get_autocast_dtype(x.device.type))
 
 
 def cast_low(x: Tensor) -> Tensor:
-    """As :func:`cast`, but float32 stays: for what an operator takes in float32 beside low precision."""
+    """As `cast`, but float32 stays: for what an operator takes in float32 beside low precision."""
     return x if x.dtype == torch.float32 else cast(x)
 
 

@@ -1,22 +1,20 @@
 """Registration of an operator with torch: schemas, fake kernels and the autograd function around them.
 
-``torch.library`` define + impl + register_fake for the forward and the backward as operators of their own,
-and an ``autograd.Function`` outside of them: compiled graphs then hold one opaque node for each pass.
+`torch.library` define + impl + register_fake for the forward and the backward as operators of their own,
+and an `autograd.Function` outside of them: compiled graphs then hold one opaque node for each pass.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import _registry
+from magnet_fast.ops import _registry
 
 _NAMESPACE = "magnet_fast"
-_CONTIGUOUS = torch.contiguous_format
 
 
 def bind(
@@ -29,25 +27,24 @@ def bind(
     differentiable: Sequence[int],
     keeps: bool = False,
 ) -> Callable[..., Any]:
-    """Register ``magnet_fast::<operator>`` and its ``_backward``; return a function that runs them.
+    """Register `magnet_fast::<operator>` and its `_backward`; return a function that runs them.
 
-    Forward ``(*tensors, *settings, str backend) -> Tensor`` or a tuple of ``outputs`` tensors. Backward
-    ``(*grad_outputs, *tensors, *settings, bool[] wanted, str backend) -> Tensor[]``: one gradient for each
-    index in ``differentiable``, an empty tensor of shape (0,) where ``wanted`` is false. Missing output
+    Forward `(*tensors, *settings, str backend) -> Tensor` or a tuple of `outputs` tensors. Backward
+    `(*grad_outputs, *tensors, *settings, bool[] wanted, str backend) -> Tensor[]`: one gradient for each
+    index in `differentiable`, an empty tensor of shape (0,) where `wanted` is false. Missing output
     gradients are None.
 
-    With ``keeps`` the registered forward returns one more tensor, ``kept``, which the registered backward
-    takes after its tensors: what an implementation has computed anyway and would have to compute again. Its
-    shape and meaning are the implementation's own (:class:`._registry.Implementation`), (0,) where it keeps
-    nothing. The function that is returned gives the outputs alone.
+    With `keeps` the registered forward returns one more tensor, `kept`, which the registered backward takes after its
+    tensors: what an implementation has computed anyway and would have to compute again. Its shape and meaning are the
+    implementation's own (`_registry.Implementation`). The function that is returned gives the outputs alone.
 
     Args:
         operator: the operator's name.
-        tensors: schema of the tensor arguments, e.g. ``"Tensor qkv"``, ``"Tensor? pad_qkv"``.
-        settings: schema of the others, e.g. ``"int num_heads"``.
+        tensors: schema of the tensor arguments, e.g. `"Tensor qkv"`, `"Tensor? pad_qkv"`.
+        settings: schema of the others, e.g. `"int num_heads"`.
         outputs: number of results; a result that a call does not have is an empty tensor of shape (0,).
-        fake: ``(*tensors, *settings) -> `` empty results of the right shape and dtype.
-        differentiable: indices into ``tensors`` of the arguments that get a gradient.
+        fake: `(*tensors, *settings) -> ` empty results of the right shape and dtype.
+        differentiable: indices into `tensors` of the arguments that get a gradient.
         keeps: whether the forward can keep a tensor for the backward.
     """
     name, count = f"{_NAMESPACE}::{operator}", len(tensors)
@@ -60,34 +57,28 @@ def bind(
     torch.library.define(name, f"({inputs}, str backend) -> {result}")
     torch.library.define(f"{name}_backward", f"({grads}, {given}, bool[] wanted, str backend) -> Tensor[]")
 
-    def with_kept(results: Tensor | tuple[Tensor, ...], found: _registry.Implementation, inputs: list) -> tuple:
-        kept = _present(inputs[:count]).new_empty(0) if found.kept is None else found.kept(*inputs)
-        return (*(results if isinstance(results, tuple) else (results,)), kept)
-
     @torch.library.impl(name, "default")
     def forward_kernel(*arguments: Any) -> Tensor | tuple[Tensor, ...]:
         *inputs, backend = arguments
-        found = _registry.implementation(operator, backend)
         with torch.no_grad():
-            results = found.forward(*inputs)
-        return with_kept(results, found, inputs) if keeps and found.kept is None else results
+            return _registry.implementation(operator, backend).forward(*inputs)
 
     @torch.library.impl(f"{name}_backward", "default")
     def backward_kernel(*arguments: Any) -> list[Tensor]:
         *inputs, wanted, backend = arguments
-        found = _registry.implementation(operator, backend)
         like = _present(inputs[outputs : outputs + count])
-        if keeps and found.kept is None:
-            del inputs[outputs + count]
         with torch.no_grad():
-            grads = found.backward(*inputs, wanted)
+            grads = _registry.implementation(operator, backend).backward(*inputs, wanted)
         return [like.new_empty(0) if grad is None else grad for grad in grads]
 
     @torch.library.register_fake(name)
     def fake_forward(*arguments: Any) -> Tensor | tuple[Tensor, ...]:
         *inputs, backend = arguments
         results = fake(*inputs)
-        return with_kept(results, _registry.implementation(operator, backend), inputs) if keeps else results
+        if not keeps:
+            return results
+        kept = _registry.implementation(operator, backend).kept(*inputs)
+        return (*(results if isinstance(results, tuple) else (results,)), kept)
 
     @torch.library.register_fake(f"{name}_backward")
     def fake_backward(*arguments: Any) -> list[Tensor]:
@@ -159,55 +150,3 @@ def _distinct(arguments: Sequence[Any]) -> list[Any]:
 
 def _present(tensors: Sequence[Tensor | None]) -> Tensor:
     return next(tensor for tensor in tensors if tensor is not None)
-
-
-def recomputed_backward(
-    reference: Callable[..., Any], outputs: int, differentiable: Sequence[int]
-) -> Callable[..., Any]:
-    """The reference as a backward kernel: run it again, and differentiate that."""
-
-    def backward(*arguments: Any) -> list[Tensor | None]:
-        grad_outputs, inputs, wanted = arguments[:outputs], list(arguments[outputs:-1]), arguments[-1]
-        chosen = [index for index, want in zip(differentiable, wanted, strict=True) if want]
-        given = [index for index, grad in enumerate(grad_outputs) if grad is not None]
-        if not chosen or not given:
-            zeros = {index: torch.zeros_like(inputs[index], memory_format=_CONTIGUOUS) for index in chosen}
-            return [zeros.get(index) for index in differentiable]
-
-        def differentiate() -> tuple[Tensor | None, ...]:
-            for index in chosen:
-                inputs[index] = inputs[index].detach().requires_grad_()
-            results = reference(*inputs)
-            results = results if isinstance(results, tuple) else (results,)
-            leaves = [inputs[index] for index in chosen]
-            used = [i for i in given if results[i].requires_grad]
-            if not used:
-                return (None,) * len(leaves)
-            return torch.autograd.grad(
-                [results[i] for i in used], leaves, [grad_outputs[i] for i in used], allow_unused=True
-            )
-
-        grads = _with_autograd(differentiate, inputs[chosen[0]].device)
-        found = {
-            index: torch.zeros_like(inputs[index], memory_format=_CONTIGUOUS) if grad is None else grad.contiguous()
-            for index, grad in zip(chosen, grads, strict=True)
-        }
-        return [found.get(index) for index in differentiable]
-
-    return backward
-
-
-def _with_autograd(function: Callable[[], Any], device: torch.device) -> Any:
-    """Call ``function`` in a thread of its own, on the caller's stream.
-
-    A compiled graph runs its operators with autograd switched off underneath, and enable_grad does not undo
-    that; a new thread starts with it on.
-    """
-    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(_on_stream, function, stream).result()
-
-
-def _on_stream(function: Callable[[], Any], stream: torch.cuda.Stream | None) -> Any:
-    with torch.cuda.stream(stream):  # None: does nothing
-        return function()

@@ -13,7 +13,7 @@ FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def floating_tensor(value: Any, name: str, dimensions: int, shape: str) -> None:
-    """``value`` is a non-empty tensor of one of the four floating types with ``dimensions`` dimensions."""
+    """`value` is a non-empty tensor of one of the four floating types with `dimensions` dimensions."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor {shape}, got {type(value).__name__}")
     if value.layout != torch.strided:
@@ -38,7 +38,7 @@ def same_device(value: Tensor, name: str, other: Tensor, other_name: str) -> Non
 
 
 def same_dtype(value: Tensor, name: str, other: Tensor, other_name: str, *, or_float32: bool = False) -> None:
-    """Equal dtypes; with ``or_float32`` a float32 tensor may also stand beside a bfloat16 or float16 one."""
+    """Equal dtypes; with `or_float32` a float32 tensor may also stand beside a bfloat16 or float16 one."""
     if value.dtype == other.dtype:
         return
     low = other.dtype in (torch.bfloat16, torch.float16)
@@ -62,7 +62,7 @@ def positive_int(value: Any, name: str) -> int:
 
 
 def int_pair(value: Any, name: str, minimum: int) -> tuple[int, int]:
-    """An int, or a (height, width) pair of ints, each at least ``minimum``."""
+    """An int, or a (height, width) pair of ints, each at least `minimum`."""
     pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
     if len(pair) != 2:
         raise ValueError(f"{name}: expected an int or a (height, width) pair, got {value!r}")

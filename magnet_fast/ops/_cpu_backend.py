@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 try:
-    from .. import _cpu as extension
+    from magnet_fast import _cpu as extension
 except ModuleNotFoundError:
     extension, missing = None, "extension magnet_fast._cpu is not built"
 except ImportError as error:
@@ -27,6 +27,6 @@ def supports(*arguments: object) -> str | None:
 
 
 def passed_over(*arguments: object) -> str | None:
-    """Why ``auto`` leaves float64 to the reference."""
+    """Why `auto` leaves float64 to the reference."""
     first = next(argument for argument in arguments if isinstance(argument, Tensor))
     return "float64 runs in scalar code, meant for gradient checks" if first.dtype == torch.float64 else None

@@ -1,4 +1,4 @@
-"""Cross-modal attention's C++ kernels; see :mod:`._cpu_backend` for the extension that holds them."""
+"""Cross-modal attention's C++ kernels; see `_cpu_backend` for the extension that holds them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import _cpu_backend
+from magnet_fast.ops import _cpu_backend
 
 _NAMES = ("image_query", "text_key", "text_value", "text_query", "image_key", "image_value")
 _ABSENT = (0, 0, 0)

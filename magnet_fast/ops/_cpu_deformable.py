@@ -1,4 +1,4 @@
-"""Deformable attention's C++ kernels, of both forms; see :mod:`._cpu_backend` for the extension that holds them."""
+"""Deformable attention's C++ kernels, of both forms; see `_cpu_backend` for the extension that holds them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import _cpu_backend
+from magnet_fast.ops import _cpu_backend
 
 # A call packs all of `value` first. On maps of 120² to 15² (S = 19,125, 16 points a query) the reference was faster
 # with 20 queries and slower with 300. The line is drawn at about 60, between them: 4 * 16 * 60 rows are a fifth of S.
@@ -99,7 +99,7 @@ def fused_backward(
 
 
 def passed_over(*arguments: object) -> str | None:
-    """Why ``auto`` leaves a call to the reference: float64, or few queries on large maps."""
+    """Why `auto` leaves a call to the reference: float64, or few queries on large maps."""
     value, points = arguments[0], next(a for a in arguments if isinstance(a, Tensor) and a.dim() == 6)
     corners = 4 * points.shape[1] * points.shape[3] * points.shape[4]
     if corners * _READ_PER_ROW < value.shape[1]:
@@ -112,7 +112,7 @@ def _computed(value: Tensor) -> torch.dtype:
 
 
 def _channels_together(value: Tensor) -> Tensor:
-    """The kernel reads ``value`` with any strides but the last."""
+    """The kernel reads `value` with any strides but the last."""
     return value if value.stride(3) == 1 else value.contiguous()
 
 

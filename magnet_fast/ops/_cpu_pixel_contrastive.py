@@ -1,4 +1,4 @@
-"""The pixel contrastive loss's C++ kernels; see :mod:`._cpu_backend` for the extension that holds them."""
+"""The pixel contrastive loss's C++ kernels; see `_cpu_backend` for the extension that holds them."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import _cpu_backend
+from magnet_fast.ops import _cpu_backend
 
 
 def forward(features: Tensor, inside: Tensor, temperature: float, normalize: bool) -> tuple[Tensor, Tensor]:
-    """The losses and :func:`statistics`. Arguments as the reference's; any strides."""
+    """The losses and `statistics`. Arguments as the reference's; any strides."""
     inside = inside.contiguous()
     loss = features.new_empty(features.shape[0], dtype=_result_dtype(features))
     kept = statistics(features)
@@ -36,7 +36,7 @@ def backward(
     normalize: bool,
     wanted: Sequence[bool],
 ) -> list[Tensor | None]:
-    """The gradient of ``features``, None when it is not wanted."""
+    """The gradient of `features`, None when it is not wanted."""
     if not wanted[0]:
         return [None]
     grad = torch.empty(features.shape, dtype=features.dtype)

@@ -1,4 +1,4 @@
-"""Window attention's C++ kernels; see :mod:`._cpu_backend` for the extension that holds them."""
+"""Window attention's C++ kernels; see `_cpu_backend` for the extension that holds them."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import _cpu_backend
+from magnet_fast.ops import _cpu_backend
 
 
 def forward(qkv: Tensor, bias_table: Tensor, pad_qkv: Tensor | None, *settings) -> Tensor:
-    """Arguments as the reference's; ``qkv`` may be any view with a contiguous last dimension."""
+    """Arguments as the reference's; `qkv` may be any view with a contiguous last dimension."""
     out = qkv.new_empty((*qkv.shape[:3], qkv.shape[3] // 3))
     bias_table, pad_qkv = _laid_out(qkv, bias_table, pad_qkv)
     _cpu_backend.extension.window_attention_forward(
@@ -23,7 +23,7 @@ def forward(qkv: Tensor, bias_table: Tensor, pad_qkv: Tensor | None, *settings) 
 def backward(
     grad_out: Tensor | None, qkv: Tensor, bias_table: Tensor, pad_qkv: Tensor | None, *rest
 ) -> list[Tensor | None]:
-    """Gradients of ``qkv``, ``bias_table`` and ``pad_qkv``, None for those not wanted."""
+    """Gradients of `qkv`, `bias_table` and `pad_qkv`, None for those not wanted."""
     *settings, wanted = rest
     inputs = (qkv, bias_table, pad_qkv)
     # The kernel sums the small ones in float32, or in float64 for float64.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import (
+from magnet_fast.ops import (
     _autocast,
     _checks,
     _cpu_backend,
@@ -16,7 +16,7 @@ from . import (
     _triton_backend,
     _triton_cross_modal,
 )
-from ._binding import bind, recomputed_backward
+from magnet_fast.ops._binding import bind
 
 _NAME = "cross_modal_attention"
 
@@ -33,7 +33,7 @@ def cross_modal_attention(
     num_heads: int = 1,
     scale: float | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Pixels attend to words and words attend to pixels. Per head::
+    """Pixels attend to words and words attend to pixels. Per head:
 
         image_out = softmax_over_words(scale * image_query @ text_key^T) @ text_value
         text_out  = softmax_over_pixels(scale * text_query @ image_key^T) @ image_value
@@ -41,12 +41,11 @@ def cross_modal_attention(
     Forms, by what is given:
 
     * *separate similarity* (the released MagNet): all six tensors;
-    * *shared similarity* (X-MHA of the MagNet paper): ``text_query`` and ``image_key`` left None. ``scale
-      * image_query @ text_key^T`` is computed once and used row-wise and column-wise;
-    * *pixels only* (LAVT's PWAM): no ``image_value`` (and neither ``text_query`` nor ``image_key``);
-    * *words only* (words, or mask queries, reading the image): no ``text_value``; the similarity is either
-      shared (``image_query`` and ``text_key``) or separate (``text_query`` and ``image_key``), and the
-      other pair is None.
+    * *shared similarity* (X-MHA of the MagNet paper): `text_query` and `image_key` left None; the similarity of
+      `image_query` and `text_key` is computed once and used row-wise and column-wise;
+    * *pixels only* (LAVT's PWAM): no `image_value` (and neither `text_query` nor `image_key`);
+    * *words only* (words, or mask queries, reading the image): no `text_value`; the similarity is either shared
+      (`image_query` and `text_key`) or separate (`text_query` and `image_key`), and the other pair is None.
 
     A tensor that the form would not use is an error, not ignored.
 
@@ -57,14 +56,14 @@ def cross_modal_attention(
         text_query: (B, T, C).
         image_key: (B, P, C).
         image_value: (B, P, Cw); Cw may differ from C and Cv.
-        text_mask: (B, T) bool, True for a word. A masked word is no key, and its row of ``text_out`` is 0.
+        text_mask: (B, T) bool, True for a word. A masked word is no key, and its row of `text_out` is 0.
             A sentence without any word gives zeros and zero gradients. What masked rows hold is never
             read, be it NaN.
         num_heads: number of heads; divides every width.
         scale: factor of the similarity, above 0; default d ** -0.5 with d = C / num_heads.
 
     Returns:
-        ``(image_out (B, P, Cv), text_out (B, T, Cw))``; the direction without values is None. float32,
+        `(image_out (B, P, Cv), text_out (B, T, Cw))`; the direction without values is None. float32,
         bfloat16, float16 or float64 as the inputs, which share one dtype; low precisions take the softmax
         in float32. Under autocast all are cast to autocast's dtype first.
 
@@ -164,7 +163,7 @@ def _prepare(
     num_heads: int = 1,
     scale: float | None = None,
 ) -> tuple:
-    """Check the public arguments and return those of :func:`cross_modal_attention_reference`."""
+    """Check the public arguments and return those of `cross_modal_attention_reference`."""
     given = {
         "image_query": image_query,
         "text_key": text_key,
@@ -253,16 +252,6 @@ def _fake(*arguments: Tensor | None) -> tuple[Tensor, Tensor]:
     return image_out, text_out
 
 
-def _both(*arguments: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The reference with an empty tensor for the direction that a call does not have, as the schema wants
-    it."""
-    like = next(t for t in arguments[:6] if t is not None)
-    image_out, text_out = (
-        like.new_empty(0) if out is None else out for out in cross_modal_attention_reference(*arguments)
-    )
-    return image_out, text_out
-
-
 _DIFFERENTIABLE = (0, 1, 2, 3, 4, 5)
 
 _run = bind(
@@ -283,7 +272,6 @@ _run = bind(
 )
 
 _registry.register_operator(_NAME, _prepare)
-_registry.register(_NAME, "reference", _both, recomputed_backward(_both, 2, _DIFFERENTIABLE))
 _registry.register(
     _NAME,
     "cpu",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 try:
-    from .. import _cuda as extension
+    from magnet_fast import _cuda as extension
 except ModuleNotFoundError:
     extension, missing = None, "extension magnet_fast._cuda is not built"
 except ImportError as error:
@@ -35,12 +35,12 @@ def supports(*arguments: object) -> str | None:
 
 
 def passed_over(*arguments: object) -> str | None:
-    """Why ``auto`` prefers the next backend: nothing has been measured on a GPU yet."""
+    """Why `auto` prefers the next backend: nothing has been measured on a GPU yet."""
     return "not yet measured on this GPU"
 
 
 def place(like: Tensor) -> dict[str, object]:
-    """Where a call on ``like``'s device runs, and how it may multiply float32 numbers."""
+    """Where a call on `like`'s device runs, and how it may multiply float32 numbers."""
     return {
         "device": like.device.index,
         "stream": torch.cuda.current_stream(like.device).cuda_stream,

@@ -1,4 +1,4 @@
-"""Cross-modal attention's CUDA kernels; see :mod:`._cuda_backend` for the extension that holds them."""
+"""Cross-modal attention's CUDA kernels; see `_cuda_backend` for the extension that holds them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import _cuda_backend
-from ._cpu_cross_modal import _NAMES, _argument, _laid_out
+from magnet_fast.ops import _cuda_backend
+from magnet_fast.ops._cpu_cross_modal import _NAMES, _argument, _laid_out
 
 _MOST_WORDS, _MOST_HEAD_DIM = 64, 1024
 

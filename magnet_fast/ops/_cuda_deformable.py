@@ -1,4 +1,4 @@
-"""Deformable attention's CUDA kernels, of both forms; see :mod:`._cuda_backend` for the extension that holds them."""
+"""Deformable attention's CUDA kernels, of both forms; see `_cuda_backend` for the extension that holds them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import _cuda_backend
+from magnet_fast.ops import _cuda_backend
 
 _MOST_LEVELS, _MOST_POINTS = 16, 256
 

@@ -1,11 +1,11 @@
-"""Window attention's CUDA kernels; see :mod:`._cuda_backend` for the extension that holds them."""
+"""Window attention's CUDA kernels; see `_cuda_backend` for the extension that holds them."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from . import _cuda_backend
+from magnet_fast.ops import _cuda_backend
 
 _MOST_TOKENS, _MOST_HEAD_DIM = 256, 64
 
@@ -22,7 +22,7 @@ def supports(
 
 
 def forward(qkv: Tensor, bias_table: Tensor, pad_qkv: Tensor | None, *settings) -> Tensor:
-    """Arguments as the reference's; ``qkv`` may be any view with a contiguous last dimension."""
+    """Arguments as the reference's; `qkv` may be any view with a contiguous last dimension."""
     out = qkv.new_empty((*qkv.shape[:3], qkv.shape[3] // 3))
     bias_table, pad_qkv = _laid_out(qkv, bias_table, pad_qkv)
     _cuda_backend.extension.window_attention_forward(
@@ -34,7 +34,7 @@ def forward(qkv: Tensor, bias_table: Tensor, pad_qkv: Tensor | None, *settings) 
 def backward(
     grad_out: Tensor | None, qkv: Tensor, bias_table: Tensor, pad_qkv: Tensor | None, *rest
 ) -> list[Tensor | None]:
-    """Gradients of ``qkv``, ``bias_table`` and ``pad_qkv``, None for those not wanted."""
+    """Gradients of `qkv`, `bias_table` and `pad_qkv`, None for those not wanted."""
     *settings, wanted = rest
     inputs = (qkv, bias_table, pad_qkv)
     # The kernel sums the small ones in float32.

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import (
+from magnet_fast.ops import (
     _autocast,
     _checks,
     _cpu_backend,
@@ -19,7 +19,7 @@ from . import (
     _triton_backend,
     _triton_deformable,
 )
-from ._binding import bind, recomputed_backward
+from magnet_fast.ops._binding import bind
 
 _NAME = "deformable_attention"
 
@@ -33,17 +33,16 @@ def deformable_attention(
     """Every query reads K points on each of L feature maps, bilinearly, and sums them with its weights.
 
     Args:
-        value: (B, S, h, d), the L maps flattened row by row and put one after the other; S is the sum of H
-            * W.
-        spatial_shapes: the (H, W) of each map, Python ints in the order of ``value``.
+        value: (B, S, h, d), the L maps flattened row by row and put one after the other; S is the sum of H * W.
+        spatial_shapes: the (H, W) of each map, Python ints in the order of `value`.
         sampling_locations: (B, Q, h, L, K, 2), points as (x, y): 0 is the left or upper edge of a map, 1
-            the right or lower (``align_corners=False``). What lies outside reads as zero. May be float32
-            beside a bfloat16 or float16 ``value``: 8 bits do not place a point on a map of 60 columns.
+            the right or lower (`align_corners=False`). What lies outside reads as zero. May be float32
+            beside a bfloat16 or float16 `value`: 8 bits do not place a point on a map of 60 columns.
         attention_weights: (B, Q, h, L, K), already normalised (this operator does not care).
 
     Returns:
-        (B, Q, h * d), dtype of ``value`` (float32, bfloat16, float16 or float64). Low precisions are
-        sampled and summed in float32. Under autocast ``value`` and ``attention_weights`` are cast to
+        (B, Q, h * d), dtype of `value` (float32, bfloat16, float16 or float64). Low precisions are
+        sampled and summed in float32. Under autocast `value` and `attention_weights` are cast to
         autocast's dtype, the locations stay in float32.
 
     Raises:
@@ -51,7 +50,7 @@ def deformable_attention(
         RuntimeError: a forced backend cannot run this; the message says why.
 
     Source: Zhu et al., "Deformable DETR" (arXiv 2010.04159), section 4.1. On a GPU the reference's
-    gradient of ``value`` is summed by ``grid_sample`` with atomics: it is the one result of the operators
+    gradient of `value` is summed by `grid_sample` with atomics: it is the one result of the operators
     that may differ in the last bits from run to run.
     """
     arguments = _prepare(value, spatial_shapes, sampling_locations, attention_weights)
@@ -65,7 +64,7 @@ def deformable_attention(
 def deformable_attention_reference(
     value: Tensor, sampling_locations: Tensor, attention_weights: Tensor, sizes: Sequence[int]
 ) -> Tensor:
-    """The operator in plain differentiable PyTorch; ``sizes`` is the flat list H0, W0, H1, W1, ..."""
+    """The operator in plain differentiable PyTorch; `sizes` is the flat list H0, W0, H1, W1, ..."""
     batch, _, heads, d = value.shape
     queries, points = sampling_locations.shape[1], sampling_locations.shape[4]
     shapes = list(zip(sizes[::2], sizes[1::2], strict=True))
@@ -99,7 +98,7 @@ def _prepare(
     sampling_locations: Tensor,
     attention_weights: Tensor,
 ) -> tuple:
-    """Check the public arguments and return those of :func:`deformable_attention_reference`."""
+    """Check the public arguments and return those of `deformable_attention_reference`."""
     _checks.floating_tensor(value, "value", 4, "(B, S, h, d)")
     _checks.floating_tensor(sampling_locations, "sampling_locations", 6, "(B, Q, h, L, K, 2)")
     _checks.floating_tensor(attention_weights, "attention_weights", 5, "(B, Q, h, L, K)")
@@ -129,7 +128,7 @@ def _prepare(
 
 
 def flat_sizes(spatial_shapes: Sequence[tuple[int, int]], value: Tensor) -> list[int]:
-    """H0, W0, H1, W1, ... of the maps, checked against the positions of ``value``."""
+    """H0, W0, H1, W1, ... of the maps, checked against the positions of `value`."""
     if isinstance(spatial_shapes, Tensor) or not isinstance(spatial_shapes, Sequence):
         raise TypeError(
             "spatial_shapes: expected a list of (H, W) pairs of Python ints (a tensor is not read back), "
@@ -160,12 +159,6 @@ _run = bind(
 )
 
 _registry.register_operator(_NAME, _prepare)
-_registry.register(
-    _NAME,
-    "reference",
-    deformable_attention_reference,
-    recomputed_backward(deformable_attention_reference, 1, _DIFFERENTIABLE),
-)
 _registry.register(
     _NAME,
     "cpu",

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import (
+from magnet_fast.ops import (
     _autocast,
     _checks,
     _cpu_backend,
@@ -18,8 +18,8 @@ from . import (
     _triton_backend,
     _triton_deformable,
 )
-from ._binding import bind, recomputed_backward
-from ._deformable_attention import deformable_attention_reference, flat_sizes
+from magnet_fast.ops._binding import bind
+from magnet_fast.ops._deformable_attention import deformable_attention_reference, flat_sizes
 
 _NAME = "fused_deformable_attention"
 
@@ -31,12 +31,11 @@ def fused_deformable_attention(
     sampling_offsets: Tensor,
     attention_logits: Tensor,
 ) -> Tensor:
-    """:func:`deformable_attention` with the softmax and the location arithmetic inside.
+    """`deformable_attention` with the softmax and the location arithmetic inside.
 
     Args:
-        value: (B, S, h, d), the L maps flattened row by row and put one after the other; S is the sum of H
-            * W.
-        spatial_shapes: the (H, W) of each map, Python ints in the order of ``value``.
+        value: (B, S, h, d), the L maps flattened row by row and put one after the other; S is the sum of H * W.
+        spatial_shapes: the (H, W) of each map, Python ints in the order of `value`.
         reference_points: where each query looks from, as (x, y) in [0, 1]: (Q, 2), (B, Q, 2) or (B, Q, L, 2).
             With 4 in the place of 2: boxes (x, y, width, height) around their centre (x, y).
         sampling_offsets: (B, Q, h, L, K, 2) as (x, y): point = reference + offset / (W, H) of its map, or with
@@ -46,9 +45,9 @@ def fused_deformable_attention(
             it is copied.
 
     Returns:
-        (B, Q, h * d), dtype of ``value`` (float32, bfloat16, float16 or float64). Beside a bfloat16 or
-        float16 ``value`` the others may be float32, each for itself. Softmax, locations, samples and sums are
-        float32 in low precision. Under autocast ``value`` is cast to autocast's dtype, of the others only
+        (B, Q, h * d), dtype of `value` (float32, bfloat16, float16 or float64). Beside a bfloat16 or
+        float16 `value` the others may be float32, each for itself. Softmax, locations, samples and sums are
+        float32 in low precision. Under autocast `value` is cast to autocast's dtype, of the others only
         what is in another low precision.
 
     Raises:
@@ -73,7 +72,7 @@ def fused_deformable_attention_reference(
     attention_logits: Tensor,
     sizes: Sequence[int],
 ) -> Tensor:
-    """The operator in plain differentiable PyTorch; ``sizes`` is the flat list H0, W0, H1, W1, ..."""
+    """The operator in plain differentiable PyTorch; `sizes` is the flat list H0, W0, H1, W1, ..."""
     batch, queries, heads, levels, points, _ = sampling_offsets.shape
     computed = torch.float64 if value.dtype == torch.float64 else torch.float32
     weights = attention_logits.to(computed).flatten(3).softmax(-1).view(batch, queries, heads, levels, points)
@@ -104,7 +103,7 @@ def _prepare(
     sampling_offsets: Tensor,
     attention_logits: Tensor,
 ) -> tuple:
-    """Check the public arguments and return those of :func:`fused_deformable_attention_reference`."""
+    """Check the public arguments and return those of `fused_deformable_attention_reference`."""
     _checks.floating_tensor(value, "value", 4, "(B, S, h, d)")
     _checks.floating_tensor(sampling_offsets, "sampling_offsets", 6, "(B, Q, h, L, K, 2)")
     _checks.floating_tensor(attention_logits, "attention_logits", 5, "(B, Q, h, L, K)")
@@ -155,12 +154,6 @@ _run = bind(
 )
 
 _registry.register_operator(_NAME, _prepare)
-_registry.register(
-    _NAME,
-    "reference",
-    fused_deformable_attention_reference,
-    recomputed_backward(fused_deformable_attention_reference, 1, _DIFFERENTIABLE),
-)
 _registry.register(
     _NAME,
     "cpu",

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 
 from magnet_fast.ops import _autocast, _packed
-from magnet_fast.ops._registry import requested_backend
+from magnet_fast.ops._registry import NO_KERNEL, Explanation, Layer, register_layer, requested_backend
 
 Activation = Literal["gelu", "relu"]
 _ACTIVATIONS = {None: lambda x: x, "gelu": F.gelu, "relu": F.relu}
@@ -55,10 +55,7 @@ def linear(
     Raises:
         ValueError: an activation and a residual at once.
     """
-    if activation is not None and residual is not None:
-        raise ValueError(
-            f"activation: expected None where there is a residual, got {activation!r}: no layer needs both"
-        )
+    _check_form(activation, residual)
     if _takes_onednn(x, weight, bias, residual):
         weight = _packed.in_products(weight, x.shape[:-1].numel())
         if residual is not None:
@@ -159,15 +156,27 @@ def then(out: Tensor, activation: Activation | None, residual: Tensor | None) ->
 
 def inference_on_cpu(x: Tensor, *others: Tensor) -> bool:
     """Whether a product of these tensors is inference on the CPU that a kernel may take: see `linear`."""
+    return _why_no_inference_on_cpu(x, *others) is None and requested_backend("linear") in ("auto", "cpu")
+
+
+def _why_no_inference_on_cpu(x: Tensor, *others: Tensor) -> str | None:
     tensors = (x, *others)
-    return (
-        not _recorded()
-        and x.dtype in (torch.float32, torch.bfloat16)
-        and all(type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided for tensor in tensors)
-        and all(tensor.device.type == "cpu" and tensor.dtype == x.dtype for tensor in tensors)
-        and not _autocast.active(x)
-        and requested_backend("linear") in ("auto", "cpu")
-    )
+    if _recorded():
+        return "gradients or a graph are being recorded: inference only"
+    if x.dtype not in (torch.float32, torch.bfloat16):
+        return f"dtype {str(x.dtype).removeprefix('torch.')} is not supported: float32 and bfloat16 only"
+    if not all(type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided for tensor in tensors):
+        return "a tensor is a subclass or not dense"
+    if not all(tensor.device.type == "cpu" and tensor.dtype == x.dtype for tensor in tensors):
+        return "the tensors are not all on the CPU and of one dtype"
+    return "autocast is on" if _autocast.active(x) else None
+
+
+def _check_form(activation: Activation | None, residual: Tensor | None) -> None:
+    if activation is not None and residual is not None:
+        raise ValueError(
+            f"activation: expected None where there is a residual, got {activation!r}: no layer needs both"
+        )
 
 
 def _recorded() -> bool:
@@ -176,11 +185,43 @@ def _recorded() -> bool:
 
 
 def _takes_onednn(x: Tensor, weight: Tensor, *others: Tensor | None) -> bool:
+    return _why_no_onednn(x, weight, *others) is None and requested_backend("linear") in ("auto", "cpu")
+
+
+def _why_no_onednn(x: Tensor, weight: Tensor, *others: Tensor | None) -> str | None:
     # First what is quickly said: small models are hundreds of Linears that this is not for.
-    if _recorded() or x.numel() * len(weight) < _FEWEST_MULTIPLICATIONS:
-        return False
-    given = (tensor for tensor in others if tensor is not None)
-    return inference_on_cpu(x, weight, *given) and torch.backends.mkldnn.enabled and _works(x.dtype)
+    if not _recorded() and x.numel() * len(weight) < _FEWEST_MULTIPLICATIONS:
+        return "the product is so small that calling oneDNN takes longer"
+    reason = _why_no_inference_on_cpu(x, weight, *(tensor for tensor in others if tensor is not None))
+    if reason is None and not (torch.backends.mkldnn.enabled and _works(x.dtype)):
+        return f"oneDNN is switched off, or has no such product in {str(x.dtype).removeprefix('torch.')} here"
+    return reason
+
+
+def _explain(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: Activation | None = None,
+    residual: Tensor | None = None,
+) -> Explanation:
+    _check_form(activation, residual)
+    requested, reason = requested_backend("linear"), _why_no_onednn(x, weight, bias, residual)
+    reasons = {"cuda": NO_KERNEL, "triton": NO_KERNEL}
+    if reason is None and requested in ("auto", "cpu"):
+        preferred = "cpu is preferred" if requested == "auto" else "cpu is forced"
+        return Explanation("linear", requested, "cpu", {**reasons, "reference": f"can run, but {preferred}"})
+    return Explanation(
+        "linear", requested, "reference", {**reasons, "cpu": reason or f"can run, but {requested} is forced"}
+    )
+
+
+def _backends() -> tuple[str, ...]:
+    return ("cpu", "reference") if _works(torch.float32) else ("reference",)
+
+
+register_layer("linear", Layer(_explain, _backends))
 
 
 @cache

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from . import _cpu_backend
+from magnet_fast.ops import _cpu_backend
 
 
 @dataclass

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from . import (
+from magnet_fast.ops import (
     _autocast,
     _checks,
     _cpu_backend,
@@ -16,7 +16,7 @@ from . import (
     _triton_backend,
     _triton_pixel_contrastive,
 )
-from ._binding import bind, recomputed_backward
+from magnet_fast.ops._binding import bind
 
 _NAME = "pixel_contrastive_loss"
 
@@ -28,7 +28,8 @@ def pixel_contrastive_loss(
     features: Tensor, mask: Tensor, *, temperature: float = 0.1, normalize: bool = True
 ) -> Tensor:
     """Pixels inside the mask should resemble each other more than those outside, and the other way round.
-    Per image::
+
+    Per image:
 
         mean_{i in +} -log( sum_{j in +} exp(z_i . z_j / t) / sum_{j in + or -} exp(z_i . z_j / t) )
         + the same with + and - exchanged
@@ -52,9 +53,8 @@ def pixel_contrastive_loss(
             names it.
         RuntimeError: a forced backend cannot run this; the message says why.
 
-    Source: MagNet (arXiv 2312.12198), the P2P term. That pixel i itself belongs to the sums,
-    and the temperature, are our
-    choice: the paper's text leaves both open.
+    Source: MagNet (arXiv 2312.12198), the P2P term. That pixel i itself belongs to the sums, and the temperature,
+    are our choice: the paper's text leaves both open.
     """
     arguments = _prepare(features, mask, temperature=temperature, normalize=normalize)
     backend = _registry.choose(_NAME, arguments)
@@ -103,7 +103,7 @@ def _band(z_rows: Tensor, z: Tensor, inside_rows: Tensor, inside: Tensor, weight
 
 
 def _prepare(features: Tensor, mask: Tensor, *, temperature: float = 0.1, normalize: bool = True) -> tuple:
-    """Check the public arguments and return those of :func:`pixel_contrastive_loss_reference`."""
+    """Check the public arguments and return those of `pixel_contrastive_loss_reference`."""
     if isinstance(features, Tensor) and features.dim() == 4:
         _checks.floating_tensor(features, "features", 4, "(B, C, H, W)")
         shape, meaning = (features.shape[0], *features.shape[2:]), "batch, height and width of features"
@@ -143,12 +143,6 @@ _run = bind(
 )
 
 _registry.register_operator(_NAME, _prepare)
-_registry.register(
-    _NAME,
-    "reference",
-    pixel_contrastive_loss_reference,
-    recomputed_backward(pixel_contrastive_loss_reference, 1, _DIFFERENTIABLE),
-)
 _registry.register(
     _NAME,
     "cpu",

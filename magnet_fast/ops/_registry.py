@@ -1,11 +1,11 @@
 """The one place that decides which implementation of an operator runs.
 
 Each operator registers its implementations here, every one with a predicate that says *why not*. The
-public functions ask :func:`choose` on every call; :func:`explain` asks the same predicates and prints the
+public functions ask `choose` on every call; `explain` asks the same predicates and prints the
 answer.
 
-The choice is plain Python over a thread-local stack, tensor metadata and the predicates: ``torch.compile``
-traces it, guards on the stack (so a compiled function follows ``ops.backend``) and leaves nothing of it in
+The choice is plain Python over a thread-local stack, tensor metadata and the predicates: `torch.compile`
+traces it, guards on the stack (so a compiled function follows `ops.backend`) and leaves nothing of it in
 the graph.
 """
 
@@ -18,12 +18,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
-"""Names of the implementations that an operator can have; ``auto`` picks one of them."""
+"""What an operator can run on: the reference, plain PyTorch, or kernels; `auto` picks one of them."""
 
 ENVIRONMENT_VARIABLE = "MAGNET_FAST_BACKEND"
 
-# The fastest first; the reference runs everywhere, so it ends the list.
-_PREFERENCE = ("cuda", "triton", "cpu", "reference")
+NO_KERNEL = "no kernel for this operator yet"
+"""Why a backend does not run an operator that it has no implementation of."""
+
+# The fastest first. The reference runs everywhere, so it ends the list; it is no kernel: the operators call it
+# themselves, so that it can be differentiated any number of times.
+_KERNELS = ("cuda", "triton", "cpu")
+_PREFERENCE = (*_KERNELS, "reference")
 
 
 class BackendError(RuntimeError):
@@ -31,17 +36,18 @@ class BackendError(RuntimeError):
 
 
 class backend:  # noqa: N801 - used as a function: `with ops.backend("cpu"):`
-    """Force one backend for the operators called inside the ``with`` block.
+    """Force one backend for the operators called inside the `with` block.
 
     Blocks nest (the innermost counts), hold for the current thread only, take precedence over the
-    environment variable ``MAGNET_FAST_BACKEND`` and work inside and outside of a compiled function. The
+    environment variable `MAGNET_FAST_BACKEND` and work inside and outside of a compiled function. The
     backward pass uses the backend of its forward. What activation checkpointing recomputes on a GPU runs in
     a thread of autograd's, where only the environment variable holds.
 
     Args:
-        name: ``"reference"``, ``"cpu"``, ``"triton"``, ``"cuda"``, or ``"auto"`` (the fastest that can run).
+        name: `"reference"`, `"cpu"`, `"triton"`, `"cuda"`, or `"auto"` (the fastest that can run).
         *operators: names of the operators that the block is about; none given means all of them. A whole
-            model can so run one operator on a backend that has no kernel for the others.
+            model can so run one operator on a backend that has no kernel for the others. `linear` stands for the
+            models' Linears: PyTorch computes them wherever the forced backend cannot, without an error.
 
     Raises:
         ValueError: at construction, for an unknown name. An operator that the forced backend cannot run
@@ -63,12 +69,12 @@ class backend:  # noqa: N801 - used as a function: `with ops.backend("cpu"):`
 
 @dataclass(frozen=True)
 class Explanation:
-    """What an operator call would run, and why not something else. ``str()`` of it is meant for people.
+    """What an operator call would run, and why not something else. `str()` of it is meant for people.
 
     Attributes:
         operator: the operator's name.
-        requested: the backend asked for (``auto`` when none is forced).
-        chosen: the backend that would run, or ``"none"`` when the forced one cannot.
+        requested: the backend asked for (`auto` when none is forced).
+        chosen: the backend that would run, or `"none"` when the forced one cannot.
         reasons: for every other backend, why it would not run.
     """
 
@@ -82,6 +88,8 @@ class Explanation:
             head = f"{self.operator}: backend {self.requested!r} is forced and cannot run"
         elif self.requested == "auto":
             head = f"{self.operator}: {self.chosen} would run (the fastest that can)"
+        elif self.requested != self.chosen:
+            head = f"{self.operator}: {self.chosen} would run (backend {self.requested!r} is forced and cannot)"
         else:
             head = f"{self.operator}: {self.chosen} would run (forced)"
         return "\n".join([head, *(f"  {name}: {reason}" for name, reason in self.reasons.items())])
@@ -93,27 +101,29 @@ def explain(operator: str, *args: Any, **kwargs: Any) -> Explanation:
     """Say which backend a call would run, and why each other one would not. Nothing is computed.
 
     Args:
-        operator: an operator's name, e.g. ``"window_attention"``.
+        operator: an operator's name, e.g. `"window_attention"`.
         *args: exactly what the operator itself would be called with, by position,
         **kwargs: and by name.
 
     Raises:
         ValueError: for an unknown operator, and whatever the operator raises for these arguments.
     """
-    arguments = _prepare[_known_operator(operator)](*args, **kwargs)
-    return _explanation(operator, requested_backend(operator), arguments)
+    if _known_operator(operator) in _layers:
+        return _layers[operator].explain(*args, **kwargs)
+    return _explanation(operator, requested_backend(operator), _prepare[operator](*args, **kwargs))
 
 
 def available_backends(operator: str | None = None) -> tuple[str, ...]:
     """Backends that this process can run, the preferred first: built, importable, with their device present.
 
     Args:
-        operator: only the backends with an implementation of this operator; None for those with any.
+        operator: only the backends that run this operator; None for those that run any operator whose kernels are
+            the library's own.
     """
-    if operator is not None:
-        _known_operator(operator)
+    if operator is not None and _known_operator(operator) in _layers:
+        return _layers[operator].backends()
     names = {name for (op, name), item in _implementations.items() if operator in (None, op) and item.missing is None}
-    return tuple(name for name in _PREFERENCE if name in names)
+    return tuple(name for name in _PREFERENCE if name in names or name == "reference")
 
 
 # ---- For the operators -------------------------------------------------------------------------------------
@@ -121,16 +131,16 @@ def available_backends(operator: str | None = None) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Implementation:
-    """One operator on one backend.
+    """One operator's kernels on one backend.
 
     Attributes:
         forward, backward: called by the registered operators with the operator's normalised arguments.
         supports: takes the operator's normalised arguments, returns None or the reason why not.
         missing: why the backend cannot run in this process whatever the arguments, or None.
-        kept: for an operator bound with ``keeps``: takes the operator's normalised arguments, returns an empty
-            tensor like the one that the forward returns after its results and the backward gets after its
-            tensors. None: this implementation keeps nothing, and both go without.
-        passed_over: takes the operator's normalised arguments, returns None or why ``auto`` prefers the next
+        kept: for an operator bound with `keeps`, else None: takes the operator's normalised arguments, returns an
+            empty tensor like the one that the forward returns after its results and the backward gets after its
+            tensors.
+        passed_over: takes the operator's normalised arguments, returns None or why `auto` prefers the next
             backend although this one can run them: where another has been measured to be faster.
     """
 
@@ -142,9 +152,29 @@ class Implementation:
     kept: Callable[..., Any] | None = None
 
 
+@dataclass(frozen=True)
+class Layer:
+    """What `backend` and `explain` know by name although its calls are not chosen here.
+
+    A layer of PyTorch's own that a kernel takes where it can; wherever it cannot, whatever is forced, PyTorch runs.
+
+    Attributes:
+        explain: takes the layer's arguments and returns the Explanation of a call.
+        backends: what can run it in this process, the preferred first.
+    """
+
+    explain: Callable[..., Explanation]
+    backends: Callable[[], tuple[str, ...]]
+
+
 def register_operator(operator: str, prepare: Callable[..., tuple]) -> None:
-    """Make an operator known. ``prepare`` checks the public arguments and returns the normalised ones."""
+    """Make an operator known. `prepare` checks the public arguments and returns the normalised ones."""
     _prepare[operator] = prepare
+
+
+def register_layer(name: str, layer: Layer) -> None:
+    """Make a layer known."""
+    _layers[name] = layer
 
 
 def register(
@@ -157,9 +187,9 @@ def register(
     passed_over: Callable[..., str | None] = lambda *arguments: None,
     kept: Callable[..., Any] | None = None,
 ) -> None:
-    """Add an implementation; see :class:`Implementation`."""
-    if name not in BACKENDS:
-        raise ValueError(f"name: unknown backend {name!r}; expected one of {', '.join(BACKENDS)}")
+    """Add an implementation; see `Implementation`."""
+    if name not in _KERNELS:
+        raise ValueError(f"name: unknown name {name!r}; expected one of {', '.join(_KERNELS)}")
     _implementations[operator, name] = Implementation(forward, backward, supports, missing, passed_over, kept)
 
 
@@ -182,28 +212,30 @@ def choose(operator: str, arguments: tuple) -> str:
         if why_not(operator, requested, arguments) is not None:
             raise BackendError(str(_explanation(operator, requested, arguments)))
         return requested
-    for name in _PREFERENCE:
+    for name in _KERNELS:
         if why_not(operator, name, arguments) is None and _why_passed_over(operator, name, arguments) is None:
             return name
-    raise BackendError(str(_explanation(operator, requested, arguments)))
+    return "reference"
 
 
 def why_not(operator: str, name: str, arguments: tuple) -> str | None:
     """None when the backend can run these normalised arguments, else the reason."""
+    if name == "reference":
+        return None
     item = _implementations.get((operator, name))
     if item is None:
-        return "no kernel for this operator yet"
+        return NO_KERNEL
     if item.missing is not None:
         return item.missing
     return item.supports(*arguments)
 
 
 def _why_passed_over(operator: str, name: str, arguments: tuple) -> str | None:
-    return _implementations[operator, name].passed_over(*arguments)
+    return None if name == "reference" else _implementations[operator, name].passed_over(*arguments)
 
 
 def requested_backend(operator: str) -> str:
-    """The name that the innermost ``ops.backend`` block forces, else the environment's, else ``auto``.
+    """The name that the innermost `ops.backend` block forces, else the environment's, else `auto`.
 
     The environment is read at every call; a compiled function keeps what it read when it was traced.
     """
@@ -238,8 +270,9 @@ def _known(name: str, what: str) -> str:
 
 
 def _known_operator(operator: str) -> str:
-    if operator not in _prepare:
-        raise ValueError(f"operator: unknown name {operator!r}; expected one of {', '.join(sorted(_prepare))}")
+    if operator not in _prepare and operator not in _layers:
+        known = ", ".join(sorted([*_prepare, *_layers]))
+        raise ValueError(f"operator: unknown name {operator!r}; expected one of {known}")
     return operator
 
 
@@ -250,4 +283,5 @@ class _State(threading.local):
 
 _state = _State()
 _prepare: dict[str, Callable[..., tuple]] = {}
+_layers: dict[str, Layer] = {}
 _implementations: dict[tuple[str, str], Implementation] = {}

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from ._checks import dtype_name
+from magnet_fast.ops._checks import dtype_name
 
 # As Triton reads it, once: kernels are made for the interpreter or for GPUs when their file is imported.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
@@ -48,6 +48,6 @@ def supports(*arguments: object) -> str | None:
 
 
 def passed_over(*arguments: object) -> str | None:
-    """Why ``auto`` leaves CPU tensors alone."""
+    """Why `auto` leaves CPU tensors alone."""
     first = next(argument for argument in arguments if isinstance(argument, Tensor))
     return None if first.is_cuda else "Triton's interpreter is for tests, not for speed"

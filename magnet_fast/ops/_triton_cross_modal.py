@@ -1,4 +1,4 @@
-"""Cross-modal attention's Triton kernels; see :mod:`._triton_backend` for what they need.
+"""Cross-modal attention's Triton kernels; see `_triton_backend` for what they need.
 
 The kernels are imported when they first run: Triton takes long to import.
 """
@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from . import _triton_backend
+from magnet_fast.ops import _triton_backend
 
 if TYPE_CHECKING:
-    from ..kernels._cross_modal_launch import Similarity
+    from magnet_fast.kernels._cross_modal_launch import Similarity
 
 MOST_WORDS = 64
 WIDEST_HEAD = 1024
@@ -38,7 +38,7 @@ def supports(*arguments: object) -> str | None:
 
 def forward(*arguments: Tensor | None) -> tuple[Tensor, Tensor]:
     """Arguments as the reference's; any strides. An empty tensor stands for the direction without values."""
-    from ..kernels import _runtime, cross_modal_attention
+    from magnet_fast.kernels import _runtime, cross_modal_attention
 
     like, outs = next(tensor for tensor in arguments if tensor is not None), [None, None]
     with _runtime.on_device(like):
@@ -53,7 +53,7 @@ def backward(
     grad_image_out: Tensor | None, grad_text_out: Tensor | None, *arguments: Tensor | Sequence[bool] | None
 ) -> list[Tensor | None]:
     """Gradients of the six tensors, None for those not wanted."""
-    from ..kernels import _runtime, cross_modal_attention
+    from magnet_fast.kernels import _runtime, cross_modal_attention
 
     *arguments, wanted = arguments
     tensors, grads = arguments[:6], [None] * 6
@@ -95,7 +95,7 @@ def _similarities(
 ) -> list[tuple[Similarity, tuple[int, ...]]]:
     """What the kernels take: one similarity for both directions, or one for each; and where the tensors of each (pixel,
     word, text_value, image_value) stand among the operator's."""
-    from ..kernels._cross_modal_launch import Similarity
+    from magnet_fast.kernels._cross_modal_launch import Similarity
 
     def similarity(*tensors: Tensor | None) -> Similarity:
         mask = None if text_mask is None else text_mask.contiguous().view(torch.uint8)

@@ -1,4 +1,4 @@
-"""Deformable attention's Triton kernels, of both forms; see :mod:`._triton_backend` for what they need.
+"""Deformable attention's Triton kernels, of both forms; see `_triton_backend` for what they need.
 
 The kernels are imported when they first run: Triton takes long to import.
 """
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import _triton_backend
+from magnet_fast.ops import _triton_backend
 
 MOST_POINTS = 128
 
@@ -86,7 +86,7 @@ def fused_backward(
 
 
 def _forward(value: Tensor, places: Tensor, weights: Tensor, reference: Tensor | None, sizes: Sequence[int]) -> Tensor:
-    from ..kernels import _runtime, deformable_attention
+    from magnet_fast.kernels import _runtime, deformable_attention
 
     with _runtime.on_device(value):
         return deformable_attention.forward(_points(value, places, weights, reference, sizes))
@@ -101,7 +101,7 @@ def _backward(
     sizes: Sequence[int],
     wanted: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    from ..kernels import _runtime, deformable_attention
+    from magnet_fast.kernels import _runtime, deformable_attention
 
     with _runtime.on_device(value):
         points = _points(value, places, weights, reference, sizes)
@@ -110,7 +110,7 @@ def _backward(
 
 def _points(value: Tensor, places: Tensor, weights: Tensor, reference: Tensor | None, sizes: Sequence[int]) -> object:
     """What the kernels take: the channels of a head, and the points of a query and head, stand together."""
-    from ..kernels._deformable_launch import Points
+    from magnet_fast.kernels._deformable_launch import Points
 
     _, queries, _, levels, count, _ = places.shape
     if value.stride(3) != 1:

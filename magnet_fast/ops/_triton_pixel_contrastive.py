@@ -1,4 +1,4 @@
-"""The pixel contrastive loss's Triton kernels; see :mod:`._triton_backend` for what they need.
+"""The pixel contrastive loss's Triton kernels; see `_triton_backend` for what they need.
 
 The kernels are imported when they first run: Triton takes long to import.
 """
@@ -12,8 +12,8 @@ from torch import Tensor
 
 
 def forward(features: Tensor, inside: Tensor, temperature: float, normalize: bool) -> tuple[Tensor, Tensor]:
-    """The losses and :func:`statistics`. Arguments as the reference's; any strides."""
-    from ..kernels import _runtime, pixel_contrastive_loss
+    """The losses and `statistics`. Arguments as the reference's; any strides."""
+    from magnet_fast.kernels import _runtime, pixel_contrastive_loss
 
     with _runtime.on_device(features):
         return pixel_contrastive_loss.forward(features, _bytes(inside), temperature, normalize)
@@ -21,7 +21,7 @@ def forward(features: Tensor, inside: Tensor, temperature: float, normalize: boo
 
 def statistics(features: Tensor, *_: object) -> Tensor:
     """Uninitialised, for what the kernels keep of each pixel."""
-    from ..kernels import pixel_contrastive_loss
+    from magnet_fast.kernels import pixel_contrastive_loss
 
     return pixel_contrastive_loss.statistics(features)
 
@@ -35,8 +35,8 @@ def backward(
     normalize: bool,
     wanted: Sequence[bool],
 ) -> list[Tensor | None]:
-    """The gradient of ``features``, None when it is not wanted."""
-    from ..kernels import _runtime, pixel_contrastive_loss
+    """The gradient of `features`, None when it is not wanted."""
+    from magnet_fast.kernels import _runtime, pixel_contrastive_loss
 
     if not wanted[0]:
         return [None]

@@ -1,11 +1,11 @@
-"""Window attention's Triton kernels; see :mod:`._triton_backend` for when they can run."""
+"""Window attention's Triton kernels; see `_triton_backend` for when they can run."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from . import _triton_backend
+from magnet_fast.ops import _triton_backend
 
 # As in `magnet_fast.kernels.window_attention`, which cannot be asked before Triton is imported.
 _LARGEST_WINDOW, _LARGEST_WINDOW_OF_WIDE = 256, 144
@@ -32,8 +32,8 @@ def supports(qkv: Tensor, bias_table: Tensor, pad_qkv: Tensor | None, num_heads:
 
 
 def forward(qkv: Tensor, bias_table: Tensor, pad_qkv: Tensor | None, *settings) -> Tensor:
-    """Arguments as the reference's; ``qkv`` may be any view with a contiguous last dimension."""
-    from ..kernels.window_attention import window_attention_forward
+    """Arguments as the reference's; `qkv` may be any view with a contiguous last dimension."""
+    from magnet_fast.kernels.window_attention import window_attention_forward
 
     return window_attention_forward(qkv, bias_table, pad_qkv, *settings)
 
@@ -41,8 +41,8 @@ def forward(qkv: Tensor, bias_table: Tensor, pad_qkv: Tensor | None, *settings) 
 def backward(
     grad_out: Tensor | None, qkv: Tensor, bias_table: Tensor, pad_qkv: Tensor | None, *rest
 ) -> list[Tensor | None]:
-    """Gradients of ``qkv``, ``bias_table`` and ``pad_qkv``, None for those not wanted."""
-    from ..kernels.window_attention import window_attention_backward
+    """Gradients of `qkv`, `bias_table` and `pad_qkv`, None for those not wanted."""
+    from magnet_fast.kernels.window_attention import window_attention_backward
 
     if grad_out is None:
         inputs, wanted = (qkv, bias_table, pad_qkv), rest[-1]

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import (
+from magnet_fast.ops import (
     _autocast,
     _checks,
     _cpu_backend,
@@ -17,7 +17,7 @@ from . import (
     _triton_backend,
     _triton_window,
 )
-from ._binding import bind, recomputed_backward
+from magnet_fast.ops._binding import bind
 
 _NAME = "window_attention"
 
@@ -36,23 +36,22 @@ def window_attention(
 ) -> Tensor:
     """Self-attention in (shifted) windows, straight from the qkv projection of a map to a map again.
 
-    The map is padded at the bottom and right to whole windows, rolled by ``-shift``, cut into windows,
-    attended with a relative position bias, and put together again: ``softmax(scale * q k^T + bias) v``
-    per head and window. After a shift, tokens that were not neighbours before the roll do not see each
-    other.
+    The map is padded at the bottom and right to whole windows, rolled by `-shift`, cut into windows, attended with a
+    relative position bias, and put together again: `softmax(scale * q k^T + bias) v` per head and window. After a
+    shift, tokens that were not neighbours before the roll do not see each other.
 
     Args:
-        qkv: (B, H, W, 3*C), the projection of the *unpadded, unshifted* map; channels ``[q | k | v]``,
+        qkv: (B, H, W, 3*C), the projection of the *unpadded, unshifted* map; channels `[q | k | v]`,
             each num_heads * d. The last dimension must be contiguous, the other strides are free. float32,
             bfloat16, float16 or float64.
         bias_table: ((2*window_h - 1) * (2*window_w - 1), num_heads), the relative position bias table of
-            Swin v1. The dtype of ``qkv``, or float32 beside a bfloat16 or float16 ``qkv``.
+            Swin v1. The dtype of `qkv`, or float32 beside a bfloat16 or float16 `qkv`.
         num_heads: number of heads; divides C.
         window_size: side of the window, or (height, width), in tokens.
         shift: cyclic shift, or (vertical, horizontal); 0 <= shift < window_size.
         pad_qkv: (3*C), what the projection makes of a padded (zero) token: its bias. Padded tokens are
             real keys. None means zeros. The gradient that reaches padded keys and values goes here. Dtypes
-            as for ``bias_table``.
+            as for `bias_table`.
         scale: factor of the similarity, above 0; default d ** -0.5.
         pad_first: True pads and then rolls the padded map (released Swin and MagNet, LAVT, transformers,
             torchvision); False rolls and then pads (timm). They differ only where there is both a shift
@@ -60,8 +59,8 @@ def window_attention(
         dropout: must be 0: attention dropout is not offered.
 
     Returns:
-        (B, H, W, C) contiguous, dtype of ``qkv``. Low precisions take the softmax in float32. Under
-        autocast ``qkv`` is cast to autocast's dtype first.
+        (B, H, W, C) contiguous, dtype of `qkv`. Low precisions take the softmax in float32. Under
+        autocast `qkv` is cast to autocast's dtype first.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range; the message
@@ -146,7 +145,7 @@ def window_attention_reference(
 
 
 def _pad(x: Tensor, pad_qkv: Tensor | None, padded_h: int, padded_w: int) -> Tensor:
-    """Append tokens equal to ``pad_qkv`` at the bottom and right of a map (B, H, W, C)."""
+    """Append tokens equal to `pad_qkv` at the bottom and right of a map (B, H, W, C)."""
     batch, height, width, channels = x.shape
     if pad_qkv is None:
         if (height, width) == (padded_h, padded_w):
@@ -174,7 +173,7 @@ def _relative_position_bias(table: Tensor, window_h: int, window_w: int) -> Tens
 
 
 def _diagonals(x: Tensor, size: int) -> Tensor:
-    """(..., 2*size-1) -> (..., size, size) with ``y[i, j] = x[i - j + size - 1]``.
+    """(..., 2*size-1) -> (..., size, size) with `y[i, j] = x[i - j + size - 1]`.
 
     Rows of length 2*size read with a stride of 2*size - 1 move one place to the right from row to row.
     """
@@ -190,7 +189,7 @@ def _region_mask(
     elsewhere.
 
     Of Swin's three regions an axis, the first ends where the last window begins; so within a window only
-    the cut at ``length - shift`` separates anything. A token always sees itself: no row is all -inf.
+    the cut at `length - shift` separates anything. A token always sees itself: no row is all -inf.
     """
     y = torch.arange(rows * window_h, device=like.device) >= rows * window_h - shift_h
     x = torch.arange(columns * window_w, device=like.device) >= columns * window_w - shift_w
@@ -212,7 +211,7 @@ def _prepare(
     pad_first: bool = True,
     dropout: float = 0.0,
 ) -> tuple:
-    """Check the public arguments and return those of :func:`window_attention_reference`."""
+    """Check the public arguments and return those of `window_attention_reference`."""
     _checks.floating_tensor(qkv, "qkv", 4, "(B, H, W, 3*C)")
     if qkv.shape[3] % 3:
         raise ValueError(f"qkv: the last dimension holds q, k and v: expected a multiple of 3, got {qkv.shape[3]}")
@@ -274,12 +273,6 @@ _run = bind(
 )
 
 _registry.register_operator(_NAME, _prepare)
-_registry.register(
-    _NAME,
-    "reference",
-    window_attention_reference,
-    recomputed_backward(window_attention_reference, 1, _DIFFERENTIABLE),
-)
 _registry.register(
     _NAME,
     "cpu",

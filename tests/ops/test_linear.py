@@ -160,6 +160,58 @@ def test_runs_as_pytorch_does(case: str, taken: list[bool], monkeypatch) -> None
     assert found.requires_grad == (case == "gradients")
 
 
+@needs_onednn
+def test_backend_of_linears_alone(taken: list[bool]) -> None:
+    x, weight, bias, _ = arguments()
+    with torch.no_grad():
+        with ops.backend("reference", "linear"):
+            assert torch.equal(linear(x, weight, bias), F.linear(x, weight, bias))
+        with ops.backend("reference", "window_attention"):
+            linear(x, weight, bias)
+        with ops.backend("reference"), ops.backend("cpu", "linear"):
+            linear(x, weight, bias)
+    assert taken == [False, True, True]
+
+
+@needs_onednn
+@pytest.mark.parametrize("name", ["auto", "reference", "cpu", "triton", "cuda"])
+def test_explain(name: str, taken: list[bool]) -> None:
+    x, weight, bias, residual = arguments()
+    with torch.no_grad(), ops.backend(name, "linear"):
+        found = ops.explain("linear", x, weight, bias, residual=residual)
+        linear(x, weight, bias, residual=residual)
+        small = ops.explain("linear", x[:1, :1], weight)
+    assert found.requested == name and found.chosen == ("cpu" if taken == [True] else "reference")
+    assert found.chosen == ("cpu" if name in ("auto", "cpu") else "reference")
+    assert small.chosen == "reference" and "small" in small.reasons["cpu"]
+    assert set(found.reasons) == {"cuda", "triton", "cpu", "reference"} - {found.chosen}
+    assert (
+        str(found).splitlines()[0]
+        == "linear: "
+        + {
+            "auto": "cpu would run (the fastest that can)",
+            "cpu": "cpu would run (forced)",
+            "reference": "reference would run (forced)",
+            "triton": "reference would run (backend 'triton' is forced and cannot)",
+            "cuda": "reference would run (backend 'cuda' is forced and cannot)",
+        }[name]
+    )
+    assert ops.available_backends("linear") == ("cpu", "reference")
+
+
+def test_explain_says_why_not() -> None:
+    x, weight, bias, residual = arguments()
+    assert "gradients" in ops.explain("linear", x, weight).reasons["cpu"]
+    with torch.no_grad():
+        assert "float16" in ops.explain("linear", x.half(), weight.half()).reasons["cpu"]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert "autocast" in ops.explain("linear", x, weight).reasons["cpu"]
+        with torch.backends.mkldnn.flags(enabled=False):
+            assert "switched off" in ops.explain("linear", x, weight).reasons["cpu"]
+    with pytest.raises(ValueError, match="activation: expected None"):
+        ops.explain("linear", x, weight, bias, activation="relu", residual=residual)
+
+
 @pytest.mark.parametrize("change", ["gone", "other arguments", "other arithmetic"])
 def test_operators_of_another_version_are_not_used(change: str, monkeypatch) -> None:
     def takes_less(x: Tensor, weight: Tensor) -> Tensor:

@@ -32,10 +32,15 @@ def test_gradients_of_the_reference(case):
 
 
 def test_gradients_through_the_registered_operators(case):
-    function = case.registered("reference")
+    function = case.registered("cpu")
     assert torch.autograd.gradcheck(function, case.leaves)
     with ops.backend("reference"):
-        torch.testing.assert_close(case.gradients(function), case.gradients(), rtol=0, atol=0)
+        torch.testing.assert_close(case.gradients(function), case.gradients())
+
+
+def test_the_reference_is_no_registered_kernel(case):
+    with pytest.raises(RuntimeError, match=f"{case.operator}: backend 'reference' has no kernel"):
+        case.registered("reference")(*case.leaves)
 
 
 def test_second_derivatives_of_the_reference():
@@ -50,7 +55,7 @@ def test_kernels_refuse_second_derivatives():
         first = torch.autograd.grad(weighted_sum(case()).sin(), case.leaves, create_graph=True)
     assert first[0].requires_grad
     first = torch.autograd.grad(
-        weighted_sum(case.registered("reference")(*case.leaves)).sin(), case.leaves, create_graph=True
+        weighted_sum(case.registered("cpu")(*case.leaves)).sin(), case.leaves, create_graph=True
     )
     with pytest.raises(RuntimeError, match="once_differentiable"):
         first[0].sum().backward()
@@ -59,18 +64,18 @@ def test_kernels_refuse_second_derivatives():
 def test_schemas_and_fake_kernels(case):
     forward, backward = operators(case.operator)
     arguments = [a.detach() if isinstance(a, torch.Tensor) else a for a in case.normalised()]
-    torch.library.opcheck(forward, (*arguments, "reference"))
+    torch.library.opcheck(forward, (*arguments, "cpu"))
 
-    results = forward(*arguments, "reference")
+    results = forward(*arguments, "cpu")
     results = results if isinstance(results, tuple) else (results,)
     grads = [torch.randn_like(out) if out.numel() else None for out in results[: outputs(case)]]
     given = [isinstance(argument, torch.Tensor) and argument.is_floating_point() for argument in arguments]
     wanted = [given[index] for index in differentiable(case)]
     arguments = with_kept(case, arguments, results)
-    torch.library.opcheck(backward, (*grads, *arguments, wanted, "reference"))
+    torch.library.opcheck(backward, (*grads, *arguments, wanted, "cpu"))
     # None wanted but the last.
     last = len(wanted) - 1 - wanted[::-1].index(True)
-    torch.library.opcheck(backward, (*grads, *arguments, [i == last for i in range(len(wanted))], "reference"))
+    torch.library.opcheck(backward, (*grads, *arguments, [i == last for i in range(len(wanted))], "cpu"))
 
 
 def outputs(case):
@@ -94,9 +99,9 @@ def test_missing_output_gradients_are_zero(case):
     forward, backward = operators(case.operator)
     arguments = [a.detach() if isinstance(a, torch.Tensor) else a for a in case.normalised()]
     wanted = [isinstance(arguments[index], torch.Tensor) for index in differentiable(case)]
-    results = forward(*arguments, "reference")
+    results = forward(*arguments, "cpu")
     results = results if isinstance(results, tuple) else (results,)
-    grads = backward(*[None] * outputs(case), *with_kept(case, arguments, results), wanted, "reference")
+    grads = backward(*[None] * outputs(case), *with_kept(case, arguments, results), wanted, "cpu")
     for index, want, grad in zip(differentiable(case), wanted, grads, strict=True):
         assert grad.shape == (arguments[index].shape if want else (0,))
         assert not grad.any()
@@ -104,7 +109,7 @@ def test_missing_output_gradients_are_zero(case):
 
 @pytest.mark.parametrize("route", ["public", "registered"])
 def test_compile_fullgraph(case, route):
-    function = case if route == "public" else case.registered("reference")
+    function = case if route == "public" else case.registered("cpu")
     compiled = torch.compile(lambda *leaves: function(*leaves), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(*case.leaves), function(*case.leaves))
     torch.testing.assert_close(case.gradients(compiled), case.gradients(function))

@@ -115,7 +115,7 @@ def test_environment_variable(monkeypatch):
 def test_unknown_names():
     with pytest.raises(ValueError, match=f"backend: unknown name 'fast'; expected one of {NAMES}"):
         ops.backend("fast")
-    known = "cross_modal_attention, deformable_attention, fused_deformable_attention, pixel_contrastive_loss"
+    known = "cross_modal_attention, deformable_attention, fused_deformable_attention, linear, pixel_contrastive_loss"
     for call in (
         lambda: ops.explain("attention"),
         lambda: ops.available_backends("attention"),
