@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from magnet_fast.ops._linear import linear, plain_linear
 from magnet_fast.fast import _block, _window
 from magnet_fast.fast._replacement import Replacement, must_run_original, names, parts_changed
+from magnet_fast.ops._linear import linear, plain_linear
 
 _DROP_PATH = (*_block.IDENTITY, "timm.layers.drop.DropPath")
 _PARTS = {

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from magnet_fast.ops._linear import plain_linear
 from magnet_fast.fast import _window
 from magnet_fast.fast._replacement import Replacement, must_run_original, names
+from magnet_fast.ops._linear import plain_linear
 
 
 class _Attention:

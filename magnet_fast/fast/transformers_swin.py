@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from magnet_fast.ops._linear import linear, plain_linear
 from magnet_fast.fast import _block, _window
 from magnet_fast.fast._replacement import Replacement, must_run_original, names, parts_changed
+from magnet_fast.ops._linear import linear, plain_linear
 
 # What their attention computes under either name; a name registered by a user may be anything.
 _KNOWN_ATTENTION = ("sdpa", "eager")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import magnet_fast
-from magnet_fast.ops import _packed, _linear
+from magnet_fast.ops import _linear, _packed
 from tests.onednn import needs_onednn
 
 from . import zoo

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from magnet_fast import ops
 from magnet_fast.ops import _linear, _packed
-from magnet_fast.ops._linear import pack_linear, linear, unpack_linear
+from magnet_fast.ops._linear import linear, pack_linear, unpack_linear
 from tests.onednn import needs_onednn
 
 DTYPES = [

@@ -274,9 +274,10 @@ def test_left_to_pytorch(case: str) -> None:
 def test_an_adapter_in_a_block_is_called() -> None:
     """Around each of a block's Linears, and of a pixel decoder layer's: its answer is not lost."""
     needs(torch.float32)
-    from magnet_fast.models.config import MaskDecoderConfig
     from magnet_fast.models.pixel_decoder import DeformableLayer
     from magnet_fast.models.swin import SwinBlock
+
+    from magnet_fast.models.config import MaskDecoderConfig
 
     torch.manual_seed(0)
     swin, layer = SwinBlock(32, 2, 4, 0, 0.0), DeformableLayer(MaskDecoderConfig(width=32, num_heads=2), 1)
