@@ -1,6 +1,6 @@
 """Window attention at the stages of Swin, batch 1: float32 and bfloat16, forward and forward+backward.
 
-Without ``--full``: Swin-B at 480 x 480 with window 12, every stage shifted, the first one unshifted as well, and
+Without `--full`: Swin-B at 480 x 480 with window 12, every stage shifted, the first one unshifted as well, and
 the first one with window 7. With it: Swin-T and Swin-B at 224, 384 and 480, windows 7 and 12. torch.compile takes the
 plain form.
 

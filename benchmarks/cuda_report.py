@@ -1,8 +1,8 @@
 """What the compiler made of the CUDA kernels: registers, stack, shared memory, tensor-core products, wide accesses.
 
-``python -m benchmarks.cuda_report`` reads the built extension ``magnet_fast._cuda`` with cuobjdump (the CUDA toolkit's,
-or the one that comes with Triton) and prints a table, no GPU needed; ``--markdown`` prints it as docs/cuda.md holds it,
-and ``--results FILE`` writes it as JSON with the compilers' versions and the date.
+`python -m benchmarks.cuda_report` reads the built extension `magnet_fast._cuda` with cuobjdump (the CUDA toolkit's,
+or the one that comes with Triton) and prints a table, no GPU needed; `--markdown` prints it as docs/cuda.md holds it,
+and `--results FILE` writes it as JSON with the compilers' versions and the date.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Kernel:
     """One kernel on one architecture.
 
     Attributes:
-        name: with the element and the numbers it was made for, e.g. ``window_forward<bfloat16, 32, 8>``.
-        architecture: such as ``sm_90a``.
+        name: with the element and the numbers it was made for, e.g. `window_forward<bfloat16, 32, 8>`.
+        architecture: such as `sm_90a`.
         registers: of a thread.
         stack: bytes of local memory of a thread; registers that were spilled lie there.
         local: instructions that read or write local memory.
@@ -61,7 +61,7 @@ class Kernel:
 
 
 def extension() -> Path | None:
-    """The built ``magnet_fast._cuda``, or None."""
+    """The built `magnet_fast._cuda`, or None."""
     found = importlib.util.find_spec("magnet_fast._cuda")
     return Path(found.origin) if found is not None and found.origin else None
 
@@ -77,7 +77,7 @@ def cuobjdump() -> str | None:
 
 
 def kernels(path: Path, tool: str) -> list[Kernel]:
-    """Every kernel in the file at ``path``, for every architecture."""
+    """Every kernel in the file at `path`, for every architecture."""
     usage = dict(_resources(_run(tool, "--dump-resource-usage", path)))
     counts = _instructions(_run(tool, "--dump-sass", path))
     found = [

@@ -32,7 +32,7 @@ class Case(ABC):
 
     @abstractmethod
     def floor(self, dtype: torch.dtype, backward: bool, batch: int) -> dict[str, int]:
-        """Compulsory "bytes" and "flops" of one run; ``backward``: of both passes."""
+        """Compulsory "bytes" and "flops" of one run; `backward`: of both passes."""
 
     @abstractmethod
     def moved(self, dtype: torch.dtype, backward: bool, batch: int) -> int:

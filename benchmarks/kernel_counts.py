@@ -20,7 +20,7 @@ def cross_modal(
 ) -> Counts:
     """Cross-modal attention from one similarity: `form` is both, image (pixels read) or text (words read).
 
-    Separate similarities are one run of "image" and one of "text". ``backward``: the backward pass alone.
+    Separate similarities are one run of "image" and one of "text". `backward`: the backward pass alone.
     """
     from magnet_fast.kernels._cross_modal_launch import Similarity
 
