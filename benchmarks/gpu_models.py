@@ -2,9 +2,10 @@
 
     python -m benchmarks.gpu_models --results benchmarks/results/gpu_models.json
 
-Every row of a group is timed in one process, one after the other. The model is
-accelerated in all of them; "reference" runs the plain PyTorch form of every operator, "ours" what `auto` chooses; "+ compile" is torch.compile of the whole model, which in inference also captures
-CUDA graphs. Weights are random; gates and offsets are opened as in `bench_magnet`: trained models compute behind them.
+Every row of a group is timed in one process, one after the other. The model is accelerated in all of them; "reference"
+runs the plain PyTorch form of every operator, "ours" what `auto` chooses; "+ compile" is torch.compile of the whole
+model, which in inference also captures CUDA graphs. Weights are random; gates and offsets are opened as in
+`bench_magnet`: trained models compute behind them.
 """
 
 from __future__ import annotations
