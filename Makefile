@@ -10,6 +10,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
+# One process a core, one thread a process: small work should not wait at barriers of threads.
+TEST_PROCESSES ?= 2
+
 DEMO ?= demo
 DEMO_IMAGES ?= 4000
 DEMO_MINUTES ?= 6
@@ -33,7 +36,7 @@ $(STAMP): setup.py pyproject.toml $(CPP)
 	@touch $@
 
 test: $(STAMP)
-	$(BIN)/python -m pytest tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n $(TEST_PROCESSES) --dist loadgroup
 
 lint: $(STAMP)
 	$(BIN)/ruff check $(PY)

@@ -23,7 +23,7 @@ from torch import nn
 from magnet_fast.fast import grounding_dino, timm, torchvision, transformers_deformable, transformers_swin
 from magnet_fast.fast._replacement import Replacement, class_path, fused_class, upstream_class
 from magnet_fast.fast._report import ModuleReport, Report
-from magnet_fast.ops._linear import PackedLinear, ProductLinear, pack_linear, plain_linear, unpack_linear
+from magnet_fast.ops._linear import PackedLinear, pack_linear, plain_linear, unpack_linear
 
 __all__ = ["ModuleReport", "Report", "accelerate", "accelerated", "restore"]
 
@@ -62,21 +62,19 @@ def accelerate(model: nn.Module, *, pack: bool = False, freeze: bool | None = No
         warnings.warn("accelerate: freeze= is named pack= now", DeprecationWarning, stacklevel=2)
         pack = freeze
     _check(model)
-    found, products = [], set()
+    found = []
     for name, module in model.named_modules():
         path = class_path(upstream_class(module) or type(module))
         replacements, left_alone = _known(path)
         if path in replacements:
-            replacement = replacements[path]
-            found.append(_replace(name, module, replacement))
-            products |= {id(getattr(module, linear)) for linear in replacement.linears}
+            found.append(_replace(name, module, replacements[path]))
         elif path in left_alone:
             found.append(ModuleReport(name, path, None, left_alone[path]))
         elif (base := _known_base(module)) is not None:
             reason = f"a subclass of {base.rpartition('.')[2]}: what it changes is not known here"
             found.append(ModuleReport(name, path, None, reason))
-        elif plain_linear(module) and (pack or id(module) in products):
-            found.append(_multiply(name, module, pack))
+        elif plain_linear(module) and (pack or type(module) is PackedLinear):
+            found.append(_pack(name, module))
     return Report(tuple(found))
 
 
@@ -125,7 +123,7 @@ def _undo(model: nn.Module, kept: Mapping[nn.Module, type]) -> None:
         if upstream is None or cls is type(module):
             continue
         if isinstance(module, PackedLinear):
-            unpack_linear(module, cls)
+            unpack_linear(module)
         else:
             module.__class__ = cls
 
@@ -142,18 +140,14 @@ def _replace(name: str, module: nn.Module, replacement: Replacement) -> ModuleRe
     return ModuleReport(name, replacement.path, replacement.operator, replacement.note(module))
 
 
-def _multiply(name: str, module: nn.Linear, pack: bool) -> ModuleReport:
+def _pack(name: str, layer: nn.Linear) -> ModuleReport:
     path = class_path(nn.Linear)
-    if "forward" in vars(module):
+    if "forward" in vars(layer):
         return ModuleReport(name, path, None, "its forward was replaced on the module itself")
-    if pack and name.rpartition(".")[2] == "base_layer":
+    if name.rpartition(".")[2] == "base_layer":
         return ModuleReport(name, path, None, "under an adapter, which may be merged into its weight behind our back")
-    if pack and type(module) is not PackedLinear:
-        pack_linear(module)
-    elif type(module) is nn.Linear:
-        module.__class__ = ProductLinear
-    packed = type(module) is PackedLinear
-    return ModuleReport(name, path, "linear", "packed weight in inference on a CPU" if packed else None)
+    pack_linear(layer)
+    return ModuleReport(name, path, "linear", "packed weight in inference on a CPU")
 
 
 def _known(path: str) -> tuple[Mapping[str, Replacement], Mapping[str, str]]:

@@ -22,11 +22,7 @@ from magnet_fast.ops._linear_chain import Step
 _SLICE_BYTES = 28 << 20
 
 NORM = ("torch.nn.modules.normalization.LayerNorm",)
-LINEAR = (
-    "torch.nn.modules.linear.Linear",
-    "magnet_fast.ops._linear.PackedLinear",
-    "magnet_fast.ops._linear.ProductLinear",
-)
+LINEAR = ("torch.nn.modules.linear.Linear", "magnet_fast.ops._linear.PackedLinear")
 IDENTITY = ("torch.nn.modules.linear.Identity",)
 DROPOUT = ("torch.nn.modules.dropout.Dropout",)
 GELU = ("torch.nn.modules.activation.GELU", "transformers.activations.GELUActivation")

@@ -37,7 +37,6 @@ class Replacement:
             is replaced and in every call.
         unfit: why a module whose class and attributes are as expected still cannot be replaced, or None.
         note: what its user should know of a replaced module, or None.
-        linears: its Linears that see so many rows that `ops._linear.ProductLinear` pays.
     """
 
     path: str
@@ -48,7 +47,6 @@ class Replacement:
     bypassed: dict[str, str]
     unfit: Callable[[nn.Module], str | None] = lambda module: None
     note: Callable[[nn.Module], str | None] = lambda module: None
-    linears: tuple[str, ...] = ()
 
     @property
     def fused_name(self) -> str:

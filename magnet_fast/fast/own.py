@@ -10,9 +10,7 @@ from magnet_fast.fast import own_fusion, own_heads, own_swin
 from magnet_fast.fast._replacement import Replacement, names
 
 
-def _part(
-    path: str, mixin: type, operator: str, *methods: str, remark: str | None = None, linears: tuple[str, ...] = ()
-) -> Replacement:
+def _part(path: str, mixin: type, operator: str, *methods: str, remark: str | None = None) -> Replacement:
     """One class below `magnet_fast.models`; methods as "name: parameter parameter"."""
     note: Callable[[nn.Module], str | None] = lambda module: remark  # noqa: E731
     signatures = (method.partition(":")[::2] for method in methods)
@@ -24,7 +22,6 @@ def _part(
         attributes=(),
         bypassed={},
         note=note,
-        linears=linears,
     )
 
 
@@ -38,7 +35,7 @@ REPLACEMENTS = (
     _part("encoders.swin.WindowAttention", own_swin.WindowAttention, "window_attention", "forward: x"),
     _part("encoders.swin.Mlp", own_swin.Mlp, "linear", "forward: x"),
     _part("encoders.swin.PatchEmbed", own_swin.PatchEmbed, "rearranged", "position: x"),
-    _part("encoders.swin.PatchMerging", own_swin.PatchMerging, "linear", "forward: x", linears=("reduction",)),
+    _part("encoders.swin.PatchMerging", own_swin.PatchMerging, "linear", "neighbours: x", "forward: x"),
     _part("fusion.exchange.PooledLevel", own_fusion.PooledLevel, "linear", "forward: feature"),
     _part("fusion.exchange.Mixer", own_fusion.Mixer, "linear", "forward: levels full size",
           remark="pooled levels are mixed before they are upsampled"),

@@ -119,4 +119,7 @@ class PatchEmbed:
 
 
 class PatchMerging:
-    """Nothing of its own: its Linear is the product."""
+    """Its Linear is a product."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return project(self.reduction, self.norm(self.neighbours(x)))

@@ -67,8 +67,8 @@ def linear(
 torch.fx.wrap("linear")
 
 
-class ProductLinear(nn.Linear):
-    """A Linear that computes by `linear`, for layers of so many rows that it pays.
+class PackedLinear(nn.Linear):
+    """A Linear whose weight is promised to stay as it is, so that inference on a CPU may keep a packed copy of it.
 
     Made of an `nn.Linear` by a change of class, and so is the way back; parameters, names and the state dict are the
     same. Wherever `linear` does not take oneDNN, it computes as an `nn.Linear` does.
@@ -80,18 +80,9 @@ class ProductLinear(nn.Linear):
         return linear(input, self.weight, self.bias)
 
 
-class PackedLinear(ProductLinear):
-    """The same with the promise that its weight stays as it is, so that inference on a CPU may keep a packed copy."""
-
-    _upstream_class = nn.Linear
-
-
 def plain_linear(*layers: nn.Module) -> bool:
     """Whether all are Linears and nothing else: not quantised, adapted, parametrised, or sharded one by one."""
-    for layer in layers:
-        if type(layer) not in (nn.Linear, ProductLinear, PackedLinear) or not plain_weight(layer):
-            return False
-    return True
+    return all(type(layer) in (nn.Linear, PackedLinear) and plain_weight(layer) for layer in layers)
 
 
 def plain_weight(layer: nn.Module) -> bool:
@@ -142,10 +133,10 @@ def pack_linear(layer: nn.Linear) -> None:
     layer.__class__ = PackedLinear
 
 
-def unpack_linear(layer: PackedLinear, cls: type[nn.Linear] = nn.Linear) -> None:
-    """Undo `pack_linear`; the copy is gone, and the class is what it was before."""
+def unpack_linear(layer: PackedLinear) -> None:
+    """Undo `pack_linear`; the copy is gone."""
     _packed.unpack(layer.weight)
-    layer.__class__ = cls
+    layer.__class__ = nn.Linear
 
 
 def then(out: Tensor, activation: Activation | None, residual: Tensor | None) -> Tensor:

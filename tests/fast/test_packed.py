@@ -166,7 +166,7 @@ def test_magnet() -> None:
     from magnet_fast import models
 
     torch.manual_seed(0)
-    model = models.build("magnet_tiny").eval()
+    model = models.create("magnet_tiny").eval()
     inputs = (torch.randn(1, 3, 64, 64), torch.randint(5, 100, (1, 7)), torch.ones(1, 7, dtype=torch.long))
     expected = model.predict(*inputs)
     assert magnet_fast.accelerate(model, pack=True).replaced

@@ -26,13 +26,13 @@ def test_table_of_a_suite() -> None:
     lines = table({"machine": MACHINE, "rows": rows}, "integrations").splitlines()
     assert lines[0] == "CPU, 2 cores (AVX2), 1 threads, torch 2.15, 2026-11-21"
     assert lines[-1] == "| Swin | 2.00 s | 500 ms | **4.00×** | 3 MiB | 1 MiB |"
-    assert "frozen" not in lines[2]
+    assert "packed" not in lines[2]
     assert not any("DETR" in line or "MagNet" in line for line in lines)  # nothing to compare with; another suite
 
 
 def test_table_with_packed_weights() -> None:
     rows = [row("integrations", name, path, 2.0, peak_bytes=3 << 20) for name in "AB" for path in ("plain", "cpu")]
-    rows.insert(2, row("integrations", "A", "cpu, frozen weights", 0.5, peak_bytes=4 << 20))
+    rows.insert(2, row("integrations", "A", "cpu, packed weights", 0.5, peak_bytes=4 << 20))
     lines = table({"machine": MACHINE, "rows": rows}, "integrations").splitlines()
     assert lines[-2] == "| A | 2.00 s | 2.00 s | **1.00×** | 500 ms | **4.00×** | 3 MiB | 3 MiB | 4 MiB |"
     assert lines[-1] == "| B | 2.00 s | 2.00 s | **1.00×** | – | – | 3 MiB | 3 MiB | – |"

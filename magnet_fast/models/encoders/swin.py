@@ -202,12 +202,15 @@ class PatchMerging(nn.Module):
         self.reduction = nn.Linear(4 * channels, 2 * channels, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.reduction(self.norm(self.neighbours(x)))
+
+    def neighbours(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) to (B, ⌈H/2⌉, ⌈W/2⌉, 4C)."""
         x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
         batch, height, width, channels = x.shape
         x = x.view(batch, height // 2, 2, width // 2, 2, channels)
         # Neighbours in the order (0,0) (1,0) (0,1) (1,1) of (row, column): column outermost.
-        x = x.permute(0, 1, 3, 4, 2, 5).reshape(batch, height // 2, width // 2, 4 * channels)
-        return self.reduction(self.norm(x))
+        return x.permute(0, 1, 3, 4, 2, 5).reshape(batch, height // 2, width // 2, 4 * channels)
 
 
 def _initialise(module: nn.Module) -> None:
