@@ -1,4 +1,4 @@
-"""``python -m magnet_fast`` and ``torchrun -m magnet_fast``: the command line."""
+"""`python -m magnet_fast` and `torchrun -m magnet_fast`: the command line."""
 
 from magnet_fast.cli import main
 

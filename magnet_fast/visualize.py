@@ -109,7 +109,7 @@ def contact_sheet(examples: Sequence[Example], columns: int = 1, cell: int = 192
 
 
 def _outline(mask: np.ndarray, width: int) -> np.ndarray:
-    """Pixels of the mask within ``width`` steps (up, down, left, right) of its border."""
+    """Pixels of the mask within `width` steps (up, down, left, right) of its border."""
     inner = mask
     for _ in range(width):
         padded = np.pad(inner, 1)

@@ -66,13 +66,14 @@ def open_dataset(
     image_size: int | None,
     images: list[str] | None,
     *,
+    format: str | None = None,
     original: bool = False,
 ) -> ExpressionDataset:
     """A split, prepared as the checkpoint's model asks for; `image_size` changes the model's specification."""
     from magnet_fast.data import ExpressionDataset
     from magnet_fast.data.datasets import open_reader
 
-    reader = open_reader(root, dataset, split_by, images=images)
+    reader = open_reader(root, dataset, split_by, format=format, images=images)
     if split not in reader.splits:
         raise ValueError(f"--split: {root} has no split {split!r}; it has {', '.join(reader.splits)}")
     if image_size is not None:

@@ -17,6 +17,7 @@ from magnet_fast.cli.common import (
     DeviceOption,
     DtypeOption,
     FastOption,
+    FormatOption,
     ImageSizeOption,
     ImagesOption,
     Precision,
@@ -45,6 +46,7 @@ def evaluate(
     dataset: DatasetOption = "refcoco",
     split_by: SplitByOption = "unc",
     split: SplitOption = "val",
+    format: FormatOption = None,
     images: ImagesOption = None,
     task: Annotated[
         str, typer.Option(help="Which scores: single, generalized (none or several), robust (negatives), region.")
@@ -80,7 +82,16 @@ def evaluate(
 
     loaded = checkpoints.load(checkpoint)
     sentences = open_dataset(
-        loaded, data, dataset, split_by, split, tokenizer, image_size, images, original=resolution.value == "original"
+        loaded,
+        data,
+        dataset,
+        split_by,
+        split,
+        tokenizer,
+        image_size,
+        images,
+        format=format,
+        original=resolution.value == "original",
     )
     if shuffle_expressions:
         sentences.shuffle_expressions(seed)

@@ -15,6 +15,7 @@ from magnet_fast.cli.common import (
     DeviceOption,
     DtypeOption,
     FastOption,
+    FormatOption,
     ImageSizeOption,
     ImagesOption,
     Precision,
@@ -76,6 +77,7 @@ def contact_sheet(
     dataset: DatasetOption = "refcoco",
     split_by: SplitByOption = "unc",
     split: SplitOption = "val",
+    format: FormatOption = None,
     images: ImagesOption = None,
     rows: Annotated[int, typer.Option(help="Sentences shown.", min=1)] = 8,
     columns: Annotated[int, typer.Option(help="Rows beside each other.", min=1)] = 1,
@@ -94,7 +96,9 @@ def contact_sheet(
 
     check_picture_name(out)
     loaded = checkpoints.load(checkpoint)
-    sentences = open_dataset(loaded, data, dataset, split_by, split, tokenizer, image_size, images, original=True)
+    sentences = open_dataset(
+        loaded, data, dataset, split_by, split, tokenizer, image_size, images, format=format, original=True
+    )
     segmenter = Segmenter(loaded.model, sentences.tokenizer, device=pick_device(device))
     chosen = sorted(random.Random(seed).sample(range(len(sentences)), min(rows, len(sentences))))
     examples = []

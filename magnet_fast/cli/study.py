@@ -1,4 +1,4 @@
-"""``magnet-fast study``: what the parts of the method do."""
+"""`magnet-fast study`: what the parts of the method do."""
 
 from __future__ import annotations
 

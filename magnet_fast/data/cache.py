@@ -1,4 +1,4 @@
-"""A data set's prepared pictures and masks in shared memory: loader workers fill it together, once."""
+"""A data set's prepared pictures and masks in memory, which loader workers fill together, once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 _SHARED_MEMORY = "/dev/shm"
 
 
-class SharedCache:
+class ArrayCache:
     """Room for uint8 arrays of at most `size` bytes each, one a key, which all processes of a loader see.
 
     Memory for all of them is taken at once: where there is too little, that is said before training starts and not by
@@ -22,21 +22,18 @@ class SharedCache:
         keys: of all arrays.
         size: bytes of the largest.
         what: for messages.
+        shared: in shared memory; False keeps them in this process's own, for a loader without workers.
 
     Raises:
         ValueError: shared memory has no room for them.
     """
 
-    def __init__(self, keys: Sequence[Hashable], size: int, what: str) -> None:
+    def __init__(self, keys: Sequence[Hashable], size: int, what: str, shared: bool = True) -> None:
         self._slots = {key: slot for slot, key in enumerate(dict.fromkeys(keys))}
-        needed, free = len(self._slots) * size, _free_shared_memory()
-        if needed > free:
-            raise ValueError(
-                f"cache: {len(self._slots)} {what} need {needed / 2**20:.0f} MiB of shared memory, {free / 2**20:.0f} "
-                f"MiB of {_SHARED_MEMORY} are free; give it more room (Docker: --shm-size) or switch the cache off"
-            )
-        self._bytes = torch.zeros(len(self._slots), size, dtype=torch.uint8).share_memory_()
-        self._filled = torch.zeros(len(self._slots), dtype=torch.bool).share_memory_()
+        self._bytes = torch.zeros(len(self._slots), size, dtype=torch.uint8)
+        self._filled = torch.zeros(len(self._slots), dtype=torch.bool)
+        if shared:
+            self._share(size, what)
 
     def get(self, key: Hashable, shape: tuple[int, ...], make: Callable[[], np.ndarray]) -> np.ndarray:
         """The array of a key, uint8 of this shape, made at its first use. A copy, the caller's own."""
@@ -46,6 +43,16 @@ class SharedCache:
             row[:] = make().reshape(-1)
             self._filled[slot] = True
         return row.reshape(shape).copy()
+
+    def _share(self, size: int, what: str) -> None:
+        needed, free = len(self._slots) * size, _free_shared_memory()
+        if needed > free:
+            raise ValueError(
+                f"cache: {len(self._slots)} {what} need {needed / 2**20:.0f} MiB of shared memory, {free / 2**20:.0f} "
+                f"MiB of {_SHARED_MEMORY} are free; give it more room (Docker: --shm-size) or switch the cache off"
+            )
+        self._bytes.share_memory_()
+        self._filled.share_memory_()
 
 
 def _free_shared_memory() -> float:

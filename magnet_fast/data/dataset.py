@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from magnet_fast.data.cache import SharedCache
+from magnet_fast.data.cache import ArrayCache
 from magnet_fast.data.datasets.reader import Reader, Ref, Sentence
 from magnet_fast.data.sample import Sample, collate
 from magnet_fast.data.tokenizers.base import ExpressionTokenizer
@@ -39,7 +39,8 @@ class ExpressionDataset(Dataset):
             ref with one of its sentences, drawn from (seed, epoch, index), those that do not exist among them; call
             `set_epoch` before each epoch.
         seed: of the sentences drawn.
-        cache: keep prepared images (uint8) and masks in shared memory after their first use, for all loader workers.
+        cache: keep prepared images (uint8) and masks after their first use.
+        cache_shared: in shared memory, for all loader workers; False in this process's own, for a loader without any.
         without_images: image_ids whose refs are left out.
         original: samples carry the mask at the image's own size, too.
 
@@ -65,6 +66,7 @@ class ExpressionDataset(Dataset):
         mode: str = "sentences",
         seed: int = 0,
         cache: bool = False,
+        cache_shared: bool = True,
         without_images: Collection[int] = (),
         original: bool = False,
     ) -> None:
@@ -92,8 +94,8 @@ class ExpressionDataset(Dataset):
         self._images = self._masks = None
         if cache:
             side = self.spec.size
-            self._images = SharedCache([ref.image_id for ref in self._refs], side * side * 3, "images")
-            self._masks = SharedCache(range(len(self._refs)), -(-side * side // 8), "masks")
+            self._images = ArrayCache([ref.image_id for ref in self._refs], side * side * 3, "images", cache_shared)
+            self._masks = ArrayCache(range(len(self._refs)), -(-side * side // 8), "masks", cache_shared)
 
     def __len__(self) -> int:
         return len(self._items)

@@ -40,7 +40,7 @@ def present_config(
         "input": {key: value for key, value in given.items() if value is not None},
     }
     if entries["architecture"] == "lavt":
-        fusion = {"kind": "pwam", "heads": entries["fusion_heads"], "dropout": entries["dropout"]}
+        fusion = {"kind": "pwam", "heads": _heads(entries["fusion_heads"]), "dropout": entries["dropout"]}
         return {
             **common,
             "text": {"kind": "bert", **entries["text"]},
@@ -52,9 +52,14 @@ def present_config(
     return {
         **common,
         "text": {"kind": "bert", "schedule": "slices", **entries["text"]},
-        "fusion": {"kind": "exchange", "form": form, "heads": heads, **alignment},
+        "fusion": {"kind": "exchange", "form": form, "heads": _heads(heads), **alignment},
         "head": {"kind": "mask2former", **entries["decoder"]},
     }
+
+
+def _heads(each: list[int] | tuple[int, ...]) -> int | tuple[int, ...]:
+    """One number where all stages have the same, as presets say it: the same model is the same configuration."""
+    return each[0] if len(set(each)) == 1 else tuple(each)
 
 
 def present_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -61,6 +61,7 @@ def build_datasets(
             mode=data.mode,
             seed=config.seed,
             cache=data.cache,
+            cache_shared=data.workers > 0,
             without_images=held_out,
         )
         for reader in readers
@@ -70,5 +71,11 @@ def build_datasets(
         return training_set, None
     original = config.resolution == "original"
     return training_set, ExpressionDataset(
-        readers[0], data.val_split, tokenizer, spec, cache=data.cache, original=original
+        readers[0],
+        data.val_split,
+        tokenizer,
+        spec,
+        cache=data.cache,
+        cache_shared=data.workers > 0,
+        original=original,
     )

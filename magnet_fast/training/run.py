@@ -104,7 +104,7 @@ def _open_folder(config: TrainConfig, out: Path, fresh: bool) -> None:
 # What may differ in a continuation: where and how it computes and reports, not what.
 _FREE_KEYS = {
     "data.root", "data.cache", "data.workers", "device", "log_every", "checkpoint_every", "eval_batch_size",
-    "data.images", "parallel", "activation_checkpointing", "deterministic", "tensorboard",
+    "data.images", "fast", "parallel", "activation_checkpointing", "deterministic", "tensorboard",
 }  # fmt: skip
 
 

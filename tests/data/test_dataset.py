@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from magnet_fast.data import ExpressionDataset, MixedDataset, Refer, Tokenizer, prepare_image, prepare_mask
 from magnet_fast.data import dataset as dataset_module
-from magnet_fast.data.cache import SharedCache
+from magnet_fast.data.cache import ArrayCache
 from magnet_fast.data.dataset import require_context
 from magnet_fast.data.transforms import open_fit
 from magnet_fast.models.contract import InputSpec
@@ -103,9 +103,10 @@ def test_item_uses_the_sentence_that_record_names(hard_root, tokenizer):
             assert torch.equal(dataset[index]["text"].ids, expected[0])
 
 
-def test_cache_changes_nothing(easy_root, tokenizer):
+@pytest.mark.parametrize("shared", [True, False])
+def test_cache_changes_nothing(easy_root, tokenizer, shared):
     plain = ExpressionDataset(Refer(easy_root), "val", tokenizer, 48)
-    cached = ExpressionDataset(Refer(easy_root), "val", tokenizer, 48, cache=True)
+    cached = ExpressionDataset(Refer(easy_root), "val", tokenizer, 48, cache=True, cache_shared=shared)
     for _ in range(2):
         for index in range(len(plain)):
             item = cached[index]
@@ -284,7 +285,7 @@ def test_cache_without_memory_is_refused_before_anything_starts(root, tokenizer)
 
 
 def test_shared_cache_keeps_arrays_apart():
-    cache = SharedCache(["a", "b", "a"], 6, "things")
+    cache = ArrayCache(["a", "b", "a"], 6, "things")
     made = []
 
     def make(value: int, shape: tuple[int, ...]) -> np.ndarray:

@@ -45,6 +45,8 @@ def test_images_reach_the_reader(tmp_path, name):
     write(tmp_path / "data")
     with pytest.raises(FileNotFoundError, match="nowhere"):
         open_reader(tmp_path / "data", dataset, images=tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="data/elsewhere"):  # below the root, wherever one stands
+        open_reader(tmp_path / "data", dataset, images="elsewhere")
 
 
 def test_unknown_formats(tmp_path):

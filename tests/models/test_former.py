@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from magnet_fast import models, ops
-from magnet_fast.models import Text
+from magnet_fast.models import Text, former
 from magnet_fast.models.weights import load_with_metadata
 from tests.golden.parameters import FOLDER, parameter
 
@@ -139,3 +139,21 @@ def test_shipped_weights(backend: str) -> None:
     assert torch.equal(found > 0.5, expected["probability"] > 0.5)
     assert ((found > 0.5).flatten(1).sum(1) > 50).all()
     assert model.spec.size == 192 and model.spec.max_tokens == 20
+
+
+@pytest.mark.parametrize("name", ["magnet_tiny", "lavt_tiny"])
+def test_a_former_file_of_a_preset_is_that_preset(name: str) -> None:
+    """What a run compares before it starts from such a file."""
+    config = models.preset_config(name).model_dump()
+    image, text = (
+        {k: v for k, v in config[role].items() if k not in ("kind", "schedule")} for role in ("image", "text")
+    )
+    before = {"architecture": config["architecture"], "image": image, "text": text}
+    if config["architecture"] == "lavt":
+        before |= {"fusion_heads": [1, 1, 1, 1], "dropout": 0.0}
+    else:
+        fusion = {k: v for k, v in config["fusion"].items() if k not in ("kind", "form", "heads")}
+        before["alignment"] = {"kind": "pwam", "fusion_heads": [1, 1, 1, 1], **fusion}
+        before["decoder"] = {k: v for k, v in config["head"].items() if k != "kind"}
+    found = models.parse_config(former.present_config(before, size=64, max_tokens=16))
+    assert found.same_model(models.preset_config(name)) and (found.input.size, found.input.max_tokens) == (64, 16)

@@ -135,14 +135,17 @@ def require_inside(name: str, where: str) -> str:
     return name
 
 
-def choose_folders(images: Folders | None, usual: Sequence[Path], what: str = "images") -> list[Path]:
-    """The folders given as option `what`, else those of the usual ones that exist. FileNotFoundError if none does."""
+def choose_folders(root: Path, images: Folders | None, usual: Sequence[Path], what: str = "images") -> list[Path]:
+    """The folders given as option `what`, absolute or below the root, else those of the usual ones that exist.
+
+    Raises:
+        FileNotFoundError: none exists, or one that was given does not.
+    """
     if images is None:
         given = list(usual)
-    elif isinstance(images, (str, os.PathLike)):
-        given = [Path(images)]
     else:
-        given = [Path(folder) for folder in images]
+        several = [images] if isinstance(images, (str, os.PathLike)) else images
+        given = [root / folder for folder in several]  # an absolute one stays as it is
     found = [folder for folder in given if folder.is_dir()]
     if not found or (images is not None and len(found) < len(given)):
         absent = ", ".join(str(folder) for folder in given if not folder.is_dir())

@@ -57,7 +57,7 @@ class ComplexQueries(BaseReader):
             )
         super().__init__(folder if len(files) > 1 else files[0], SPLITS)
         usual = [base / place for base in (folder, root) for place in PLACES]
-        self._image_folders = choose_folders(images, usual)
+        self._image_folders = choose_folders(root, images, usual)
         places = [*self._image_folders, folder, root]
         self._panoptic_folders = [*places, *(place / "annotations" for place in places)]
         self._image_names: dict[int, str] = {}

@@ -62,7 +62,7 @@ class PhraseCut(BaseReader):
             raise FileNotFoundError(f"{folder} lacks {' or '.join(IMAGE_RECORDS)}, or any refer_<split>.json")
         super().__init__(folder if len(files) > 1 else next(iter(files.values())), SPLITS)
         places = [base / name for base in (folder, root, root / "images") for name in ("VG_100K", "VG_100K_2")]
-        self._image_folders = choose_folders(images, [folder / "images", *places])
+        self._image_folders = choose_folders(root, images, [folder / "images", *places])
         self._sizes = _read_sizes(records)
         self._image_records = records
         self.task_ids: list[str] = []

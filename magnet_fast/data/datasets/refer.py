@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -179,8 +178,7 @@ def _find_refs(folder: Path, split_by: str) -> Path:
 def _image_folders(root: Path, images: Folders | None) -> list[Path]:
     """Those given, else those of the field that exist, `images` and the folders in it."""
     if images is not None:
-        given: Sequence = [images] if isinstance(images, (str, os.PathLike)) else images
-        return choose_folders([root / folder for folder in given], ())  # an absolute one stays as it is
+        return choose_folders(root, images, ())
     found = [root / name for name in IMAGE_FOLDERS if (root / name).is_dir()]
     above = root / "images"
     if above.is_dir():

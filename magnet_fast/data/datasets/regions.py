@@ -53,7 +53,7 @@ class Regions(BaseReader):
         if not files:
             raise FileNotFoundError(f"{folder} holds no JSON file of the form {{split: {{index: {{command, img}}}}}}")
         super().__init__(folder if len(files) > 1 else next(iter(files)), SPLITS)
-        self._image_folders = choose_folders(images, [folder / name for name in IMAGE_FOLDERS])
+        self._image_folders = choose_folders(root, images, [folder / name for name in IMAGE_FOLDERS])
         self._mask_folders = [folder / name for name in MASK_FOLDERS if (folder / name).is_dir()]
         self._masks = {
             entry.name: Path(entry.path)
