@@ -30,10 +30,13 @@ class ArrayCache:
 
     def __init__(self, keys: Sequence[Hashable], size: int, what: str, shared: bool = True) -> None:
         self._slots = {key: slot for slot, key in enumerate(dict.fromkeys(keys))}
+        if shared:
+            _check_shared_memory(len(self._slots), size, what)
         self._bytes = torch.zeros(len(self._slots), size, dtype=torch.uint8)
         self._filled = torch.zeros(len(self._slots), dtype=torch.bool)
         if shared:
-            self._share(size, what)
+            self._bytes.share_memory_()
+            self._filled.share_memory_()
 
     def get(self, key: Hashable, shape: tuple[int, ...], make: Callable[[], np.ndarray]) -> np.ndarray:
         """The array of a key, uint8 of this shape, made at its first use. A copy, the caller's own."""
@@ -44,15 +47,14 @@ class ArrayCache:
             self._filled[slot] = True
         return row.reshape(shape).copy()
 
-    def _share(self, size: int, what: str) -> None:
-        needed, free = len(self._slots) * size, _free_shared_memory()
-        if needed > free:
-            raise ValueError(
-                f"cache: {len(self._slots)} {what} need {needed / 2**20:.0f} MiB of shared memory, {free / 2**20:.0f} "
-                f"MiB of {_SHARED_MEMORY} are free; give it more room (Docker: --shm-size) or switch the cache off"
-            )
-        self._bytes.share_memory_()
-        self._filled.share_memory_()
+
+def _check_shared_memory(count: int, size: int, what: str) -> None:
+    needed, free = count * size, _free_shared_memory()
+    if needed > free:
+        raise ValueError(
+            f"cache: {count} {what} need {needed / 2**20:.0f} MiB of shared memory, {free / 2**20:.0f} MiB of "
+            f"{_SHARED_MEMORY} are free; give it more room (Docker: --shm-size) or switch the cache off"
+        )
 
 
 def _free_shared_memory() -> float:
