@@ -40,7 +40,7 @@ inline void check_address(const void* pointer, int64_t element_bytes, const std:
 }
 
 /// float32, bfloat16 and float16 have kernels.
-inline void check_dtype(const TensorView& view, const char* name) {
+inline void check_kernel_dtype(const TensorView& view, const char* name) {
     const int code = static_cast<int>(view.dtype);
     require(code >= 0 && code <= 2, name, "dtype 0 (float32), 1 (bfloat16) or 2 (float16)", code);
 }

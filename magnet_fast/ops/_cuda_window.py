@@ -28,6 +28,7 @@ def supports(qkv: Tensor, bias_table: Tensor, pad_qkv: Tensor | None, *settings)
 def forward(qkv: Tensor, bias_table: Tensor, pad_qkv: Tensor | None, *settings) -> Tensor:
     """Arguments as the reference's; `qkv` may be any view with a contiguous last dimension."""
     out = qkv.new_empty((*qkv.shape[:3], qkv.shape[3] // 3))
+    bias_table, pad_qkv = _laid_out(qkv, bias_table, pad_qkv)
     _cuda_backend.extension.window_attention_forward(out=view(out), **_inputs(qkv, bias_table, pad_qkv, settings))
     return out
 
@@ -51,6 +52,7 @@ def backward(
     else:
         if grad_out.stride(3) != 1:  # for one, the expanded gradient of a sum
             grad_out = grad_out.contiguous()
+        bias_table, pad_qkv = _laid_out(qkv, bias_table, pad_qkv)
         arguments = {
             "grad_out": view(grad_out),
             "grad_qkv": view(grads[0]),
@@ -63,10 +65,14 @@ def backward(
     return _cuda_backend.in_dtypes_of(grads, inputs)
 
 
+def _laid_out(qkv: Tensor, bias_table: Tensor, pad_qkv: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The table as the kernel reads it, and the padding token beside the tokens."""
+    if pad_qkv is not None:
+        pad_qkv = pad_qkv.to(qkv.dtype).contiguous()
+    return bias_table.to(torch.float32).contiguous(), pad_qkv
+
+
 def _inputs(qkv: Tensor, bias_table: Tensor, pad_qkv: Tensor | None, settings: Sequence[object]) -> dict[str, object]:
-    """With the table as the kernel reads it, and the padding token in the tokens' dtype."""
-    bias_table = bias_table.to(torch.float32).contiguous()
-    pad_qkv = None if pad_qkv is None else pad_qkv.to(qkv.dtype).contiguous()
     return {
         **_cuda_backend.place(qkv),
         "qkv": view(qkv),

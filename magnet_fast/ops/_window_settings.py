@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, get_type_hints
 
 
 class WindowSettings(NamedTuple):
@@ -20,5 +20,5 @@ class WindowSettings(NamedTuple):
     """True pads and then rolls, False rolls and then pads."""
 
 
-SCHEMA = tuple(f"{kind} {name}" for name, kind in WindowSettings.__annotations__.items())
+SCHEMA = tuple(f"{kind.__name__} {name}" for name, kind in get_type_hints(WindowSettings).items())
 """As `bind` wants them, e.g. `int num_heads`."""
