@@ -19,7 +19,8 @@ void bind_window_attention(py::module_& m);
 
 PYBIND11_MODULE(_cpu, m) {
     m.doc() =
-        "C++ operators for the CPU. A tensor is (address, sizes, strides in elements, dtype), where dtype is 0 "
+        "C++ operators for the CPU. A tensor is (address, sizes, strides in elements, dtype), where dtype is "
+        "0 "
         "(float32), 1 (bfloat16), 2 (float16), 3 (float64), 4 (bool) or 5 (uint8); None is a tensor that is "
         "not there. Sizes, strides and dtypes are checked here: ValueError names the argument. The caller "
         "keeps the tensors alive during a call.";

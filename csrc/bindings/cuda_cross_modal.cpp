@@ -37,10 +37,10 @@ void backward(const CrossModalViews& views, Float32Products products, const cuda
               const TensorView& grad_text_value, const TensorView& grad_text_query,
               const TensorView& grad_image_key, const TensorView& grad_image_value,
               const TensorView& workspace) {
-    cuda::cross_modal_attention_backward(views, products, place, grad_image_out, grad_text_out,
-                                         {grad_image_query, grad_text_key, grad_text_value, grad_text_query,
-                                          grad_image_key, grad_image_value},
-                                         workspace);
+    cuda::cross_modal_attention_backward(
+        views, products, place, grad_image_out, grad_text_out,
+        {grad_image_query, grad_text_key, grad_text_value, grad_text_query, grad_image_key, grad_image_value},
+        workspace);
 }
 
 /// Defines a function with the names of the common arguments and more.
@@ -67,8 +67,7 @@ void bind_cuda_cross_modal_attention(py::module_& m) {
            "The others are contiguous, shaped like their tensors and overwritten; None: that gradient is not "
            "wanted.",
            "grad_image_out"_a, "grad_text_out"_a, "grad_image_query"_a, "grad_text_key"_a,
-           "grad_text_value"_a, "grad_text_query"_a, "grad_image_key"_a, "grad_image_value"_a,
-           "workspace"_a);
+           "grad_text_value"_a, "grad_text_query"_a, "grad_image_key"_a, "grad_image_value"_a, "workspace"_a);
 }
 
 }  // namespace magnet_fast

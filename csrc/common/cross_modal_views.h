@@ -17,7 +17,8 @@ struct CrossModalTensors {
 
 struct CrossModalViews {
     CrossModalTensors tensors;
-    TensorView text_mask;  // (batch, words) bool, contiguous, false for a masked word; not there: all are words
+    TensorView
+        text_mask;  // (batch, words) bool, contiguous, false for a masked word; not there: all are words
     int64_t heads;
     double scale;
 };
@@ -48,7 +49,8 @@ inline CrossModalShape checked_shape(const CrossModalViews& views) {
     require(text || !separate, "image_value", "it beside image_key", 0);
     require(image || !separate || !scored, "text_value", "it beside image_query when image_key is given", 0);
 
-    const TensorView &pixels = scored ? t.image_query : t.image_key, &words = scored ? t.text_key : t.text_query;
+    const TensorView &pixels = scored ? t.image_query : t.image_key,
+                     &words = scored ? t.text_key : t.text_query;
     const char* first = scored ? "image_query" : "image_key";
     check_dtype(pixels, first);
     check_tensor(pixels, first, 3, pixels.dtype);
@@ -90,7 +92,8 @@ inline void check_result(const TensorView& out, const char* name, const TensorVi
     if (out.given()) check_contiguous(out, name, {batch, rows, values.sizes[2]}, values.dtype);
 }
 
-/// Gradients of the results, and those that are wanted: only of tensors that a direction with a gradient reads.
+/// Gradients of the results, and those that are wanted: only of tensors that a direction with a gradient
+/// reads.
 inline void check_gradients(const CrossModalTensors& t, const CrossModalShape& s, const TensorView& image_out,
                             const TensorView& text_out, const CrossModalTensors& grads) {
     const bool image = image_out.given(), text = text_out.given(), separate = t.text_query.given();

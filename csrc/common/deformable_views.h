@@ -11,14 +11,15 @@ namespace magnet_fast {
 
 using MapSizes = std::vector<std::pair<int64_t, int64_t>>;  // (height, width) of each of the L maps
 
-/// What both passes of both forms read: B images, S positions of all maps, h heads of d channels, Q queries, K
-/// points on each map.
+/// What both passes of both forms read: B images, S positions of all maps, h heads of d channels, Q queries,
+/// K points on each map.
 struct DeformableViews {
-    TensorView value;      // (B, S, h, d), the last dimension contiguous
-    TensorView places;     // (B, Q, h, L, K, 2), (L, K, 2) contiguous: locations as (x, y) in 0 .. 1; beside
-                           // reference points, offsets in positions of the map or in parts of the box
-    TensorView weights;    // (B, Q, h, L, K), (L, K) contiguous; beside reference points, logits
-    TensorView reference;  // (1 or B, Q, 1 or L, 2 or 4), the last dimension contiguous; not there: the plain form
+    TensorView value;    // (B, S, h, d), the last dimension contiguous
+    TensorView places;   // (B, Q, h, L, K, 2), (L, K, 2) contiguous: locations as (x, y) in 0 .. 1; beside
+                         // reference points, offsets in positions of the map or in parts of the box
+    TensorView weights;  // (B, Q, h, L, K), (L, K) contiguous; beside reference points, logits
+    TensorView
+        reference;  // (1 or B, Q, 1 or L, 2 or 4), the last dimension contiguous; not there: the plain form
     MapSizes maps;
 };
 
@@ -43,7 +44,8 @@ inline void check_views(const DeformableViews& a) {
     if (!a.reference.given()) return;
     check_dimensions(a.reference, "reference", 4, 3);
     const int64_t* size = a.reference.sizes;
-    require(size[0] == 1 || size[0] == batch, "reference", "a batch of 1 or " + std::to_string(batch), size[0]);
+    require(size[0] == 1 || size[0] == batch, "reference", "a batch of 1 or " + std::to_string(batch),
+            size[0]);
     require(size[1] == queries, "reference", std::to_string(queries) + " queries", size[1]);
     require(size[2] == 1 || size[2] == levels, "reference", "1 or " + std::to_string(levels) + " maps",
             size[2]);

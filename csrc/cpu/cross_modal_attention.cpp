@@ -359,9 +359,8 @@ void cross_modal_attention_forward(const CrossModalViews& views, const TensorVie
     const CrossModalSizes& s = inputs.sizes;
     check_result(image_out, "image_out", views.tensors.text_value, s.batch, s.pixels);
     check_result(text_out, "text_out", views.tensors.image_value, s.batch, s.words);
-    with_element(s.dtype, [&](auto element) {
-        forward<decltype(element)>(inputs, image_out.data, text_out.data);
-    });
+    with_element(s.dtype,
+                 [&](auto element) { forward<decltype(element)>(inputs, image_out.data, text_out.data); });
 }
 
 void cross_modal_attention_backward(const CrossModalViews& views, const TensorView& grad_image_out,

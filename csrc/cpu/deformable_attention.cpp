@@ -50,23 +50,17 @@ void check_sizes(const DeformableAttentionSizes& s) {
             "at most 2^20 points a query on all levels", s.points);
     require(addressable({s.batch, s.positions, s.heads, s.head_dim}), "value", "it to be addressable",
             s.batch);
-    require(addressable({s.batch, s.queries, s.heads, std::max(s.head_dim, 4 * levels * s.points)}),
-            "places", "the points and the result to be addressable", s.queries);
+    require(addressable({s.batch, s.queries, s.heads, std::max(s.head_dim, 4 * levels * s.points)}), "places",
+            "the points and the result to be addressable", s.queries);
 }
 
 /// Sizes of a call, checked together with its inputs.
 DeformableAttentionSizes checked_sizes(const DeformableViews& a, int64_t threads) {
     require(!a.maps.empty(), "spatial_shapes", "at least one (height, width)", 0);
     check_views(a);
-    const DeformableAttentionSizes s{a.value.sizes[0],
-                                     a.value.sizes[1],
-                                     a.value.sizes[2],
-                                     a.value.sizes[3],
-                                     a.places.sizes[1],
-                                     a.places.sizes[4],
-                                     a.maps,
-                                     threads,
-                                     static_cast<int>(a.value.dtype)};
+    const DeformableAttentionSizes s{a.value.sizes[0], a.value.sizes[1],  a.value.sizes[2],
+                                     a.value.sizes[3], a.places.sizes[1], a.places.sizes[4],
+                                     a.maps,           threads,           static_cast<int>(a.value.dtype)};
     check_sizes(s);
     check_points_dense(a);
     const Dtype real = computed(a.value.dtype);
@@ -281,12 +275,8 @@ void deformable_attention_backward(const DeformableViews& a, const TensorView& g
             "None without reference points", 1);
     check_gradient(gradients.reference, "grad_reference", a.reference, a.reference.dtype);
     if (s.batch == 0) return;
-    DeformableAttentionBackward arguments{s,
-                                          grad_out.data,
-                                          a.value.data,
-                                          value_strides(a),
-                                          points_of(a),
-                                          gradients.value.data};
+    DeformableAttentionBackward arguments{
+        s, grad_out.data, a.value.data, value_strides(a), points_of(a), gradients.value.data};
     const bool fused = a.reference.given();
     (fused ? arguments.grad_offsets : arguments.grad_locations) = gradients.places.data;
     (fused ? arguments.grad_logits : arguments.grad_weights) = gradients.weights.data;

@@ -364,18 +364,16 @@ void window_attention_backward(const WindowAttentionInputs& a, const TensorView&
     const WindowAttentionSizes s = checked_sizes(a);
     const Dtype sums = computed(a.qkv.dtype);
     check_map(s, grad_out, "grad_out", s.channels, a.qkv.dtype, /*written=*/false);
-    if (grad_qkv.given())
-        check_map(s, grad_qkv, "grad_qkv", 3 * s.channels, a.qkv.dtype, /*written=*/true);
+    if (grad_qkv.given()) check_map(s, grad_qkv, "grad_qkv", 3 * s.channels, a.qkv.dtype, /*written=*/true);
     check_contiguous(grad_bias, "grad_bias", {a.bias.sizes[0], s.heads}, sums, /*may_be_missing=*/true);
     check_contiguous(grad_pad_qkv, "grad_pad_qkv", {3 * s.channels}, sums, /*may_be_missing=*/true);
     with_element(a.qkv.dtype, [&](auto element) {
         using Element = decltype(element);
         using Real = typename Computed<Element>::Real;
-        backward(WindowAttentionBackward<Element>{s, data<const Element>(grad_out), strides_of(grad_out),
-                                                  data<const Element>(a.qkv), strides_of(a.qkv),
-                                                  data<const Real>(a.bias), data<const Element>(a.pad_qkv),
-                                                  data<Element>(grad_qkv), strides_of(grad_qkv),
-                                                  data<Real>(grad_bias), data<Real>(grad_pad_qkv)});
+        backward(WindowAttentionBackward<Element>{
+            s, data<const Element>(grad_out), strides_of(grad_out), data<const Element>(a.qkv),
+            strides_of(a.qkv), data<const Real>(a.bias), data<const Element>(a.pad_qkv),
+            data<Element>(grad_qkv), strides_of(grad_qkv), data<Real>(grad_bias), data<Real>(grad_pad_qkv)});
     });
 }
 

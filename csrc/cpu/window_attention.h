@@ -16,8 +16,8 @@ struct WindowAttentionSizes : WindowSettings {
 
 /// What both passes read. The last dimension of maps is contiguous, their other strides are free.
 struct WindowAttentionInputs {
-    TensorView qkv;      // (B, H, W, 3C), channels [q | k | v], each (h, d)
-    TensorView bias;     // ((2 * window_h - 1) * (2 * window_w - 1), h), contiguous, in computed(dtype of qkv)
+    TensorView qkv;   // (B, H, W, 3C), channels [q | k | v], each (h, d)
+    TensorView bias;  // ((2 * window_h - 1) * (2 * window_w - 1), h), contiguous, in computed(dtype of qkv)
     TensorView pad_qkv;  // (3C), contiguous, the padded tokens' q, k and v; or not there: zeros
     WindowSettings settings;
     int64_t threads;

@@ -236,9 +236,10 @@ void cross_modal_attention_forward(const CrossModalViews& views, Float32Products
                 text_out.data);
 }
 
-void cross_modal_attention_backward(const CrossModalViews& views, Float32Products products, const Place& place,
-                                    const TensorView& image_gradient, const TensorView& text_gradient,
-                                    const CrossModalTensors& gradients, const TensorView& workspace) {
+void cross_modal_attention_backward(const CrossModalViews& views, Float32Products products,
+                                    const Place& place, const TensorView& image_gradient,
+                                    const TensorView& text_gradient, const CrossModalTensors& gradients,
+                                    const TensorView& workspace) {
     const CrossModalInputs in = checked_inputs(views, products);
     const CrossModalSizes& s = in.sizes;
     check_gradients(views.tensors, s, image_gradient, text_gradient, gradients);

@@ -53,9 +53,10 @@ void cross_modal_attention_forward(const CrossModalViews& views, Float32Products
 
 /// grad_image_out (batch, pixels, Cv) and grad_text_out (batch, words, Cw); not there: that direction has no
 /// gradient, and those of the tensors that only it reads cannot be wanted.
-void cross_modal_attention_backward(const CrossModalViews& views, Float32Products products, const Place& place,
-                                    const TensorView& grad_image_out, const TensorView& grad_text_out,
-                                    const CrossModalTensors& gradients, const TensorView& workspace);
+void cross_modal_attention_backward(const CrossModalViews& views, Float32Products products,
+                                    const Place& place, const TensorView& grad_image_out,
+                                    const TensorView& grad_text_out, const CrossModalTensors& gradients,
+                                    const TensorView& workspace);
 
 // ---- Between the launchers and the kernels ----------------------------------------------------------------
 

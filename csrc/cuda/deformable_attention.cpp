@@ -60,8 +60,8 @@ void plan(DeformableParams& p, const MapSizes& maps) {
     p.bins = static_cast<int32_t>(bins);
     require(addressable({p.batch, p.heads, std::max<int64_t>(p.positions, bins + 1), p.head_dim}), "value",
             "it to be addressable", p.batch);
-    require(addressable({p.batch, p.heads, p.queries, std::max<int64_t>(p.head_dim, 32 * p.total)}),
-            "places", "the points and the result to be addressable", p.queries);
+    require(addressable({p.batch, p.heads, p.queries, std::max<int64_t>(p.head_dim, 32 * p.total)}), "places",
+            "the points and the result to be addressable", p.queries);
 }
 
 Strides3 strides_of(const TensorView& view) {

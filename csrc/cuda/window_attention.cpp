@@ -48,8 +48,7 @@ WindowParams params_of(const WindowInputs& a) {
     const WindowSettings& settings = a.settings;
     const std::pair<const char*, int64_t> small[] = {
         {"heads", settings.heads}, {"window_h", settings.window_h}, {"window_w", settings.window_w}};
-    for (const auto& [name, value] : small)
-        require(value > 0 && value < kMost, name, "1 .. 2^30 - 1", value);
+    for (const auto& [name, value] : small) require(value > 0 && value < kMost, name, "1 .. 2^30 - 1", value);
     for (const auto& [name, value] :
          {std::pair("shift_h", settings.shift_h), std::pair("shift_w", settings.shift_w)})
         require(value >= 0 && value < kMost, name, "0 .. 2^30 - 1", value);
@@ -93,8 +92,7 @@ WindowParams params_of(const WindowInputs& a, const WindowGradients& grads) {
     WindowParams p = params_of(a);
     const Dtype dtype = a.qkv.dtype;
     check_map(p, grads.grad_out, "grad_out", p.channels, dtype, /*written=*/false);
-    if (grads.qkv.given())
-        check_map(p, grads.qkv, "grad_qkv", a.qkv.sizes[3], dtype, /*written=*/true);
+    if (grads.qkv.given()) check_map(p, grads.qkv, "grad_qkv", a.qkv.sizes[3], dtype, /*written=*/true);
     check_contiguous(grads.bias, "grad_bias", {a.bias.sizes[0], p.heads}, Dtype::kFloat32,
                      /*may_be_missing=*/true);
     check_contiguous(grads.pad_qkv, "grad_pad_qkv", {a.qkv.sizes[3]}, Dtype::kFloat32,

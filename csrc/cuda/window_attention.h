@@ -27,8 +27,8 @@ struct WindowInputs {
 
 /// What the backward pass takes beside them. Gradients are overwritten; not there: not wanted.
 struct WindowGradients {
-    TensorView grad_out;                 // (B, H, W, C)
-    TensorView qkv, bias, pad_qkv;       // like their tensors; the last two, contiguous, in float32
+    TensorView grad_out;            // (B, H, W, C)
+    TensorView qkv, bias, pad_qkv;  // like their tensors; the last two, contiguous, in float32
 };
 
 /// What the kernels get. C = channels, h = heads, d = C / h, N = window_h * window_w.

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from magnet_fast.ops import _cuda_backend, _cuda_deformable
+from magnet_fast.ops import _cpu_deformable, _cuda_backend, _cuda_deformable
+from magnet_fast.ops._view import view
 
 from ..ops.cases import Case, random_deformable_case, weighted_sum
 from .agreement import assert_agrees, results
