@@ -52,10 +52,13 @@ struct type_caster<magnet_fast::TensorView> {
             value.sizes[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(sizes, i));
             value.strides[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(strides, i));
         }
-        value.dtype = static_cast<magnet_fast::Dtype>(PyLong_AsLong(PyTuple_GET_ITEM(tuple, 3)));
-        if (!PyErr_Occurred()) return true;
-        PyErr_Clear();  // no number, or too large a one
-        return false;
+        const long dtype = PyLong_AsLong(PyTuple_GET_ITEM(tuple, 3));
+        if (PyErr_Occurred()) {  // no number, or too large a one
+            PyErr_Clear();
+            return false;
+        }
+        value.dtype = static_cast<magnet_fast::Dtype>(dtype);
+        return static_cast<int>(value.dtype) == dtype;
     }
 };
 

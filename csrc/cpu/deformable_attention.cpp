@@ -58,9 +58,8 @@ void check_sizes(const DeformableAttentionSizes& s) {
 DeformableAttentionSizes checked_sizes(const DeformableViews& a, int64_t threads) {
     require(!a.maps.empty(), "spatial_shapes", "at least one (height, width)", 0);
     check_views(a);
-    const DeformableAttentionSizes s{a.value.sizes[0], a.value.sizes[1],  a.value.sizes[2],
-                                     a.value.sizes[3], a.places.sizes[1], a.places.sizes[4],
-                                     a.maps,           threads,           static_cast<int>(a.value.dtype)};
+    const DeformableAttentionSizes s{a.value.sizes[0],  a.value.sizes[1],  a.value.sizes[2], a.value.sizes[3],
+                                     a.places.sizes[1], a.places.sizes[4], a.maps,           threads};
     check_sizes(s);
     check_points_dense(a);
     const Dtype real = computed(a.value.dtype);

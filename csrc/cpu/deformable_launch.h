@@ -17,7 +17,6 @@ struct DeformableAttentionSizes {
     int64_t batch, positions, heads, head_dim, queries, points;
     MapSizes maps;
     int64_t threads;  // OpenMP threads; the result does not depend on it, not in a single bit
-    int dtype;        // Dtype of value, weights, the result and their gradients
 };
 
 /// Distances, in elements, between neighbours along batch, position and head; the last dimension is

@@ -107,8 +107,8 @@ const char* window_attention_backward_(const int64_t* numbers, double scale) {
     return report([&] {
         Reader r{numbers};
         const WindowAttentionInputs inputs = r.window(scale);
-        const TensorView grad_out = r.view(), qkv = r.view(), bias = r.view();
-        window_attention_backward(inputs, grad_out, qkv, bias, r.view());
+        const TensorView grad_out = r.view(), grad_qkv = r.view(), grad_bias = r.view();
+        window_attention_backward(inputs, grad_out, grad_qkv, grad_bias, r.view());
     });
 }
 
