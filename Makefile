@@ -10,13 +10,17 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
+# One process a core, one thread a process: small work should not wait at barriers of threads.
+TEST_PROCESSES ?= 2
+
 DEMO ?= demo
 DEMO_IMAGES ?= 4000
 DEMO_MINUTES ?= 6
 DEMO_SEED ?= 1
-# One process a core: layers this small gain more from that than from threads.
+# One process a core, for training and for evaluation: layers this small gain more from that than from threads, which on
+# a busy machine wait for each other at every layer. Processes that evaluate meet at the end alone.
 DEMO_PROCESSES ?= 2
-TRAIN = OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node $(DEMO_PROCESSES) -m magnet_fast train
+TOGETHER = OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node $(DEMO_PROCESSES) -m magnet_fast
 
 CPP := $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cuh' 'csrc/*.cu' 'tests/*.cpp' 'tests/*.h' 2>/dev/null)
 PY := magnet_fast kernels benchmarks tests setup.py
@@ -32,7 +36,7 @@ $(STAMP): setup.py pyproject.toml $(CPP)
 	@touch $@
 
 test: $(STAMP)
-	$(BIN)/python -m pytest tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n $(TEST_PROCESSES) --dist loadgroup
 
 lint: $(STAMP)
 	$(BIN)/ruff check $(PY)
@@ -46,13 +50,13 @@ format: $(STAMP)
 
 demo: $(STAMP)
 	$(BIN)/magnet-fast data scenes --out $(DEMO)/scenes --images $(DEMO_IMAGES) --seed $(DEMO_SEED) --level easy
-	$(TRAIN) --config magnet_tiny_scenes --data $(DEMO)/scenes --out $(DEMO)/run --overwrite \
+	$(TOGETHER) train --config magnet_tiny_scenes --data $(DEMO)/scenes --out $(DEMO)/run --overwrite \
 		--set max_minutes=$(DEMO_MINUTES)
-	$(BIN)/magnet-fast evaluate --checkpoint $(DEMO)/run/last.safetensors --data $(DEMO)/scenes --split val \
+	$(TOGETHER) evaluate --checkpoint $(DEMO)/run/last.safetensors --data $(DEMO)/scenes --split val \
 		--out $(DEMO)/metrics.json
-	$(BIN)/magnet-fast evaluate --checkpoint $(DEMO)/run/last.safetensors --data $(DEMO)/scenes --split val \
+	$(TOGETHER) evaluate --checkpoint $(DEMO)/run/last.safetensors --data $(DEMO)/scenes --split val \
 		--shuffle-expressions --out $(DEMO)/metrics-shuffled.json
-	$(BIN)/magnet-fast contact-sheet --checkpoint $(DEMO)/run/last.safetensors --data $(DEMO)/scenes --split val \
+	OMP_NUM_THREADS=1 $(BIN)/magnet-fast contact-sheet --checkpoint $(DEMO)/run/last.safetensors --data $(DEMO)/scenes --split val \
 		--out $(DEMO)/contact-sheet.png
 	@echo "Pictures: $(abspath $(DEMO))/contact-sheet.png  Scores: $(abspath $(DEMO))/metrics.json, metrics-shuffled.json"
 

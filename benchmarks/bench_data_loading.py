@@ -62,7 +62,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ExpressionData
     write_pictures(root)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in a worker
-    yield ExpressionDataset(Refer(root), "train", Tokenizer(max_words=20), SIZE, mode="refs")
+    yield ExpressionDataset(Refer(root), "train", Tokenizer(max_tokens=20), SIZE, mode="refs")
     torch.set_num_threads(threads)
 
 
@@ -72,8 +72,9 @@ def test_images_per_second(benchmark: Any, dataset: ExpressionDataset, workers: 
         pytest.skip("more workers: --full")
     # Persistent, so that the starting of processes falls into the warm-up round.
     loader = DataLoader(
-        dataset, BATCH, num_workers=workers, persistent_workers=workers > 0, generator=torch.Generator().manual_seed(0)
-    )
+        dataset, BATCH, num_workers=workers, persistent_workers=workers > 0, collate_fn=dataset.collate,
+        generator=torch.Generator().manual_seed(0),
+    )  # fmt: skip
 
     def run() -> None:
         for _ in loader:
@@ -91,16 +92,14 @@ def test_images_per_second(benchmark: Any, dataset: ExpressionDataset, workers: 
 @pytest.mark.parametrize("part", ["read and decode", "squash", "normalise", "polygons to mask", "collate"])
 def test_parts(benchmark: Any, dataset: ExpressionDataset, part: str) -> None:
     """Where the time of an image goes, in this process."""
-    from magnet_fast.data.transforms import normalise, prepare_mask, resize_image
-
-    picture = dataset.load_image(0)
-    pixels = resize_image(picture, SIZE)
+    picture, fit = dataset.load_image(0), dataset.fit
+    pixels = fit.pixels(picture)
     items = [dataset[index] for index in range(BATCH)]
     runs = {
         "read and decode": lambda: [dataset.load_image(index) for index in range(BATCH)],
-        "squash": lambda: [resize_image(picture, SIZE) for _ in range(BATCH)],
-        "normalise": lambda: [normalise(pixels) for _ in range(BATCH)],
-        "polygons to mask": lambda: [prepare_mask(dataset.original_mask(index), SIZE) for index in range(BATCH)],
+        "squash": lambda: [fit.pixels(picture) for _ in range(BATCH)],
+        "normalise": lambda: [fit.normalise(pixels) for _ in range(BATCH)],
+        "polygons to mask": lambda: [fit.mask(dataset.original_mask(index)) for index in range(BATCH)],
         "collate": lambda: dataset.collate(items),
     }
     benchmark.group = f"data loading, parts of {BATCH} images"

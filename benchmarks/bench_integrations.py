@@ -1,7 +1,7 @@
 """Models of timm, transformers and torchvision before and after `magnet_fast.accelerate`: inference and training steps.
 
 "plain" is the model as its library runs it, "cpu" the same model with the fused operators in place, on `auto`, and
-"cpu, frozen weights" after `accelerate(model, freeze=True)`, which is for inference. Random weights; sampling offsets,
+"cpu, packed weights" after `accelerate(model, pack=True)`, which is for inference. Random weights; sampling offsets,
 which start in a regular pattern, get noise, as training gives them.
 
 Without `--full`: inference of the models the project measures itself by. With it: every family, and training.
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import magnet_fast
-from benchmarks import FROZEN
+from benchmarks import PACKED
 from benchmarks.machine import peak_bytes
 
 PATHS = ["plain", "cpu"]
@@ -228,7 +228,7 @@ def prepare(case: str, path: str) -> nn.Module:
     model = model_of(case)
     magnet_fast.restore(model)
     if path != "plain":
-        assert magnet_fast.accelerate(model, freeze=path == FROZEN).replaced
+        assert magnet_fast.accelerate(model, pack=path == PACKED).replaced
     return model
 
 
@@ -257,7 +257,7 @@ def measure(benchmark: Any, case: str, mode: str, path: str, step: Step) -> None
     benchmark.extra_info["peak_bytes"] = peak_bytes(step)
 
 
-@pytest.mark.parametrize("path", [*PATHS, FROZEN])
+@pytest.mark.parametrize("path", [*PATHS, PACKED])
 @pytest.mark.parametrize("case", CASES)
 def test_inference(benchmark, full: bool, case: str, path: str) -> None:
     if not (full or CASES[case].quick):

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from magnet_fast.models.swin import WindowAttention
+from magnet_fast.models.encoders.swin import WindowAttention
 
 
 def window_attention(
@@ -63,7 +63,7 @@ def compiled_window_attention() -> Callable[..., Tensor]:
 
 @contextmanager
 def models_use_plain_attention(fused_softmax: bool) -> Iterator[None]:
-    """Within the context every Swin block of our models runs `window_attention` of this file."""
+    """Within the context every Swin block of our models, unless accelerated, runs `window_attention` of this file."""
 
     def forward(self: WindowAttention, x: Tensor) -> Tensor:
         attended = window_attention(

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from benchmarks import FROZEN
+from benchmarks import PACKED
 
 WIDTH, LABELS, VALUES, ROW, GAP, SECTION = 1100, 175, 300, 22, 34, 34
 COLOURS = {
@@ -23,7 +23,7 @@ COLOURS = {
     "reference": "#e0a030",
     "torch.compile": "#a05cc0",
     "cpu, torch.compile": "#7040a0",
-    FROZEN: "#184f90",
+    PACKED: "#184f90",
     "cpu window attention": "#6aaee8",
     "cpu": "#2878c8",
     "auto": "#2878c8",

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 
-from benchmarks import FROZEN
+from benchmarks import PACKED
 
 _BOTH = ("torch.compile", "cpu")
 _OURS_COMPILED = "cpu, torch.compile"
@@ -20,21 +20,21 @@ _OURS_COMPILED = "cpu, torch.compile"
 def table(results: dict, suite: str) -> str:
     """A line a group: medians of the baseline and the fastest other path, and the memory of both.
 
-    Where a suite has rows of frozen weights, they have columns of their own.
+    Where a suite has rows of packed weights, they have columns of their own.
     """
     groups = list(_groups(results, suite))
-    any_frozen = any(FROZEN in paths for _, paths in groups)
-    columns = "| | before | after | ratio |" + (" frozen weights | ratio |" if any_frozen else "")
-    lines = _head(results["machine"], columns + " peak memory before | after |" + (" frozen |" if any_frozen else ""))
+    any_packed = any(PACKED in paths for _, paths in groups)
+    columns = "| | before | after | ratio |" + (" packed weights | ratio |" if any_packed else "")
+    lines = _head(results["machine"], columns + " peak memory before | after |" + (" packed |" if any_packed else ""))
     for group, paths in groups:
-        frozen = paths.pop(FROZEN, None)
+        packed = paths.pop(PACKED, None)
         before = paths.pop(next(iter(paths.values()))["baseline"], None) if paths else None
         if before is None or not paths:
             continue
         after = min(paths.values(), key=lambda row: row["median_seconds"])
         cells = [group, _time(before), _time(after), _ratio(before, after)]
-        cells += [_time(frozen), _ratio(before, frozen)] if frozen else ["–", "–"] if any_frozen else []
-        cells += [_memory(before), _memory(after), *([_memory(frozen)] if any_frozen else [])]
+        cells += [_time(packed), _ratio(before, packed)] if packed else ["–", "–"] if any_packed else []
+        cells += [_memory(before), _memory(after), *([_memory(packed)] if any_packed else [])]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

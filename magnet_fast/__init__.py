@@ -1,7 +1,7 @@
-"""Fast referring image segmentation: MagNet and its family on fused operators.
+"""Fast referring image segmentation: systems made of small parts, on fused operators.
 
-Importing the package is cheap and works on any machine: its parts (``magnet_fast.ops``,
-``magnet_fast.models``, ``magnet_fast.Segmenter``, ``magnet_fast.accelerate`` and others) are loaded when first used.
+Importing the package is cheap and works on any machine: its parts (`magnet_fast.ops`, `magnet_fast.models`,
+`magnet_fast.Segmenter`, `magnet_fast.accelerate` and others) are loaded when first used.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .inference import Segmenter
-    from .integrations import accelerate, restore
+    from magnet_fast.fast import accelerate, restore
+    from magnet_fast.inference import Segmenter
 
 __version__ = "0.1.0"
 
-_PARTS = ("data", "evaluation", "inference", "integrations", "losses", "models", "ops", "training", "visualize")
+_PARTS = ("checkpoints", "data", "evaluation", "fast", "inference", "models", "ops", "training", "visualize")
 
-_EXPORTS = {"Segmenter": "inference", "accelerate": "integrations", "restore": "integrations"}
+_EXPORTS = {"Segmenter": "inference", "accelerate": "fast", "restore": "fast"}
 
 __all__ = ["Segmenter", "__version__", "accelerate", "restore"]
 

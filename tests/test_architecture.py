@@ -1,20 +1,29 @@
-"""Imports run downwards only: command line → training, evaluation, inference → models, losses, data → ops → kernels."""
+"""The house: imports run downwards only, nobody above the models knows one by name, files stay small."""
 
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "magnet_fast"
+# From the top to the bottom; a part imports those below it.
 LEVELS = [
     {"cli", "__main__"},
-    {"training", "evaluation", "inference", "visualize"},
-    {"models", "losses", "data", "integrations"},
+    {"training"},
+    {"inference"},
+    {"evaluation"},
+    {"checkpoints"},
+    {"data"},
+    {"fast"},
+    {"models"},
     {"ops"},
     {"kernels", "_cpu", "_cuda"},
+    {"atomic", "visualize"},
 ]
-# Parts of one level stand beside each other; the second level alone is layered within itself.
-BESIDE = {("__main__", "cli"), ("training", "evaluation"), ("training", "inference"), ("visualize", "inference")}
+# `python -m magnet_fast` starts the command line.
+BESIDE = {("__main__", "cli")}
+SYSTEMS = re.compile(r"\b(magnet|lavt)\b", re.IGNORECASE)
 
 
 def level(part: str) -> int:
@@ -38,6 +47,16 @@ def imports(path: Path) -> set[str]:
     return found
 
 
+def code(path: Path) -> str:
+    """A file's code without its docstrings and comments."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        first = node.body[0] if isinstance(getattr(node, "body", None), list) and node.body else None
+        if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+            first.value.value = ""
+    return ast.unparse(tree)
+
+
 def test_imports_run_downwards() -> None:
     edges = set()
     for path in PACKAGE.rglob("*.py"):
@@ -48,6 +67,22 @@ def test_imports_run_downwards() -> None:
     assert ("models", "ops") in edges and ("cli", "training") in edges  # the walk does see imports
     wrong = [(a, b) for a, b in edges if level(b) <= level(a) and (a, b) not in BESIDE]
     assert wrong == []
+
+
+def test_nobody_above_the_models_knows_a_system() -> None:
+    known = [path for path in PACKAGE.rglob("*.py") if path.relative_to(PACKAGE).parts[0] in ("models", "fast")]
+    others = set(PACKAGE.rglob("*.py")) - set(known)
+    assert any(SYSTEMS.search(code(path)) for path in known)  # the pattern does find names
+    asking = [str(path) for path in others if "isinstance(model" in code(path)]
+    assert asking == []
+    blind = [path for path in others if path.relative_to(PACKAGE).parts[0] in ("training", "evaluation", "data")]
+    named = {str(path): found.group() for path in blind if (found := SYSTEMS.search(code(path)))}
+    assert named == {}
+
+
+def test_models_of_ours_are_imported_by_fasts_own_files_alone() -> None:
+    importing = [path.name for path in (PACKAGE / "fast").glob("*.py") if "models" in imports(path)]
+    assert importing and all(name.startswith("own") for name in importing)
 
 
 def test_files_stay_small() -> None:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from magnet_fast import inference
+from magnet_fast import fast
 from magnet_fast.cli import app
 from magnet_fast.ops import _registry
 
@@ -109,14 +109,42 @@ def test_evaluate(root, trained, tmp_path) -> None:
     assert json.loads(out.read_text())["expressions"].startswith("shuffled")
 
 
-def test_weights_are_packed_for_many_images(root, trained, picture, tmp_path, monkeypatch) -> None:
-    frozen = []
-    monkeypatch.setattr(inference, "accelerate", lambda model, freeze: frozen.append(freeze))
+def test_models_are_accelerated_and_packed_for_many_images(root, trained, picture, tmp_path, monkeypatch) -> None:
+    calls, accelerate = [], fast.accelerate
+
+    def noted(model, *, pack=False):
+        calls.append(pack)
+        return accelerate(model, pack=pack)
+
+    monkeypatch.setattr(fast, "accelerate", noted)
+    monkeypatch.setattr("magnet_fast.inference.accelerate", noted)
     checkpoint = ["--checkpoint", trained / "best.safetensors", "--device", "cpu"]
     run("segment", picture, "circle", *checkpoint, "--out", tmp_path / "mask.png")
-    assert frozen == []
+    assert calls == [False]
     run("evaluate", *checkpoint, "--data", root, "--limit", 2)
-    assert frozen == [True]
+    assert calls[1] is True
+    calls.clear()
+    run("segment", picture, "circle", *checkpoint, "--out", tmp_path / "mask.png", "--no-fast")
+    run("evaluate", *checkpoint, "--data", root, "--limit", 2, "--no-fast")
+    assert calls == []
+
+
+@pytest.mark.parametrize(("task", "scores"), [("generalized", ["gIoU", "N-acc"]), ("robust", ["mRR", "rIoU"])])
+def test_evaluate_by_other_tasks(root, trained, tmp_path, task: str, scores: list[str]) -> None:
+    data, out = tmp_path / "data", tmp_path / "metrics.json"
+    more = ["--negatives", 1, "--several", 1]
+    run("data", "scenes", "--out", data, "--images", 24, "--seed", 1, "--image-size", 64, *more)
+    checkpoint = trained / "best.safetensors"
+    output = run("evaluate", "--checkpoint", checkpoint, "--data", data, "--task", task, "--out", out)
+    found = json.loads(out.read_text())
+    assert found["task"] == task
+    for name in scores:
+        assert name in output and 0 <= found[name] <= 100
+    assert any(kind.startswith("absent/") for kind in found["by_kind"])
+    message = refused("evaluate", "--checkpoint", checkpoint, "--data", data, "--task", "everything")
+    assert "single" in message and "everything" in message
+    message = refused("evaluate", "--checkpoint", checkpoint, "--data", data, "--protocol", "cris")
+    assert "cris" in message
 
 
 def test_segment(trained, picture, tmp_path) -> None:

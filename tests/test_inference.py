@@ -11,10 +11,9 @@ import torch
 from PIL import Image
 from torch import nn
 
-from magnet_fast import Segmenter, models
+from magnet_fast import Segmenter, checkpoints, models
 from magnet_fast.data import Tokenizer, prepare_image
-from magnet_fast.inference import load_checkpoint_model, vocabulary_digest
-from magnet_fast.ops._linear import FrozenLinear
+from magnet_fast.ops import _packed
 from magnet_fast.training.checkpoint import save_checkpoint
 from magnet_fast.visualize import Example, contact_sheet, overlay
 
@@ -24,21 +23,22 @@ SIZE = 48
 @pytest.fixture(scope="module")
 def model() -> nn.Module:
     torch.manual_seed(0)
-    network = models.build("magnet_tiny", text__vocab_size=1280).eval()
-    with torch.no_grad():  # so that random masks pass the threshold
-        network.mask_decoder.class_head.bias.copy_(torch.tensor([-9.0, 9.0]))
+    # A threshold that random masks pass here and there.
+    network = models.create("magnet_tiny", input={"size": SIZE, "max_tokens": 16, "threshold": 0.3}).eval()
+    with torch.no_grad():
+        network.head.mask_decoder.class_head.bias.copy_(torch.tensor([-9.0, 9.0]))
     return network
 
 
 @pytest.fixture(scope="module")
 def metadata() -> dict[str, str]:
-    return {"image_size": str(SIZE), "max_words": "16", "tokenizer_vocab": vocabulary_digest(Tokenizer())}
+    return {"tokenizer_vocab": Tokenizer().digest()}
 
 
 @pytest.fixture(scope="module")
 def checkpoint(model, metadata, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
-    models.save_model(model, path, metadata)
+    models.save(model, path, metadata)
     return path
 
 
@@ -53,11 +53,27 @@ def test_mask_and_probability_at_the_images_own_size(checkpoint, model, picture)
     found = segmenter(picture, "the red circle")
     assert found.mask.shape == found.probability.shape == (37, 61)
     assert (found.mask.dtype, found.probability.dtype) == (np.bool_, np.float32)
-    assert np.array_equal(found.mask, found.probability > 0.5)
-    assert found.mask.any()
-    ids, words = Tokenizer(max_words=16)(["the red circle"])
+    assert np.array_equal(found.mask, found.probability > 0.3)
+    assert found.mask.any() and not found.mask.all()
+    ids, words = Tokenizer(max_tokens=16)(["the red circle"])
     expected = model.predict(prepare_image(picture, SIZE)[None], ids, words, size=(37, 61))[0]
-    assert np.allclose(found.probability, expected.numpy(), atol=1e-6)
+    assert np.allclose(found.probability, expected.numpy(), atol=1e-5)
+    assert found.presence > 0.99
+
+
+def test_a_model_that_cannot_say_whether_anything_is_named(picture) -> None:
+    segmenter = Segmenter(models.create("lavt_tiny", input={"size": SIZE}), Tokenizer())
+    assert segmenter(picture, "circle").presence is None
+
+
+@pytest.mark.parametrize("fit", ["letterbox", "longest"])
+def test_other_fits_come_back_to_the_images_own_size(fit: str, picture) -> None:
+    model = models.create("lavt_tiny", input={"size": SIZE, "fit": fit}).eval()
+    segmenter = Segmenter(model, Tokenizer(), fast=False)
+    found = segmenter(picture, "circle").probability
+    assert found.shape == (37, 61)
+    canvas = model.predict(segmenter.fit.image(picture)[None], *Tokenizer()(["circle"]))
+    assert np.allclose(found, segmenter.fit.back(canvas, (37, 61))[0].numpy(), atol=1e-6)
 
 
 def test_the_same_image_in_every_form(checkpoint, picture, tmp_path) -> None:
@@ -69,15 +85,22 @@ def test_the_same_image_in_every_form(checkpoint, picture, tmp_path) -> None:
         assert np.array_equal(segmenter(form, "circle").probability, expected)
 
 
-def test_weights_are_packed_unless_declined(checkpoint, picture) -> None:
-    frozen, plain = Segmenter.from_checkpoint(checkpoint), Segmenter.from_checkpoint(checkpoint, freeze=False)
-    linears = [type(module) for module in frozen.model.modules() if isinstance(module, nn.Linear)]
-    assert linears and set(linears) == {FrozenLinear}
-    assert not any(isinstance(module, FrozenLinear) for module in plain.model.modules())
+def test_models_are_accelerated_and_packed_unless_declined(checkpoint, picture) -> None:
+    packed = Segmenter.from_checkpoint(checkpoint)
+    accelerated = Segmenter.from_checkpoint(checkpoint, pack=False)
+    plain = Segmenter.from_checkpoint(checkpoint, fast=False)
+
+    def linears(segmenter: Segmenter) -> list[nn.Linear]:
+        return [module for module in segmenter.model.modules() if isinstance(module, nn.Linear)]
+
+    assert all(_packed.keeps(layer.weight) for layer in linears(packed))
+    assert not any(_packed.keeps(layer.weight) for layer in (*linears(accelerated), *linears(plain)))
+    assert {type(module).__module__ for module in accelerated.model.modules()} & {"magnet_fast.fast"}
+    assert not {type(module).__module__ for module in plain.model.modules()} & {"magnet_fast.fast"}
     for image in (picture, picture.rotate(90)):  # the copies are made with the first
-        assert np.allclose(frozen(image, "circle").probability, plain(image, "circle").probability, atol=1e-5)
-    callers = Segmenter(plain.model, plain.tokenizer, SIZE).model  # a model that others may go on with stays as it is
-    assert not any(isinstance(module, FrozenLinear) for module in callers.modules())
+        expected = plain(image, "circle").probability
+        for segmenter in (packed, accelerated):
+            assert np.allclose(segmenter(image, "circle").probability, expected, atol=1e-5)
 
 
 def test_several_expressions_for_one_image(checkpoint, picture) -> None:
@@ -114,7 +137,7 @@ def test_a_training_checkpoint_segments_too(checkpoint, model, metadata, picture
 
 def test_image_size_and_long_sentences(checkpoint, picture) -> None:
     segmenter = Segmenter.from_checkpoint(checkpoint, image_size=32)
-    assert segmenter.image_size == 32
+    assert segmenter.spec.size == segmenter.model.spec.size == 32
     long = " ".join(["the red circle left of the blue box"] * 25)  # 200 words: cut to the model's length
     assert len(long.split()) == 200
     found = segmenter(picture, long)
@@ -162,36 +185,35 @@ def test_missing_and_foreign_checkpoints(tmp_path, model) -> None:
     torch.save({"model": {"encoder.weight": torch.zeros(2, 2)}}, tmp_path / "other.pth")
     with pytest.raises(ValueError):
         Segmenter.from_checkpoint(tmp_path / "other.pth")
-    models.save_model(model, tmp_path / "bare.safetensors")
-    with pytest.raises(ValueError, match="metadata lack image_size, max_words, tokenizer_vocab"):
+    models.save(model, tmp_path / "bare.safetensors")
+    with pytest.raises(ValueError, match="metadata lack tokenizer_vocab"):
         Segmenter.from_checkpoint(tmp_path / "bare.safetensors")
 
 
 def test_wrong_vocabulary(checkpoint, tmp_path) -> None:
     other = tmp_path / "vocab.txt"
     other.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "circle"]))
-    with pytest.raises(ValueError, match=r"trained with another vocabulary than tokenizer .*vocab\.txt \(7 entries\)"):
+    with pytest.raises(ValueError, match=r"trained with another vocabulary than .*vocab\.txt \(7 entries\)"):
         Segmenter.from_checkpoint(checkpoint, tokenizer=other)
     with pytest.raises(FileNotFoundError, match="missing.txt"):
         Segmenter.from_checkpoint(checkpoint, tokenizer=tmp_path / "missing.txt")
     # The vocabulary counts, not the file's place or form.
     copy = tmp_path / "copy.txt"
-    copy.write_text(Tokenizer().vocab_path.read_text(encoding="utf-8"), encoding="utf-8")
+    copy.write_bytes(Path(Tokenizer().source).read_bytes())
     segmenter = Segmenter.from_checkpoint(checkpoint, tokenizer=copy)
-    assert segmenter.tokenizer.max_words == 16
+    assert segmenter.tokenizer.max_tokens == 16
     as_json = tmp_path / "tokenizer.json"
     Tokenizer()._tokenizer.save(str(as_json))
-    assert vocabulary_digest(Tokenizer(as_json)) == vocabulary_digest(Tokenizer())
+    assert Tokenizer(as_json).digest() == Tokenizer().digest()
 
 
 def test_released_checkpoints_need_berts_vocabulary(checkpoint, tmp_path) -> None:
-    loaded = load_checkpoint_model(checkpoint)
-    released = type(loaded)(loaded.model, "released.pth", 480, 20, None, {})
-    with pytest.raises(ValueError, match="released.pth was trained with BERT's vocabulary of 1280 entries"):
+    released = checkpoints.Checkpoint(checkpoints.load(checkpoint).model, "released.pth", None, {})
+    with pytest.raises(ValueError, match="released.pth was trained with a vocabulary of 1280 entries"):
         released.tokenizer()
     small = tmp_path / "vocab.txt"
     small.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "red"]))
-    with pytest.raises(ValueError, match="has 5 entries, but the text encoder of released.pth knows 1280"):
+    with pytest.raises(ValueError, match="has 5 entries, but the model of released.pth knows 1280"):
         released.tokenizer(small)
     full = tmp_path / "full.txt"
     full.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"w{i}" for i in range(1276))]))
@@ -241,16 +263,16 @@ def test_compiled_segmenter_fills_up_the_expressions(metadata, picture, monkeypa
     def compile_eagerly(module: nn.Module, **options) -> None:
         assert options["fullgraph"] and options["dynamic"] is False
         module._compiled_call_impl = module._call_impl
-        module.register_forward_pre_hook(lambda _, arguments: sizes.append(len(arguments[1])))
+        module.register_forward_pre_hook(lambda _, arguments: sizes.append(len(arguments[1].ids)))
 
     monkeypatch.setattr(nn.Module, "compile", compile_eagerly)
     torch.manual_seed(0)
-    plain = models.build("magnet_tiny", text__vocab_size=1280).eval()
+    plain = models.create("magnet_tiny", input={"size": SIZE, "max_tokens": 16}).eval()
     with torch.no_grad():
-        plain.mask_decoder.class_head.bias.copy_(torch.tensor([-9.0, 9.0]))
+        plain.head.mask_decoder.class_head.bias.copy_(torch.tensor([-9.0, 9.0]))
     expressions = ["red circle", "blue box", "star left", "moon"]
-    expected = Segmenter(plain, Tokenizer(max_words=16), SIZE)(picture, expressions)
-    found = Segmenter(plain, Tokenizer(max_words=16), SIZE, compile=True)
+    expected = Segmenter(plain, Tokenizer(max_tokens=16))(picture, expressions)
+    found = Segmenter(plain, Tokenizer(max_tokens=16), compile=True)
     for count in (1, 2, 3, 4):
         for ours, theirs in zip(found(picture, expressions[:count]), expected, strict=False):
             assert np.allclose(ours.probability, theirs.probability, atol=1e-6)

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from magnet_fast import Segmenter
+from magnet_fast import Segmenter, accelerate, checkpoints
 from magnet_fast.data import ExpressionDataset, Refer
+from magnet_fast.data.sample import collate
 from magnet_fast.data.scenes import write_scenes
-from magnet_fast.inference import frozen_on_cpu, in_precision, load_checkpoint_model
-from magnet_fast.models import from_released
+from magnet_fast.inference import in_precision
+from magnet_fast.models import Text, from_released
 from tests.golden.parameters import golden, released_checkpoint
 
 
@@ -30,16 +31,16 @@ def overlap(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch.where(union > 0, intersection / union.clamp(min=1), 1.0)
 
 
-@pytest.mark.parametrize("freeze", [False, True])
-def test_shipped_weights_give_the_same_masks(root: Path, freeze: bool) -> None:
-    loaded = load_checkpoint_model()
-    sentences = ExpressionDataset(Refer(root), "train", loaded.tokenizer(), loaded.image_size)
-    items = [sentences[index] for index in range(128)]
-    inputs = [torch.stack([item[key] for item in items]) for key in ("image", "input_ids", "attention_mask")]
+@pytest.mark.parametrize("pack", [None, False, True], ids=["plain", "accelerated", "packed"])
+def test_shipped_weights_give_the_same_masks(root: Path, pack: bool | None) -> None:
+    loaded = checkpoints.load()
+    sentences = ExpressionDataset(Refer(root), "train", loaded.tokenizer(), loaded.model.spec)
+    batch = collate([sentences[index] for index in range(128)])
+    inputs = batch["image"], *batch["text"]
     low = in_precision(copy.deepcopy(loaded.model), "bfloat16")
     assert {p.dtype for p in low.parameters()} == {torch.bfloat16}
-    if freeze:
-        frozen_on_cpu(low)
+    if pack is not None:
+        accelerate(low, pack=pack)
     with torch.inference_mode():
         exact, rough = loaded.model.predict(*inputs), low.predict(*inputs)
     assert rough.dtype == torch.float32 and not torch.equal(exact, rough)
@@ -55,16 +56,16 @@ def test_golden_values_within_bfloat16() -> None:
     values = golden("magnet")
     model = in_precision(from_released(released_checkpoint("magnet")), "bfloat16")
     with torch.inference_mode():
-        output = model(values["image"], values["input_ids"], values["attention_mask"])
+        prediction = model(values["image"], Text(values["input_ids"], values["attention_mask"].bool()))
 
     def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
         difference = actual.float() - expected
         return (difference.square().mean() / expected.square().mean()).sqrt().item()
 
-    assert error(output.auxiliary[0][0], values["aux0_pred_masks"]) < 0.07
-    assert error(output.mask_logits, values["pred_masks"]) < 0.13
-    assert error(output.class_logits, values["pred_logits"]) < 0.1
-    assert ((output.mask_logits > 0) == (values["pred_masks"] > 0)).float().mean() > 0.95
+    assert error(prediction.earlier[0].mask, values["aux0_pred_masks"][:, 0]) < 0.07
+    assert error(prediction.mask, values["pred_masks"][:, 0]) < 0.13
+    assert error(prediction.presence, values["pred_logits"][:, 0].diff(dim=1)[:, 0]) < 0.1
+    assert ((prediction.mask > 0) == (values["pred_masks"][:, 0] > 0)).float().mean() > 0.95
 
 
 def test_golden_text_of_lavt_within_bfloat16() -> None:
@@ -73,9 +74,9 @@ def test_golden_text_of_lavt_within_bfloat16() -> None:
     values = golden("lavt")
     model = in_precision(from_released(released_checkpoint("lavt")), "bfloat16")
     with torch.inference_mode():
-        output = model(values["image"], values["input_ids"], values["attention_mask"])
-    torch.testing.assert_close(output.text_features.float(), values["text_features"], rtol=0, atol=0.1)
-    assert output.mask_logits.isfinite().all()
+        prediction = model(values["image"], Text(values["input_ids"], values["attention_mask"].bool()))
+    torch.testing.assert_close(prediction.words.features.float(), values["text_features"], rtol=0, atol=0.1)
+    assert prediction.mask.isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16], ids=str)
@@ -85,7 +86,7 @@ def test_segmenter_in_bfloat16(dtype) -> None:
     found = segmenter(picture, ["the red circle", "the blue box"])
     assert next(segmenter.model.parameters()).dtype == torch.bfloat16
     assert found[0].probability.dtype == np.float32 and found[0].mask.shape == (37, 61)
-    assert Segmenter(segmenter.model, segmenter.tokenizer, 64).model is segmenter.model
+    assert Segmenter(segmenter.model, segmenter.tokenizer).model is segmenter.model
     assert next(segmenter.model.parameters()).dtype == torch.bfloat16  # no dtype: what the model has
 
 

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import pytest
 
+from magnet_fast import checkpoints
 from magnet_fast.data import ExpressionDataset, Refer
 from magnet_fast.data.scenes import write_scenes
 from magnet_fast.evaluation import evaluate
-from magnet_fast.inference import load_checkpoint_model, shipped_weights
 
 
 @pytest.fixture(scope="module")
 def scores(tmp_path_factory) -> tuple[dict, dict]:
     root = tmp_path_factory.mktemp("scenes") / "hard"
     write_scenes(root, images=60, seed=20_001, level="hard")
-    loaded = load_checkpoint_model()
+    loaded = checkpoints.load()
     results = []
     for shuffled in (False, True):
-        sentences = ExpressionDataset(Refer(root), "train", loaded.tokenizer(), loaded.image_size)
+        sentences = ExpressionDataset(Refer(root), "train", loaded.tokenizer(), loaded.model.spec)
         if shuffled:
             sentences.shuffle_expressions(seed=0)
         results.append(evaluate(loaded.model, sentences, batch_size=32))
@@ -32,4 +32,4 @@ def test_they_segment_what_is_named(scores: tuple[dict, dict]) -> None:
 
 
 def test_they_are_small() -> None:
-    assert shipped_weights().stat().st_size <= 10_000_000
+    assert checkpoints.shipped_weights().stat().st_size <= 10_000_000

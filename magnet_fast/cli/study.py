@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .errors import user_errors
+from magnet_fast.cli.errors import user_errors
 
 study_app = typer.Typer(help="Find out what the parts of the method do.", no_args_is_help=True)
 
@@ -37,10 +37,11 @@ def ablation(
     The same command may run several times at once (one for each core): the processes share the work.
     """
     from magnet_fast.training import load_config
-    from magnet_fast.training.study import VARIANTS, run_ablation
+    from magnet_fast.training.study import run_study
+    from magnet_fast.training.variants import load_study
 
     settings = load_config(config, [f"data.root={json.dumps(str(data))}", *(set_ or [])])
-    chosen = [name.strip() for name in variants.split(",")] if variants else list(VARIANTS)
-    table = run_ablation(settings, out, variants=chosen, seeds=range(seeds), say=typer.echo)
+    chosen = [name.strip() for name in variants.split(",")] if variants else None
+    table = run_study(settings, load_study("ablation"), out, rows=chosen, seeds=range(seeds), say=typer.echo)
     typer.echo(table.read_text(encoding="utf-8"))
     typer.echo(str(table))

@@ -1,31 +1,20 @@
-"""Is a folder of RefCOCO, RefCOCO+ or G-Ref complete? Says all that is missing or broken, and where it can be had."""
+"""Is a data set on disk complete? Says all that is missing or broken, and where it can be had."""
 
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from PIL import Image
 
-from magnet_fast.data.refer import IMAGE_FOLDERS, Refer
-
-PUBLISHED_REFS: dict[tuple[str, str], dict[str, int]] = {
-    ("refcoco", "unc"): {"train": 42404, "val": 3811, "testA": 1975, "testB": 1810},
-    ("refcoco+", "unc"): {"train": 42278, "val": 3805, "testA": 1975, "testB": 1798},
-    ("refcocog", "umd"): {"train": 42226, "val": 2573, "test": 5023},
-    ("refcocog", "google"): {"train": 44822, "val": 5000},
-}
-"""Referents of each split, as the data sets' authors publish them (REFER)."""
-
-# The host that REFER names is gone; these copies of it are what the field uses.
-_ARCHIVE = "https://web.archive.org/web/{}/https://bvisionweb1.cs.unc.edu/licheng/referit/data/{}.zip"
-SOURCES = {
-    "refcoco": _ARCHIVE.format("20220413011718", "refcoco"),
-    "refcoco+": _ARCHIVE.format("20220413011656", "refcoco+"),
-    "refcocog": _ARCHIVE.format("20220413012904", "refcocog"),
-}
-IMAGES_SOURCE = "http://images.cocodataset.org/zips/train2014.zip"
+from magnet_fast.data.datasets import open_reader
+from magnet_fast.data.datasets.base import Folders
+from magnet_fast.data.datasets.published import IMAGES_SOURCE, PUBLISHED_REFS, SOURCES
+from magnet_fast.data.datasets.reader import Reader, Ref
+from magnet_fast.data.datasets.refer import IMAGE_FOLDERS
 
 _EXAMPLES = 5  # of each kind of problem that are named
 
@@ -35,14 +24,16 @@ class DataReport:
     """What `check_data` found.
 
     Attributes:
-        where: the refs file, or the folder where there is none.
+        where: the file that the refs come from, or the folder where there is none.
         counts: split -> (refs, sentences, images).
         problems: sentences, each with what is wrong, where, and what helps; empty for complete data.
+        notes: what the reader leaves out, as the field's own readers do; no problem.
     """
 
     where: str
     counts: dict[str, tuple[int, int, int]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 def check_data(
@@ -50,41 +41,77 @@ def check_data(
     dataset: str = "refcoco",
     split_by: str = "unc",
     *,
+    format: str | None = None,
+    images: Folders | None = None,
     masks: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> DataReport:
     """Look at everything that training and evaluation would use; nothing is changed.
 
-    Checked are the files' presence and form (as `Refer` reads them), the number of refs of each split against
-    the published one, that every image is there and has the size that instances.json gives, and that every mask
-    can be decoded and is not empty.
+    Checked are the files' presence and form (as the reader reads them), the number of refs of each split against the
+    published one, and what `check_reader` looks at.
 
     Args:
-        root, dataset, split_by: as for `Refer`.
+        root, dataset, split_by, format, images: as for `open_reader`.
         masks: decode the masks, too (minutes for a whole data set).
         progress: called with (images done, images in all).
     """
-    report = DataReport(f"{root}/{dataset}")
     try:
-        refer = Refer(root, dataset, split_by)
+        with warnings.catch_warnings():  # what is left out stands in the notes
+            warnings.simplefilter("ignore", UserWarning)
+            reader = open_reader(root, dataset, split_by, format=format, images=images)
     except (FileNotFoundError, ValueError) as error:
+        report = DataReport(f"{root}/{dataset}")
         report.problems.append(f"{error}{_advice(str(error), dataset)}")
         return report
-    report.where = str(refer.refs_path)
-    refs_of: dict[int, list] = {}
-    for split in refer.splits:
-        refs = refer.refs(split)
-        images = {ref.image_id for ref in refs}
-        report.counts[split] = (len(refs), sum(len(ref.sentences) for ref in refs), len(images))
+    of_coco = "refco" in dataset  # refcoco, refcoco+, refcocog, grefcoco, rrefcoco, ...
+    images_advice = f"; COCO's train2014 images: {IMAGES_SOURCE}, unpacked to {root}/{IMAGE_FOLDERS[0]}"
+    report = check_reader(
+        reader,
+        masks=masks,
+        progress=progress,
+        images_advice=images_advice if of_coco else "",
+        masks_advice=_advice("", dataset),
+    )
+    if not (Path(root) / "scenes.json").exists():  # embedded scenes carry RefCOCO's names, not its contents
+        report.problems[:0] = _count_problems(report, dataset, split_by)
+    return report
+
+
+def check_reader(
+    reader: Reader,
+    *,
+    masks: bool = True,
+    progress: Callable[[int, int], None] | None = None,
+    images_advice: str = "",
+    masks_advice: str = "",
+) -> DataReport:
+    """Look at what a reader reads: every image is there and has the size that the data say, every mask can be decoded
+    and is not empty where something is named.
+
+    Args:
+        reader: of any format.
+        masks, progress: as for `check_data`.
+        images_advice, masks_advice: what helps, said behind such a problem.
+    """
+    report = DataReport(str(reader.source))
+    skipped = getattr(reader, "skipped", None)
+    for reason, count in (skipped.reasons if skipped else {}).items():
+        report.notes.append(f"{count} records left out: {reason} ({', '.join(skipped.examples[reason])} ...)")
+    refs_of: dict[int, list[Ref]] = {}
+    for split in reader.splits:
+        refs = reader.refs(split)
+        report.counts[split] = (
+            len(refs), sum(len(ref.sentences) for ref in refs), len({ref.image_id for ref in refs}),
+        )  # fmt: skip
         for ref in refs:
             refs_of.setdefault(ref.image_id, []).append(ref)
-    if not (refer.root / "scenes.json").exists():  # embedded scenes carry RefCOCO's names, not its contents
-        report.problems += _count_problems(report, dataset, split_by)
 
+    sizes_from = getattr(reader, "instances_path", reader.source).name
     absent, damaged, other_size, bad_masks = [], [], [], []
     for done, (image_id, refs) in enumerate(refs_of.items(), start=1):
         try:
-            path = refer.image_path(image_id)
+            path = reader.image_path(image_id)
             with Image.open(path) as picture:
                 width, height = picture.size  # the header only
         except FileNotFoundError as error:
@@ -92,18 +119,17 @@ def check_data(
         except OSError as error:  # Pillow's errors, too
             damaged.append(f"{path}: {error}")
         else:
-            if (height, width) != refer.image_size(image_id):
-                expected = "x".join(map(str, refer.image_size(image_id)))
-                other_size.append(f"{path} is {height}x{width}, instances.json says {expected} (height x width)")
+            if (height, width) != reader.image_size(image_id):
+                expected = "x".join(map(str, reader.image_size(image_id)))
+                other_size.append(f"{path} is {height}x{width}, {sizes_from} says {expected} (height x width)")
         if masks:
-            bad_masks += _mask_problems(refer, refs)
+            bad_masks += _mask_problems(reader, refs)
         if progress:
             progress(done, len(refs_of))
-    images_advice = f"; COCO's train2014 images: {IMAGES_SOURCE}, unpacked to {root}/{IMAGE_FOLDERS[0]}"
     report.problems += _summary(absent, "image", "absent", images_advice)
     report.problems += _summary(damaged, "image", "unreadable", images_advice)
     report.problems += _summary(other_size, "image", "of another size", images_advice)
-    report.problems += _summary(bad_masks, "mask", "unusable", _advice("", dataset))
+    report.problems += _summary(bad_masks, "mask", "unusable", masks_advice)
     return report
 
 
@@ -121,11 +147,12 @@ def _count_problems(report: DataReport, dataset: str, split_by: str) -> list[str
     return problems
 
 
-def _mask_problems(refer: Refer, refs: list) -> list[str]:
+def _mask_problems(reader: Reader, refs: list[Ref]) -> list[str]:
     problems = []
     for ref in refs:
         try:
-            empty = bool(ref.ann_ids) and not refer.mask(ref).any()
+            named = ref.ann_ids or any(sentence.exists for sentence in ref.sentences)
+            empty = named and not reader.mask(ref).any()
         except ValueError as error:
             problems.append(str(error))
         else:

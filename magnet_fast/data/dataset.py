@@ -1,114 +1,154 @@
-"""Expressions as a torch dataset: image, mask and token ids per sentence or per ref."""
+"""Sentences about images as a torch dataset: everything known of one travels in its sample."""
 
 from __future__ import annotations
 
 import random
 from bisect import bisect_right
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset
 
-from magnet_fast.data.refer import Ref, Refer, Sentence
-from magnet_fast.data.tokenizer import Tokenizer
-from magnet_fast.data.transforms import normalise, open_image, prepare_mask, resize_image
+from magnet_fast.data.cache import SharedCache
+from magnet_fast.data.datasets.reader import Reader, Ref, Sentence
+from magnet_fast.data.sample import Sample, collate
+from magnet_fast.data.tokenizers.base import ExpressionTokenizer
+from magnet_fast.data.transforms import open_fit, open_image
+from magnet_fast.models.contract import InputSpec, Text
 
 MODES = ("sentences", "refs")
 
 
 class ExpressionDataset(Dataset):
-    """Items of one split.
-
-    mode "sentences": one item per sentence of every ref (the evaluation protocol). mode "refs": one item per ref
-    with one of its sentences, drawn from (seed, epoch, index); call `set_epoch` before each epoch.
+    """Samples of one split, as `Sample` describes them.
 
     The sentence used is its `raw` wording, as in LAVT's and MagNet's released code; what goes beyond the tokenizer's
-    max_words is cut off. cache=True keeps resized images (uint8) and masks in memory after their first use, in each
-    process for itself. Refs of images in `without_images` (image_ids) are left out.
+    `max_tokens` is cut off. A sentence that does not exist has an empty mask.
 
-    An item is a dict: image float32 (3, S, S), mask uint8 (S, S) of 0 and 1, input_ids and attention_mask
-    int64 (T,), index int. Images are squashed to S x S (see `prepare_image`).
+    Args:
+        reader: the data set on disk.
+        split: one of the reader's.
+        tokenizer: of the model's vocabulary.
+        spec: how images are prepared; an int is the side of a square they are squashed to, all else by default.
+        mode: "sentences": an item for every sentence of every ref (the evaluation protocol). "refs": an item for every
+            ref with one of its sentences, drawn from (seed, epoch, index), those that do not exist among them; call
+            `set_epoch` before each epoch.
+        seed: of the sentences drawn.
+        cache: keep prepared images (uint8) and masks in shared memory after their first use, for all loader workers.
+        without_images: image_ids whose refs are left out.
+        original: samples carry the mask at the image's own size, too.
 
-    Raises ValueError for an unknown split or mode and for an empty sentence, naming ref and sentence; getting
-    an item raises FileNotFoundError or ValueError, naming file and ref, for an image that is absent or
-    unreadable.
+    Attributes:
+        spec: the specification, `size` being the side of the canvas.
+        fit: made from it; its `back` and `probability` lead to the images' own size.
+
+    Raises:
+        ValueError: an unknown split or mode, an empty sentence (naming ref and sentence), a cache for which there is no
+            memory. Getting an item raises FileNotFoundError or ValueError, naming file and ref, for an image that is
+            absent or unreadable.
     """
 
-    collate = staticmethod(default_collate)
+    collate = staticmethod(collate)
 
     def __init__(
         self,
-        refer: Refer,
+        reader: Reader,
         split: str,
-        tokenizer: Tokenizer,
-        image_size: int,
+        tokenizer: ExpressionTokenizer,
+        spec: InputSpec | int,
         *,
         mode: str = "sentences",
         seed: int = 0,
         cache: bool = False,
         without_images: Collection[int] = (),
+        original: bool = False,
     ) -> None:
         if mode not in MODES:
             raise ValueError(f"mode is {mode!r}; expected one of {', '.join(MODES)}")
-        if isinstance(image_size, bool) or not isinstance(image_size, int) or image_size < 1:
-            raise ValueError(f"image_size is {image_size!r}; expected an int of at least 1")
-        self.refer, self.split, self.tokenizer = refer, split, tokenizer
-        self.image_size, self.mode, self.seed = image_size, mode, seed
-        self._refs = [ref for ref in refer.refs(split) if ref.image_id not in without_images]
+        self.spec = spec if isinstance(spec, InputSpec) else InputSpec(size=spec)
+        self.fit = open_fit(self.spec)
+        self.reader, self.split, self.tokenizer = reader, split, tokenizer
+        self.mode, self.seed, self.original = mode, seed, original
+        self._refs = [ref for ref in reader.refs(split) if ref.image_id not in without_images]
         for ref in self._refs:
             for sentence in ref.sentences:
                 if not isinstance(sentence.raw, str) or not sentence.raw.strip():
                     raise ValueError(
-                        f"{refer.refs_path}: ref_id {ref.ref_id}, sent_id {sentence.sent_id}: "
+                        f"{reader.source}: ref_id {ref.ref_id}, sent_id {sentence.sent_id}: "
                         f"the sentence is empty ({sentence.raw!r})"
                     )
-        # An item is (ref, sentence or None for one drawn per epoch).
+        # An item is (position of its ref, sentence or None for one drawn per epoch).
         if mode == "sentences":
-            self._items = [(ref, sentence) for ref in self._refs for sentence in ref.sentences]
+            self._items = [(place, sentence) for place, ref in enumerate(self._refs) for sentence in ref.sentences]
         else:
-            self._items = [(ref, None) for ref in self._refs]
+            self._items = [(place, None) for place in range(len(self._refs))]
         self._epoch = 0
         self._swapped: list[int] | None = None  # index of the item that lends its sentence
-        self._cache: dict[Any, Any] | None = {} if cache else None
+        self._images = self._masks = None
+        if cache:
+            side = self.spec.size
+            self._images = SharedCache([ref.image_id for ref in self._refs], side * side * 3, "images")
+            self._masks = SharedCache(range(len(self._refs)), -(-side * side // 8), "masks")
 
     def __len__(self) -> int:
         return len(self._items)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> Sample:
         index = self._checked(index)
-        ref, _ = self._items[index]
-        input_ids, attention_mask = self.tokenizer(self._sentence(index).raw)
-        return {
-            "image": normalise(self._cached(("image", ref.image_id), lambda: self._resized(index))),
-            "mask": self._cached(
-                ("mask", ref.ann_ids, ref.image_id),
-                lambda: prepare_mask(self.refer.mask(ref), self.image_size),
-            ).clone(),
-            "input_ids": input_ids[0],
-            "attention_mask": attention_mask[0],
-            "index": index,
-        }
+        place, sentence = self._own(index)
+        ref, spoken = self._refs[place], self._spoken(index)
+        ids, mask = self.tokenizer(spoken.raw)
+        size = self.reader.image_size(ref.image_id)
+        sample = Sample(
+            image=self.fit.normalise(self._pixels(index, ref, size)),
+            text=Text(ids[0], mask[0]),
+            mask=self._mask(place, sentence),
+            exists=sentence.exists,
+            index=index,
+            ref=ref.ref_id,
+            image_id=ref.image_id,
+            kind=spoken.kind,
+            category=ref.category_id,
+            size=size,
+            extra=self.reader.extra(ref, sentence),
+        )
+        if self.original:
+            sample["original_mask"] = torch.from_numpy(self.reader.mask(ref, sentence))
+        return sample
+
+    @property
+    def context(self) -> tuple[str, ...]:
+        """Names of the context tensors that samples carry in `extra`, told from the first."""
+        if not self._items:
+            return ()
+        place, sentence = self._own(0)
+        return tuple(self.reader.extra(self._refs[place], sentence))
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the sentences of mode "refs" anew; no effect in mode "sentences"."""
         self._epoch = epoch
 
     def record(self, index: int) -> dict[str, Any]:
-        """What an item is about: ref_id, sent_id, image_id, expression, kind, image_path, height, width."""
+        """What pictures and messages say of an item.
+
+        Its keys: ref_id, sent_id, image_id, expression, kind, exists, image_path, height, width.
+        """
         index = self._checked(index)
-        ref, _ = self._items[index]
-        sentence = self._sentence(index)
-        height, width = self.refer.image_size(ref.image_id)
+        place, own = self._own(index)
+        ref, sentence = self._refs[place], self._spoken(index)
+        height, width = self.reader.image_size(ref.image_id)
         return {
             "ref_id": ref.ref_id,
             "sent_id": sentence.sent_id,
             "image_id": ref.image_id,
             "expression": sentence.raw,
             "kind": sentence.kind,
+            "exists": own.exists,
             "image_path": self._image_path(ref),
             "height": height,
             "width": width,
@@ -116,64 +156,80 @@ class ExpressionDataset(Dataset):
 
     def original_mask(self, index: int) -> np.ndarray:
         """Ground truth at the image's own size, uint8 (H, W)."""
-        return self.refer.mask(self._items[self._checked(index)][0])
+        place, sentence = self._own(self._checked(index))
+        return self.reader.mask(self._refs[place], sentence)
 
     def load_image(self, index: int) -> Image.Image:
         """The item's picture at its own size, RGB."""
-        ref, _ = self._items[self._checked(index)]
+        ref = self._refs[self._items[self._checked(index)][0]]
         path = self._image_path(ref)
         try:
             image = open_image(path)
         except ValueError as error:
-            raise ValueError(f"ref_id {ref.ref_id} of {self.refer.refs_path}: {error}") from error
-        height, width = self.refer.image_size(ref.image_id)
+            raise ValueError(f"ref_id {ref.ref_id} of {self.reader.source}: {error}") from error
+        height, width = self.reader.image_size(ref.image_id)
         if image.size != (width, height):
+            where = getattr(self.reader, "instances_path", self.reader.source)
             raise ValueError(
-                f"ref_id {ref.ref_id}: image {path} is {image.width} x {image.height}; "
-                f"{self.refer.instances_path} says {width} x {height}"
+                f"ref_id {ref.ref_id}: image {path} is {image.width} x {image.height}; {where} says {width} x {height}"
             )
         return image
 
     def shuffle_expressions(self, seed: int) -> None:
         """Swap sentences between items, none staying with its own image: a control for reading.
 
-        A fixed permutation by `seed`; the masks stay. Raises ValueError if one image has more than half the
-        items.
+        A fixed permutation by `seed`; the masks stay, and with them what exists. Raises ValueError if one image has
+        more than half the items.
         """
-        self._swapped = _derangement([ref.image_id for ref, _ in self._items], seed)
+        self._swapped = _derangement([self._refs[place].image_id for place, _ in self._items], seed)
 
     def _checked(self, index: int) -> int:
         if not -len(self._items) <= index < len(self._items):
             raise IndexError(f"index is {index}; the split {self.split!r} has {len(self._items)} items")
         return index % len(self._items)
 
-    def _sentence(self, index: int) -> Sentence:
-        lender = index if self._swapped is None else self._swapped[index]
-        ref, sentence = self._items[lender]
-        if sentence is not None:
-            return sentence
-        draw = random.Random(f"{self.seed} {self._epoch} {lender}")
-        return draw.choice(ref.sentences)
+    def _own(self, index: int) -> tuple[int, Sentence]:
+        """Position of the item's ref, and its own sentence."""
+        place, sentence = self._items[index]
+        if sentence is None:
+            draw = random.Random(f"{self.seed} {self._epoch} {index}")
+            sentence = draw.choice(self._refs[place].sentences)
+        return place, sentence
+
+    def _spoken(self, index: int) -> Sentence:
+        """The sentence that is read: the item's own, or the one lent to it."""
+        return self._own(index if self._swapped is None else self._swapped[index])[1]
 
     def _image_path(self, ref: Ref) -> Path:
         try:
-            return self.refer.image_path(ref.image_id)
+            return self.reader.image_path(ref.image_id)
         except FileNotFoundError as error:
-            raise FileNotFoundError(f"ref_id {ref.ref_id} of {self.refer.refs_path}: {error}") from error
+            raise FileNotFoundError(f"ref_id {ref.ref_id} of {self.reader.source}: {error}") from error
 
-    def _resized(self, index: int) -> np.ndarray:
-        return resize_image(self.load_image(index), self.image_size)
+    def _pixels(self, index: int, ref: Ref, size: tuple[int, int]) -> np.ndarray:
+        def make() -> np.ndarray:
+            return self.fit.pixels(self.load_image(index))
 
-    def _cached(self, key: Any, make: Any) -> Any:
-        if self._cache is None:
+        if self._images is None:
             return make()
-        if key not in self._cache:
-            self._cache[key] = make()
-        return self._cache[key]
+        return self._images.get(ref.image_id, (*self.fit.extent(size), 3), make)
+
+    def _mask(self, place: int, sentence: Sentence) -> torch.Tensor:
+        side, ref = self.spec.size, self._refs[place]
+        if self._masks is None or not sentence.exists:  # an empty mask is cheap; the cache has the ref's
+            return self.fit.mask(self.reader.mask(ref, sentence))
+
+        def make() -> np.ndarray:
+            return np.packbits(self.fit.mask(self.reader.mask(ref, sentence)).numpy())
+
+        packed = self._masks.get(place, (-(-side * side // 8),), make)
+        return torch.from_numpy(np.unpackbits(packed, count=side * side).reshape(side, side))
 
 
 class MixedDataset(Dataset):
     """The items of several `ExpressionDataset`s one after the other; `index` counts through."""
+
+    collate = staticmethod(collate)
 
     def __init__(self, parts: Sequence[ExpressionDataset]) -> None:
         self.parts = list(parts)
@@ -182,9 +238,19 @@ class MixedDataset(Dataset):
     def __len__(self) -> int:
         return self._ends[-1]
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> Sample:
         part, inner = self._place(index)
-        return {**part[inner], "index": index % len(self)}
+        return Sample({**part[inner], "index": index % len(self)})
+
+    @property
+    def spec(self) -> InputSpec:
+        """That of the parts."""
+        return self.parts[0].spec
+
+    @property
+    def context(self) -> tuple[str, ...]:
+        """Names of the context tensors that the samples of every part carry."""
+        return tuple(name for name in self.parts[0].context if all(name in part.context for part in self.parts))
 
     def set_epoch(self, epoch: int) -> None:
         """`ExpressionDataset.set_epoch` of every part."""
@@ -202,6 +268,26 @@ class MixedDataset(Dataset):
         index %= len(self)
         number = bisect_right(self._ends, index)
         return self.parts[number], index - (self._ends[number - 1] if number else 0)
+
+
+def require_context(dataset: ExpressionDataset | MixedDataset, needs: Iterable[str]) -> None:
+    """Refuse a data set whose samples lack a context tensor that a model needs, before training starts.
+
+    Args:
+        dataset: what the model is to be trained or scored on.
+        needs: names of the tensors, a model's `needs`.
+
+    Raises:
+        ValueError: it names those that are lacking, and those that the data have.
+    """
+    missing = [name for name in needs if name not in dataset.context]
+    if missing:
+        parts = dataset.parts if isinstance(dataset, MixedDataset) else [dataset]
+        sources = ", ".join(f"{part.reader.source} ({part.split})" for part in parts)
+        raise ValueError(
+            f"dataset: the model needs {', '.join(missing)} beside image and text; samples of {sources} carry "
+            f"{', '.join(dataset.context) or 'nothing of the kind'}"
+        )
 
 
 def _derangement(image_ids: list[int], seed: int) -> list[int]:

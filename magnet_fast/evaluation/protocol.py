@@ -1,143 +1,119 @@
-"""The family's evaluation protocol (LAVT, MagNet, ReLA), in batches and over several processes."""
+"""Protocols: how published numbers of referring segmentation were taken, each as its authors' code takes them."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import NamedTuple
 
-import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+import torch.nn.functional as F
+from torch import Tensor
 
-from magnet_fast.evaluation.metrics import ReferringSegmentationMetrics, intersection_and_union
+from magnet_fast.evaluation.metrics import DEFAULT_RULE, Rule
+from magnet_fast.models.contract import Prediction, probability
 
-Resolution = Literal["input", "original"]
 RESOLUTIONS = ("input", "original")
-PROBABILITY_THRESHOLD = 0.5
 
 
-@torch.no_grad()  # not inference_mode: what a model caches on the way must still serve training
-def evaluate(
-    model: nn.Module,
-    dataset: Any,
-    batch_size: int = 16,
-    resolution: Resolution = "input",
-    *,
-    device: torch.device | str | None = None,
-    workers: int = 0,
-    limit: int | None = None,
-    autocast: torch.dtype | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> dict[str, Any]:
-    """Score a model on every sentence of a dataset.
+class Protocol(NamedTuple):
+    """One way to score.
 
-    An image is squashed to the dataset's square; a pixel belongs to the referent where ``model.predict``
-    gives more than 0.5 (for MagNet softmax(class)[1] · sigmoid(mask)). The result equals that of batch size
-    1.
-
-    Args:
-        model: a model of this package; put into eval mode for the time of the call.
-        dataset: an ``ExpressionDataset`` in mode "sentences".
-        batch_size: sentences at a time.
-        resolution: "input" compares at the dataset's square, with the ground truth resized by nearest (the
-            family's protocol); "original" resizes the prediction to the image's own size and compares there.
-        device: where to compute; default the device of the model's parameters.
-        workers: loader processes.
-        limit: score the first so many sentences only.
-        autocast: a dtype to autocast to; default full precision.
-        progress: called with (sentences done, sentences in all) of this process after each batch.
-
-    Under torch.distributed each process scores its share of the sentences, none twice, and all get the whole
-    result.
-
-    Returns:
-        The scores of `ReferringSegmentationMetrics.compute`, and ``resolution``, ``image_size``,
-        ``protocol``.
+    Attributes:
+        says: it in words, for tables.
+        fits: for each resolution it offers, how images may be fitted to the model's square (`InputSpec.fit`).
+        tasks: whose scores it defines; empty: those of any.
+        threshold: a pixel is predicted where its probability exceeds this; None: where it exceeds the model's own.
+        gated: a mask is emptied where the model claims nothing. Otherwise the mask stays and the flag alone decides.
+        bicubic: probabilities, not logits, are resized to the square, bicubically.
+        rule: how IoUs are read.
     """
+
+    says: str
+    fits: dict[str, tuple[str, ...]]
+    tasks: tuple[str, ...] = ()
+    threshold: float | None = None
+    gated: bool = True
+    bicubic: bool = False
+    rule: Rule = DEFAULT_RULE
+
+
+PROTOCOLS: dict[str, Protocol] = {
+    # LAVT, MagNet. At the images' own size the way back of any fit is as good as that of the squash.
+    "family": Protocol(
+        "every sentence of every referent, the model's own threshold; P@X counts IoU >= X",
+        {"input": ("squash",), "original": ("squash", "letterbox", "longest")},
+    ),
+    # ReLA: its evaluator reads the mask and the flag apart, and the ground truth at the model's square.
+    "gres": Protocol(
+        "every sentence, probability > 0.5, the flag alone says whether something is named; Pr@X counts IoU >= X",
+        {"input": ("squash",)},
+        tasks=("generalized", "single"),
+        threshold=0.5,
+        gated=False,
+    ),
+    # CRIS. Its code tests on every sentence; only its validation between epochs takes the first of each ref.
+    "cris": Protocol(
+        "every sentence, letterbox warped back, probability > 0.35, IoU = I / (U + 1e-6); P@X counts IoU > X",
+        {"original": ("letterbox",)},
+        tasks=("single",),
+        threshold=0.35,
+        bicubic=True,
+        rule=Rule(strict=True, epsilon=1e-6),
+    ),
+}
+
+
+def find_protocol(name: str, task: str, resolution: str, fit: str) -> Protocol:
+    """A protocol by name, for a task, a resolution and a dataset's fit that it has a rule for.
+
+    Raises:
+        ValueError: for a name that is no protocol's, or where it says nothing about one of the others.
+    """
+    if name not in PROTOCOLS:
+        raise ValueError(f"protocol: expected one of {', '.join(PROTOCOLS)}, got {name!r}")
     if resolution not in RESOLUTIONS:
         raise ValueError(f"resolution: expected one of {', '.join(RESOLUTIONS)}, got {resolution!r}")
-    if batch_size < 1:
-        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
-    count = len(dataset) if limit is None else min(limit, len(dataset))
-    if count == 0:
-        raise ValueError("dataset: it holds no sentence to evaluate")
-    device = torch.device(device) if device is not None else next(model.parameters()).device
-    joined = dist.is_available() and dist.is_initialized()
-    rank, world = (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
-    mine = list(range(rank, count, world))
-    records = {index: dataset.record(index) for index in mine}
-
-    metrics = ReferringSegmentationMetrics()
-    counts: list[Tensor] = []  # (2, B) each, left on the device until the end: no wait for it in the loop
-    order: list[int] = []
-    training = model.training
-    model.eval()
-    try:
-        for batch in _loader(dataset, mine, records, batch_size, resolution, workers, device):
-            indices = batch["index"].tolist()
-            inputs = [batch[key].to(device, non_blocking=True) for key in ("image", "input_ids", "attention_mask")]
-            if resolution == "input":
-                truth = batch["mask"].to(device, non_blocking=True)
-            else:
-                truth = torch.stack([torch.as_tensor(dataset.original_mask(index)) for index in indices]).to(device)
-            with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-                probability = model.predict(*inputs, size=tuple(truth.shape[-2:]))
-            counts.append(torch.stack(intersection_and_union(probability > PROBABILITY_THRESHOLD, truth)))
-            order += indices
-            if progress is not None:
-                progress(len(order), len(mine))
-    finally:
-        model.train(training)
-    if order:
-        intersection, union = torch.cat(counts, dim=1).cpu()
-        metrics.update_counts(intersection, union, order, [records[index].get("kind") for index in order])
-    metrics.gather()
-    return {
-        "protocol": "image squashed to a square, every sentence of every referent, probability > 0.5",
-        "resolution": resolution,
-        "image_size": getattr(dataset, "image_size", None),
-        **metrics.compute(),
-    }
+    protocol = PROTOCOLS[name]
+    if protocol.tasks and task not in protocol.tasks:
+        raise ValueError(f"task: protocol {name!r} is for {' and '.join(protocol.tasks)}, got {task!r}")
+    if resolution not in protocol.fits:
+        offered = " and ".join(protocol.fits)
+        raise ValueError(f"resolution: protocol {name!r} compares at resolution {offered}, got {resolution!r}")
+    fits = protocol.fits[resolution]
+    if fit not in fits:
+        raise ValueError(
+            f"dataset: protocol {name!r} at resolution {resolution!r} is for images fitted by {' or '.join(fits)}; "
+            f"this one's are fitted by {fit}"
+        )
+    return protocol
 
 
-def _loader(
-    dataset: Dataset,
-    indices: list[int],
-    records: dict[int, dict],
-    batch_size: int,
-    resolution: Resolution,
-    workers: int,
-    device: torch.device,
-) -> DataLoader:
-    if resolution == "input":
-        groups = [indices]
-    else:  # a batch is resized and compared at once, so its images must agree in size
-        by_size: dict[tuple[int, int], list[int]] = defaultdict(list)
-        for index in indices:
-            by_size[records[index]["height"], records[index]["width"]].append(index)
-        groups = list(by_size.values())
-    batches = [group[start : start + batch_size] for group in groups for start in range(0, len(group), batch_size)]
-    return DataLoader(
-        dataset,
-        batch_sampler=_Batches(batches),
-        num_workers=workers,
-        pin_memory=device.type == "cuda",
-        # A loader draws a seed when its iteration starts; from its own generator, not from the training
-        # run's.
-        generator=torch.Generator().manual_seed(0),
-    )
+def probability_at_input(prediction: Prediction, protocol: Protocol, size: tuple[int, int]) -> Tensor:
+    """(B, H, W) float32 at the model's square, as the protocol makes it."""
+    if not protocol.gated:
+        prediction = prediction._replace(presence=None)
+    if protocol.bicubic:
+        small = probability(prediction, prediction.mask.shape[-2:])
+        return F.interpolate(small[:, None], size=size, mode="bicubic", align_corners=True)[:, 0]
+    return probability(prediction, size)
 
 
-class _Batches:
-    """A fixed list of batches, as DataLoader wants it."""
+def probability_at_original(
+    prediction: Prediction,
+    protocol: Protocol,
+    way_back: Callable[[Tensor, tuple[int, int]], Tensor] | None,
+    square: tuple[int, int],
+    size: tuple[int, int],
+) -> Tensor:
+    """(H, W) float32 at an image's own size, of a prediction for one sentence.
 
-    def __init__(self, batches: list[list[int]]) -> None:
-        self._batches = batches
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return iter(self._batches)
-
-    def __len__(self) -> int:
-        return len(self._batches)
+    Args:
+        prediction: of a batch of one.
+        protocol: how.
+        way_back: from a map (S, S) on the model's square and (H, W) to a map (H, W); None where images were squashed:
+            logits go straight to (H, W) then, one resize, not two.
+        square: (S, S), the model's square.
+        size: (H, W) of the image.
+    """
+    if way_back is None:
+        return probability_at_input(prediction, protocol, size)[0]
+    return way_back(probability_at_input(prediction, protocol, square)[0], size)

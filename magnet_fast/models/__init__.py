@@ -1,25 +1,33 @@
-"""Referring image segmentation models on the operators of `magnet_fast.ops`."""
+"""Referring image segmentation models: systems made of small parts on the operators of `magnet_fast.ops`."""
 
-from .config import LAVTConfig, MagNetConfig, ModelConfig
-from .files import load_model, save_model
-from .lavt import LAVT
-from .magnet import MagNet
-from .outputs import SegmentationOutput
-from .presets import build, from_config, preset_config, presets
-from .released import from_released
+from magnet_fast.models.contract import Features, InputSpec, Prediction, Step, Text, Words, probability
+from magnet_fast.models.registry import create, from_config, list_models, parse_config, preset_config, register
 
 __all__ = [
-    "LAVT",
-    "LAVTConfig",
-    "MagNet",
-    "MagNetConfig",
-    "ModelConfig",
-    "SegmentationOutput",
-    "build",
+    "Features",
+    "InputSpec",
+    "Prediction",
+    "Step",
+    "Text",
+    "Words",
+    "create",
     "from_config",
     "from_released",
-    "load_model",
+    "list_models",
+    "load",
+    "parse_config",
     "preset_config",
-    "presets",
-    "save_model",
+    "probability",
+    "register",
+    "save",
 ]
+
+_LATER = {"from_released": "released", "load": "weights", "save": "weights"}
+
+
+def __getattr__(name: str) -> object:
+    if name in _LATER:  # models themselves are imported when one is built or read
+        from importlib import import_module
+
+        return getattr(import_module(f"magnet_fast.models.{_LATER[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,121 +1,212 @@
-"""Model configurations: what a checkpoint must know to build its model again."""
+"""Configurations: what a checkpoint must know to build its model again, part by part."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, model_validator
+from torch import nn
+
+from magnet_fast.models.contract import InputSpec
+
+ROLES = ("image", "text", "fusion", "head", "presence")
+"""What parts a model is made of."""
+
+_parts: dict[str, dict[str, type[PartConfig]]] = {role: {} for role in ROLES}
 
 
-class _Config(BaseModel):
+class Settings(BaseModel):
+    """Settings that are checked when they are read, and never change."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class ImageEncoderConfig(_Config):
-    """A Swin transformer (version 1): channels double and resolution halves from stage to stage."""
+class PartConfig(Settings):
+    """One part of a model: its settings, and how it is built. `kind` names it within its role."""
 
-    embed_dim: int = Field(128, gt=0, description="channels of the first stage")
-    depths: tuple[int, int, int, int] = (2, 2, 18, 2)
-    num_heads: tuple[int, int, int, int] = (4, 8, 16, 32)
-    window_size: int = Field(12, gt=0, description="side of an attention window, in tokens")
-    drop_path: float = Field(0.3, ge=0, lt=1, description="stochastic depth of the last block; grows linearly")
-    absolute_position: bool = Field(False, description="add a sine position to the patches (Swin's option 'ape')")
+    role: ClassVar[str]
+    kind: str
+
+
+class ImageConfig(PartConfig):
+    """An image encoder."""
+
+    role: ClassVar[str] = "image"
 
     @property
     def channels(self) -> tuple[int, ...]:
-        """Channels of the four stages."""
-        return tuple(self.embed_dim * 2**stage for stage in range(4))
+        """Channels of the map of each stage."""
+        raise NotImplementedError
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Pixels of the image a pixel of each map, to each side."""
+        raise NotImplementedError
+
+    @property
+    def in_stream(self) -> bool:
+        """Whether what a fusion adds to a stage's stream reaches the next stage."""
+        return True
+
+    @property
+    def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and deviation that images are normalised with: ImageNet's unless said."""
+        return InputSpec().mean, InputSpec().std
+
+    def build(self) -> nn.Module:
+        """An `ImageEncoder`."""
+        raise NotImplementedError
+
+
+class TextConfig(PartConfig):
+    """A text encoder."""
+
+    role: ClassVar[str] = "text"
+
+    @property
+    def width(self) -> int:
+        """Channels of a word."""
+        raise NotImplementedError
+
+    @property
+    def tokenizer(self) -> str:
+        """As in `InputSpec`."""
+        return "wordpiece"
+
+    def check(self, image: ImageConfig) -> None:
+        """Raise a ValueError for an image encoder that this one cannot run beside."""
+
+    def build(self) -> nn.Module:
+        """A `TextEncoder`."""
+        raise NotImplementedError
+
+
+class FusionConfig(PartConfig):
+    """What brings words and pixels together, stage by stage."""
+
+    role: ClassVar[str] = "fusion"
+
+    def check(self, image: ImageConfig, text: TextConfig) -> None:
+        """Raise a ValueError for encoders that this fusion cannot work on."""
+
+    def channels(self, image: ImageConfig) -> tuple[int, ...]:
+        """Channels of the maps that the head gets; those of the image encoder unless said."""
+        return image.channels
+
+    def build(self, image: ImageConfig, text: TextConfig) -> nn.Module:
+        """A `Fusion`."""
+        raise NotImplementedError
+
+
+class HeadConfig(PartConfig):
+    """What makes masks of the stages' outputs."""
+
+    role: ClassVar[str] = "head"
+    says_presence: ClassVar[bool] = False
+
+    def check(self, channels: tuple[int, ...], strides: tuple[int, ...]) -> None:
+        """Raise a ValueError for maps that this head cannot read."""
+
+    def build(self, channels: tuple[int, ...], strides: tuple[int, ...], text_width: int) -> nn.Module:
+        """A `Head`."""
+        raise NotImplementedError
+
+
+class PresenceConfig(PartConfig):
+    """What says whether anything is named, for a head that does not."""
+
+    role: ClassVar[str] = "presence"
+
+    def check(self, channels: tuple[int, ...], strides: tuple[int, ...]) -> None:
+        """Raise a ValueError for maps that this part cannot read."""
+
+    def build(self, channels: tuple[int, ...], strides: tuple[int, ...], text_width: int) -> nn.Module:
+        """A `Presence`."""
+        raise NotImplementedError
+
+
+class InputConfig(Settings):
+    """How images and expressions are prepared: an `InputSpec`, in which None takes what the encoders ask for."""
+
+    size: int = Field(480, ge=8)
+    fit: Literal["squash", "letterbox", "longest"] = "squash"
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+    tokenizer: str | None = None
+    max_tokens: int = Field(20, ge=3)
+    threshold: float = Field(0.5, gt=0, lt=1)
 
     @model_validator(mode="after")
-    def _heads_divide_channels(self) -> ImageEncoderConfig:
-        for stage, (channels, heads) in enumerate(zip(self.channels, self.num_heads, strict=True)):
-            if channels % heads:
-                raise ValueError(f"num_heads[{stage}]={heads} does not divide the stage's {channels} channels")
+    def _positive_deviation(self) -> InputConfig:
+        if self.std is not None and min(self.std) <= 0:
+            raise ValueError(f"std={self.std} must be above 0")
         return self
 
 
-class TextEncoderConfig(_Config):
-    """A BERT encoder; its layers run in four equal slices, one for each image stage."""
+def part(config: type[PartConfig]) -> type[PartConfig]:
+    """Make a part known by its `kind`; a decorator of its configuration.
 
-    vocab_size: int = Field(30522, gt=0)
-    hidden_size: int = Field(768, gt=0)
-    num_layers: int = Field(12, gt=0)
-    num_heads: int = Field(12, gt=0)
-    intermediate_size: int = Field(3072, gt=0)
-    max_positions: int = Field(512, gt=0)
-    dropout: float = Field(0.1, ge=0, lt=1)
-
-    @model_validator(mode="after")
-    def _divisible(self) -> TextEncoderConfig:
-        if self.hidden_size % self.num_heads:
-            raise ValueError(f"num_heads={self.num_heads} does not divide hidden_size={self.hidden_size}")
-        if self.num_layers % 4:
-            raise ValueError(f"num_layers={self.num_layers} must be a multiple of 4: one slice for each stage")
-        return self
+    Raises:
+        ValueError: another configuration of that role has this kind.
+    """
+    (kind,) = get_args(config.model_fields["kind"].annotation)
+    known = _parts[config.role].setdefault(kind, config)
+    if known.__qualname__ != config.__qualname__ or known.__module__ != config.__module__:
+        raise ValueError(f"kind: the {config.role} part {kind!r} is {known.__module__}.{known.__qualname__} already")
+    _parts[config.role][kind] = config
+    return config
 
 
-class AlignmentConfig(_Config):
-    """The cross-modal alignment module between a stage of the image and a slice of the text."""
-
-    kind: Literal["pwam", "xmha"] = "pwam"
-    masking: Literal["correct", "released"] = "correct"
-    fusion_heads: tuple[int, int, int, int] = (1, 1, 1, 1)
-    pyramid: tuple[int, ...] = Field((1, 2, 3, 6), description="sides of the pooled levels; () for none, an ablation")
-    head_dim: int = Field(32, gt=0, description="channels per head, alignment 'xmha' only")
-    dropout: float = Field(0.0, ge=0, lt=1)
-
-    @model_validator(mode="after")
-    def _known_combination(self) -> AlignmentConfig:
-        if self.kind == "xmha" and self.masking == "released":
-            raise ValueError("masking='released' reproduces the released PWAM form; use it with kind='pwam'")
-        return self
+def part_kinds(role: str) -> dict[str, type[PartConfig]]:
+    """The configurations of a role, by kind."""
+    return dict(_parts[role])
 
 
-class MaskDecoderConfig(_Config):
-    """Mask2Former's pixel decoder and one-query mask decoder (MagNet)."""
+def _reader(role: str) -> BeforeValidator:
+    """The union of all parts of a role, told apart by `kind`. It is open: a part may be registered at any time."""
 
-    width: int = Field(256, gt=0)
-    num_heads: int = Field(8, gt=0)
-    points: int = Field(4, gt=0, description="sampling points per level and head")
-    pixel_layers: int = Field(4, gt=0)
-    pixel_feedforward: int = Field(1024, gt=0)
-    mask_layers: int = Field(9, gt=0)
-    mask_feedforward: int = Field(2048, gt=0)
+    def read(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        kind = value.get("kind")
+        if kind not in _parts[role]:
+            raise ValueError(f"kind: no {role} part {kind!r}; known are {', '.join(sorted(_parts[role]))}")
+        return _parts[role][kind].model_validate(value)
+
+    return BeforeValidator(read)
+
+
+class ModelConfig(Settings):
+    """A whole model. `architecture` is the name of the system that it belongs to."""
+
+    architecture: str
+    image: Annotated[SerializeAsAny[ImageConfig], _reader("image")]
+    text: Annotated[SerializeAsAny[TextConfig], _reader("text")]
+    fusion: Annotated[SerializeAsAny[FusionConfig], _reader("fusion")]
+    head: Annotated[SerializeAsAny[HeadConfig], _reader("head")]
+    presence: Annotated[SerializeAsAny[PresenceConfig] | None, _reader("presence")] = None
+    input: InputConfig = InputConfig()
 
     @model_validator(mode="after")
-    def _divisible(self) -> MaskDecoderConfig:
-        if self.width % self.num_heads or self.width % 4:
-            raise ValueError(f"width={self.width} must be a multiple of 4 and of num_heads={self.num_heads}")
+    def _parts_fit(self) -> ModelConfig:
+        self.text.check(self.image)
+        self.fusion.check(self.image, self.text)
+        channels = self.fusion.channels(self.image)
+        self.head.check(channels, self.image.strides)
+        if self.presence is not None:
+            if self.head.says_presence:
+                raise ValueError(f"presence: the head {self.head.kind!r} says it already; leave it out")
+            self.presence.check(channels, self.image.strides)
         return self
 
+    @property
+    def spec(self) -> InputSpec:
+        """How images and expressions are prepared for this model."""
+        mean, std = self.image.normalisation
+        given = self.input.model_dump()
+        defaults = {"mean": mean, "std": std, "tokenizer": self.text.tokenizer}
+        return InputSpec(**{key: defaults[key] if value is None else value for key, value in given.items()})
 
-class MagNetConfig(_Config):
-    """Configuration of a MagNet."""
-
-    architecture: Literal["magnet"] = "magnet"
-    image: ImageEncoderConfig = ImageEncoderConfig()
-    text: TextEncoderConfig = TextEncoderConfig()
-    alignment: AlignmentConfig = AlignmentConfig()
-    decoder: MaskDecoderConfig = MaskDecoderConfig()
-
-    @model_validator(mode="after")
-    def _pyramid_divides_channels(self) -> MagNetConfig:
-        levels = len(self.alignment.pyramid)
-        if levels and self.image.embed_dim % levels:
-            raise ValueError(
-                f"alignment.pyramid has {levels} levels, which must divide image.embed_dim={self.image.embed_dim}"
-            )
-        return self
-
-
-class LAVTConfig(_Config):
-    """Configuration of a LAVT."""
-
-    architecture: Literal["lavt"] = "lavt"
-    image: ImageEncoderConfig = ImageEncoderConfig()
-    text: TextEncoderConfig = TextEncoderConfig()
-    fusion_heads: tuple[int, int, int, int] = (1, 1, 1, 1)
-    dropout: float = Field(0.0, ge=0, lt=1)
-
-
-ModelConfig = MagNetConfig | LAVTConfig
+    def same_model(self, other: ModelConfig) -> bool:
+        """Whether both describe the same parts, however images and expressions are prepared."""
+        return self == other.model_copy(update={"input": self.input})

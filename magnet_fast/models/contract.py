@@ -109,8 +109,8 @@ class InputSpec(NamedTuple):
 
     Attributes:
         size: side of the square that images are brought to, in pixels.
-        fit: "squash" (aspect ratio not kept), "letterbox" (kept, centred, borders around) or "longest" (the longest side
-            becomes `size`, padded at the right and at the bottom).
+        fit: "squash" (aspect ratio not kept), "letterbox" (kept, centred, borders around) or "longest" (the longest
+            side becomes `size`, padded at the right and at the bottom).
         mean, std: of the channels red, green, blue, for values from 0 to 1.
         tokenizer: "wordpiece" (BERT's), "clip" (CLIP's byte pairs), or name or folder of a transformers tokenizer.
         max_tokens: T, the special tokens included; what is longer is cut.

@@ -2,75 +2,152 @@
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+import re
+from collections.abc import Mapping
+from typing import Any
 
-from .alignment import build_alignment
-from .bert import BertSlices, additive_mask
-from .config import MagNetConfig
-from .inputs import check_inputs
-from .mask_decoder import MaskDecoder
-from .outputs import SegmentationOutput
-from .pixel_decoder import PixelDecoder
-from .swin import SwinEncoder
+from torch import Tensor
+
+from magnet_fast.models.base import ReferringModel
+from magnet_fast.models.config import ModelConfig
+from magnet_fast.models.registry import register
+from magnet_fast.models.released import BERT, SWIN, Released, bert_sizes, count, pwam_rules, rules, shape, swin_sizes
+from magnet_fast.models.sizes import SWIN_SIZES, TINY_BERT, TINY_SWIN
+
+_CROSS = r"transformer_cross_attention_layers\.(\d+)"
+_SELF = r"transformer_self_attention_layers\.(\d+)"
+_RULES = [
+    *rules(
+        r"image_model\.",
+        [
+            *SWIN,
+            *pwam_rules(r"layers\.(\d+)\.fusion", r"fusion.stages.\1.fusion"),
+            *pwam_rules(r"layers\.(\d+)\.fusions\.(\d+)", r"fusion.stages.\1.level_fusions.\2"),
+            (r"layers\.(\d+)\.res_gate\.0\.(.*)", r"fusion.stages.\1.image_gate.first.\2"),
+            (r"layers\.(\d+)\.res_gate\.2\.(.*)", r"fusion.stages.\1.image_gate.last.\2"),
+            (r"layers\.(\d+)\.pyramids\.(\d+)\.1\.(.*)", r"fusion.stages.\1.pools.\2.expand.\3"),
+            (r"layers\.(\d+)\.pyramids\.(\d+)\.2\.(.*)", r"fusion.stages.\1.pools.\2.norm.\3"),
+            (r"layers\.(\d+)\.pyramids\.(\d+)\.3\.(.*)", r"fusion.stages.\1.pools.\2.contract.\3"),
+            (r"layers\.(\d+)\.pyramids\.(\d+)\.5\.(.*)", r"fusion.stages.\1.pools.\2.reduce.\3"),
+            (r"layers\.(\d+)\.mixer\.(.*)", r"fusion.stages.\1.mixer.\2"),
+        ],
+    ),
+    *rules(
+        r"language_model\.",
+        [
+            *BERT,
+            *pwam_rules(r"pwams\.(\d+)", r"fusion.stages.\1.text_fusion"),
+            (r"res_gates\.(\d+)\.0\.(.*)", r"fusion.stages.\1.text_gate.first.\2"),
+            (r"res_gates\.(\d+)\.2\.(.*)", r"fusion.stages.\1.text_gate.last.\2"),
+        ],
+    ),
+    *rules(
+        r"classifier\.pixel_decoder\.",
+        [
+            (r"input_proj\.(\d+)\.0\.(.*)", r"head.pixel_decoder.input_proj.\1.\2"),
+            (r"input_proj\.(\d+)\.1\.(.*)", r"head.pixel_decoder.input_norm.\1.\2"),
+            (r"transformer\.level_embed", r"head.pixel_decoder.level_embed"),
+            (r"transformer\.encoder\.layers\.(\d+)\.self_attn\.(.*)", r"head.pixel_decoder.layers.\1.attention.\2"),
+            (r"transformer\.encoder\.layers\.(\d+)\.(.*)", r"head.pixel_decoder.layers.\1.\2"),
+            (r"mask_features\.(.*)", r"head.pixel_decoder.mask_features.\1"),
+        ],
+    ),
+    *rules(
+        r"classifier\.predictor\.",
+        [
+            (rf"{_CROSS}\.multihead_attn\.(in_proj_.*)", r"head.mask_decoder.layers.\1.cross_attention.\2"),
+            (rf"{_CROSS}\.multihead_attn\.out_proj\.(.*)", r"head.mask_decoder.layers.\1.cross_attention.output.\2"),
+            (rf"{_CROSS}\.norm\.(.*)", r"head.mask_decoder.layers.\1.cross_attention.norm.\2"),
+            (rf"{_SELF}\.self_attn\.(in_proj_.*)", r"head.mask_decoder.layers.\1.self_attention.\2"),
+            (rf"{_SELF}\.self_attn\.out_proj\.(.*)", r"head.mask_decoder.layers.\1.self_attention.output.\2"),
+            (rf"{_SELF}\.norm\.(.*)", r"head.mask_decoder.layers.\1.self_attention.norm.\2"),
+            (r"transformer_ffn_layers\.(\d+)\.(.*)", r"head.mask_decoder.layers.\1.\2"),
+            (r"decoder_norm\.(.*)", r"head.mask_decoder.norm.\1"),
+            (r"query_feat\.weight", r"head.mask_decoder.query_feature"),
+            (r"(query_embed|level_embed)\.weight", r"head.mask_decoder.\1"),
+            (r"class_embed\.(.*)", r"head.mask_decoder.class_head.\1"),
+            (r"mask_embed\.layers\.0\.(.*)", r"head.mask_decoder.mask_head.0.\1"),
+            (r"mask_embed\.layers\.1\.(.*)", r"head.mask_decoder.mask_head.2.\1"),
+            (r"mask_embed\.layers\.2\.(.*)", r"head.mask_decoder.mask_head.4.\1"),
+        ],
+    ),
+]
 
 
-class MagNet(nn.Module):
-    """The released architecture (`alignment.kind="pwam"`) or the paper's (`"xmha"`).
+def _config(state: Mapping[str, Tensor], hints: Mapping[str, Any]) -> dict[str, Any]:
+    pixel, mask = "classifier.pixel_decoder.transformer.encoder.layers", "classifier.predictor.transformer"
+    width = shape(state, "classifier.pixel_decoder.mask_features.weight")[0]
+    heads = max(1, width // 32)  # Mask2Former: 8 heads of 32
+    samples = shape(state, f"{pixel}.0.self_attn.attention_weights.bias")[0]
+    return {
+        "image": swin_sizes(state, "image_model."),
+        "text": {**bert_sizes(state, "language_model."), "schedule": "slices"},
+        "fusion": {
+            "kind": "exchange",
+            "masking": hints.get("masking", "released"),
+            "heads": hints.get("fusion_heads", 1),
+        },
+        "head": {
+            "kind": "mask2former",
+            "width": width,
+            "num_heads": heads,
+            "points": samples // (4 * heads),
+            "pixel_layers": count(state, rf"{re.escape(pixel)}\.(\d+)\."),
+            "pixel_feedforward": shape(state, f"{pixel}.0.linear1.weight")[0],
+            "mask_layers": count(state, rf"{re.escape(mask)}_ffn_layers\.(\d+)\."),
+            "mask_feedforward": shape(state, f"{mask}_ffn_layers.0.linear1.weight")[0],
+        },
+    }
 
-    forward(image (B, 3, H, W) float, ImageNet-normalised; input_ids (B, T) int64; attention_mask (B, T) 0/1)
-    returns a `SegmentationOutput` with one prediction and `decoder.mask_layers` auxiliary ones.
-    H and W are free: what the strides or windows do not divide is padded inside, and masks have ⌈H/4⌉×⌈W/4⌉.
+
+_RELEASED = Released(
+    mark="image_model.",
+    config=_config,
+    rules=_RULES,
+    # Derived indices; norms whose results are thrown away; the last stage's gate, whose stream nothing reads; the
+    # sentence's projection, which only the alignment loss reads: that term has its own.
+    dropped=re.compile(
+        r".*\.relative_position_index|.*\.embeddings\.position_ids|language_model\.pooler\..*"
+        r"|image_model\.norm\d\..*|language_model\.norms\.\d\..*|image_model\.layers\.3\.res_gate\..*|lang_proj\..*"
+    ),
+    hints=("fusion_heads", "masking"),
+)
+
+
+def _parts(swin: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "image": swin,
+        "text": {"kind": "bert", "schedule": "slices"},
+        "fusion": {"kind": "exchange"},
+        "head": {"kind": "mask2former"},
+    }
+
+
+_TINY = {
+    "image": TINY_SWIN,
+    "text": {**TINY_BERT, "schedule": "slices"},
+    "fusion": {"kind": "exchange"},
+    "head": {
+        "kind": "mask2former",
+        "width": 64,
+        "num_heads": 4,
+        "points": 2,
+        "pixel_layers": 1,
+        "pixel_feedforward": 128,
+        "mask_feedforward": 128,
+    },
+}
+
+
+@register(
+    "magnet",
+    presets={"magnet_tiny": _TINY, **{f"magnet_{size}": _parts(swin) for size, swin in SWIN_SIZES.items()}},
+    released=_RELEASED,
+)
+class MagNet(ReferringModel):
+    """The released architecture (`fusion__form="pwam"`) or the paper's (`"xmha"`).
+
+    Masks have ⌈H/4⌉×⌈W/4⌉; there are as many earlier predictions as the mask decoder has layers.
     """
 
-    def __init__(self, config: MagNetConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.image_encoder = SwinEncoder(config.image)
-        self.text_encoder = BertSlices(config.text)
-        self.alignment = nn.ModuleList(
-            build_alignment(config.alignment, stage, channels, config.text.hidden_size)
-            for stage, channels in enumerate(config.image.channels)
-        )
-        self.pixel_decoder = PixelDecoder(config.image.channels, config.decoder)
-        self.mask_decoder = MaskDecoder(config.decoder)
-        # Projects the mean word feature beside the mask features; only the alignment loss reads it.
-        self.text_projection = nn.Linear(config.text.hidden_size, config.decoder.width)
-
-    def forward(self, image: Tensor, input_ids: Tensor, attention_mask: Tensor) -> SegmentationOutput:
-        check_inputs(image, input_ids, attention_mask, self.text_encoder)
-        features, words = self.encode(image, input_ids, attention_mask)
-        levels, mask_features = self.pixel_decoder(features)
-        *auxiliary, (mask_logits, class_logits) = self.mask_decoder(levels, mask_features)
-        return SegmentationOutput(mask_logits, class_logits, auxiliary, mask_features, words)
-
-    def encode(self, image: Tensor, input_ids: Tensor, attention_mask: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Stage outputs, channels-last (B, Hᵢ, Wᵢ, Cᵢ) from stride 4 to 32, and the words (B, T, D)."""
-        word_mask = attention_mask.bool()
-        feature = self.image_encoder.first_stage(image)
-        words = self.text_encoder.embed(input_ids)
-        text_mask = additive_mask(attention_mask, words)
-        outputs = []
-        stages = self.image_encoder.stages
-        for index, stage in enumerate(stages):
-            words = self.text_encoder.run_slice(index, words, text_mask)
-            output, stream, words = self.alignment[index](feature, words, word_mask)
-            outputs.append(output)
-            if stage.downsample is not None:
-                feature = stages[index + 1](stage.downsample(stream))
-        return outputs, words
-
-    @torch.no_grad()
-    def predict(
-        self, image: Tensor, input_ids: Tensor, attention_mask: Tensor, size: tuple[int, int] | None = None
-    ) -> Tensor:
-        """Foreground probability (B, H, W) float32 at `size` (default: the input's); the referent is > 0.5.
-
-        As released: mask logits resized bilinearly with aligned corners, softmax(class)[1] · sigmoid(mask).
-        """
-        output = self(image, input_ids, attention_mask)
-        size = tuple(size or image.shape[-2:])
-        mask_logits = F.interpolate(output.mask_logits.float(), size=size, mode="bilinear", align_corners=True)
-        referent = output.class_logits.float().softmax(dim=-1)[..., 1]
-        return (referent[:, :, None, None] * mask_logits.sigmoid())[:, 0]
+    config: ModelConfig

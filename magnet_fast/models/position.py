@@ -3,36 +3,16 @@
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 
 def sine_position(height: int, width: int, channels: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """(1, H·W, channels): channels/2 for the row, then channels/2 for the column. Not to be written to.
+    """(1, H·W, channels): channels/2 for the row, then channels/2 for the column.
 
     Coordinates run 1…n normalised to (0, 2π]; frequencies are 10000^(-2⌊i/2⌋/(channels/2)), sine and cosine alternate.
-    The last few encodings are kept: a model asks for the same ones at every image.
     """
-    made = _kept if constants_outlive_call(device) else _encode
-    return made(height, width, channels, device, dtype)
-
-
-def constants_outlive_call(device: torch.device) -> bool:
-    """Whether a tensor made now may be kept for later calls: it is real, and no captured graph owns its memory."""
-    if torch.compiler.is_compiling() or device.type not in ("cpu", "cuda"):
-        return False
-    return device.type == "cpu" or not torch.cuda.is_current_stream_capturing()
-
-
-@lru_cache(maxsize=16)
-def _kept(height: int, width: int, channels: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    with torch.inference_mode(False):  # made during inference, it must still serve training
-        return _encode(height, width, channels, device, dtype)
-
-
-def _encode(height: int, width: int, channels: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     half = channels // 2
     index = torch.arange(half, device=device, dtype=torch.float32)
     frequency = 10000.0 ** (-2 * torch.div(index, 2, rounding_mode="floor") / half)

@@ -1,21 +1,80 @@
-"""Released MagNet and LAVT checkpoints: names, sizes read off the shapes, strict loading."""
+"""Files that the systems' authors released: recognised by their names, sizes read off the shapes, loaded strictly."""
 
 from __future__ import annotations
 
 import os
-import pickle
 import re
-from argparse import Namespace
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from .config import AlignmentConfig, ImageEncoderConfig, LAVTConfig, MagNetConfig, MaskDecoderConfig, TextEncoderConfig
-from .lavt import LAVT
-from .magnet import MagNet
+from magnet_fast.models.base import ReferringModel
+from magnet_fast.models.registry import from_config, parse_config, systems
+from magnet_fast.models.state import load_strictly, read_checkpoint
+
+Rule = tuple[re.Pattern[str], str]
+
+
+@dataclass(frozen=True)
+class Released:
+    """How one system's released files are read.
+
+    Attributes:
+        mark: prefix of names that only this system's files have.
+        config: state dict and hints to the configuration's parts.
+        rules: released name -> ours, the first pattern that matches the whole name.
+        dropped: names that no forward pass reads.
+        hints: what shapes do not tell and a caller may say.
+    """
+
+    mark: str
+    config: Callable[[Mapping[str, Tensor], Mapping[str, Any]], dict[str, Any]]
+    rules: list[Rule]
+    dropped: re.Pattern[str]
+    hints: tuple[str, ...]
+
+
+def from_released(source: str | os.PathLike[str] | Mapping[str, Any], **hints: Any) -> ReferringModel:
+    """Build the model of a file that a system's authors released, in evaluation mode, computing as released.
+
+    Args:
+        source: a `.pth` file saved by the released code, or its contents: {"model": …} or the flat state dict, for LAVT
+            with "bert_model" beside "model". Every size is read off the tensors' shapes.
+        **hints: what shapes do not tell: `fusion_heads`, attention heads of the stages' PWAM (1 in all published
+            files); `masking` ("released" unless said).
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not such a checkpoint, a name that this system's files do not have, a parameter that is missing, or
+            a hint that it does not know. Files are read with `weights_only=True`; nothing else in them is run.
+    """
+    contents = source if isinstance(source, Mapping) else read_checkpoint(source)
+    state = _flatten(contents)
+    known = [system for system in systems() if system.released is not None]
+    found = next((s for s in known if any(name.startswith(s.released.mark) for name in state)), None)
+    if found is None:
+        some = ", ".join(sorted(state)[:3]) or "nothing"
+        raise ValueError(f"not a released checkpoint of {' or '.join(s.name for s in known)}: it holds {some}")
+    released = found.released
+    unknown = sorted(set(hints) - set(released.hints))
+    if unknown:
+        raise ValueError(f"{unknown[0]}: not a hint for a released {found.name}; known: {', '.join(released.hints)}")
+    kept = {name: tensor for name, tensor in state.items() if not released.dropped.fullmatch(name)}
+    model = from_config(parse_config({"architecture": found.name, **released.config(kept, hints)}))
+    load_strictly(model, _rename(kept, released.rules, found.name), "the released checkpoint")
+    return model.eval()
+
+
+def dropped_names(source: Mapping[str, Any]) -> list[str]:
+    """Names in a released file's contents that `from_released` leaves out, since no forward pass reads them."""
+    state = _flatten(source)
+    patterns = [system.released.dropped for system in systems() if system.released is not None]
+    return sorted(name for name in state if any(pattern.fullmatch(name) for pattern in patterns))
+
+
+# ---- for the systems ----
 
 _PWAM = {
     r"vis_project\.0": "vision",
@@ -27,181 +86,68 @@ _PWAM = {
     r"image_lang_att\.W\.1": "output_norm",
     r"project_mm\.0": "mix",
 }
-_CROSS = r"transformer_cross_attention_layers\.(\d+)"
-_SELF = r"transformer_self_attention_layers\.(\d+)"
 _BLOCK = r"layers\.(\d+)\.blocks\.(\d+)"
-_SWIN = [
+SWIN = [
     (r"patch_embed\.(.*)", r"image_encoder.patch_embed.\1"),
     (rf"{_BLOCK}\.attn\.relative_position_bias_table", r"image_encoder.stages.\1.blocks.\2.attention.bias_table"),
     (rf"{_BLOCK}\.attn\.(.*)", r"image_encoder.stages.\1.blocks.\2.attention.\3"),
     (rf"{_BLOCK}\.(.*)", r"image_encoder.stages.\1.blocks.\2.\3"),
     (r"layers\.(\d+)\.downsample\.(.*)", r"image_encoder.stages.\1.downsample.\2"),
 ]
+"""Names of Swin in released files, after their prefix."""
+
+BERT = [(r"(embeddings|encoder)\.(.*)", r"text_encoder.bert.\1.\2")]
+"""Names of BERT in released files, after their prefix."""
 
 
-def _rules(prefix: str, rules: list[tuple[str, str]]) -> list[tuple[re.Pattern[str], str]]:
-    return [(re.compile(prefix + old), new) for old, new in rules]
+def rules(prefix: str, pairs: list[tuple[str, str]]) -> list[Rule]:
+    """Pairs of (released name after a prefix, our name) as rules."""
+    return [(re.compile(prefix + old), new) for old, new in pairs]
 
 
-def _pwam_rules(old: str, new: str) -> list[tuple[str, str]]:
-    return [
-        (rf"{old}\.{released}\.(weight|bias)", rf"{new}.{ours}.\{_groups(old)}") for released, ours in _PWAM.items()
-    ]
+def pwam_rules(old: str, new: str) -> list[tuple[str, str]]:
+    """Pairs for the Linears and norms of one PWAM."""
+    last = re.compile(old).groups + 1
+    return [(rf"{old}\.{released}\.(weight|bias)", rf"{new}.{ours}.\{last}") for released, ours in _PWAM.items()]
 
 
-def _groups(pattern: str) -> int:
-    return re.compile(pattern).groups + 1
+def shape(state: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
+    """The shape of an entry; ValueError where a released file should have it and does not."""
+    if name not in state:
+        raise ValueError(f"the checkpoint lacks {name!r}, which the released models have")
+    return tuple(state[name].shape)
 
 
-_MAGNET_RULES = [
-    *_rules(
-        r"image_model\.",
-        [
-            *_SWIN,
-            *_pwam_rules(r"layers\.(\d+)\.fusion", r"alignment.\1.fusion"),
-            *_pwam_rules(r"layers\.(\d+)\.fusions\.(\d+)", r"alignment.\1.level_fusions.\2"),
-            (r"layers\.(\d+)\.res_gate\.0\.(.*)", r"alignment.\1.image_gate.first.\2"),
-            (r"layers\.(\d+)\.res_gate\.2\.(.*)", r"alignment.\1.image_gate.last.\2"),
-            (r"layers\.(\d+)\.pyramids\.(\d+)\.1\.(.*)", r"alignment.\1.pools.\2.expand.\3"),
-            (r"layers\.(\d+)\.pyramids\.(\d+)\.2\.(.*)", r"alignment.\1.pools.\2.norm.\3"),
-            (r"layers\.(\d+)\.pyramids\.(\d+)\.3\.(.*)", r"alignment.\1.pools.\2.contract.\3"),
-            (r"layers\.(\d+)\.pyramids\.(\d+)\.5\.(.*)", r"alignment.\1.pools.\2.reduce.\3"),
-            (r"layers\.(\d+)\.mixer\.(.*)", r"alignment.\1.mixer.\2"),
-        ],
-    ),
-    *_rules(
-        r"language_model\.",
-        [
-            (r"(embeddings|encoder)\.(.*)", r"text_encoder.bert.\1.\2"),
-            *_pwam_rules(r"pwams\.(\d+)", r"alignment.\1.text_fusion"),
-            (r"res_gates\.(\d+)\.0\.(.*)", r"alignment.\1.text_gate.first.\2"),
-            (r"res_gates\.(\d+)\.2\.(.*)", r"alignment.\1.text_gate.last.\2"),
-        ],
-    ),
-    *_rules(
-        r"classifier\.pixel_decoder\.",
-        [
-            (r"input_proj\.(\d+)\.0\.(.*)", r"pixel_decoder.input_proj.\1.\2"),
-            (r"input_proj\.(\d+)\.1\.(.*)", r"pixel_decoder.input_norm.\1.\2"),
-            (r"transformer\.level_embed", r"pixel_decoder.level_embed"),
-            (r"transformer\.encoder\.layers\.(\d+)\.self_attn\.(.*)", r"pixel_decoder.layers.\1.attention.\2"),
-            (r"transformer\.encoder\.layers\.(\d+)\.(.*)", r"pixel_decoder.layers.\1.\2"),
-            (r"mask_features\.(.*)", r"pixel_decoder.mask_features.\1"),
-        ],
-    ),
-    *_rules(
-        r"classifier\.predictor\.",
-        [
-            (rf"{_CROSS}\.multihead_attn\.(in_proj_.*)", r"mask_decoder.layers.\1.cross_attention.\2"),
-            (rf"{_CROSS}\.multihead_attn\.out_proj\.(.*)", r"mask_decoder.layers.\1.cross_attention.output.\2"),
-            (rf"{_CROSS}\.norm\.(.*)", r"mask_decoder.layers.\1.cross_attention.norm.\2"),
-            (rf"{_SELF}\.self_attn\.(in_proj_.*)", r"mask_decoder.layers.\1.self_attention.\2"),
-            (rf"{_SELF}\.self_attn\.out_proj\.(.*)", r"mask_decoder.layers.\1.self_attention.output.\2"),
-            (rf"{_SELF}\.norm\.(.*)", r"mask_decoder.layers.\1.self_attention.norm.\2"),
-            (r"transformer_ffn_layers\.(\d+)\.(.*)", r"mask_decoder.layers.\1.\2"),
-            (r"decoder_norm\.(.*)", r"mask_decoder.norm.\1"),
-            (r"query_feat\.(.*)", r"mask_decoder.query_feature.\1"),
-            (r"(query_embed|level_embed)\.(.*)", r"mask_decoder.\1.\2"),
-            (r"class_embed\.(.*)", r"mask_decoder.class_head.\1"),
-            (r"mask_embed\.layers\.0\.(.*)", r"mask_decoder.mask_head.0.\1"),
-            (r"mask_embed\.layers\.1\.(.*)", r"mask_decoder.mask_head.2.\1"),
-            (r"mask_embed\.layers\.2\.(.*)", r"mask_decoder.mask_head.4.\1"),
-        ],
-    ),
-    (re.compile(r"lang_proj\.(.*)"), r"text_projection.\1"),
-]
-
-_LAVT_RULES = [
-    *_rules(
-        r"backbone\.",
-        [
-            *_SWIN,
-            *_pwam_rules(r"layers\.(\d+)\.fusion", r"fusions.\1.fusion"),
-            (r"layers\.(\d+)\.res_gate\.0\.(.*)", r"fusions.\1.gate.first.\2"),
-            (r"layers\.(\d+)\.res_gate\.2\.(.*)", r"fusions.\1.gate.last.\2"),
-            (r"norm(\d)\.(.*)", r"fusions.\1.norm.\2"),
-        ],
-    ),
-    *_rules(
-        r"classifier\.",
-        [
-            *(
-                (rf"{kind}{half}_{level}\.(.*)", rf"decoder.blocks.{4 - level}.{3 * (half - 1) + offset}.\1")
-                for level in (4, 3, 2)
-                for half in (1, 2)
-                for offset, kind in enumerate(("conv", "bn"))
-            ),
-            (r"conv1_1\.(.*)", r"decoder.classify.\1"),
-        ],
-    ),
-    (re.compile(r"bert_model\.((?:embeddings|encoder)\..*)"), r"text_encoder.bert.\1"),
-]
-
-# In the files, but read by no forward pass: derived indices, and MagNet's norms whose results are thrown away.
-_UNUSED = re.compile(
-    r".*\.relative_position_index|.*\.embeddings\.position_ids|bert_model\.pooler\..*|language_model\.pooler\..*"
-    r"|image_model\.norm\d\..*|language_model\.norms\.\d\..*"
-)
+def count(state: Mapping[str, Tensor], pattern: str) -> int:
+    """One more than the largest number that the pattern's group finds."""
+    indices = [int(m.group(1)) for name in state if (m := re.match(pattern, name))]
+    return 1 + max(indices, default=-1)
 
 
-def from_released(
-    source: str | os.PathLike[str] | Mapping[str, Any], fusion_heads: tuple[int, int, int, int] = (1, 1, 1, 1)
-) -> MagNet | LAVT:
-    """Build the MagNet or LAVT of a released checkpoint, in evaluation mode, with `masking="released"`.
-
-    Args:
-        source: a `.pth` file saved by the released code, or its contents: {"model": …} or the flat state dict
-            for MagNet, {"model": …, "bert_model": …} for LAVT. Every size is read off the tensors' shapes.
-        fusion_heads: attention heads of each stage's PWAM: shapes do not tell them (1 in all published files).
-
-    Raises:
-        FileNotFoundError: no such file. ValueError: not such a checkpoint, a name this map does not know, or a
-            parameter that is missing. Files are read with `weights_only=True`; nothing else in them is run.
-    """
-    contents = source if isinstance(source, Mapping) else read_checkpoint(source)
-    state = {name: tensor for name, tensor in _flatten(contents).items() if not _UNUSED.fullmatch(name)}
-    if any(name.startswith("image_model.") for name in state):
-        model, rules = MagNet(_magnet_config(state, fusion_heads)), _MAGNET_RULES
-    elif any(name.startswith("backbone.") for name in state):
-        model, rules = LAVT(_lavt_config(state, fusion_heads)), _LAVT_RULES
-    else:
-        some = ", ".join(sorted(state)[:3]) or "nothing"
-        raise ValueError(f"not a released MagNet or LAVT checkpoint: it holds {some}")
-    load_strictly(model, _rename(state, rules), "the released checkpoint")
-    return model.eval()
+def swin_sizes(state: Mapping[str, Tensor], prefix: str) -> dict[str, Any]:
+    """The image part of a configuration."""
+    tables = [shape(state, f"{prefix}layers.{i}.blocks.0.attn.relative_position_bias_table") for i in range(4)]
+    return {
+        "kind": "swin",
+        "embed_dim": shape(state, f"{prefix}patch_embed.proj.weight")[0],
+        "depths": tuple(count(state, rf"{re.escape(prefix)}layers\.{i}\.blocks\.(\d+)\.") for i in range(4)),
+        "num_heads": tuple(table[1] for table in tables),
+        "window_size": (round(tables[0][0] ** 0.5) + 1) // 2,
+    }
 
 
-def read_checkpoint(path: str | os.PathLike[str]) -> Mapping[str, Any]:
-    """The mapping in a file of `torch.save`, tensors and plain containers only; a Namespace of arguments is allowed."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"checkpoint {os.fspath(path)!r} does not exist")
-    try:
-        with torch.serialization.safe_globals([Namespace]):
-            contents = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"checkpoint {os.fspath(path)!r} cannot be read safely: {reason}") from error
-    if not isinstance(contents, Mapping):
-        raise ValueError(f"checkpoint {os.fspath(path)!r} holds a {type(contents).__name__}, expected a dictionary")
-    return contents
-
-
-def load_strictly(model: torch.nn.Module, state: Mapping[str, Tensor], what: str) -> None:
-    """Load all of `state`, or raise a ValueError that names the first differences."""
-    expected = model.state_dict()
-    missing = sorted(expected.keys() - state.keys())
-    unexpected = sorted(state.keys() - expected.keys())
-    wrong = sorted(k for k in expected.keys() & state.keys() if expected[k].shape != state[k].shape)
-    problems = [
-        f"{len(v)} {kind} ({', '.join(v[:3])})" for kind, v in (("missing", missing), ("unexpected", unexpected)) if v
-    ]
-    if wrong:
-        first = wrong[0]
-        shapes = f"{tuple(state[first].shape)}, expected {tuple(expected[first].shape)}"
-        problems.append(f"{len(wrong)} of another shape ({first}: {shapes})")
-    if problems:
-        raise ValueError(f"{what} does not fit {type(model).__name__}: " + "; ".join(problems))
-    model.load_state_dict(state)
+def bert_sizes(state: Mapping[str, Tensor], prefix: str) -> dict[str, Any]:
+    """The text part of a configuration."""
+    vocab_size, hidden_size = shape(state, f"{prefix}embeddings.word_embeddings.weight")
+    return {
+        "kind": "bert",
+        "vocab_size": vocab_size,
+        "hidden_size": hidden_size,
+        "num_layers": count(state, rf"{re.escape(prefix)}encoder\.layer\.(\d+)\."),
+        "num_heads": max(1, hidden_size // 64),  # every published BERT has heads of 64 channels
+        "intermediate_size": shape(state, f"{prefix}encoder.layer.0.intermediate.dense.weight")[0],
+        "max_positions": shape(state, f"{prefix}embeddings.position_embeddings.weight")[0],
+    }
 
 
 def _flatten(contents: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -212,16 +158,16 @@ def _flatten(contents: Mapping[str, Any]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
 
 
-def _rename(state: Mapping[str, Tensor], rules: list[tuple[re.Pattern[str], str]]) -> dict[str, Tensor]:
+def _rename(state: Mapping[str, Tensor], known: list[Rule], system: str) -> dict[str, Tensor]:
     renamed: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        for pattern, new in rules:
+        for pattern, new in known:
             match = pattern.fullmatch(name)
             if match:
                 target = match.expand(new)
                 break
         else:
-            raise ValueError(f"the checkpoint holds {name!r}, which no released MagNet or LAVT has")
+            raise ValueError(f"the checkpoint holds {name!r}, which no released {system} has")
         if ".in_proj_" in target:  # torch.nn.MultiheadAttention stacks query, key and value
             for part, third in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
                 renamed[target.replace("in_proj_", f"{part}.")] = third
@@ -231,67 +177,5 @@ def _rename(state: Mapping[str, Tensor], rules: list[tuple[re.Pattern[str], str]
 
 
 def _as_linear(name: str, tensor: Tensor) -> Tensor:
-    """Convolutions of size 1 on tokens and pooled pixels are Linears here; the decoders keep their convolutions."""
-    on_tokens = name.startswith(("alignment.", "fusions."))
-    return tensor.flatten(1) if on_tokens and tensor.ndim > 2 else tensor
-
-
-def _shape(state: Mapping[str, Tensor], name: str) -> torch.Size:
-    if name not in state:
-        raise ValueError(f"the checkpoint lacks {name!r}, which the released models have")
-    return state[name].shape
-
-
-def _count(state: Mapping[str, Tensor], pattern: str) -> int:
-    indices = [int(m.group(1)) for name in state if (m := re.match(pattern, name))]
-    return 1 + max(indices, default=-1)
-
-
-def _image_config(state: Mapping[str, Tensor], prefix: str) -> ImageEncoderConfig:
-    tables = [_shape(state, f"{prefix}layers.{i}.blocks.0.attn.relative_position_bias_table") for i in range(4)]
-    return ImageEncoderConfig(
-        embed_dim=_shape(state, f"{prefix}patch_embed.proj.weight")[0],
-        depths=tuple(_count(state, rf"{re.escape(prefix)}layers\.{i}\.blocks\.(\d+)\.") for i in range(4)),
-        num_heads=tuple(table[1] for table in tables),
-        window_size=(round(tables[0][0] ** 0.5) + 1) // 2,
-    )
-
-
-def _text_config(state: Mapping[str, Tensor], prefix: str) -> TextEncoderConfig:
-    vocab_size, hidden_size = _shape(state, f"{prefix}embeddings.word_embeddings.weight")
-    return TextEncoderConfig(
-        vocab_size=vocab_size,
-        hidden_size=hidden_size,
-        num_layers=_count(state, rf"{re.escape(prefix)}encoder\.layer\.(\d+)\."),
-        num_heads=max(1, hidden_size // 64),  # every published BERT has heads of 64 channels
-        intermediate_size=_shape(state, f"{prefix}encoder.layer.0.intermediate.dense.weight")[0],
-        max_positions=_shape(state, f"{prefix}embeddings.position_embeddings.weight")[0],
-    )
-
-
-def _magnet_config(state: Mapping[str, Tensor], fusion_heads: tuple[int, int, int, int]) -> MagNetConfig:
-    pixel, mask = "classifier.pixel_decoder.transformer.encoder.layers", "classifier.predictor.transformer"
-    width = _shape(state, "classifier.pixel_decoder.mask_features.weight")[0]
-    heads = max(1, width // 32)  # Mask2Former: 8 heads of 32
-    samples = _shape(state, f"{pixel}.0.self_attn.attention_weights.bias")[0]
-    decoder = MaskDecoderConfig(
-        width=width,
-        num_heads=heads,
-        points=samples // (4 * heads),
-        pixel_layers=_count(state, rf"{re.escape(pixel)}\.(\d+)\."),
-        pixel_feedforward=_shape(state, f"{pixel}.0.linear1.weight")[0],
-        mask_layers=_count(state, rf"{re.escape(mask)}_ffn_layers\.(\d+)\."),
-        mask_feedforward=_shape(state, f"{mask}_ffn_layers.0.linear1.weight")[0],
-    )
-    return MagNetConfig(
-        image=_image_config(state, "image_model."),
-        text=_text_config(state, "language_model."),
-        alignment=AlignmentConfig(masking="released", fusion_heads=fusion_heads),
-        decoder=decoder,
-    )
-
-
-def _lavt_config(state: Mapping[str, Tensor], fusion_heads: tuple[int, int, int, int]) -> LAVTConfig:
-    return LAVTConfig(
-        image=_image_config(state, "backbone."), text=_text_config(state, "bert_model."), fusion_heads=fusion_heads
-    )
+    """Convolutions of size 1 on tokens and pooled pixels are Linears here; the heads keep their convolutions."""
+    return tensor.flatten(1) if name.startswith("fusion.") and tensor.ndim > 2 else tensor

@@ -5,7 +5,7 @@ and those in bfloat16. On a processor of AMD's oneDNN is the faster of the two, 
 or the sum with a residual, it does while the result is still in registers, in bfloat16 before it is rounded. The
 operators it has for a Linear are those that PyTorch's own compiler calls; they are not part of PyTorch's public
 interface, so they are tried out once before they are used. They read the weights as they lie, so a weight that changes
-is seen; a weight that is promised not to change is packed once (`_frozen`).
+is seen; a weight that is promised not to change is packed once (`_packed`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 
-from magnet_fast.ops import _autocast, _frozen
+from magnet_fast.ops import _autocast, _packed
 from magnet_fast.ops._registry import NO_KERNEL, Explanation, Layer, register_layer, requested_backend
 
 Activation = Literal["gelu", "relu"]
@@ -57,7 +57,7 @@ def linear(
     """
     _check_form(activation, residual)
     if _takes_onednn(x, weight, bias, residual):
-        weight = _frozen.in_products(weight, x.shape[:-1].numel())
+        weight = _packed.in_products(weight, x.shape[:-1].numel())
         if residual is not None:
             return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation or "none", [], "none")
@@ -67,7 +67,7 @@ def linear(
 torch.fx.wrap("linear")
 
 
-class FrozenLinear(nn.Linear):
+class PackedLinear(nn.Linear):
     """A Linear whose weight is promised to stay as it is, so that inference on a CPU may keep a packed copy of it.
 
     Made of an `nn.Linear` by a change of class, and so is the way back; parameters, names and the state dict are the
@@ -82,28 +82,60 @@ class FrozenLinear(nn.Linear):
 
 def plain_linear(*layers: nn.Module) -> bool:
     """Whether all are Linears and nothing else: not quantised, adapted, parametrised, or sharded one by one."""
-    return all(type(layer) in (nn.Linear, FrozenLinear) for layer in layers)
+    return all(type(layer) in (nn.Linear, PackedLinear) and plain_weight(layer) for layer in layers)
 
 
-def observed(module: nn.Module) -> bool:
-    """Whether a forward hook wants to be called with the module."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module_hooks._global_forward_hooks
+def plain_weight(layer: nn.Module) -> bool:
+    """Whether the layer's weight is an ordinary tensor: some quantise by a subclass and leave the layer's class."""
+    weight = layer._parameters.get("weight")
+    return weight is None or type(weight) in (nn.Parameter, Tensor)
+
+
+def observed(*modules: nn.Module) -> bool:
+    """Whether these modules have to be called as modules, in this call: one has a hook or a `forward` of its own, or
+    `watched` says so."""
+    if watched():
+        return True
+    for module in modules:
+        if (
+            module._forward_hooks
+            or module._forward_pre_hooks
+            or module._backward_hooks
+            or module._backward_pre_hooks
+            or "forward" in module.__dict__
+            or "_hf_hook" in module.__dict__
+        ):
+            return True
+    return False
+
+
+def watched() -> bool:
+    """Whether something around wants to see every module or every operator of PyTorch's: a hook for all modules, a
+    dispatch mode (a counter of operations, fake tensors), a transform of `torch.func`."""
+    if (
+        module_hooks._global_forward_hooks
         or module_hooks._global_forward_pre_hooks
-    )
+        or module_hooks._global_backward_hooks
+        or module_hooks._global_backward_pre_hooks
+    ):
+        return True
+    return not torch.compiler.is_compiling() and transformed()  # a compiler traces in a mode of its own
 
 
-def freeze_linear(layer: nn.Linear) -> None:
+def transformed() -> bool:
+    """Whether a dispatch mode or a transform of `torch.func` is active."""
+    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def pack_linear(layer: nn.Linear) -> None:
     """Give a plain Linear a packed copy of its weight."""
-    _frozen.freeze(layer.weight)
-    layer.__class__ = FrozenLinear
+    _packed.pack(layer.weight)
+    layer.__class__ = PackedLinear
 
 
-def thaw_linear(layer: FrozenLinear) -> None:
-    """Undo `freeze_linear`; the copy is gone."""
-    _frozen.thaw(layer.weight)
+def unpack_linear(layer: PackedLinear) -> None:
+    """Undo `pack_linear`; the copy is gone."""
+    _packed.unpack(layer.weight)
     layer.__class__ = nn.Linear
 
 
@@ -139,8 +171,8 @@ def _check_form(activation: Activation | None, residual: Tensor | None) -> None:
 
 
 def _recorded() -> bool:
-    """Whether what is called is written down, for gradients or in a graph."""
-    return torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
+    """Whether what is called is written down, for gradients, in a graph or by a mode."""
+    return torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing() or transformed()
 
 
 def _takes_onednn(x: Tensor, weight: Tensor, *others: Tensor | None) -> bool:

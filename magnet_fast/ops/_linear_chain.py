@@ -1,4 +1,4 @@
-"""Frozen Linears one after the other, and the norms and sums around them, in one pass over the rows (C++, CPU).
+"""Packed Linears one after the other, and the norms and sums around them, in one pass over the rows (C++, CPU).
 
 A feed-forward network is four times as wide inside as outside: layer by layer, what lies between two of them goes out
 to memory and comes back. Here some hundred rows at a time pass through all layers, and stay in a core's cache. The
@@ -14,8 +14,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from magnet_fast.ops import _cpu_backend, _frozen
-from magnet_fast.ops._linear import Activation, FrozenLinear, inference_on_cpu, observed
+from magnet_fast.ops import _cpu_backend, _packed
+from magnet_fast.ops._linear import Activation, PackedLinear, inference_on_cpu, observed
 from magnet_fast.ops._view import DTYPE_CODES, view
 
 _ACTIVATIONS = {None: 0, "gelu": 1, "relu": 2}
@@ -34,7 +34,7 @@ class Step(NamedTuple):
 
 
 def runs(x: Tensor, steps: Sequence[Step], residual: Tensor | None = None, around: Iterable[nn.Module] = ()) -> bool:
-    """Whether `run` computes what these layers compute: frozen Linears, LayerNorms over the last dimension, and
+    """Whether `run` computes what these layers compute: packed Linears, LayerNorms over the last dimension, and
     nothing that is more than that (an adapter, a hook).
 
     Args:
@@ -42,7 +42,7 @@ def runs(x: Tensor, steps: Sequence[Step], residual: Tensor | None = None, aroun
         around: modules that hold the layers and would not be called; none of them may be observed.
     """
     linears = [step.linear for step in steps]
-    if not all(type(layer) is FrozenLinear for layer in linears):  # quickly said
+    if not all(type(layer) is PackedLinear for layer in linears):  # quickly said
         return False
     norms = [norm for step in steps for norm in (step.before, step.after) if norm is not None]
     if not all(type(norm) is nn.LayerNorm and len(norm.normalized_shape) == 1 for norm in norms):
@@ -50,10 +50,10 @@ def runs(x: Tensor, steps: Sequence[Step], residual: Tensor | None = None, aroun
     parameters = [parameter for layer in (*linears, *norms) for parameter in layer.parameters(recurse=False)]
     return (
         inference_on_cpu(x, *parameters, *(() if residual is None else (residual,)))
-        and not any(observed(module) for module in (*linears, *norms, *around))
+        and not observed(*linears, *norms, *around)
         and _worthwhile(x.dtype)
         and all(size % _step(x.dtype) == 0 for layer in linears for size in layer.weight.shape)
-        and all(_frozen.keeps(layer.weight) for layer in linears)
+        and all(_packed.keeps(layer.weight) for layer in linears)
         and all(parameter.is_contiguous() for parameter in parameters)
     )
 
@@ -78,7 +78,7 @@ def run(x: Tensor, steps: Sequence[Step], residual: Tensor | None = None) -> Ten
         if step.residual == "given":
             given = _rows("residual", residual, (*leading, step.linear.out_features), x.dtype)
     y = x.new_empty((*leading, steps[-1].linear.out_features))
-    packed = [_frozen.in_chains(step.linear.weight) for step in steps]  # alive until the call is over
+    packed = [_packed.in_chains(step.linear.weight) for step in steps]  # alive until the call is over
     _cpu_backend.extension.linear_chain_forward(
         x=view(rows),
         residual=view(given),

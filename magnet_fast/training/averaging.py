@@ -13,7 +13,7 @@ class WeightAverage:
     """average ← d · average + (1 - d) · weight after each step, with d = min(decay, (1 + n) / (10 + n)) at step n.
 
     The rise of d (that of TensorFlow's moving average) keeps the random first weights out of it. Parameters and
-    floating buffers (a BatchNorm's statistics) are averaged, other buffers copied. ``torch.optim.swa_utils`` copies
+    floating buffers (a BatchNorm's statistics) are averaged, other buffers copied. `torch.optim.swa_utils` copies
     the whole module instead, which a sharded one does not survive, and knows no exchange in place.
 
     Args:
@@ -22,8 +22,15 @@ class WeightAverage:
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        self.model, self.decay, self.updates = model, decay, 0
-        self.weights: dict[str, Tensor] = {name: value.detach().clone() for name, value in model.state_dict().items()}
+        self.model, self.decay = model, decay
+        self.begin()
+
+    def begin(self, updates: int = 0) -> None:
+        """Begin at the model's present weights, as the average of so many updates."""
+        self.updates = updates
+        self.weights: dict[str, Tensor] = {
+            name: value.detach().clone() for name, value in self.model.state_dict().items()
+        }
 
     @torch.no_grad()
     def update(self) -> None:

@@ -3,33 +3,34 @@
 from __future__ import annotations
 
 import json
-import os
-import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-FORMAT = "magnet_fast.training/2"
+from magnet_fast.atomic import write_atomically
+from magnet_fast.training.distributed import World, broadcast_object
+
+FORMAT = "magnet_fast.training/3"
+_FORMER = ("magnet_fast.training/2",)
 CHECKPOINT = "checkpoint.safetensors"
 
 
 def save_checkpoint(state: dict[str, Any], path: str | Path) -> None:
     """Write a checkpoint of tensors and plain containers, atomically, as a safetensors file.
 
-    The tensors lie in it under their path ("optimiser/state/0/exp_avg"); the metadata hold ``format`` and, as JSON,
-    the ``state`` without them. Nothing is pickled.
+    The tensors lie in it under their path ("optimiser/state/0/exp_avg"); the metadata hold `format` and, as JSON,
+    the `state` without them. Nothing is pickled.
 
     Raises:
         TypeError: the state holds something else than tensors, numbers, text, None and containers of these.
     """
-    tensors: dict[str, Tensor] = {}
-    skeleton = _without_tensors(state, "", tensors)
+    skeleton, tensors = _taken_apart(state)
     storages: set[int] = set()
     for name, tensor in tensors.items():
         if tensor.untyped_storage().data_ptr() in storages:  # safetensors refuses what shares memory
@@ -44,7 +45,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a safetensors file, or not a training checkpoint.
+        ValueError: not a safetensors file, not a training checkpoint, or one of a former format.
     """
     path = Path(path)
     if not path.is_file():
@@ -52,6 +53,12 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
+            if metadata.get("format") in _FORMER:
+                raise ValueError(
+                    f"{path}: this run was begun by an earlier version (format {metadata['format']!r}, expected "
+                    f"{FORMAT!r}) and cannot be resumed; evaluate it as it is, or start a new run from its weights, "
+                    f"--set model.weights={path}"
+                )
             if metadata.get("format") != FORMAT:
                 raise ValueError(f"{path}: not a training checkpoint of this package (expected format {FORMAT!r})")
             return _with_tensors(json.loads(metadata["state"]), file.get_tensor)
@@ -59,11 +66,39 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path}: not a readable checkpoint: {error}") from error
 
 
+def hand_out(state: dict[str, Any] | None, world: World) -> dict[str, Any] | None:
+    """The first process's state, on every process; what the others pass is not looked at. Collective.
+
+    Tensors travel one by one, so that no process ever holds the state twice.
+    """
+    if world.size == 1:
+        return state
+    skeleton, tensors, shapes = None, {}, None
+    if world.is_main and state is not None:
+        skeleton, tensors = _taken_apart(state)
+        shapes = {name: (value.shape, value.dtype) for name, value in tensors.items()}
+    skeleton, shapes = broadcast_object((skeleton, shapes), world)
+    if skeleton is None:
+        return None
+    for name, (shape, dtype) in shapes.items():
+        value = tensors[name] if world.is_main else torch.empty(shape, dtype=dtype)
+        if value.numel():
+            dist.broadcast(value.reshape(-1).view(torch.uint8), src=0)
+        tensors[name] = value
+    return state if world.is_main else _with_tensors(skeleton, tensors.__getitem__)
+
+
 _TENSOR, _ITEMS = "$tensor", "$items"
 
 
+def _taken_apart(state: dict[str, Any]) -> tuple[Any, dict[str, Tensor]]:
+    """A JSON form of the state, and its tensors by their path."""
+    tensors: dict[str, Tensor] = {}
+    return _without_tensors(state, "", tensors), tensors
+
+
 def _without_tensors(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    """A JSON form of the value; its tensors go to ``tensors``."""
+    """A JSON form of the value; its tensors go to `tensors`."""
     if isinstance(value, Tensor):
         tensors[path] = value.detach().cpu().contiguous()
         return {_TENSOR: path}
@@ -88,59 +123,3 @@ def _with_tensors(value: Any, tensor: Callable[[str], Tensor]) -> Any:
         return tensor(value[_TENSOR])
     pairs = value[_ITEMS] if value.keys() == {_ITEMS} else value.items()
     return {key: _with_tensors(entry, tensor) for key, entry in pairs}
-
-
-def write_atomically(path: str | Path, write: Callable[[Any], None]) -> None:
-    """Call ``write(file)`` on a temporary binary file beside ``path``, bring it to the disk, then rename it
-    to ``path``.
-
-    At every moment ``path`` is either what it was or complete; a temporary file left by a kill is
-    overwritten.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the rename itself
-    finally:
-        os.close(folder)
-
-
-def rng_state() -> dict[str, Any]:
-    """States of all random generators a step may draw from: Python's, NumPy's, torch's and this GPU's."""
-    kind, keys, position, has_gauss, cached = np.random.get_state()
-    state: dict[str, Any] = {
-        "python": random.getstate(),
-        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
-        "torch": torch.get_rng_state(),
-    }
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def set_rng_state(state: dict[str, Any]) -> None:
-    """Put the generators back to what `rng_state` returned."""
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    kind, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
-
-
-def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy and torch (CPU and GPU)."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)

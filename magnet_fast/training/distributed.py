@@ -6,7 +6,7 @@ Everything works without torchrun too, as a world of one process.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -87,6 +87,20 @@ def broadcast_object(value: Any, world: World) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def done_on_main(work: Callable[[], Any], world: World) -> Any:
+    """What `work` returns on the first process, which alone runs it; where it raises, all processes raise that."""
+    outcome: tuple[Any, Exception | None] = (None, None)
+    if world.is_main:
+        try:
+            outcome = work(), None
+        except Exception as error:
+            outcome = None, error
+    value, error = broadcast_object(outcome, world)
+    if error is not None:
+        raise error
+    return value
 
 
 def mean_over_world(tensor: torch.Tensor, world: World) -> torch.Tensor:

@@ -10,11 +10,11 @@ from typing import NamedTuple
 
 import torch
 
+from magnet_fast.training.building import build_trainer
 from magnet_fast.training.config import TrainConfig
 from magnet_fast.training.determinism import deterministic_algorithms
 from magnet_fast.training.distributed import distributed_world, gather_objects
 from magnet_fast.training.progress import duration
-from magnet_fast.training.run import build_trainer
 from magnet_fast.training.trainer import Trainer
 
 _WARMUP = 2  # allocators, autotuning, loader processes

@@ -18,18 +18,19 @@ FUSED_DEVICES = ("cpu", "cuda")
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon for the groups with ``muon=True``, AdamW for the others.
+    """Muon for the groups with `muon=True`, AdamW for the others.
 
     One optimiser for both, so that gradient scaling, schedules and checkpoints need to know nothing of it.
-    Beside ``torch.optim.Muon``, which takes one two-dimensional parameter at a time, it takes the matrices of
+    Beside `torch.optim.Muon`, which takes one two-dimensional parameter at a time, it takes the matrices of
     one shape together (a tiny model has hundreds of small ones), convolutions as (out, in * kernel), and
-    weights of stacked projections (3C, C), a Swin block's qkv, as the three matrices they are.
+    stacked projections (a Swin block's qkv) as the matrices they are.
 
     The step of a matrix is scaled by 0.2 * sqrt(max(rows, columns)), which gives it the root mean square of a
     typical AdamW step (Liu et al., arXiv 2502.16982): learning rate and weight decay mean the same in both.
 
     Args:
-        groups: parameter groups; each may hold ``muon`` (default False), ``lr``, ``weight_decay``.
+        groups: parameter groups; each may hold `muon` (default False), `lr`, `weight_decay`, and `stacked`: for each
+            parameter, of how many equal matrices, one upon the other, it is made (default 1 each).
         lr: learning rate.
         momentum: of Muon (Nesterov's form).
         betas, eps: of AdamW.
@@ -43,31 +44,41 @@ class Muon(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
     ) -> None:
-        defaults = {"lr": lr, "momentum": momentum, "betas": betas, "eps": eps, "weight_decay": 0.0, "muon": False}
-        super().__init__(groups, defaults)
+        defaults = {"lr": lr, "momentum": momentum, "betas": betas, "eps": eps, "weight_decay": 0.0}
+        super().__init__(groups, {**defaults, "muon": False, "stacked": None})
         for parameter in (p for group in self.param_groups if group["muon"] for p in group["params"]):
             if parameter.dim() < 2:
                 raise ValueError(
                     f"groups: Muon takes matrices and kernels, got a parameter of {tuple(parameter.shape)}"
                 )
+        for group in self.param_groups:
+            group["stacked"] = counts = list(group["stacked"] or [1] * len(group["params"]))
+            if len(counts) != len(group["params"]):
+                raise ValueError(f"groups: stacked has {len(counts)} entries for {len(group['params'])} parameters")
+            for parameter, count in zip(group["params"], counts, strict=True):
+                if count != 1 and (count < 1 or parameter.shape[0] % count):
+                    raise ValueError(f"groups: stacked={count} does not divide a parameter of {tuple(parameter.shape)}")
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """Change the parameters that have a gradient."""
         for group in self.param_groups:
-            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-            if parameters:
-                (self._muon_step if group["muon"] else self._adamw_step)(group, parameters)
+            pairs = zip(group["params"], group["stacked"], strict=True)
+            pairs = [(parameter, count) for parameter, count in pairs if parameter.grad is not None]
+            if pairs and group["muon"]:
+                self._muon_step(group, pairs)
+            elif pairs:
+                self._adamw_step(group, [parameter for parameter, _ in pairs])
 
-    def _muon_step(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+    def _muon_step(self, group: dict[str, Any], parameters: list[tuple[Tensor, int]]) -> None:
         by_shape: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}
-        for parameter in parameters:
+        for parameter, count in parameters:
             state = self.state[parameter]
             if not state:
                 state["momentum"] = torch.zeros_like(parameter)
             state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
             ahead = parameter.grad.lerp(state["momentum"], group["momentum"])
-            matrices = _as_matrices(ahead)
+            matrices = ahead.flatten(1).unflatten(0, (count, -1))  # (count, rows, columns), kernels flattened
             by_shape.setdefault((parameter.device, *matrices.shape[1:]), []).append((parameter, matrices))
         for (_, rows, columns), members in by_shape.items():
             steps = orthogonalise(torch.cat([matrices for _, matrices in members]))
@@ -115,10 +126,3 @@ def orthogonalise(matrices: Tensor) -> Tensor:
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=_B, alpha=_C), x, beta=_A)
     return (x.mT if tall else x).to(matrices.dtype)
-
-
-def _as_matrices(weight: Tensor) -> Tensor:
-    """(parts, rows, columns): kernels flattened, the three square projections of a stacked weight apart."""
-    matrix = weight.flatten(1)
-    rows, columns = matrix.shape
-    return matrix.unflatten(0, (3, columns)) if rows == 3 * columns else matrix[None]

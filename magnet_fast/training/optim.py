@@ -9,47 +9,48 @@ from itertools import chain
 import torch
 from torch import nn
 
-from magnet_fast.models.bert import BertSlices
-from magnet_fast.models.swin import SwinEncoder
-from magnet_fast.training.config import OptimiserConfig
 from magnet_fast.training.muon import FUSED_DEVICES, Muon
+from magnet_fast.training.sections import OptimiserConfig
 
 # A projection to fewer outputs is a handful of vectors, whose lengths mean something: not for Muon.
 _SMALLEST_SIDE = 8
 
 
-def build_optimiser(model: nn.Module, config: OptimiserConfig, head: nn.Module | None = None) -> torch.optim.Optimizer:
-    """The optimiser over `parameter_groups`; each group remembers its ``initial_lr`` for the schedule.
+def build_optimiser(
+    model: nn.Module, config: OptimiserConfig, beside: nn.Module | None = None
+) -> torch.optim.Optimizer:
+    """The optimiser over `parameter_groups`; each group remembers its `initial_lr` for the schedule.
 
     The fused implementation of AdamW is used where the device has it: one pass instead of one for every parameter or
     handful of them.
     """
-    groups = parameter_groups(model, config, head)
+    groups = parameter_groups(model, config, beside)
     if config.name == "muon":
         return Muon(groups, lr=config.lr, momentum=config.momentum, betas=config.betas, eps=config.eps)
     fused = all(parameter.device.type in FUSED_DEVICES for group in groups for parameter in group["params"])
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
 
 
-def parameter_groups(model: nn.Module, config: OptimiserConfig, head: nn.Module | None = None) -> list[dict]:
+def parameter_groups(model: nn.Module, config: OptimiserConfig, beside: nn.Module | None = None) -> list[dict]:
     """Groups for torch.optim: {image encoder, text encoder, the rest} x {decayed, not decayed}; empty ones
-    left out. For Muon the decayed ones are split once more: its matrices (``muon=True``), and the few weights
-    that are too narrow for it.
+    left out. For Muon the decayed ones are split once more: its matrices (`muon=True`), and the few weights
+    that are too narrow for it; `stacked` says of each parameter of how many matrices it is made.
 
     Weight decay falls on the weight matrices of linear and convolution layers only: not on biases, norms,
-    relative position bias tables, embeddings and other free parameters. ``image_multiplier`` and
-    ``text_multiplier`` scale the learning rate of the parts that are usually pretrained. Parameters that
-    match ``config.freeze`` are frozen (``requires_grad=False``) and left out. ``head`` is a part that is trained with
-    the model and does not belong to it; its parameters are among the rest.
+    relative position bias tables, embeddings and other free parameters. `image_multiplier` and `text_multiplier` scale
+    the learning rate of `model.image_encoder` and `model.text_encoder`, which are usually pretrained. Parameters that
+    match `config.freeze` are frozen (`requires_grad=False`) and left out. `beside` is trained with the model and does
+    not belong to it (the terms); its parameters are among the rest.
 
     Raises:
-        ValueError: a pattern of ``freeze`` matches no parameter, or everything is frozen.
+        ValueError: a pattern of `freeze` matches no parameter, or everything is frozen.
     """
     freeze_parameters(model, config.freeze)
     rates = {"image": config.image_multiplier, "text": config.text_multiplier, "rest": 1.0}
     groups: dict[tuple[str, bool, bool], dict] = {}
     described = _described_parameters(model)
-    for name, parameter, part, decayed in chain(described, _described_parameters(head) if head else ()):
+    for entry in chain(described, _described_parameters(beside) if beside else ()):
+        name, parameter, part, decayed, stacked = entry
         if not parameter.requires_grad:
             continue
         rate = config.lr * rates[part]
@@ -58,7 +59,7 @@ def parameter_groups(model: nn.Module, config: OptimiserConfig, head: nn.Module 
             (part, decayed, muon),
             {
                 "name": f"{part}{'' if decayed else ', no decay'}{', muon' if muon else ''}",
-                **({"muon": muon} if config.name == "muon" else {}),
+                **({"muon": muon, "stacked": []} if config.name == "muon" else {}),
                 "params": [],
                 "param_names": [],
                 "lr": rate,
@@ -68,13 +69,15 @@ def parameter_groups(model: nn.Module, config: OptimiserConfig, head: nn.Module 
         )
         group["params"].append(parameter)
         group["param_names"].append(name)
+        if "stacked" in group:
+            group["stacked"].append(stacked)
     if not groups:
         raise ValueError("optimiser.freeze: every parameter of the model is frozen; nothing is left to train")
     return [groups[key] for key in sorted(groups)]
 
 
 def freeze_parameters(model: nn.Module, patterns: list[str]) -> None:
-    """Stop training the parameters whose names match any of the shell-style patterns (``*.embeddings.*``)."""
+    """Stop training the parameters whose names match any of the shell-style patterns (`*.embeddings.*`)."""
     for pattern in patterns:
         matched = [parameter for name, parameter in model.named_parameters() if fnmatchcase(name, pattern)]
         if not matched:
@@ -83,13 +86,13 @@ def freeze_parameters(model: nn.Module, patterns: list[str]) -> None:
             parameter.requires_grad_(False)
 
 
-def _described_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, str, bool]]:
-    """(name, parameter, part, decayed) of each parameter, shared ones once."""
+def _described_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, str, bool, int]]:
+    """(name, parameter, part, decayed, stacked) of each parameter, shared ones once."""
     part_of: dict[int, str] = {}
-    for module in model.modules():
-        part = {SwinEncoder: "image", BertSlices: "text"}.get(type(module))
-        if part:
-            part_of.update((id(parameter), part) for parameter in module.parameters())
+    for part, name in (("image", "image_encoder"), ("text", "text_encoder")):
+        encoder = getattr(model, name, None)
+        if encoder is not None:
+            part_of.update((id(parameter), part) for parameter in encoder.parameters())
     seen: set[int] = set()
     for module_name, module in model.named_modules():
         for own_name, parameter in module.named_parameters(recurse=False):
@@ -101,4 +104,11 @@ def _described_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter,
             matrix = own_name == "weight" or own_name.endswith("_weight")
             decayed = matrix and parameter.dim() >= 2 and not isinstance(module, nn.Embedding)
             name = f"{module_name}.{own_name}" if module_name else own_name
-            yield name, parameter, part_of.get(id(parameter), "rest"), decayed
+            yield name, parameter, part_of.get(id(parameter), "rest"), decayed, _stacked(module, own_name)
+
+
+def _stacked(module: nn.Module, own_name: str) -> int:
+    """How many projections lie one upon the other in a weight: its module says it (`stacked`), and PyTorch's own."""
+    if own_name == "in_proj_weight" and isinstance(module, nn.MultiheadAttention):
+        return 3
+    return getattr(module, "stacked", 1) if own_name == "weight" else 1

@@ -12,6 +12,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from magnet_fast.atomic import write_text_atomically
+
 
 class RunDisplay:
     """Progress of a run: steps or minutes done, losses, images per second, time left.
@@ -44,7 +46,7 @@ class RunDisplay:
             self._bar.stop()
 
     def update(self, share: float, state: str) -> None:
-        """``share`` of the run is done, in [0, 1]; ``state`` says the rest in words."""
+        """`share` of the run is done, in [0, 1]; `state` says the rest in words."""
         if self._bar is not None:
             self._bar.update(self._task, completed=share, state=state)
         elif self._enabled:
@@ -61,7 +63,7 @@ class RunDisplay:
 class MetricsFile:
     """Rows of numbers, one JSON object a line, appended as they come.
 
-    Each row has ``kind`` ("train" or "validation") and ``step``; within a kind no step appears twice.
+    Each row has `kind` ("train" or "validation") and `step`; within a kind no step appears twice.
     """
 
     def __init__(self, path: Path) -> None:
@@ -87,9 +89,7 @@ class MetricsFile:
     def drop_after(self, step: int) -> None:
         """Forget the rows of later steps, which a resumed run will write again."""
         kept = [row for row in self.rows() if row["step"] <= step]
-        temporary = self.path.with_name(f".{self.path.name}.tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        temporary.replace(self.path)
+        write_text_atomically(self.path, "".join(json.dumps(row) + "\n" for row in kept))
 
 
 class TensorBoard:
@@ -134,6 +134,14 @@ def _numbers(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, fl
             yield from _numbers(value, f"{prefix}{key}/")
         elif isinstance(value, (int, float)):
             yield f"{prefix}{key}", value
+
+
+def time_left(elapsed: float, share: float) -> float | None:
+    """Seconds to go where `share` of a run took `elapsed`; None before anything is done, 0 beyond the end.
+
+    A run by the clock ends with the step that its time runs out in: its share ends a little above 1.
+    """
+    return elapsed * max(0.0, 1 - share) / share if share > 0 else None
 
 
 def duration(seconds: float) -> str:

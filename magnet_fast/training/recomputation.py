@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers.models.bert.modeling_bert import BertLayer
-
-from magnet_fast.models.pixel_decoder import DeformableLayer
-from magnet_fast.models.swin import SwinBlock
-
-LAYERS = (SwinBlock, BertLayer, DeformableLayer)
-"""The layers that hold nearly all activations: of the image, of the text and the predictor, of the pixel decoder."""
 
 
-def recompute_activations(module: nn.Module) -> None:
-    """Make the `LAYERS` of a model keep their inputs only; losses and gradients stay what they are, bit for bit.
+def recompute_activations(layers: Iterable[nn.Module]) -> None:
+    """Make layers keep their inputs only; losses and gradients stay what they are, bit for bit.
 
-    Random numbers (dropout, stochastic depth) and autocast are those of the first time. Names of parameters do
-    not change. A copy of the module must be made before, not after.
+    Random numbers (dropout, stochastic depth) and autocast are those of the first time. Names of parameters do not
+    change. A copy of the model must be made before, not after.
+
+    Args:
+        layers: those that hold nearly all activations, as `repeated_layers` of a model or a term tells them.
     """
-    for layer in module.modules():
-        if isinstance(layer, LAYERS):
-            layer.forward = _recomputed(layer, layer.forward)
+    for layer in layers:
+        layer.forward = _recomputed(layer, layer.forward)
 
 
 def _recomputed(layer: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -10,7 +10,7 @@ import torch
 class EpochBatches:
     """The micro-batches of one epoch for one process, from some step of the epoch on.
 
-    All processes draw the same permutation of the dataset. Each optimiser step takes the next ``batch_size``
+    All processes draw the same permutation of the dataset. Each optimiser step takes the next `batch_size`
     sentences of it and deals them out in equal, contiguous shares: first by micro-batch, then by process.
     What an optimiser step sees therefore depends neither on the number of processes nor on the accumulation.
     The remainder that fills no step is dropped; each epoch drops others.
@@ -24,7 +24,7 @@ class EpochBatches:
         first_step: optimiser steps of this epoch to skip.
 
     Raises:
-        ValueError: ``batch_size`` is not a multiple of ``accumulation * world_size``, or exceeds ``length``.
+        ValueError: `batch_size` is not a multiple of `accumulation * world_size`, or exceeds `length`.
     """
 
     def __init__(

@@ -19,6 +19,6 @@ def poly_factor(progress: float, step: int, *, power: float = 0.9, warmup: int =
 
 
 def set_learning_rate(optimiser: torch.optim.Optimizer, factor: float) -> None:
-    """Set each group's ``lr`` to ``factor`` times its ``initial_lr``."""
+    """Set each group's `lr` to `factor` times its `initial_lr`."""
     for group in optimiser.param_groups:
         group["lr"] = group["initial_lr"] * factor

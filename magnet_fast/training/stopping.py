@@ -20,7 +20,7 @@ class TrainingStopped(Exception):
 
 
 class StopRequest:
-    """Whether SIGTERM came, to this process or to any other of the run. Catches the signal inside ``with``.
+    """Whether SIGTERM came, to this process or to any other of the run. Catches the signal inside `with`.
 
     Signals reach processes at different moments, and all must stop after the same step. So each step sends this
     process's flag around and looks at what the step before brought back: nobody waits, and all learn of a signal

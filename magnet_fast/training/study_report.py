@@ -10,16 +10,17 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from magnet_fast.training.checkpoint import write_atomically
+from magnet_fast.atomic import write_atomically, write_text_atomically
+from magnet_fast.evaluation import TASKS
 
 Runs = dict[str, list[dict[str, Any]]]  # by variant, in the order of their seeds
 
-_COLOURS = {"val": "#7b8794", "testA": "#2878c8", "testB": "#c05020"}
+_COLOURS = ("#7b8794", "#2878c8", "#c05020", "#3c8c50", "#8050b0")  # of the splits, in their order
 _NAMES = {"val": "val (all kinds)", "testA": "testA (attributes)", "testB": "testB (relations)"}
 
 
 def write_report(out: Path, titles: dict[str, str], against: dict[str, str], result: str) -> Path:
-    """Write ``table.md``, ``results.json`` and ``plot.png`` from all finished runs below ``out``.
+    """Write `table.md`, `results.json` and `plot.png` from all finished runs below `out`.
 
     Args:
         titles: rows of the table, by the name of their folder, in order.
@@ -40,55 +41,55 @@ def write_report(out: Path, titles: dict[str, str], against: dict[str, str], res
     if not runs:
         raise FileNotFoundError(f"{out}: no finished run of a study")
     table = _table(runs, titles, against)
-    write_atomically(out / "results.json", lambda file: file.write((json.dumps(runs, indent=1) + "\n").encode()))
+    write_text_atomically(out / "results.json", json.dumps(runs, indent=1) + "\n")
     write_atomically(out / "plot.png", lambda file: _plot(runs, titles).save(file, format="PNG"))
-    write_atomically(out / "table.md", lambda file: file.write(table.encode()))
+    write_text_atomically(out / "table.md", table)
     return out / "table.md"
 
 
 def _table(runs: Runs, titles: dict[str, str], against: dict[str, str]) -> str:
     every = [run for found in runs.values() for run in found]
     parts = [_introduction(every), _by_split(runs, titles)]
-    if all("val" in run["scores"] for run in every):
-        parts += ["By kind of sentence, val, oIoU:", _by_kind(runs, titles)]
+    splits, best = _shared_splits(runs), _score_names(runs)[0]
+    if splits and any(run["scores"][splits[0]]["by_kind"] for run in every):
+        parts += [f"By kind of sentence, {splits[0]}, {best}:", _by_kind(runs, titles, splits[0])]
     worded = {name: found for name, found in runs.items() if "hidden_words" in found[0]}
     if worded:
         parts += [
-            "Hidden words said right, val, percent. Without image and mask: the same weights, given a grey image and "
+            "Hidden words said right, percent. Without image and mask: the same weights, given a grey image and "
             "no mask; the blind control was trained so, too.",
             _hidden_words(worded, titles),
         ]
     pairs = [(name, against[name]) for name in runs if against.get(name) in runs]
-    if pairs and all("testB" in run["scores"] for run in every):
-        parts.append("Each row against the one it changes, testB oIoU, means of the differences of runs of one seed:")
+    if pairs and splits:
         parts.append(
-            "\n".join(
-                f"- {titles[name]}, against {titles[base]}: {_difference(runs[base], runs[name])}"
-                for name, base in pairs
-            )
+            f"Each row against the one it changes, {splits[-1]} {best}, means of the differences of runs of one seed:"
         )
+        lines = [(titles[name], titles[base], _differences(runs, base, name, splits[-1], best)) for name, base in pairs]
+        parts.append("\n".join(f"- {row}, against {other}: {text}" for row, other, text in lines))
     seconds = [run["training_seconds"] for run in every]
     parts.append(f"A run took {min(seconds):.0f} to {max(seconds):.0f} s of training.")
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _by_split(runs: Runs, titles: dict[str, str]) -> str:
-    columns = [(split, score) for split in _shared_splits(runs) for score in ("oIoU", "mIoU")]
+    columns = [(split, score) for split in _shared_splits(runs) for score in _score_names(runs)]
 
     def scores(found: list[dict[str, Any]]) -> list[str]:
         return [spread([run["scores"][split][score] for run in found]) for split, score in columns]
 
-    head = ["variant", "seeds", *(f"{_NAMES[split]} {score}" for split, score in columns)]
+    head = ["variant", "seeds", *(f"{_label(split)} {score}" for split, score in columns)]
     return _markdown(head, [[titles[name], str(len(found)), *scores(found)] for name, found in runs.items()])
 
 
-def _by_kind(runs: Runs, titles: dict[str, str]) -> str:
+def _by_kind(runs: Runs, titles: dict[str, str], split: str) -> str:
     def scores(run: dict[str, Any]) -> dict[str, Any]:
-        return run["scores"]["val"]["by_kind"]
+        return run["scores"][split]["by_kind"]
 
+    best = _score_names(runs)[0]
     kinds = sorted({kind for found in runs.values() for run in found for kind in scores(run)})
     rows = [
-        [titles[name], *(spread([scores(run)[kind]["oIoU"] for run in found]) for kind in kinds)]
+        [titles[name], *(spread([scores(run)[kind][best] for run in found]) for kind in kinds)]
         for name, found in runs.items()
     ]
     return _markdown(["variant", *kinds], rows)
@@ -105,7 +106,18 @@ def _hidden_words(runs: Runs, titles: dict[str, str]) -> str:
 
 
 def _shared_splits(runs: Runs) -> list[str]:
-    return [split for split in _NAMES if all(split in run["scores"] for found in runs.values() for run in found)]
+    every = [run["scores"] for found in runs.values() for run in found]
+    return [split for split in every[0] if all(split in scores for scores in every)]
+
+
+def _score_names(runs: Runs) -> tuple[str, str]:
+    """The score that decides in the runs' task, and the first other one."""
+    task = TASKS[next(iter(runs.values()))[0]["config"]["task"]]
+    return task.best, next(name for name in task.scores if name != task.best)
+
+
+def _label(split: str) -> str:
+    return _NAMES.get(split, split)
 
 
 def spread(values: Sequence[float]) -> str:
@@ -118,15 +130,16 @@ def _introduction(every: list[dict[str, Any]]) -> str:
     machines = sorted({run["machine"]["gpu"] or run["machine"]["processor"] for run in every})
     dates = sorted(run["machine"]["date"] for run in every)
     side = config["data"]["image_size"]
+    size = f"{side}×{side} pixels" if side else "the model's own size"
     return (
-        f"{len(every)} runs of {every[0]['steps']} steps, batch {config['batch_size']}, {side}×{side} pixels; the last "
+        f"{len(every)} runs of {every[0]['steps']} steps, batch {config['batch_size']}, {size}; the last "
         "weights of each, at the input's resolution; mean ± standard deviation over seeds. "
         f"{'; '.join(machines)}, {machine['threads']} thread(s), torch {machine['torch']}, {dates[0]} to {dates[-1]}."
     )
 
 
-def _difference(base: list[dict[str, Any]], found: list[dict[str, Any]]) -> str:
-    before, now = ({run["seed"]: run["scores"]["testB"]["oIoU"] for run in group} for group in (base, found))
+def _differences(runs: Runs, base: str, row: str, split: str, score: str) -> str:
+    before, now = ({run["seed"]: run["scores"][split][score] for run in runs[name]} for name in (base, row))
     pairs = [now[seed] - before[seed] for seed in now if seed in before]
     if not pairs:
         return "no seed in common"
@@ -144,8 +157,9 @@ def _markdown(head: list[str], rows: list[list[str]]) -> str:
 
 def _plot(runs: Runs, titles: dict[str, str]) -> Image.Image:
     """A band for each variant; in it, by split, a dot for every seed and a bar at the mean."""
-    splits = _shared_splits(runs)
-    values = [run["scores"][split]["oIoU"] for found in runs.values() for run in found for split in splits]
+    splits, best = _shared_splits(runs), _score_names(runs)[0]
+    colours = {split: _COLOURS[number % len(_COLOURS)] for number, split in enumerate(splits)}
+    values = [run["scores"][split][best] for found in runs.values() for run in found for split in splits]
     low, high = min(values), max(values)
     margin = max(1.0, 0.05 * (high - low))
     low, high = max(0.0, low - margin), high + margin
@@ -157,12 +171,12 @@ def _plot(runs: Runs, titles: dict[str, str]) -> Image.Image:
     def place(value: float) -> float:
         return left + (value - low) / (high - low) * (width - left - right)
 
-    x = 10.0
-    pen.text((x, 8), "oIoU, percent; a dot for each seed, a bar at the mean:", "black", font)
-    x += pen.textlength("oIoU, percent; a dot for each seed, a bar at the mean:", font) + 16
+    heading, x = f"{best}, percent; a dot for each seed, a bar at the mean:", 10.0
+    pen.text((x, 8), heading, "black", font)
+    x += pen.textlength(heading, font) + 16
     for split in splits:
-        pen.text((x, 8), _NAMES[split], _COLOURS[split], font)
-        x += pen.textlength(_NAMES[split], font) + 16
+        pen.text((x, 8), _label(split), colours[split], font)
+        x += pen.textlength(_label(split), font) + 16
     for tick in range(int(low) + 1, int(high) + 1):
         if tick % 5 == 0:
             pen.line((place(tick), 46, place(tick), picture.height - 8), "#dddddd")
@@ -171,10 +185,10 @@ def _plot(runs: Runs, titles: dict[str, str]) -> Image.Image:
         top = 52 + band * row
         pen.text((10, top + line * (len(splits) - 1) / 2), titles[name], "black", font)
         for number, split in enumerate(splits):
-            scores = [run["scores"][split]["oIoU"] for run in found]
+            scores = [run["scores"][split][best] for run in found]
             y = top + line * number + line / 2
             middle = place(mean(scores))
-            pen.rectangle((middle - 2, y - 7, middle + 1, y + 7), fill=_COLOURS[split])
+            pen.rectangle((middle - 2, y - 7, middle + 1, y + 7), fill=colours[split])
             for score in scores:
-                pen.ellipse((place(score) - 3, y - 3, place(score) + 3, y + 3), fill=_COLOURS[split])
+                pen.ellipse((place(score) - 3, y - 3, place(score) + 3, y + 3), fill=colours[split])
     return picture

@@ -1,11 +1,13 @@
 """A reader of scene expressions that knows nothing of the generator: words and written annotations only.
 
 It parses a sentence with its own small grammar, takes places from the annotations' boxes and answers with the
-one annotation that a plain reading names. Tests compare that with the ref.
+one annotation that a plain reading names (`read`), or with all that may be meant (`all_named`). Tests compare that with
+the ref.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -36,7 +38,9 @@ WORDS = {
 MEANING = {
     word: (name, value) for name, values in WORDS.items() for value, words in values.items() for word in words.split()
 }
-FILLERS = {"the", "object", "shape", "thing", "with"}
+FILLERS = {"the", "object", "shape", "thing", "with", "all", "both"}
+NUMBERS = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10}
+NUMBER = re.compile(rf"\b(?:{'|'.join(NUMBERS)})\b")
 RELATIONS = [
     ("left", r"(?:to the |on the )?left of"),
     ("right", r"(?:to the |on the )?right of"),
@@ -66,7 +70,8 @@ RANKS = {"second": 1, "third": 2, "fourth": 3}
 
 def properties(words: str) -> dict[str, str]:
     """The properties that a noun phrase names; KeyError for a word that the grammar does not hold."""
-    return dict(MEANING[word] for word in words.split() if word not in FILLERS)
+    singular = [word if word in MEANING else re.sub(r"(?<=x)es$|(?<=ss)es$|s$", "", word) for word in words.split()]
+    return dict(MEANING[word] for word in singular if word not in FILLERS)
 
 
 def matching(words: str, annotations: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -140,3 +145,65 @@ def read_relation(text: str, annotations: list[dict[str, Any]]) -> int:
     ahead = [(turned(*offset(one)), one["id"]) for one in candidates]
     # Of those ahead at all, the one most nearly straight ahead.
     return min((aside / forward, index) for (forward, aside), index in ahead if forward > 0)[1]
+
+
+def all_named(text: str, annotations: list[dict[str, Any]], image_size: int) -> set[int]:
+    """Ids of all annotations that fit the sentence, whatever its kind: several, one or none."""
+    count = NUMBERS[NUMBER.search(text).group()] if NUMBER.search(text) else 1
+    words = NUMBER.sub("", text).removeprefix("the ").strip()
+    first = re.fullmatch(r"first (.*) from the (left|right|top|bottom)", words)
+    if first:
+        return leading(matching(first[1], annotations), first[2], count)
+    if " and " in words:
+        return {one["id"] for half in words.split(" and ") for one in matching(half, annotations)}
+    if order := ORDER.fullmatch(words):
+        candidates = sorted(matching(order[2], annotations), key=lambda one: from_side(one, order[3]))
+        return {one["id"] for one in candidates[RANKS[order[1]] : RANKS[order[1]] + 1]}
+    for relation, pattern in RELATIONS:
+        if match := re.search(rf" (?:{pattern}) ", words):
+            candidates = matching(words[: match.start()], annotations)
+            return related(relation, candidates, matching(words[match.end() :], annotations), count, image_size)
+    return placed(words, annotations, count, image_size)
+
+
+def leading(candidates: list[dict[str, Any]], side: str, count: int) -> set[int]:
+    return {one["id"] for one in sorted(candidates, key=lambda one: from_side(one, side))[:count]}
+
+
+def related(relation: str, candidates: list, anchors: list, count: int, image_size: int) -> set[int]:
+    found = set()
+    for anchor in anchors:
+        others = [one for one in candidates if one is not anchor]
+        distances = [(math.dist(centre(one), centre(anchor)), one["id"]) for one in others]
+        if relation in ("closest", "farthest"):
+            found |= {index for _, index in sorted(distances, reverse=relation == "farthest")[:count]}
+        elif relation == "near":
+            found |= {index for distance, index in distances if distance < 0.36 * image_size}
+        else:
+            side = {"above": "top", "below": "bottom"}.get(relation, relation)
+            found |= {one["id"] for one in others if from_side(one, side) < from_side(anchor, side)}
+    return found
+
+
+def placed(words: str, annotations: list, count: int, image_size: int) -> set[int]:
+    for side, pattern in EXTREMES:
+        if re.search(rf"\b(?:{pattern})\b", words):
+            return leading(matching(re.sub(rf"\b(?:{pattern})\b", "", words), annotations), side, count)
+    patterns = [(" ".join(match.groups()), CORNER) for match in [CORNER.search(words)] if match]
+    patterns += [(side, re.compile(rf"\b(?:{pattern})\b")) for side, pattern in HALVES]
+    place, pattern = next(((place, p) for place, p in patterns if p.search(words)), (None, None))
+    if place is None:
+        return {one["id"] for one in matching(words, annotations)}
+    candidates = matching(pattern.sub("", words), annotations)
+    if pattern.search(words).start() == 0:
+        return {one["id"] for one in candidates}  # "the left star" may be the leftmost, wherever it is
+    sides = {"left": (0, -1), "right": (0, 1), "top": (1, -1), "upper": (1, -1), "bottom": (1, 1), "lower": (1, 1)}
+    found = set()
+    for one in candidates:
+        offset = [value / image_size - 0.5 for value in centre(one)]
+        if place == "middle":
+            inside = max(map(abs, offset)) < 0.16
+        else:
+            inside = all(offset[sides[side][0]] * sides[side][1] > 0 for side in place.split())
+        found |= {one["id"]} if inside else set()
+    return found

@@ -82,7 +82,7 @@ def test_images_absent_damaged_and_of_another_size(root: Path) -> None:
 def test_masks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(check.PUBLISHED_REFS, ("refcoco", "unc"), {"train": 2, "val": 1})
     instances = small_instances()
-    instances["annotations"][1]["segmentation"] = [[90, 90, 95, 90, 95, 95, 90, 95]]  # outside the image
+    instances["annotations"][1]["segmentation"] = [[60, 60, 65, 60, 65, 65, 60, 65]]  # outside the image
     root = write_root(tmp_path, instances=instances)
     assert "1 mask unusable: ref_id 2: its annotation covers no pixel" in only_problem(root)
     assert check_data(root, masks=False).problems == []

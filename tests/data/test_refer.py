@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
-from magnet_fast.data.refer import IMAGE_FOLDERS, Refer
+from magnet_fast.data.datasets.refer import IMAGE_FOLDERS, Refer
 
 from .layout import small_instances, small_ref, small_refs, write_root
 
@@ -88,7 +88,7 @@ def test_several_polygons_are_merged_and_degenerate_ones_left_out(tmp_path):
 
 def test_absent_split_names_those_present(tmp_path):
     refer = Refer(write_root(tmp_path / "root"))
-    with pytest.raises(ValueError, match=r"split is 'testA'; refs\(unc\)\.p of refcoco has train, val"):
+    with pytest.raises(ValueError, match=r"split is 'testA'; .*refs\(unc\)\.p has train, val"):
         refer.refs("testA")
 
 
@@ -115,7 +115,15 @@ def test_unused_annotation_without_polygon_does_not_matter(tmp_path):
         ({"ann_id": 99}, r"refs\(unc\)\.p: ref_id 2 names ann_id 99, which instances\.json does not hold"),
         ({"ann_id": [70, 99]}, "ref_id 2 names ann_id 99"),
         ({"image_id": 99}, "ref_id 2 names image_id 99, which instances.json does not hold"),
-        ({"split": "trian"}, "ref_id 2 names split 'trian'; expected one of train, val"),
+        ({"split": ""}, "ref_id 2 names split ''; expected text"),
+        ({"split": None}, "ref_id 2 names split None; expected text"),
+        ({"ref_id": "2"}, "ref_id 2 has ref_id '2'; expected an int"),
+        ({"image_id": 7.5}, "ref_id 2 has image_id 7.5; expected an int"),
+        ({"ann_id": [70, -1]}, r"ref_id 2 has ann_id \[70, -1\]; expected annotations, or \[-1\] alone"),
+        (
+            {"sentences": [{"sent_id": 3, "raw": "woman", "exist": "no"}]},
+            "ref_id 2: sent_id 3 has exist 'no'; expected true or false",
+        ),
         ({"sentences": []}, "ref_id 2 has no sentences"),
         ({"sentences": [{"sent_id": 3}]}, "ref_id 2: sentence .* lacks sent_id or raw"),
         ({"sentences": ["woman"]}, "ref_id 2: sentence 'woman' lacks"),
@@ -190,7 +198,9 @@ def test_undecodable_segmentation_is_named(tmp_path):
     instances = small_instances()
     instances["annotations"][0]["segmentation"] = {"counts": [600], "size": [30, 20]}
     refer = Refer(write_root(tmp_path / "root", instances=instances))
-    with pytest.raises(ValueError, match=r"annotation 70 decodes to \(30, 20\), image \(20, 30\)"):
+    with pytest.raises(
+        ValueError, match=r"annotation 70 cannot be decoded: RLE has size \[30, 20\]; the image has \[20, 30\]"
+    ):
         refer.mask(refer.refs("train")[0])
     instances["annotations"][0]["segmentation"] = [["a", 1, 2, 3, 4, 5]]
     refer = Refer(write_root(tmp_path / "other", instances=instances))

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from magnet_fast.data.refer import Refer
+from magnet_fast.data.datasets.refer import Refer
 from magnet_fast.data.safe_pickle import UnsafePickleError, load_plain_pickle
 
 from .layout import small_refs, write_root

@@ -9,9 +9,9 @@ from dataclasses import replace
 
 import pytest
 
-from magnet_fast.data.scene_drawing import Scene, SceneObject
-from magnet_fast.data.scene_expressions import MARGIN, Description, Expression, describes, is_unambiguous
 from magnet_fast.data.scenes import describe_scene
+from magnet_fast.data.scenes.drawing import Scene, SceneObject
+from magnet_fast.data.scenes.expressions import MARGIN, Description, Expression, describes, is_unambiguous
 
 from .reading import read
 
@@ -29,7 +29,7 @@ def every(described):
     for one in described:
         for referent in one.referents:
             for expression in referent.expressions:
-                yield one.scene, referent.index, expression
+                yield one.scene, referent.indices[0], expression
 
 
 def make_scene(*objects: tuple[str, float, float]) -> Scene:
@@ -87,7 +87,7 @@ def test_no_object_is_favoured(described):
     for one in described:
         largest = one.masks.sum(axis=(1, 2)).argmax()
         for referent in one.referents:
-            hits += referent.index == largest
+            hits += referent.indices == (largest,)
             chance += 1.0 / len(one.masks)
             count += 1
     assert abs(hits - chance) / count < 0.06

@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from magnet_fast.data import Refer, scenes
-from magnet_fast.data.scene_drawing import COLOURS, SHAPES, SIZES, TEXTURES, Scene, SceneObject, draw_scene
-from magnet_fast.data.scenes import assign_splits, describe_scene, write_scenes
+from magnet_fast.data import Refer
+from magnet_fast.data.scenes import assign_splits, describe_scene, write_scenes, writing
+from magnet_fast.data.scenes.drawing import COLOURS, SHAPES, SIZES, TEXTURES, Scene, SceneObject, draw_scene
 
 
 class IndependentRefer:
@@ -41,10 +41,38 @@ def digest(root: Path) -> dict[str, str]:
     return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
+PUBLISHED = {  # SHA-256 of pictures and masks, and of the files, as the first version wrote them
+    "easy": (
+        "e77d57e475ab7ea8acf25af8ecd6a9b2ff2f39fa33e51ca97a24ba72e12d4ff8",
+        "26ec568c85a7d9a6a966a86fbaca0bf2ddf7e45702024850db301c1697512d9c",
+        "fa72cb055408b6dcdf2c3fafd676d86d0092387a8fae8e871c29d93f5f39744d",
+        "0c8047b2c51b6f3a52af4faeeed31beef2dd110f76b2af4b833285082eb08604",
+    ),
+    "hard": (
+        "de27d32f987743c0fa25ecb51f9395a4366d24fd2b7dad648ef82881cf361ad1",
+        "81fd666dfba6f75ff094e2c289a4b5327f80385a8903e41b3f3be4894b7e3d7c",
+        "09c06a2924690c92d9b31b1ad41b51f2824d8906c1c0569d8953351c1f10b8b6",
+        "04563eecfdcefe387f852fcf24bc6bbbe61fa11af070fe16fcc9e5f89855d9f7",
+    ),
+}
+
+
+@pytest.mark.parametrize("level", ["easy", "hard"])
+def test_scenes_of_a_seed_never_change(tmp_path, level):
+    """The shipped weights and published scores are of these scenes. JPEG's bytes are the library's own affair."""
+    pictures = hashlib.sha256()
+    for number in range(24):
+        drawn = describe_scene(9, number, level, ("train", "val", "testA", "testB")[number % 4], 96)
+        pictures.update(drawn.picture.tobytes() + drawn.masks.tobytes())
+    found = digest(write_scenes(tmp_path / "scenes", 24, 9, level, 96))
+    files = ("refcoco/refs(unc).p", "refcoco/instances.json", "scenes.json")
+    assert (pictures.hexdigest(), *(found[name] for name in files)) == PUBLISHED[level]
+
+
 @pytest.mark.parametrize("level", ["easy", "hard"])
 def test_same_arguments_give_the_same_bytes(tmp_path, level, monkeypatch):
     first = digest(write_scenes(tmp_path / "a", 13, 5, level))
-    monkeypatch.setattr(scenes, "_CHUNK", 4)  # several pieces of work for the two processes
+    monkeypatch.setattr(writing, "_CHUNK", 4)  # several pieces of work for the two processes
     assert digest(write_scenes(tmp_path / "b", 13, 5, level, workers=2)) == first
     assert len(first) == 13 + 3
     other = digest(write_scenes(tmp_path / "c", 13, 6, level))
@@ -234,7 +262,7 @@ def test_failure_leaves_nothing_behind(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(scenes, "_write_annotations", fail)
+    monkeypatch.setattr(writing, "_write_annotations", fail)
     with pytest.raises(OSError, match="disk full"):
         write_scenes(tmp_path / "out", 4, 0, image_size=64)
     assert list(tmp_path.iterdir()) == []
@@ -248,6 +276,9 @@ def test_failure_leaves_nothing_behind(tmp_path, monkeypatch):
         ({"seed": -1}, ValueError, "seed is -1"),
         ({"image_size": 32}, ValueError, "image_size is 32; expected at least 64"),
         ({"workers": 0}, ValueError, "workers is 0"),
+        ({"negatives": -1}, ValueError, "negatives is -1; expected at least 0"),
+        ({"negatives": True}, TypeError, "negatives is True"),
+        ({"several": 0.5}, TypeError, "several is 0.5; expected an int"),
         ({"level": "medium"}, ValueError, "level is 'medium'; expected one of easy, hard"),
     ],
 )

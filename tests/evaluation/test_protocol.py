@@ -1,181 +1,180 @@
-"""The protocol on real scenes: batches, resolutions, the control; with a model that reads and one that does not."""
+"""Each protocol does what its authors' code does: ReLA's mask and flag apart, CRIS's letterbox and strict P@X."""
 
 from __future__ import annotations
 
-import json
-import multiprocessing
-import re
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import Dataset
 
-from magnet_fast import models
-from magnet_fast.data import ExpressionDataset, Refer, Tokenizer
-from magnet_fast.data.scenes import write_scenes
+from magnet_fast.data.transforms import open_fit
 from magnet_fast.evaluation import evaluate
+from magnet_fast.evaluation.protocol import PROTOCOLS, probability_at_input
+from magnet_fast.models.contract import InputSpec, Prediction, Text
 
-from ..training.fakes import FakeDataset, FakeModel
+from .fakes import Says
 
-SIZE = 48
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory) -> Path:
-    return Path(write_scenes(tmp_path_factory.mktemp("scenes"), 30, 5, level="hard", image_size=96))
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 
-def open_split(root: Path, split: str = "val") -> ExpressionDataset:
-    return ExpressionDataset(Refer(root), split, Tokenizer(), SIZE)
+class One(Dataset):
+    """One sentence."""
+
+    def __init__(self, mask: Tensor, size: int, original: bool = False) -> None:
+        self.sample = {
+            "image": torch.zeros(3, size, size),
+            "text": Text(torch.ones(2, dtype=torch.int64), torch.ones(2) > 0),
+            "mask": torch.zeros(size, size, dtype=torch.uint8) if original else mask,
+            "exists": True,
+            "index": 0,
+            "ref": 0,
+            "image_id": 0,
+            "kind": None,
+            "category": None,
+            "size": tuple(mask.shape),
+            "extra": {},
+        }
+        if original:
+            self.sample["original_mask"] = mask
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> dict:
+        return self.sample
 
 
-@pytest.fixture(scope="module")
-def model() -> nn.Module:
-    torch.manual_seed(0)
-    network = models.build("magnet_tiny", text__vocab_size=1280).eval()
-    with torch.no_grad():  # so that random masks pass the threshold
-        network.mask_decoder.class_head.bias.copy_(torch.tensor([-9.0, 9.0]))
-    return network
+def test_gres_reads_mask_and_flag_apart() -> None:
+    """A flag that says "none" over a mask that is not empty: the mask stays in the union, the family empties it."""
+    truth = torch.zeros(4, 4, dtype=torch.uint8)
+    truth[:2] = 1  # 8 pixels
+    logits = torch.full((1, 4, 4), -3.0)
+    logits[0, 1:] = 3  # 12 pixels, 4 of them right
+    denied, said = (Says(Prediction(logits, torch.tensor([flag]))) for flag in (-1.0, 1.0))
+    options = {"task": "generalized", "fast": False}
+    found = evaluate(said, One(truth, 4), protocol="gres", **options)
+    assert found["gIoU"] == found["cIoU"] == pytest.approx(100 * 4 / 16)
+    found = evaluate(denied, One(truth, 4), protocol="gres", **options)
+    assert (found["gIoU"], found["cIoU"], found["T-acc"]) == (0, 0, 0)
+    both = [One(truth, 4), One(truth, 4)]
+    both[1].sample["index"] = 1
+
+    class Pair(Dataset):
+        def __len__(self) -> int:
+            return 2
+
+        def __getitem__(self, index: int) -> dict:
+            return both[index][0]
+
+    mixed = Says(Prediction(logits.expand(2, 4, 4), torch.tensor([1.0, -1.0])))
+    found = evaluate(mixed, Pair(), protocol="gres", **options)
+    assert found["cIoU"] == pytest.approx(100 * 4 / (16 + 16))
+    found = evaluate(mixed, Pair(), protocol="family", **options)
+    assert found["cIoU"] == pytest.approx(100 * 4 / (16 + 8))
 
 
-class Oracle(nn.Module):
-    """Answers each sentence with the referent's mask, found by its words: perfect, if the words are the right ones."""
-
-    def __init__(self, dataset: ExpressionDataset) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(1))
-        self.answers: dict[tuple, torch.Tensor] = {}
-        for index in range(len(dataset)):
-            item = dataset[index]
-            key = (item["image"].sum().item(), tuple(item["input_ids"].tolist()))
-            self.answers[key] = torch.from_numpy(np.asarray(dataset.original_mask(index))).float()
-
-    def predict(self, image, input_ids, attention_mask, size=None):
-        found = []
-        for picture, ids in zip(image, input_ids, strict=True):
-            nothing = torch.zeros(96, 96)
-            answer = self.answers.get((picture.sum().item(), tuple(ids.tolist())), nothing)
-            answer = np.array(Image.fromarray(answer.numpy()).resize(size[::-1], Image.Resampling.NEAREST))
-            found.append(torch.from_numpy(answer))
-        return torch.stack(found)
+def test_gres_counts_an_empty_mask_under_a_flag_as_a_claim() -> None:
+    truth = torch.zeros(4, 4, dtype=torch.uint8)
+    dataset = One(truth, 4)
+    dataset.sample["exists"] = False
+    empty = Says(Prediction(torch.full((1, 4, 4), -3.0), torch.tensor([1.0])))
+    found = evaluate(empty, dataset, task="generalized", protocol="gres", fast=False)
+    assert (found["gIoU"], found["N-acc"]) == (0, 0) and math.isnan(found["cIoU"])
+    # Without a flag, an empty mask is the answer "none".
+    silent = Says(Prediction(torch.full((1, 4, 4), -3.0)))
+    assert evaluate(silent, dataset, task="generalized", protocol="gres", fast=False)["gIoU"] == 100
 
 
-def numbers(scores: dict) -> dict:
-    return {name: value for name, value in scores.items() if isinstance(value, float)}
+def test_thresholds() -> None:
+    """The model's own under "family", one half where it names none; those of the protocols elsewhere."""
+    truth = torch.ones(4, 4, dtype=torch.uint8)
+    weak = Prediction(torch.full((1, 4, 4), -0.4))  # a probability of 0.401
+    options = {"fast": False}
+    assert evaluate(Says(weak), One(truth, 4), **options)["mIoU"] == 0
+    eager = Says(weak, InputSpec(threshold=0.4))
+    assert evaluate(eager, One(truth, 4), **options)["mIoU"] == 100
+    assert evaluate(eager, One(truth, 4), protocol="gres", **options)["mIoU"] == 0
 
 
-def test_batches_equal_one_by_one(root, model) -> None:
-    dataset = open_split(root)
-    single, batched = evaluate(model, dataset, 1), evaluate(model, dataset, 7)
-    assert numbers(batched) == pytest.approx(numbers(single), abs=0.02)
-    assert single["oIoU"] > 0
-    assert single["by_kind"].keys() == batched["by_kind"].keys()
-    assert sum(entry["sentences"] for entry in single["by_kind"].values()) == single["sentences"] == len(dataset)
+# ---- CRIS, by its released code (tests/golden/cris_data) ----
 
 
-def test_the_sentence_level_result_by_hand(root, model) -> None:
-    """One sentence: squash, predict, threshold at 0.5, nearest ground truth."""
-    dataset = open_split(root)
-    item = dataset[0]
-    probability = model.predict(item["image"][None], item["input_ids"][None], item["attention_mask"][None])[0]
-    mask = probability > 0.5
-    truth = item["mask"].bool()
-    expected = 100 * ((mask & truth).sum() / (mask | truth).sum()).item()
-    scores = evaluate(model, dataset, limit=1)
-    assert scores["sentences"] == 1
-    assert scores["oIoU"] == pytest.approx(expected, abs=1e-4)
-    assert scores["mIoU"] == pytest.approx(expected, abs=1e-4)
+class PlainLetterbox:
+    """The way back as cris.md writes it, in float64, without OpenCV 4's rounding of coordinates."""
+
+    def back(self, canvas: Tensor, size: tuple[int, int]) -> Tensor:
+        height, width = size
+        side = canvas.shape[-1]
+        scale = min(side / height, side / width)
+        x = scale * torch.arange(width, dtype=torch.float64) + (side - width * scale) / 2
+        y = scale * torch.arange(height, dtype=torch.float64) + (side - height * scale) / 2
+        grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)
+        grid = (2 * grid + 1) / side - 1
+        return F.grid_sample(
+            canvas.double()[None, None], grid[None], mode="bicubic", padding_mode="zeros", align_corners=False
+        )[0, 0].float()
 
 
-@pytest.mark.parametrize("resolution", ["input", "original"])
-def test_an_oracle_scores_full_marks_and_fails_the_control(root, resolution: str) -> None:
-    dataset = open_split(root)
-    oracle = Oracle(dataset)
-    scores = evaluate(oracle, dataset, 5, resolution)
-    assert scores["resolution"] == resolution
-    assert scores["oIoU"] == scores["mIoU"] == scores["P@0.9"] == 100
-    dataset.shuffle_expressions(0)
-    control = evaluate(oracle, dataset, 5, resolution)
-    assert control["mIoU"] < 50
-    assert control["sentences"] == scores["sentences"]
+def test_cris_from_logits_to_the_score() -> None:
+    """Between OpenCV 4, by which the score was taken, and the plain formula lie 0.002 of a probability."""
+    golden = np.load(GOLDEN / "cris_data.npz")
+    prediction = Prediction(torch.from_numpy(golden["logits"])[:, 0])
+    square = golden["probability"].shape
+    upsampled = probability_at_input(prediction, PROTOCOLS["cris"], square)[0]
+    assert torch.allclose(upsampled, torch.from_numpy(golden["probability"]), atol=2e-6)
+    original = PlainLetterbox().back(upsampled, golden["mask"].shape)
+    assert torch.allclose(original, torch.from_numpy(golden["original"]), atol=2e-3)
+
+    dataset = One(torch.from_numpy(golden["mask"] > 0).to(torch.uint8), square[0], original=True)
+    dataset.spec, dataset.fit = InputSpec(fit="letterbox"), PlainLetterbox()
+    found = evaluate(Says(prediction), dataset, protocol="cris", resolution="original", fast=False)
+    assert found["mIoU"] == pytest.approx(100 * golden["iou"][0], abs=0.2)
+    assert (found["P@0.6"], found["P@0.7"]) == (100, 0)
+    assert found["threshold"] == 0.35
 
 
-def test_original_resolution_of_pictures_of_different_sizes(root, model, tmp_path) -> None:
-    """Grouping by size for the batches changes neither the sentences nor their scores."""
-
-    class Mixed(ExpressionDataset):
-        def record(self, index: int) -> dict:
-            record = super().record(index)
-            height = 96 if index % 3 else 60
-            return {**record, "height": height}
-
-        def original_mask(self, index: int) -> np.ndarray:
-            return np.ascontiguousarray(super().original_mask(index)[: self.record(index)["height"]])
-
-    dataset = Mixed(Refer(root), "val", Tokenizer(), SIZE)
-    single, batched = (evaluate(model, dataset, size, "original") for size in (1, 4))
-    assert single["sentences"] == batched["sentences"] == len(dataset)
-    assert numbers(batched) == pytest.approx(numbers(single), abs=0.02)
+def test_cris_with_the_letterbox_equals_the_released_score() -> None:
+    """To the last digit that float32 holds: the way back rounds coordinates as OpenCV 4 does."""
+    golden = np.load(GOLDEN / "cris_data.npz")
+    side = golden["probability"].shape[0]
+    dataset = One(torch.from_numpy(golden["mask"] > 0).to(torch.uint8), side, original=True)
+    dataset.spec = InputSpec(size=side, fit="letterbox")
+    dataset.fit = open_fit(dataset.spec)
+    prediction = Prediction(torch.from_numpy(golden["logits"])[:, 0])
+    found = evaluate(Says(prediction), dataset, protocol="cris", resolution="original", fast=False)
+    assert found["mIoU"] == pytest.approx(100 * golden["iou"][0], abs=1e-9)
 
 
-def _score_as_one_of_two(rank: int, folder: Path, limit: int) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    torch.manual_seed(0)
-    scores = evaluate(FakeModel(), FakeDataset(9), 2, limit=limit)
-    (folder / f"{rank}.json").write_text(json.dumps(scores))
-    torch.distributed.destroy_process_group()
+def test_cris_says_how_an_iou_is_formed() -> None:
+    """Its small number in the divisor, and more than, not at least."""
+    size = 10
+    truth = torch.zeros(size, size, dtype=torch.uint8)
+    truth[:, :] = 1
+    logits = torch.full((1, size, size), -9.0)
+    logits[0, :5] = 9  # exactly half
+
+    class Same(PlainLetterbox):
+        def back(self, canvas: Tensor, size: tuple[int, int]) -> Tensor:
+            return canvas
+
+    dataset = One(truth, size, original=True)
+    dataset.spec, dataset.fit = InputSpec(fit="letterbox"), Same()
+    found = evaluate(Says(Prediction(logits)), dataset, protocol="cris", resolution="original", fast=False)
+    assert found["P@0.5"] == 0
+    assert found["mIoU"] == 100 * 50 / (100 + 1e-6)
+    assert found["mIoU"] < 50
+    found = evaluate(Says(Prediction(logits)), dataset, resolution="original", fast=False)
+    assert (found["P@0.5"], found["mIoU"]) == (100, 50)
 
 
-@pytest.mark.parametrize("limit", [9, 1])
-def test_two_processes_share_the_sentences(tmp_path, limit: int) -> None:
-    """An odd number, and fewer than processes: none is scored twice, both processes get the whole result, exactly."""
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=_score_as_one_of_two, args=(r, tmp_path, limit)) for r in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-        assert process.exitcode == 0
-    torch.manual_seed(0)
-    alone = evaluate(FakeModel(), FakeDataset(9), 2, limit=limit)
-    assert alone["sentences"] == limit
-    assert alone["mIoU"] > 1
-    for rank in range(2):
-        assert json.loads((tmp_path / f"{rank}.json").read_text()) == alone
-
-
-def test_progress_and_mode(root, model) -> None:
-    dataset = open_split(root)
-    calls: list[tuple[int, int]] = []
-    model.train()
-    evaluate(model, dataset, 3, limit=8, progress=lambda done, total: calls.append((done, total)))
-    assert calls == [(3, 8), (6, 8), (8, 8)]
-    assert model.training
-    model.eval()
-
-
-def test_training_goes_on_after_an_evaluation(root, model) -> None:
-    """Nothing that evaluation leaves in the model forbids gradients."""
-    dataset = open_split(root)
-    evaluate(model, dataset, limit=2)
-    item = dataset[0]
-    output = model(item["image"][None], item["input_ids"][None], item["attention_mask"][None])
-    output.mask_logits.sum().backward()
-    model.zero_grad()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"resolution": "full"}, "resolution: expected one of input, original, got 'full'"),
-        ({"batch_size": 0}, "batch_size: expected at least 1, got 0"),
-        ({"limit": 0}, "no sentence to evaluate"),
-    ],
-)
-def test_bad_arguments(root, model, arguments: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(message)):
-        evaluate(model, open_split(root), **arguments)
+def test_cris_empty_union_is_zero() -> None:
+    dataset = One(torch.zeros(8, 8, dtype=torch.uint8), 8, original=True)
+    dataset.spec, dataset.fit = InputSpec(fit="letterbox"), PlainLetterbox()
+    nothing = Says(Prediction(torch.full((1, 2, 2), -9.0)))
+    found = evaluate(nothing, dataset, protocol="cris", resolution="original", fast=False)
+    assert (found["mIoU"], found["P@0.5"]) == (0, 0)

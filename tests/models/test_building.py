@@ -1,83 +1,101 @@
-"""Presets, overrides, released and own files, pretrained weights: what is accepted and what is refused."""
+"""Files and published weights of whole models: what is accepted and what is refused."""
 
 from __future__ import annotations
 
 import os
 import pickle
 from argparse import Namespace
+from pathlib import Path
 
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
+from torch import Tensor
 from transformers import BertModel
 
 from magnet_fast import models
-from magnet_fast.models.bert import bert_config
-from magnet_fast.models.pretrained import swin_from_timm
+from magnet_fast.models import Text
+from magnet_fast.models.encoders.swin_weights import swin_from_timm
+from magnet_fast.models.released import dropped_names
+from magnet_fast.models.weights import load_with_metadata
 from tests.golden.parameters import golden, released_checkpoint
 
 
-def test_overrides() -> None:
-    config = models.preset_config("magnet_tiny", alignment="xmha", text__vocab_size=200, image={"window_size": 5})
-    assert config.alignment.kind == "xmha" and config.text.vocab_size == 200 and config.image.window_size == 5
-    assert config.image.embed_dim == models.preset_config("magnet_tiny").image.embed_dim
+@pytest.fixture(scope="module")
+def magnet() -> dict[str, Tensor]:
+    """The flat state dict of a released MagNet."""
+    return released_checkpoint("magnet")["model"]
 
 
-@pytest.mark.parametrize(
-    ("name", "overrides", "message"),
-    [
-        ("magnet_tin", {}, "did you mean 'magnet_tiny'"),
-        ("magnet_tiny", {"windowsize": 3}, "unknown model setting 'windowsize'"),
-        ("magnet_tiny", {"image__windw_size": 3}, "did you mean 'window_size'"),
-        ("magnet_tiny", {"image": {"dept": 3}}, "image.dept"),
-        ("magnet_tiny", {"alignment": "other"}, "alignment.kind"),
-        ("magnet_tiny", {"text__num_layers": 5}, "multiple of 4"),
-        ("magnet_tiny", {"image__num_heads": (3, 2, 4, 8)}, "does not divide"),
-        ("magnet_tiny", {"alignment": {"kind": "xmha", "masking": "released"}}, "PWAM"),
-        ("lavt_tiny", {"masking": "released"}, "unknown model setting"),
-    ],
-)
-def test_refused_configurations(name: str, overrides: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        models.build(name, **overrides)
+@pytest.fixture(scope="module")
+def lavt() -> dict[str, dict[str, Tensor]]:
+    """The contents of a released LAVT's file."""
+    return released_checkpoint("lavt")
 
 
-def test_files_round_trip(tmp_path) -> None:
-    model = models.build("magnet_tiny", alignment="xmha").eval()
+def test_files_round_trip(tmp_path: Path) -> None:
+    model = models.create("magnet_tiny", fusion__form="xmha", input__size=128).eval()
     path = tmp_path / "model.safetensors"
-    models.save_model(model, path, {"image_size": "128"})
-    again, metadata = models.load_model(path)
-    assert again.config == model.config and metadata["image_size"] == "128"
+    models.save(model, path, {"step": "7"})
+    again, metadata = load_with_metadata(path)
+    assert again.config == model.config and metadata["step"] == "7" and not again.training
     for (name, a), b in zip(model.state_dict().items(), again.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
     assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
+    assert all(torch.equal(a, b) for a, b in zip(models.load(path).parameters(), again.parameters(), strict=True))
 
 
-def test_refused_files(tmp_path) -> None:
+def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
+    model, path = models.create("lavt_tiny"), tmp_path / "model.safetensors"
+    models.save(model, path)
+    before = path.read_bytes()
+    with pytest.raises(TypeError):
+        models.save(model, path, {"step": object()})  # metadata is text
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_refused_files(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nowhere"):
-        models.load_model(tmp_path / "nowhere.safetensors")
+        models.load(tmp_path / "nowhere.safetensors")
     (tmp_path / "empty.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match="empty.safetensors"):
-        models.load_model(tmp_path / "empty.safetensors")
-    from safetensors.torch import save_file
-
+        models.load(tmp_path / "empty.safetensors")
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="not written by magnet_fast"):
-        models.load_model(tmp_path / "other.safetensors")
+        models.load(tmp_path / "other.safetensors")
+    save_file({"x": torch.zeros(1)}, tmp_path / "bare.safetensors", {"format": "magnet_fast.model/2"})
+    with pytest.raises(ValueError, match="bare.safetensors' has no configuration"):
+        models.load(tmp_path / "bare.safetensors")
+    later = {"format": "magnet_fast.model/3", "config": "{}"}
+    save_file({"x": torch.zeros(1)}, tmp_path / "later.safetensors", later)
+    with pytest.raises(ValueError, match="model/3"):
+        models.load(tmp_path / "later.safetensors")
 
 
-def test_released_file_with_arguments(tmp_path) -> None:
+def test_released_file_with_arguments(magnet: dict[str, Tensor], tmp_path: Path) -> None:
     """Released files carry an argparse Namespace; with it and behind a DataParallel prefix they still load."""
-    state = {f"module.{k}": v for k, v in released_checkpoint("magnet")["model"].items()}
+    state = {f"module.{k}": v for k, v in magnet.items()}
     torch.save({"model": state, "args": Namespace(lr=1.0), "epoch": 39}, tmp_path / "magnet.pth")
     model = models.from_released(tmp_path / "magnet.pth")
-    assert model.config.alignment.masking == "released" and not model.training
+    assert model.config.fusion.masking == "released" and not model.training
     assert model.config.image.window_size == 7 and model.config.image.depths == (2, 2, 2, 2)
-    flat = models.from_released(released_checkpoint("magnet")["model"])
+    assert model.config.text.schedule == "slices"
+    flat = models.from_released(magnet)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), flat.parameters(), strict=True))
 
 
-def test_malicious_checkpoint_is_refused(tmp_path) -> None:
+def test_released_and_saved_computes_the_same(lavt: dict, tmp_path: Path) -> None:
+    values = golden("lavt")
+    model = models.from_released(lavt, fusion_heads=(1, 2, 1, 4))
+    models.save(model, tmp_path / "lavt.safetensors")
+    again = models.load(tmp_path / "lavt.safetensors")
+    inputs = values["image"], values["input_ids"], values["attention_mask"]
+    assert list(again.config.fusion.heads) == [1, 2, 1, 4]
+    assert torch.equal(model.predict(*inputs), again.predict(*inputs))
+
+
+def test_malicious_checkpoint_is_refused(tmp_path: Path) -> None:
     marker = tmp_path / "ran"
 
     class Attack:
@@ -92,26 +110,43 @@ def test_malicious_checkpoint_is_refused(tmp_path) -> None:
     assert not marker.exists()
 
 
-def test_released_strictness() -> None:
-    state = released_checkpoint("magnet")["model"]
+def test_released_strictness(magnet: dict[str, Tensor], lavt: dict) -> None:
+    state = magnet
     extra = {**state, "image_model.layers.0.surprise.weight": torch.zeros(1)}
     with pytest.raises(ValueError, match="surprise"):
         models.from_released(extra)
     less = {k: v for k, v in state.items() if k != "image_model.layers.2.mixer.0.bias"}
-    with pytest.raises(ValueError, match=r"alignment\.2\.mixer\.0\.bias"):
+    with pytest.raises(ValueError, match=r"fusion\.stages\.2\.mixer\.0\.bias"):
         models.from_released(less)
-    with pytest.raises(ValueError, match="not a released MagNet or LAVT"):
+    less = {k: v for k, v in state.items() if k != "image_model.patch_embed.proj.weight"}
+    with pytest.raises(ValueError, match=r"lacks 'image_model\.patch_embed\.proj\.weight'"):
+        models.from_released(less)
+    with pytest.raises(ValueError, match="not a released checkpoint of .*lavt.*magnet.*resnet"):
         models.from_released({"resnet.conv1.weight": torch.zeros(3)})
     with pytest.raises(ValueError, match="does not divide"):
         models.from_released(state, fusion_heads=(3, 1, 1, 1))
+    with pytest.raises(ValueError, match="masking: not a hint for a released lavt; known: fusion_heads"):
+        models.from_released(lavt, masking="correct")
+    assert models.from_released(state, masking="correct").config.fusion.masking == "correct"
 
 
-def test_fusion_heads_matter() -> None:
+def test_what_released_files_lose_is_told(magnet: dict[str, Tensor], lavt: dict) -> None:
+    """Only what no forward pass reads: the released code's own dead weights and indices, and the last stage's gate."""
+    dropped = dropped_names({"model": magnet})
+    assert {name.split(".")[0] for name in dropped} == {"image_model", "language_model", "lang_proj"}
+    read = ("qkv", "fusion.", "mixer", "embeddings.word", "blocks.0.norm", "pwams", "res_gates")
+    assert not [name for name in dropped if any(part in name for part in read)]
+    gates = [name for name in dropped if ".res_gate." in name]
+    assert gates and all(name.startswith("image_model.layers.3.") for name in gates)
+    assert any(name.startswith("backbone.layers.3.res_gate") for name in dropped_names(lavt))
+
+
+def test_fusion_heads_matter(lavt: dict) -> None:
     values = golden("lavt")
-    inputs = values["image"], values["input_ids"], values["attention_mask"]
+    inputs = values["image"], Text(values["input_ids"], values["attention_mask"].bool())
     with torch.inference_mode():
-        one = models.from_released(released_checkpoint("lavt"))(*inputs).mask_logits
-        four = models.from_released(released_checkpoint("lavt"), fusion_heads=(4, 4, 4, 4))(*inputs).mask_logits
+        one = models.from_released(lavt)(*inputs).mask
+        four = models.from_released(lavt, fusion_heads=(4, 4, 4, 4))(*inputs).mask
     assert (one - four).abs().max() > 1e-2
 
 
@@ -127,7 +162,7 @@ SMALL = {
 }
 
 
-def test_pretrained_from_local_paths(tmp_path) -> None:
+def test_pretrained_from_local_paths(tmp_path: Path) -> None:
     """timm's Swin and a transformers folder load by path, and give the encoder timm's features."""
     torch.manual_seed(0)
     swin = timm.create_model("swin_tiny_patch4_window7_224", pretrained=False).eval()
@@ -135,20 +170,33 @@ def test_pretrained_from_local_paths(tmp_path) -> None:
         if name.endswith("bias_table"):
             parameter.data.normal_()
     torch.save({"model": swin.state_dict()}, tmp_path / "swin.pth")
-    target = models.build("magnet_tiny", **SMALL)
-    bert = BertModel(bert_config(target.config.text), add_pooling_layer=False)
+    target = models.create("magnet_tiny", **SMALL)
+    bert = BertModel(target.text_encoder.bert.config, add_pooling_layer=False)
     bert.save_pretrained(tmp_path / "bert")
     sources = {"image": str(tmp_path / "swin.pth"), "text": str(tmp_path / "bert")}
-    model = models.build("magnet_tiny", pretrained=sources, **SMALL).eval()
+    model = models.create("magnet_tiny", pretrained=sources, **SMALL).eval()
     for name, tensor in bert.state_dict().items():
         assert torch.equal(tensor, model.text_encoder.bert.state_dict()[name]), name
-    image = torch.randn(1, 3, 224, 224)
+    image, encoder = torch.randn(1, 3, 224, 224), model.image_encoder
     with torch.inference_mode():
-        x = model.image_encoder.patch_embed(image)
-        for stage in model.image_encoder.stages[:3]:  # the last map is one window: there timm does not shift
-            x = stage.downsample(stage(x))
+        x = encoder.start(image)
+        for stage in range(3):  # the last map is one window: there timm does not shift
+            x = encoder.descend(stage, encoder.stage(stage, x))
         expected = swin.layers[3].downsample(swin.layers[:3](swin.patch_embed(image)))
     torch.testing.assert_close(x, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_one_encoder_may_start_from_nothing(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    bert = BertModel(models.create("lavt_tiny").text_encoder.bert.config, add_pooling_layer=False)
+    bert.save_pretrained(tmp_path / "bert")
+    torch.manual_seed(1)
+    expected = models.create("lavt_tiny").image_encoder.state_dict()
+    torch.manual_seed(1)
+    model = models.create("lavt_tiny", pretrained={"image": False, "text": str(tmp_path / "bert")})
+    for name, tensor in model.image_encoder.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+    assert torch.equal(model.text_encoder.word_embedding, bert.get_input_embeddings().weight)
 
 
 def test_bias_tables_follow_the_window() -> None:
@@ -168,15 +216,22 @@ def test_bias_tables_follow_the_window() -> None:
         ({"text": "x"}, "no published Swin"),
     ],
 )
-def test_pretrained_errors(sources: dict, message: str) -> None:
+def test_pretrained_errors(sources: dict[str, str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        models.build("magnet_tiny", pretrained=sources)
+        models.create("magnet_tiny", pretrained=sources)
 
 
-def test_pretrained_without_network(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+def test_pretrained_without_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     swin = timm.create_model("swin_tiny_patch4_window7_224", pretrained=False)
     torch.save(swin.state_dict(), tmp_path / "swin.pth")
     sources = {"image": str(tmp_path / "swin.pth"), "text": str(tmp_path / "no-such-folder")}
     with pytest.raises(ValueError, match="text weights .*pretrained=False"):
-        models.build("magnet_tiny", pretrained=sources, **SMALL)
+        models.create("magnet_tiny", pretrained=sources, **SMALL)
+
+
+def test_pretrained_of_another_size_is_named(tmp_path: Path) -> None:
+    bert = BertModel(models.create("lavt_tiny", text__vocab_size=40).text_encoder.bert.config, add_pooling_layer=False)
+    bert.save_pretrained(tmp_path / "bert")
+    with pytest.raises(ValueError, match=r"does not fit BertModel.*word_embeddings.weight: \(40, 64\)"):
+        models.create("lavt_tiny", pretrained={"image": False, "text": str(tmp_path / "bert")})

@@ -1,164 +1,153 @@
-"""The output contract of every model, on sizes nothing divides, and the properties training relies on."""
+"""The contract of every model, on sizes nothing divides, and the properties training relies on."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+import torch.nn.functional as F
 
 from magnet_fast import models, ops
-from magnet_fast.models.pwam import TextPWAM
+from magnet_fast.models import Text
+from magnet_fast.models.encoders.swin import SwinBlock
+from magnet_fast.models.heads.mask_decoder import DecoderLayer
+from magnet_fast.models.heads.pixel_decoder import DeformableLayer
+from tests.models.cases import PRESETS, batch, build, everything, open_gates, without_gradient
 
-TINY = {
-    "magnet_tiny": {},
-    "magnet_tiny xmha": {"alignment": "xmha"},
-    "magnet_tiny released": {"masking": "released"},
-    "lavt_tiny": {},
-}
-
-
-def build(case: str, **overrides):
-    torch.manual_seed(0)
-    return models.build(case.split()[0], **TINY[case], **overrides).eval()
+CORRECT = ["magnet", "magnet-xmha", "lavt"]
 
 
-def batch(size=(64, 96), words=9, count=2, vocab=1024):
-    generator = torch.Generator().manual_seed(1)
-    image = torch.randn(count, 3, *size, generator=generator)
-    input_ids = torch.randint(5, vocab, (count, words), generator=generator)
-    attention_mask = torch.ones_like(input_ids)
-    attention_mask[1:, words - 3 :] = 0
-    return image, input_ids * attention_mask, attention_mask
-
-
-def open_gates(model: torch.nn.Module) -> None:
-    """Gates and sampling offsets start at zero; with random weights in them every path reaches the output."""
-    generator = torch.Generator().manual_seed(2)
-    for name, parameter in model.named_parameters():
-        if "gate." in name or name.endswith(("sampling_offsets.weight", "attention_weights.weight")):
-            parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
-
-
-@pytest.mark.parametrize("case", TINY)
+@pytest.mark.parametrize("case", PRESETS)
 @pytest.mark.parametrize("size", [(64, 96), (67, 45), (32, 33)], ids=str)
 def test_contract(case: str, size: tuple[int, int]) -> None:
-    model = build(case)
-    inputs = batch(size)
+    model = build(PRESETS[case])
+    image, text = batch(size)
+    quarter = (-(-size[0] // 4), -(-size[1] // 4))
     with torch.inference_mode():
-        output = model(*inputs)
-        probability = model.predict(*inputs)
-        resized = model.predict(*inputs, size=(51, 38))
-    if case.startswith("magnet"):
-        quarter = (-(-size[0] // 4), -(-size[1] // 4))
-        assert output.mask_logits.shape == (2, 1, *quarter)
-        assert output.class_logits.shape == (2, 1, 2)
-        assert [(m.shape, c.shape) for m, c in output.auxiliary] == [((2, 1, *quarter), (2, 1, 2))] * 9
-        assert output.mask_features.shape == (2, model.config.decoder.width, *quarter)
+        prediction = model(image, text)
+        features = model.encode(image, text)
+        probability = model.predict(image, *text)
+        resized = model.predict(image, *text, size=(51, 38))
+    assert prediction.mask.shape == (2, *quarter)
+    if case == "lavt":
+        assert prediction.presence is None and prediction.earlier == () and prediction.pixels is None
+        assert model.head.pixel_channels is None and not model.head.says_presence
     else:
-        assert output.mask_logits.shape == (2, 2, *size)
-        assert output.class_logits is None and output.auxiliary == []
-    assert output.text_features.shape == (2, 9, model.config.text.hidden_size)
+        assert prediction.presence.shape == (2,)
+        assert [(p.mask.shape, p.presence.shape) for p in prediction.earlier] == [((2, *quarter), (2,))] * 9
+        assert prediction.pixels.shape == (2, model.head.pixel_channels, *quarter)
+        assert model.head.says_presence
+    assert model.presence is None and model.needs == () and prediction.extra == {}
+    width = model.text_encoder.width
+    assert prediction.words.features.shape == (2, 9, width) and prediction.words.sentence.shape == (2, width)
+    assert torch.equal(prediction.words.mask, text.mask)
+    assert model.text_encoder.word_embedding.shape == (model.text_encoder.vocab_size, width)
+    assert features.size == size and len(features.maps) == len(features.tokens) == 4
+    for feature, stride, channels in zip(
+        features.maps, model.image_encoder.strides, model.image_encoder.channels, strict=True
+    ):
+        assert feature.shape == (2, -(-size[0] // stride), -(-size[1] // stride), channels)
     assert probability.shape == (2, *size) and resized.shape == (2, 51, 38)
     assert probability.min() >= 0 and probability.max() <= 1 and probability.dtype == torch.float32
 
 
-@pytest.mark.parametrize("case", ["magnet_tiny", "magnet_tiny xmha", "lavt_tiny"])
+def test_the_sentence_is_the_mean_of_its_words() -> None:
+    words = models.Words(torch.randn(3, 5, 4), torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [0] * 5]).bool())
+    expected = torch.stack([words.features[0].mean(0), words.features[1, :2].mean(0), torch.zeros(4)])
+    torch.testing.assert_close(words.sentence, expected)
+    pooled = torch.randn(3, 4)
+    assert words._replace(pooled=pooled).sentence is pooled
+
+
+@pytest.mark.parametrize("case", CORRECT)
 def test_padding_is_never_seen(case: str) -> None:
     """With correct masking, the number of padding tokens and what stands in them change nothing."""
-    model = build(case)
+    model = build(PRESETS[case])
     open_gates(model)
-    image, input_ids, attention_mask = batch()
-    more = torch.nn.functional.pad(attention_mask, (0, 6))
-    filled = torch.nn.functional.pad(input_ids, (0, 6), value=7)
-    with torch.inference_mode():
-        short = model.predict(image, input_ids, attention_mask)
-        long = model.predict(image, filled, more)
+    image, (ids, mask) = batch()
+    more, filled = F.pad(mask, (0, 6)), F.pad(ids, (0, 6), value=7)
+    short, long = model.predict(image, ids, mask), model.predict(image, filled, more)
     torch.testing.assert_close(short, long, rtol=1e-4, atol=1e-5)
 
 
 def test_released_masking_does_see_padding() -> None:
     """The quirk that released checkpoints need: padding enters the words' instance norm."""
-    model = build("magnet_tiny released")
+    model = build(PRESETS["magnet-released"])
     open_gates(model)
-    image, input_ids, attention_mask = batch()
+    image, (ids, mask) = batch()
     with torch.inference_mode():
-        short = model(image, input_ids, attention_mask).text_features
-        long = model(
-            image,
-            torch.nn.functional.pad(input_ids, (0, 6)),
-            torch.nn.functional.pad(attention_mask, (0, 6)),
-        ).text_features[:, :9]
+        short = model(image, Text(ids, mask)).words.features
+        long = model(image, Text(F.pad(ids, (0, 6)), F.pad(mask, (0, 6)))).words.features[:, :9]
     assert (short - long).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("case", ["magnet_tiny", "magnet_tiny xmha", "lavt_tiny"])
+@pytest.mark.parametrize("case", CORRECT)
 def test_items_of_a_batch_do_not_mix(case: str) -> None:
-    model = build(case)
-    image, input_ids, attention_mask = batch(count=3)
-    with torch.inference_mode():
-        together = model.predict(image, input_ids, attention_mask)
-        alone = torch.cat(
-            [model.predict(image[i : i + 1], input_ids[i : i + 1], attention_mask[i : i + 1]) for i in range(3)]
-        )
+    model = build(PRESETS[case])
+    image, (ids, mask) = batch(count=3)
+    together = model.predict(image, ids, mask)
+    alone = torch.cat([model.predict(image[i : i + 1], ids[i : i + 1], mask[i : i + 1]) for i in range(3)])
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("case", TINY)
-def test_expression_and_gradients_reach_everything(case: str) -> None:
-    """Every parameter that the masks depend on gets a gradient, the gates' first Linears from the first step on."""
-    model = build(case)
+@pytest.mark.parametrize("case", PRESETS)
+def test_no_parameter_without_gradient(case: str) -> None:
+    """From the first step on, closed gates and all: processes that train together wait for every gradient."""
+    model = build(PRESETS[case]).train()
+    everything(model(*batch())).backward()
+    assert without_gradient(model) == []
+
+
+@pytest.mark.parametrize("case", PRESETS)
+def test_masks_alone_leave_only_the_last_words(case: str) -> None:
+    """Without a term that reads the words, what the last exchange gives them has nowhere to go."""
+    model = build(PRESETS[case]).train()
+    prediction = model(*batch())
+    everything(prediction._replace(words=prediction.words._replace(features=torch.zeros(1)))).backward()
+    unread = {"magnet": ("text_", "image_value"), "magnet-xmha": ("text_gate", "word_output", "pixel_value")}
+    unread["magnet-released"] = unread["magnet"]
+    for name in without_gradient(model):
+        assert name.startswith("fusion.stages.3.") and any(part in name for part in unread.get(case, ())), name
+
+
+@pytest.mark.parametrize("case", PRESETS)
+def test_gradients_reach_everything(case: str) -> None:
+    """Every parameter that the masks depend on gets a gradient that is not zero."""
+    model = build(PRESETS[case])
     open_gates(model)
-    output = model(*batch(count=2))
-    predictions = [(output.mask_logits, output.class_logits), *output.auxiliary]
-    loss = sum((m.square().mean() + (0 if c is None else c.square().mean())) for m, c in predictions)
-    loss = loss + output.text_features.square().mean()
-    loss.backward()
+    everything(model(*batch())).backward()
     dead = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     # A key's bias shifts all scores of a query alike: softmax is blind to it, and a single query attends to itself.
-    blind = ("text_projection.", ".key.bias", "word_key.bias", "self_attention.query.", "self_attention.key.")
+    blind = (".key.bias", "word_key.bias", "self_attention.query.", "self_attention.key.")
     blind = (*blind, "text_fusion.value.bias")  # its instance norm removes any constant
-    unread = ("alignment.3.image_gate.", "fusions.3.gate.")  # the last stage's stream feeds nothing
-    blind = (*blind, *unread)
     dead = [n for n in dead if not any(part in n for part in blind)]
-    if case == "magnet_tiny released":  # words get zero queries there: uniform attention over zero-mean values
+    if case == "magnet-released":  # words get zero queries there: uniform attention over zero-mean values
         dead = [n for n in dead if "text_fusion" not in n]
     assert dead == []
 
 
 def test_gates_start_closed_and_learn() -> None:
-    model = build("magnet_tiny")
-    for alignment in model.alignment:
-        for gate in (alignment.image_gate, alignment.text_gate):
-            assert gate.last.weight.abs().sum() == 0 and gate.first.weight.abs().sum() > 0
-    output = model(*batch())
-    (output.mask_logits.square().mean() + output.text_features.square().mean()).backward()
-    for stage, alignment in enumerate(model.alignment):
-        assert alignment.text_gate.last.weight.grad.abs().sum() > 0
-        if stage < 3:  # the last stage's stream feeds nothing
-            assert alignment.image_gate.last.weight.grad.abs().sum() > 0
+    model = build(PRESETS["magnet"])
+    *gated, last = model.fusion.stages
+    assert last.image_gate is None  # nothing reads the last stage's stream
+    gates = [gate for stage in gated for gate in (stage.image_gate, stage.text_gate)] + [last.text_gate]
+    for gate in gates:
+        assert gate.last.weight.abs().sum() == 0 and gate.first.weight.abs().sum() > 0
+    everything(model(*batch())).backward()
+    for gate in gates:
+        assert gate.last.weight.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("mask", [None, [[1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0, 0]]], ids=["all words", "padded"])
-def test_absorbed_projections_are_exact(mask: list | None) -> None:
-    torch.manual_seed(0)
-    module = TextPWAM(48, 16, masking="correct").double()
-    words = torch.randn(2, 7, 48, dtype=torch.float64)
-    pixels = torch.randn(2, 400, 16, dtype=torch.float64) * torch.rand(16) + 1
-    word_mask = None if mask is None else torch.tensor(mask, dtype=torch.bool)
-    assert module._absorbing_pays(pixels) and not module._absorbing_pays(torch.empty(1, 9, 1024))
-    query = module.query(words)
-    direct = module._attend(query, pixels, word_mask)
-    torch.testing.assert_close(module._attend_absorbed(query, pixels, word_mask), direct, rtol=1e-10, atol=1e-10)
-
-
-@pytest.mark.parametrize("case", ["magnet_tiny", "lavt_tiny"])
+@pytest.mark.parametrize("case", ["magnet", "lavt"])
 def test_backends_agree(case: str) -> None:
-    model = build(case)
-    inputs = batch((67, 45))
+    model = build(PRESETS[case])
+    image, text = batch((67, 45))
     grads, outputs = [], []
     for backend in ("reference", "auto"):
         model.zero_grad()
         with ops.backend(backend):
-            output = model(*inputs).mask_logits
+            output = model(image, text).mask
             output.square().mean().backward()
         outputs.append(output.detach())
         grads.append([p.grad for p in model.image_encoder.parameters() if p.grad is not None])
@@ -167,50 +156,81 @@ def test_backends_agree(case: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 
 
-def test_compiles_whole() -> None:
-    model = build("magnet_tiny")
-    inputs = batch((64, 64))
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+@pytest.mark.parametrize("case", ["magnet", "lavt"])
+def test_autocast_stays_finite_and_near(case: str) -> None:
+    model = build(PRESETS[case])
+    image, text = batch()
     with torch.no_grad():
-        torch.testing.assert_close(compiled(*inputs).mask_logits, model(*inputs).mask_logits, rtol=1e-4, atol=1e-4)
-
-
-def test_autocast_stays_finite_and_near() -> None:
-    model = build("magnet_tiny")
-    inputs = batch()
-    with torch.no_grad():
-        exact = model(*inputs)
+        exact = model(image, text)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            rough = model(*inputs)
-    # The first prediction has passed no mask threshold, so it moves continuously with rounding.
-    difference = (exact.auxiliary[0][0] - rough.auxiliary[0][0].float()).abs().max()
-    assert difference < 0.05 * exact.auxiliary[0][0].abs().max()
-    assert rough.mask_logits.isfinite().all()
+            rough = model(image, text)
+    # MagNet's first prediction has passed no mask threshold, so it moves continuously with rounding.
+    first, rounded = (p.earlier[0].mask if p.earlier else p.mask for p in (exact, rough))
+    assert (first - rounded.float()).abs().max() < 0.05 * first.abs().max()
+    assert rough.mask.isfinite().all()
 
 
-def test_presets_build_and_sizes() -> None:
-    tiny = models.build("magnet_tiny")
-    assert 1.0e6 < sum(p.numel() for p in tiny.parameters()) < 3e6
-    with torch.device("meta"):
-        counts = {name: sum(p.numel() for p in models.build(name).parameters()) for name in models.presets()}
-    assert {"magnet_tiny", "magnet_swin_t", "magnet_swin_s", "magnet_swin_b"} <= counts.keys()
-    assert {"lavt_tiny", "lavt_swin_t", "lavt_swin_s", "lavt_swin_b"} <= counts.keys()
-    assert 290e6 < counts["magnet_swin_b"] < 300e6  # the released model has 297 M
+@pytest.mark.parametrize("case", CORRECT)
+def test_whole_in_bfloat16(case: str) -> None:
+    """Weights and all; images may come in float32."""
+    model = build(PRESETS[case])
+    image, text = batch()
+    exact = model.predict(image, *text)
+    found = model.bfloat16().predict(image, *text)
+    assert found.dtype == torch.float32 and found.isfinite().all()
+    assert torch.equal(found, model.predict(image.bfloat16(), *text))
+    if case == "lavt":
+        assert (found - exact).abs().max() < 0.05
+
+
+def test_layers_are_found_once() -> None:
+    """Blocks of Swin, layers of BERT, and both decoders' layers: units of checkpointing and of sharding."""
+    magnet = build(PRESETS["magnet"])
+    layers = magnet.repeated_layers()
+    assert len({id(layer) for layer in layers}) == len(layers)
+    counts = {kind.__name__: sum(type(layer) is kind for layer in layers) for kind in map(type, layers)}
+    assert counts == {"SwinBlock": 8, "DeformableLayer": 1, "DecoderLayer": 9, "BertLayer": 4}
+    for kind in (SwinBlock, DeformableLayer, DecoderLayer):
+        assert sum(isinstance(module, kind) for module in magnet.modules()) == counts[kind.__name__]
+    inside = [m for layer in layers for m in layer.modules() if m is not layer and any(m is other for other in layers)]
+    assert inside == []
+    assert len(build(PRESETS["lavt"]).repeated_layers()) == 8 + 4
+
+
+IMAGE, (IDS, MASK) = batch()
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("image", "text", "error", "message"),
     [
-        (lambda i, t, m: (i[0], t, m), "image must be"),
-        (lambda i, t, m: (i.long(), t, m), "image must be a floating-point"),
-        (lambda i, t, m: (i[:, :1], t, m), "image must be"),
-        (lambda i, t, m: (i, t[:1], m), "input_ids must be"),
-        (lambda i, t, m: (i, t.float(), m), "input_ids must be int64"),
-        (lambda i, t, m: (i, t, m[:, :-1]), "attention_mask must have"),
-        (lambda i, t, m: (i, t.repeat(1, 30), m.repeat(1, 30)), "positions"),
+        (IMAGE[0], Text(IDS, MASK), ValueError, r"image must be \(B, 3, H, W\)"),
+        (IMAGE.long(), Text(IDS, MASK), TypeError, "image must be a floating-point tensor.*int64"),
+        (IMAGE[:, :1], Text(IDS, MASK), ValueError, r"image must be .*got \(2, 1, 64, 96\)"),
+        (IMAGE[:0], Text(IDS[:0], MASK[:0]), ValueError, "image must be .* no empty dimension"),
+        (IMAGE, IDS, TypeError, r"text must be a models.Text\(ids, mask\); got Tensor"),
+        (IMAGE, (IDS, MASK), TypeError, r"text must be a models.Text\(ids, mask\); got tuple"),
+        (IMAGE, Text(IDS[:1], MASK), ValueError, "text.ids must be"),
+        (IMAGE, Text(IDS[0], MASK[0]), ValueError, "text.ids must be"),
+        (IMAGE, Text(IDS[:, :0], MASK[:, :0]), ValueError, r"text.ids must be .*got \(2, 0\)"),
+        (IMAGE, Text(IDS.float(), MASK), TypeError, "text.ids must be int64 or int32; got torch.float32"),
+        (IMAGE, Text(IDS, MASK.long()), TypeError, "text.mask must be bool, .*got torch.int64"),
+        (IMAGE, Text(IDS, MASK[:, :-1]), ValueError, r"text.mask must have the shape of text.ids, \(2, 9\)"),
+        (IMAGE, Text(IDS.repeat(1, 30), MASK.repeat(1, 30)), ValueError, "text.ids holds 270 tokens.* 64 positions"),
     ],
 )
-def test_bad_inputs(change, message: str) -> None:
-    model = build("magnet_tiny")
-    with pytest.raises((TypeError, ValueError), match=message):
-        model(*change(*batch()))
+def test_bad_inputs(image: Any, text: Any, error: type[Exception], message: str) -> None:
+    model = build(PRESETS["magnet"])
+    for call in (model, model.encode):
+        with pytest.raises(error, match=message):
+            call(image, text)
+
+
+def test_modules_are_called_and_nothing_is_kept() -> None:
+    """Two pictures of other sizes, one after the other, and the first again: nothing of a call stays behind."""
+    model = build(PRESETS["magnet"])
+    first, second = batch((64, 96)), batch((45, 40))
+    state = {name for name, _ in model.named_buffers()}
+    once = model.predict(first[0], *first[1])
+    model.predict(second[0], *second[1])
+    assert torch.equal(model.predict(first[0], *first[1]), once)
+    assert {name for name, _ in model.named_buffers()} == state

@@ -2,48 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from magnet_fast import models
-from magnet_fast.data import Tokenizer
-from magnet_fast.models import position
-from magnet_fast.models.pwam import Gate
-from magnet_fast.training.config import TrainConfig
-from magnet_fast.training.objective import Objective, build_grounding
-
-# Small, but with every kind of block: tracing takes time by the number of layers.
-SMALL = {
-    "magnet_tiny": {"image__depths": (1, 2, 1, 1), "alignment__pyramid": (2,), "decoder__mask_layers": 1},
-    "lavt_tiny": {"image__depths": (1, 2, 1, 1)},
-}
-CASES = [("magnet_tiny", {}), ("magnet_tiny", {"alignment__kind": "xmha"}), ("lavt_tiny", {})]
-IDS = ["magnet", "magnet-xmha", "lavt"]
+from magnet_fast.models import Text
+from magnet_fast.models.mask_grounding import MaskGrounding
+from tests.models.cases import SMALL, batch, build, everything
 
 
-def build(name: str, overrides: dict) -> nn.Module:
-    torch.manual_seed(0)
-    return models.build(name, **SMALL[name], **overrides)
-
-
-def inputs(device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
-    attention_mask = torch.ones(2, 9, dtype=torch.int64, device=device)
-    return torch.randn(2, 3, 72, 48, device=device), torch.full_like(attention_mask, 7), attention_mask
-
-
-def objective(model: nn.Module) -> Objective:
-    """All losses of the training recipe that this model can have."""
-    loss = {"grounding": 1.0, "alignment": 1.0 if isinstance(model, models.MagNet) else 0.0}
-    config = TrainConfig(model={"name": "magnet_tiny"}, data={"root": "-"}, loss=loss, max_steps=1)
-    return Objective(model, config.loss, config.precision, build_grounding(config, model, Tokenizer()))
-
-
-@pytest.mark.parametrize(("name", "overrides"), CASES, ids=IDS)
-def test_forward_and_backward_are_one_graph(name: str, overrides: dict) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("case", SMALL)
+def test_forward_and_backward_are_one_graph(case: str) -> None:
     torch.compiler.reset()
-    model, (image, ids, words) = build(name, overrides), inputs()
+    model, inputs = build(SMALL[case]), batch((72, 48))
     graphs = []
 
     def count(graph: nn.Module, _: list) -> nn.Module:
@@ -51,23 +26,21 @@ def test_forward_and_backward_are_one_graph(name: str, overrides: dict) -> None:
         return graph
 
     compiled = torch.compile(model, fullgraph=True, dynamic=False, backend=count)
-    ours, theirs = compiled(image, ids, words), model(image, ids, words)
+    ours, theirs = compiled(*inputs), model(*inputs)
     assert len(graphs) == 1
-    torch.testing.assert_close(ours.mask_logits, theirs.mask_logits)
-    wanted = torch.autograd.grad(theirs.mask_logits.square().sum(), list(model.parameters()), allow_unused=True)
-    found = torch.autograd.grad(ours.mask_logits.square().sum(), list(model.parameters()), allow_unused=True)
+    torch.testing.assert_close(ours.mask, theirs.mask)
+    wanted = torch.autograd.grad(everything(theirs), list(model.parameters()))
+    found = torch.autograd.grad(everything(ours), list(model.parameters()))
     for mine, reference in zip(found, wanted, strict=True):
         torch.testing.assert_close(mine, reference)
 
 
 @pytest.fixture
-def pretended_gpu(monkeypatch):
+def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[nn.Module], nn.Module]]:
     """Makes CUDA modules without values of CPU modules; whatever would wait for a value raises an error."""
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    position._kept.cache_clear()
     with FakeTensorMode(allow_non_fake_inputs=True):  # a few constants stay on the CPU
         yield _moved
-    position._kept.cache_clear()  # no test after this one finds encodings without values
 
 
 def _moved(module: nn.Module) -> nn.Module:
@@ -82,29 +55,42 @@ def _moved(module: nn.Module) -> nn.Module:
     return module
 
 
+def on_gpu() -> tuple[Tensor, Text]:
+    ids = torch.full((2, 9), 7, device="cuda")
+    return torch.randn(2, 3, 72, 48, device="cuda"), Text(ids, torch.ones_like(ids, dtype=torch.bool))
+
+
 @pytest.fixture
-def step(name: str, overrides: dict) -> Objective:
-    return objective(build(name, overrides))
+def model(case: str) -> nn.Module:
+    return build(SMALL[case])
 
 
-@pytest.mark.filterwarnings("ignore:.*autocast.*")
-@pytest.mark.parametrize(("name", "overrides"), CASES, ids=IDS)
-def test_losses_never_wait_for_the_device(step: Objective, pretended_gpu) -> None:
-    step = pretended_gpu(step)
-    image, ids, words = inputs("cuda")
-    losses = step(image, ids, words, torch.ones(2, 72, 48, device="cuda"))
-    assert losses["total"].requires_grad and losses["total"].device.type == "cuda"
-    assert "grounding" in losses
-    assert ("p2p" in losses) == hasattr(step.model, "text_projection")
+@pytest.mark.parametrize("case", SMALL)
+def test_losses_never_wait_for_the_device(model: nn.Module, pretended_gpu) -> None:
+    model = pretended_gpu(model.train())
+    loss = everything(model(*on_gpu()))
+    assert loss.requires_grad and loss.device.type == "cuda"  # autograd itself would want a device
 
 
-@pytest.mark.parametrize(("name", "overrides"), CASES, ids=IDS)
-def test_inference_never_waits_for_the_device(step: Objective, pretended_gpu, monkeypatch) -> None:
-    # A gate looks at its weights once, when they have changed; that answer is given here.
-    monkeypatch.setattr(Gate, "closed", lambda gate: False)
-    model = pretended_gpu(step.model.eval())
+@pytest.mark.parametrize("case", ["magnet"])
+def test_mask_grounding_never_waits_for_the_device(model: nn.Module, pretended_gpu) -> None:
+    """On what `encode` gives, as the training term attaches it."""
+    head = MaskGrounding(64, 128, 1280, layers=1, heads=4, feedforward=32)
+    model, head = pretended_gpu(model), pretended_gpu(head)
+    features = model.encode(*on_gpu())
+    positions = torch.ones(2, 1, dtype=torch.int64, device="cuda")
+    mask = torch.ones(2, 72, 48, device="cuda")
+    words, embedding = features.words, model.text_encoder.word_embedding
+    logits = head(words.features, words.mask, features.maps[-1], mask, positions, embedding)
+    assert logits.shape == (2, 1, 1280) and logits.device.type == "cuda" and logits.requires_grad
+
+
+@pytest.mark.parametrize("case", SMALL)
+def test_inference_never_waits_for_the_device(model: nn.Module, pretended_gpu) -> None:
+    model = pretended_gpu(model)
+    image, text = on_gpu()
     with torch.no_grad():
-        assert model.predict(*inputs("cuda"), size=(30, 40)).shape == (2, 30, 40)
+        assert model.predict(image, *text, size=(30, 40)).shape == (2, 30, 40)
 
 
 def test_waiting_would_be_seen(pretended_gpu) -> None:

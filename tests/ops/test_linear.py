@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from magnet_fast import ops
-from magnet_fast.ops import _frozen, _linear
-from magnet_fast.ops._linear import freeze_linear, linear, thaw_linear
+from magnet_fast.ops import _linear, _packed
+from magnet_fast.ops._linear import linear, pack_linear, unpack_linear
 from tests.onednn import needs_onednn
 
 DTYPES = [
@@ -233,16 +233,16 @@ def test_activation_and_a_residual() -> None:
         linear(x, weight, bias, activation="gelu", residual=residual)
 
 
-# ---- Frozen weights ---------------------------------------------------------------------------------------------
+# ---- Packed weights ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def frozen_layer() -> Iterator[nn.Linear]:
+def packed_layer() -> Iterator[nn.Linear]:
     torch.manual_seed(0)
     layer = nn.Linear(INNER, OUTER)
-    freeze_linear(layer)
+    pack_linear(layer)
     yield layer
-    _frozen.thaw(layer.weight)
+    _packed.unpack(layer.weight)
 
 
 @pytest.fixture
@@ -261,14 +261,14 @@ def packings(monkeypatch) -> list[Tensor]:
 @needs_onednn
 @pytest.mark.parametrize("form", ["plain", "gelu", "relu", "residual"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_frozen_against_float64(dtype: torch.dtype, form: str, packings: list[Tensor]) -> None:
+def test_packed_against_float64(dtype: torch.dtype, form: str, packings: list[Tensor]) -> None:
     x, weight, bias, residual = (tensor.to(dtype) for tensor in arguments())
     residual = residual if form == "residual" else None
     activation = form if form in ("gelu", "relu") else None
     double = [None if tensor is None else tensor.double() for tensor in (x, weight, bias, residual)]
     truth = plain(*double[:3], activation, double[3])
     expected = plain(x, weight, bias, activation, residual)
-    _frozen.freeze(weight)
+    _packed.pack(weight)
     with torch.no_grad():
         found = linear(x, weight, bias, activation=activation, residual=residual)
         fewer = linear(x[:3], weight, bias)  # the layout of the first call serves any number of rows
@@ -295,69 +295,69 @@ def step(layer: nn.Linear) -> None:
 
 @needs_onednn
 @pytest.mark.parametrize("change", CHANGES)
-def test_frozen_weights_that_change_are_packed_again(
-    change: str, frozen_layer: nn.Linear, packings: list[Tensor]
+def test_packed_weights_that_change_are_packed_again(
+    change: str, packed_layer: nn.Linear, packings: list[Tensor]
 ) -> None:
     x = arguments()[0]
     with torch.no_grad():
-        before = frozen_layer(x)
-        assert torch.equal(frozen_layer(x), before) and len(packings) == 1
-        CHANGES[change](frozen_layer)
-        after = frozen_layer(x)
+        before = packed_layer(x)
+        assert torch.equal(packed_layer(x), before) and len(packings) == 1
+        CHANGES[change](packed_layer)
+        after = packed_layer(x)
     assert not torch.allclose(after, before, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(after, F.linear(x, frozen_layer.weight, frozen_layer.bias))
-    assert len(packings) == (1 if change == "another parameter" else 2)  # which is not frozen
+    torch.testing.assert_close(after, F.linear(x, packed_layer.weight, packed_layer.bias))
+    assert len(packings) == (1 if change == "another parameter" else 2)  # which is not packed
 
 
 @needs_onednn
-def test_frozen_memory_that_comes_back_is_not_taken_for_the_old(frozen_layer: nn.Linear, packings: list) -> None:
+def test_packed_memory_that_comes_back_is_not_taken_for_the_old(packed_layer: nn.Linear, packings: list) -> None:
     """Weights freed and allocated again at the same address, as many times as an allocator may do that."""
     x = arguments()[0]
     with torch.no_grad():
         for seed in range(20):
-            frozen_layer.weight.data = torch.empty(0)
-            frozen_layer.weight.data = values(OUTER, INNER, seed=seed)
-            torch.testing.assert_close(frozen_layer(x), F.linear(x, frozen_layer.weight, frozen_layer.bias))
+            packed_layer.weight.data = torch.empty(0)
+            packed_layer.weight.data = values(OUTER, INNER, seed=seed)
+            torch.testing.assert_close(packed_layer(x), F.linear(x, packed_layer.weight, packed_layer.bias))
     assert len(packings) == 20
 
 
 @needs_onednn
-def test_frozen_layers_thawed_copied_and_made_in_inference_mode(
-    frozen_layer: nn.Linear, packings: list[Tensor]
+def test_packed_layers_unpacked_copied_and_made_in_inference_mode(
+    packed_layer: nn.Linear, packings: list[Tensor]
 ) -> None:
     x = arguments()[0]
     with torch.inference_mode():
         made_here = nn.Linear(INNER, OUTER)
-        freeze_linear(made_here)  # counts no changes: read as it lies
+        pack_linear(made_here)  # counts no changes: read as it lies
         made_here(x)
-        copied = copy.deepcopy(frozen_layer)
+        copied = copy.deepcopy(packed_layer)
         copied(x)
         assert packings == []
-        frozen_layer(x)
+        packed_layer(x)
         assert len(packings) == 1
-    thaw_linear(frozen_layer)
+    unpack_linear(packed_layer)
     with torch.no_grad():
-        torch.testing.assert_close(frozen_layer(x), F.linear(x, frozen_layer.weight, frozen_layer.bias))
-    assert type(frozen_layer) is nn.Linear and len(packings) == 1 and frozen_layer.weight not in _frozen._copies
+        torch.testing.assert_close(packed_layer(x), F.linear(x, packed_layer.weight, packed_layer.bias))
+    assert type(packed_layer) is nn.Linear and len(packings) == 1 and packed_layer.weight not in _packed._copies
 
 
-def test_frozen_layer_lives_no_longer_than_its_weight() -> None:
+def test_packed_layer_lives_no_longer_than_its_weight() -> None:
     gc.collect()  # of other tests
-    count = len(_frozen._copies)
+    count = len(_packed._copies)
     layer = nn.Linear(INNER, OUTER)
-    freeze_linear(layer)
-    assert len(_frozen._copies) == count + 1
+    pack_linear(layer)
+    assert len(_packed._copies) == count + 1
     del layer
     gc.collect()
-    assert len(_frozen._copies) == count
+    assert len(_packed._copies) == count
 
 
 @pytest.mark.parametrize("case", ["gradients", "small", "reference"])
-def test_frozen_layer_otherwise_computes_as_a_linear(
-    case: str, frozen_layer: nn.Linear, packings: list[Tensor]
+def test_packed_layer_otherwise_computes_as_a_linear(
+    case: str, packed_layer: nn.Linear, packings: list[Tensor]
 ) -> None:
     x = arguments()[0][:1, :9] if case == "small" else arguments()[0]
     with torch.set_grad_enabled(case == "gradients"), ops.backend("reference" if case == "reference" else "auto"):
-        found = frozen_layer(x)
-        assert torch.equal(found, F.linear(x, frozen_layer.weight, frozen_layer.bias))
+        found = packed_layer(x)
+        assert torch.equal(found, F.linear(x, packed_layer.weight, packed_layer.bias))
     assert found.requires_grad == (case == "gradients") and packings == []

@@ -1,4 +1,4 @@
-"""Chains of frozen Linears: against float64 and PyTorch's own layers, and when they run."""
+"""Chains of packed Linears: against float64 and PyTorch's own layers, and when they run."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from magnet_fast import models, ops
-from magnet_fast.ops import _cpu_backend, _frozen, _linear_chain
-from magnet_fast.ops._linear import freeze_linear
+from magnet_fast import accelerate, models, ops
+from magnet_fast.ops import _cpu_backend, _linear_chain, _packed
+from magnet_fast.ops._linear import pack_linear
 from magnet_fast.ops._linear_chain import Step
 
 _cpu = _cpu_backend.extension
@@ -26,14 +26,14 @@ def needs(dtype: torch.dtype) -> None:
 
 
 def make(dtype: torch.dtype, *widths: int, bias: bool = True, affine: bool = True) -> tuple[list, list]:
-    """Frozen Linears from width to width, and a LayerNorm for every width."""
+    """Packed Linears from width to width, and a LayerNorm for every width."""
     linears = [nn.Linear(c, d, bias=bias, dtype=dtype) for c, d in zip(widths, widths[1:], strict=False)]
     norms = [nn.LayerNorm(width, elementwise_affine=affine, dtype=dtype) for width in widths]
     for norm in norms if affine else []:
         nn.init.uniform_(norm.weight, 0.5, 1.5)
         nn.init.uniform_(norm.bias, -0.5, 0.5)
     for layer in linears:
-        freeze_linear(layer.requires_grad_(False))
+        pack_linear(layer.requires_grad_(False))
     return linears, norms
 
 
@@ -210,9 +210,9 @@ def test_changed_weights_are_seen() -> None:
     torch.manual_seed(0)
     steps, x = block(torch.float32, 32, 64), torch.randn(5, 32)
     assert_agree(x, steps, x)
-    copies = [_frozen.in_chains(step.linear.weight) for step in steps]
+    copies = [_packed.in_chains(step.linear.weight) for step in steps]
     assert_agree(x, steps, x)
-    assert all(_frozen.in_chains(step.linear.weight) is copy for step, copy in zip(steps, copies, strict=True))
+    assert all(_packed.in_chains(step.linear.weight) is copy for step, copy in zip(steps, copies, strict=True))
     with torch.no_grad():
         for step in steps:
             step.linear.weight.mul_(3)
@@ -225,7 +225,7 @@ def a_hook(*_: object) -> None:
 
 
 class Adapter(nn.Module):
-    """A frozen Linear and something added to it, with the attributes that adapters pass on."""
+    """A packed Linear and something added to it, with the attributes that adapters pass on."""
 
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()
@@ -274,12 +274,11 @@ def test_left_to_pytorch(case: str) -> None:
 def test_an_adapter_in_a_block_is_called() -> None:
     """Around each of a block's Linears, and of a pixel decoder layer's: its answer is not lost."""
     needs(torch.float32)
-    from magnet_fast.models.config import MaskDecoderConfig
-    from magnet_fast.models.pixel_decoder import DeformableLayer
-    from magnet_fast.models.swin import SwinBlock
+    from magnet_fast.models.encoders.swin import SwinBlock
+    from magnet_fast.models.heads.pixel_decoder import DeformableLayer
 
     torch.manual_seed(0)
-    swin, layer = SwinBlock(32, 2, 4, 0, 0.0), DeformableLayer(MaskDecoderConfig(width=32, num_heads=2), 1)
+    swin, layer = SwinBlock(32, 2, 4, 0, 0.0), DeformableLayer(32, 2, 1, 4, 64)
     inputs = {
         swin: (torch.randn(1, 8, 8, 32),),
         layer: (torch.randn(1, 64, 32), torch.randn(1, 64, 32), torch.rand(64, 2), [(8, 8)]),
@@ -287,9 +286,7 @@ def test_an_adapter_in_a_block_is_called() -> None:
     places = [(swin.attention, "qkv"), (swin.attention, "proj"), (swin.mlp, "fc1"), (swin.mlp, "fc2")]
     places += [(layer.attention, "output_proj"), (layer, "linear1"), (layer, "linear2")]
     for model in (swin, layer):
-        for module in model.eval().requires_grad_(False).modules():
-            if type(module) is nn.Linear:
-                freeze_linear(module)
+        accelerate(model.eval().requires_grad_(False), pack=True)
     for parent, name in places:
         model, plain = (layer if parent in (layer, layer.attention) else swin), getattr(parent, name)
         setattr(parent, name, Adapter(plain))
@@ -311,18 +308,16 @@ def test_models_take_it(dtype: torch.dtype, monkeypatch) -> None:
     """Every Swin block twice, every layer of the pixel decoder once; and the outputs stay what they were."""
     needs(dtype)
     torch.manual_seed(0)
-    model = models.build("magnet_tiny").eval().requires_grad_(False).to(dtype)
+    model = models.create("magnet_tiny").eval().requires_grad_(False).to(dtype)
     inputs = (torch.randn(1, 3, 96, 96), torch.randint(5, 100, (1, 7)), torch.ones(1, 7, dtype=torch.long))
     ran, original = [], _linear_chain.run
     monkeypatch.setattr(_linear_chain, "run", lambda *given, **named: ran.append(given) or original(*given, **named))
     with torch.no_grad():
         expected = model.predict(*inputs)
         assert ran == []
-        for module in model.modules():
-            if type(module) is nn.Linear:
-                freeze_linear(module)
+        accelerate(model, pack=True)
         found = model.predict(*inputs)
-        blocks, layers = sum(model.config.image.depths), model.config.decoder.pixel_layers
+        blocks, layers = sum(model.config.image.depths), model.config.head.pixel_layers
         assert len(ran) == 2 * blocks + layers
     apart = (found.float() - expected.float()).abs().max() / expected.abs().max()
     assert apart <= (1e-4 if dtype == torch.float32 else 5e-2)
@@ -330,12 +325,10 @@ def test_models_take_it(dtype: torch.dtype, monkeypatch) -> None:
 
 def test_a_block_that_is_watched_calls_its_parts() -> None:
     needs(torch.float32)
-    from magnet_fast.models.swin import SwinBlock
+    from magnet_fast.models.encoders.swin import SwinBlock
 
     block_, seen = SwinBlock(32, 2, 4, 0, 0.0).eval().requires_grad_(False), []
-    for module in block_.modules():
-        if type(module) is nn.Linear:
-            freeze_linear(module)
+    accelerate(block_, pack=True)
     x = torch.randn(1, 8, 8, 32)
     with torch.no_grad():
         expected = block_(x)
@@ -378,6 +371,7 @@ WRONG = {
     "layers": ({"layers": []}, "layers: expected at least one"),
     "apart": ({"x": (64, (2, 16), (-16, 1), 0), "y": (64, (2, 16), (16, 1), 0)}, "x: expected strides of at least 0"),
     "strided": ({"x": (64, (1, 16), (16, 2), 0)}, "x: expected stride 1 in dimension 1, got 2"),
+    # 17 is a multiple of no level's step: with 24, which AVX2 takes, the call would go on to the addresses.
     "width": (
         {"layers": [(16, 17, 64, 0, 0, -2, (0, 0, -1.0), (0, 0, -1.0))], "y": (64, (1, 17), (17, 1), 0)},
         "out: expected a multiple of",

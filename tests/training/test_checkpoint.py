@@ -8,45 +8,10 @@ import random
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save, save_file
+from safetensors.torch import save_file
 
-from magnet_fast.training.checkpoint import (
-    FORMAT,
-    load_checkpoint,
-    rng_state,
-    save_checkpoint,
-    seed_everything,
-    set_rng_state,
-    write_atomically,
-)
-
-
-def test_a_failing_write_leaves_the_old_file(tmp_path) -> None:
-    path = tmp_path / "checkpoint.safetensors"
-    save_checkpoint({"step": 1}, path)
-
-    def fail(file) -> None:
-        file.write(b"half")
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write_atomically(path, fail)
-    assert load_checkpoint(path)["step"] == 1
-    assert [entry.name for entry in tmp_path.iterdir()] == ["checkpoint.safetensors"]
-
-
-def test_the_old_file_stands_until_the_new_one_is_complete(tmp_path) -> None:
-    path = tmp_path / "checkpoint.safetensors"
-    save_checkpoint({"step": 1}, path)
-    (tmp_path / ".checkpoint.safetensors.tmp").write_bytes(b"left by a kill")
-
-    def write(file) -> None:
-        assert load_checkpoint(path)["step"] == 1
-        file.write(save({}, {"format": FORMAT, "state": '{"step": 2}'}))
-        assert load_checkpoint(path)["step"] == 1
-
-    write_atomically(path, write)
-    assert load_checkpoint(path)["step"] == 2
+from magnet_fast.training.checkpoint import FORMAT, load_checkpoint, save_checkpoint
+from magnet_fast.training.randomness import rng_state, seed_everything, set_rng_state
 
 
 def test_random_generators_go_on_after_loading(tmp_path) -> None:
@@ -94,6 +59,13 @@ def test_other_safetensors_files(tmp_path) -> None:
         load_checkpoint(tmp_path / "other.safetensors")
     with pytest.raises(FileNotFoundError, match="none.safetensors"):
         load_checkpoint(tmp_path / "none.safetensors")
+
+
+def test_a_run_of_an_earlier_version_is_refused_with_what_can_be_done(tmp_path) -> None:
+    path = tmp_path / "checkpoint.safetensors"
+    save_file({"x": torch.zeros(1)}, path, {"format": "magnet_fast.training/2", "state": "{}"})
+    with pytest.raises(ValueError, match=r"earlier version .*training/2.* cannot be resumed.*--set model.weights="):
+        load_checkpoint(path)
 
 
 def test_every_kind_of_value_comes_back(tmp_path) -> None:

@@ -57,6 +57,9 @@ def test_unknown_key_in_a_file_names_the_file(tmp_path) -> None:
         ({"epochs": 0}, "epochs: .*greater than 0, got 0"),
         ({"epochs": 1, "optimiser": {"lr": "fast"}}, r"optimiser\.lr: .*got 'fast'"),
         ({"epochs": 1, "optimiser": {"lr": float("nan")}}, r"optimiser\.lr: .*finite"),
+        ({"epochs": 1, "task": "multiple"}, "task: expected one of single, .*got 'multiple'"),
+        ({"epochs": 1, "protocol": "mine"}, "protocol: expected one of family"),
+        ({"epochs": 1, "best_metric": "gIoU"}, "best_metric: expected a score of task 'single' .oIoU, mIoU.*'gIoU'"),
         ({"epochs": 1, "precision": "fp8"}, "precision: "),
         ({"epochs": 1, "validate_every": "2 weeks"}, "validate_every: expected '<n> epochs'"),
     ],
@@ -80,6 +83,14 @@ def test_malformed_overrides(override: str) -> None:
         load_config(None, ["epochs=1", override])
 
 
+def test_the_task_says_which_score_is_best() -> None:
+    def best(**values: str) -> str:
+        return parse_config({"epochs": 1, **values}).best
+
+    assert [best(), best(task="generalized"), best(best_metric="mIoU")] == ["oIoU", "gIoU", "mIoU"]
+    assert best(task="robust", best_metric="mRR") == "mRR"
+
+
 def test_intervals() -> None:
     def interval(value: object) -> int | None:
         return parse_config({"epochs": 1, "validate_every": value}).interval(10)
@@ -92,7 +103,7 @@ def test_shipped_configurations_load_and_name_known_models() -> None:
         shipped_configs()
     )
     for name in shipped_configs():
-        assert load_config(name).model.name in models.presets()
+        assert load_config(name).model.name in models.list_models()
 
 
 def test_a_missing_configuration_lists_the_shipped_ones(tmp_path) -> None:

@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from magnet_fast.training import Trainer, TrainingError
+from magnet_fast.training import TrainingError
 from magnet_fast.training.checkpoint import CHECKPOINT, load_checkpoint
 from magnet_fast.training.guard import NonFiniteGuard
 
-from .fakes import FakeDataset, FakeModel, fake_config
+from .fakes import FakeDataset, FakeModel, fake_config, trainer_of
 
 BROKEN = 13
 
@@ -54,17 +54,17 @@ def test_watching_reads_nothing_from_the_device() -> None:
 def test_the_batch_is_named_and_saved(tmp_path, monkeypatch, late: bool) -> None:
     """At once on the CPU; as on a GPU, when losses are read: the same step and batch, no checkpoint between."""
     config = fake_config(log_every=4, checkpoint_every=3, accumulation=2, validate_every="never", max_steps=12)
-    trainer = Trainer(config, FakeModel(), BrokenDataset(24), None, tmp_path)
+    trainer = trainer_of(config, FakeModel(), BrokenDataset(24), None, tmp_path)
     if late:
         first = trainer.guard.first
         reading = {"losses": False}
-        checked = trainer._checked_window
+        checked = trainer._checked_means
 
         def check() -> dict:
             reading["losses"] = True
             return checked()
 
-        monkeypatch.setattr(trainer, "_checked_window", check)
+        monkeypatch.setattr(trainer, "_checked_means", check)
         monkeypatch.setattr(trainer.guard, "first", lambda: first() if reading["losses"] else None)
     with pytest.raises(TrainingError, match="loss and bce.*NaN or infinite in step") as raised:
         trainer.run()
@@ -78,11 +78,15 @@ def test_the_batch_is_named_and_saved(tmp_path, monkeypatch, late: bool) -> None
     saved = load_file(folder / f"step-{step}-rank-0.safetensors")
     place = facts["indices"].index(BROKEN)
     assert len(facts["indices"]) == 8 and facts["epoch"] == 0 and facts["position"] == step - 1
-    assert facts["records"][place] == BrokenDataset().record(BROKEN)
-    assert facts["values"]["loss"] in ("nan", "inf")
     expected = BrokenDataset()[BROKEN]
-    for key in ("image", "mask", "input_ids"):
+    assert facts["samples"][place] == {
+        "exists": True, "index": BROKEN, "ref": BROKEN // 2, "image_id": 100 + BROKEN, "kind": None, "category": None,
+        "size": [16, 16],
+    }  # fmt: skip
+    assert facts["values"]["loss"] in ("nan", "inf")
+    for key in ("image", "mask"):
         assert torch.equal(saved[key][place], expected[key])
+    assert torch.equal(saved["text.ids"][place], expected["text"].ids)
     if (tmp_path / CHECKPOINT).exists():
         state = load_checkpoint(tmp_path / CHECKPOINT)
         assert state["step"] < step and all(value.isfinite().all() for value in state["model"].values())
@@ -90,9 +94,9 @@ def test_the_batch_is_named_and_saved(tmp_path, monkeypatch, late: bool) -> None
 
 def test_sentences_are_those_of_the_epoch_that_failed(tmp_path) -> None:
     """In mode "refs" a batch can only be read again with its own epoch's sentences."""
-    config = fake_config(epochs=4, data={"image_size": 16, "mode": "refs"}, validate_every="never")
+    config = fake_config(epochs=4, data={"mode": "refs"}, validate_every="never")
     dataset = BrokenDataset(24)
-    trainer = Trainer(config, FakeModel(), dataset, None, tmp_path)
+    trainer = trainer_of(config, FakeModel(), dataset, None, tmp_path)
     trainer.guard.watch(5, torch.full((5,), math.nan))  # 3 steps an epoch
     trainer.step = 10
     with pytest.raises(TrainingError, match="in step 5, found after step 10"):

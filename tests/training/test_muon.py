@@ -10,9 +10,9 @@ from torch import nn
 
 from magnet_fast import models
 from magnet_fast.training.checkpoint import load_checkpoint, save_checkpoint
-from magnet_fast.training.config import OptimiserConfig
 from magnet_fast.training.muon import Muon, orthogonalise
 from magnet_fast.training.optim import build_optimiser
+from magnet_fast.training.sections import OptimiserConfig
 
 
 def trained(module: nn.Module, optimiser: torch.optim.Optimizer, steps: int = 5, seed: int = 0) -> nn.Module:
@@ -80,14 +80,24 @@ def test_kernels_are_matrices_and_stacked_projections_three_of_them() -> None:
         part.weight.grad = piece.clone()
     kernel.weight.grad = torch.randn(6, 4, 3, 3)
     flat.weight.grad = kernel.weight.grad.flatten(1).clone()
-    for modules in ([stacked, kernel], [*parts, flat]):
-        Muon([{"params": [module.weight for module in modules], "muon": True}], lr=0.1).step()
+    before = stacked.weight.detach().clone()
+    for modules, marks in (([stacked, kernel], [3, 1]), ([*parts, flat], None)):
+        group = {"params": [module.weight for module in modules], "muon": True}
+        Muon([group if marks is None else {**group, "stacked": marks}], lr=0.1).step()
     torch.testing.assert_close(stacked.weight, torch.cat([part.weight for part in parts]))
+
+    # The same weight without its mark is one matrix: shapes are not guessed from.
+    whole = nn.Parameter(before.clone())
+    whole.grad = gradient
+    Muon([{"params": [whole], "muon": True}], lr=0.1).step()
+    step = (before - whole) / (0.1 * 0.2 * 24**0.5)
+    torch.testing.assert_close(step, orthogonalise(gradient[None] * (1 - 0.95**2))[0], rtol=0, atol=1e-4)
+    assert not torch.allclose(whole, stacked.weight, atol=1e-3)
     torch.testing.assert_close(kernel.weight.flatten(1), flat.weight)
 
 
 def test_groups_of_a_model() -> None:
-    model = models.build("magnet_tiny")
+    model = models.create("magnet_tiny")
     optimiser = build_optimiser(model, OptimiserConfig(name="muon", lr=1e-3, momentum=0.9))
     named = dict(model.named_parameters())
     assert sorted(n for group in optimiser.param_groups for n in group["param_names"]) == sorted(named)
@@ -97,9 +107,31 @@ def test_groups_of_a_model() -> None:
     assert not any("embeddings" in name or "bias_table" in name for name in taken)
     share = sum(named[name].numel() for name in taken) / sum(p.numel() for p in named.values())
     assert share > 0.9
+    marks = {
+        name: count
+        for group in optimiser.param_groups
+        for name, count in zip(group["param_names"], group["stacked"], strict=True)
+    }
+    assert {name.rsplit(".", 2)[-2] for name, count in marks.items() if count == 3} == {"qkv"}
+    assert all(count == (3 if ".qkv.weight" in name else 1) for name, count in marks.items())
     assert {group["momentum"] for group in optimiser.param_groups} == {0.9}
     with pytest.raises(ValueError, match=r"groups: Muon takes matrices.*\(7,\)"):
         Muon([{"params": [nn.Parameter(torch.zeros(7))], "muon": True}], lr=1.0)
+    weight = nn.Parameter(torch.zeros(8, 2))
+    with pytest.raises(ValueError, match=r"stacked=3 does not divide a parameter of \(8, 2\)"):
+        Muon([{"params": [weight], "muon": True, "stacked": [3]}], lr=1.0)
+    with pytest.raises(ValueError, match="stacked has 2 entries for 1 parameters"):
+        Muon([{"params": [weight], "muon": True, "stacked": [1, 1]}], lr=1.0)
+
+
+def test_a_projection_three_times_as_high_as_wide_is_not_taken_for_stacked() -> None:
+    """A key of the words' to the pixels' width was cut into three because of its shape."""
+    model = nn.Module()
+    model.key = nn.Linear(16, 48, bias=False)
+    model.attention = nn.MultiheadAttention(16, 2)
+    (group,) = (g for g in build_optimiser(model, OptimiserConfig(name="muon")).param_groups if g["muon"])
+    marks = dict(zip(group["param_names"], group["stacked"], strict=True))
+    assert marks == {"key.weight": 1, "attention.in_proj_weight": 3, "attention.out_proj.weight": 1}
 
 
 def test_goes_on_from_a_checkpoint_bit_for_bit(tmp_path) -> None:

@@ -7,13 +7,13 @@ import torch
 from torch import nn
 
 from magnet_fast import models
-from magnet_fast.training.config import OptimiserConfig
 from magnet_fast.training.optim import build_optimiser, parameter_groups
+from magnet_fast.training.sections import OptimiserConfig
 
 
 @pytest.fixture(scope="module")
 def names_by_group() -> dict[str, list[str]]:
-    model = models.build("magnet_tiny")
+    model = models.create("magnet_tiny")
     config = OptimiserConfig(lr=1e-3, weight_decay=0.05, image_multiplier=0.1, text_multiplier=0.5)
     groups = parameter_groups(model, config)
     named = dict(model.named_parameters())
@@ -39,7 +39,7 @@ def test_parts(names_by_group: dict[str, list[str]]) -> None:
 
 
 def test_only_weight_matrices_decay(names_by_group: dict[str, list[str]]) -> None:
-    parameters = dict(models.build("magnet_tiny").named_parameters())
+    parameters = dict(models.create("magnet_tiny").named_parameters())
     for group, names in names_by_group.items():
         for name in names:
             if "no decay" not in group:
@@ -55,12 +55,12 @@ def test_only_weight_matrices_decay(names_by_group: dict[str, list[str]]) -> Non
 
 
 def test_lavt_has_groups_too() -> None:
-    groups = parameter_groups(models.build("lavt_tiny"), OptimiserConfig())
+    groups = parameter_groups(models.create("lavt_tiny"), OptimiserConfig())
     assert {group["name"].split(",")[0] for group in groups} == {"image", "text", "rest"}
 
 
 def test_freezing_by_pattern() -> None:
-    model = models.build("magnet_tiny")
+    model = models.create("magnet_tiny")
     groups = parameter_groups(model, OptimiserConfig(freeze=["text_encoder.*"]))
     assert not any(name.startswith("text_encoder.") for group in groups for name in group["param_names"])
     assert not any(parameter.requires_grad for parameter in model.text_encoder.parameters())
@@ -69,6 +69,24 @@ def test_freezing_by_pattern() -> None:
         parameter_groups(model, OptimiserConfig(freeze=["bert.*"]))
     with pytest.raises(ValueError, match="every parameter of the model is frozen"):
         parameter_groups(model, OptimiserConfig(freeze=["*"]))
+
+
+def test_parts_are_told_by_name_whatever_encoder_stands_there() -> None:
+    """Another class than ours, or a subclass, has its part's learning rate all the same."""
+
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.image_encoder = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+            self.text_encoder = nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 8))
+            self.head = nn.Linear(8, 8)
+
+    terms = nn.ModuleDict({"own": nn.Linear(8, 8)})
+    config = OptimiserConfig(lr=1.0, image_multiplier=0.1, text_multiplier=0.5)
+    rates = {}
+    for group in parameter_groups(Whole(), config, terms):
+        rates |= {name.split(".")[0]: group["lr"] for name in group["param_names"]}
+    assert rates == {"image_encoder": 0.1, "text_encoder": 0.5, "head": 1.0, "own": 1.0}
 
 
 def test_shared_parameters_are_listed_once() -> None:

@@ -12,24 +12,25 @@ import torch
 from torch import nn
 
 from magnet_fast import models
-from magnet_fast.data import Tokenizer
+from magnet_fast.data.tokenizers import Tokenizer
 from magnet_fast.training import Trainer, progress
 from magnet_fast.training.averaging import WeightAverage
 from magnet_fast.training.checkpoint import CHECKPOINT, load_checkpoint
 from magnet_fast.training.config import parse_config
 from magnet_fast.training.determinism import deterministic_algorithms
 from magnet_fast.training.distributed import World
-from magnet_fast.training.objective import Objective, build_grounding
+from magnet_fast.training.objective import Objective
 from magnet_fast.training.parallel import synchronise_batch_norm
-from magnet_fast.training.recomputation import LAYERS, recompute_activations
+from magnet_fast.training.recomputation import recompute_activations
+from magnet_fast.training.terms import build_terms
 
-from .fakes import SMALL_MAGNET, FakeDataset, FakeModel, fake_config, same_weights
+from .fakes import SMALL_MAGNET, FakeDataset, FakeModel, fake_config, same_weights, trainer_of
 
 
 def make_trainer(out, **changes) -> Trainer:
     out.mkdir(exist_ok=True)
     torch.manual_seed(11)
-    return Trainer(fake_config(**changes), FakeModel(dropout=0.1), FakeDataset(24), FakeDataset(7), out)
+    return trainer_of(fake_config(**changes), FakeModel(dropout=0.1), FakeDataset(24), FakeDataset(7), out)
 
 
 # ---- averaged weights ----
@@ -56,7 +57,7 @@ def test_exchange_gives_back_the_weights_bit_for_bit() -> None:
     model = FakeModel()
     average = WeightAverage(model, 0.5)
     with torch.no_grad():
-        model.patches.weight.mul_(3)
+        model.image_encoder.patches.weight.mul_(3)
     own, averaged = copy.deepcopy(model.state_dict()), copy.deepcopy(average.weights)
     with pytest.raises(KeyError), average.in_place():
         assert same_weights(dict(model.state_dict()), averaged)
@@ -70,7 +71,10 @@ def test_averaged_weights_are_validated_saved_and_resumed(tmp_path) -> None:
     whole = make_trainer(tmp_path / "whole", ema=0.8)
     scores = whole.run()
     assert same_weights(dict(plain.model.state_dict()), dict(whole.model.state_dict()))  # training is the same
-    assert scores != plain.scores
+    validated = [
+        [row["mIoU"] for row in trainer.log.metrics.rows() if row["kind"] == "validation"] for trainer in (plain, whole)
+    ]
+    assert validated[0] != validated[1]
     state = load_checkpoint(tmp_path / "whole" / CHECKPOINT)
     assert state["ema"]["updates"] == 9 and same_weights(state["ema"]["weights"], whole.average.weights)
 
@@ -99,17 +103,21 @@ def test_recomputing_changes_no_bit(precision: str) -> None:
     """With dropout and stochastic depth, in all encoders and in the predictor."""
     torch.manual_seed(0)
     overrides = {**SMALL_MAGNET, "text__dropout": 0.2, "image__drop_path": 0.3}
-    values = {"loss": {"grounding": 1.0}, "grounding": {"layers": 1, "heads": 4, "feedforward": 32}, "epochs": 1}
-    config = parse_config({"model": {"name": "magnet_tiny", "overrides": overrides}, **values})
-    tokenizer = Tokenizer(max_words=8)
-    model = models.build("magnet_tiny", **overrides)
-    objective = Objective(model, config.loss, precision, build_grounding(config, model, tokenizer)).train()
-    ids, words = tokenizer(["the red circle", "blue square"])
-    batch = (torch.randn(2, 3, 32, 32), ids, words, torch.ones(2, 32, 32))
+    terms = {"grounding": {"layers": 1, "heads": 4, "feedforward": 32}}
+    config = parse_config({"terms": terms, "epochs": 1})
+    tokenizer = Tokenizer(max_tokens=8)
+    model = models.create("magnet_tiny", **overrides)
+    objective = Objective(model, build_terms(config.terms, model, tokenizer), precision).train()
+    batch = {
+        "image": torch.randn(2, 3, 32, 32),
+        "text": tokenizer(["the red circle", "blue square"]),
+        "mask": torch.ones(2, 32, 32),
+        "exists": torch.ones(2, dtype=torch.bool),
+    }
     results, kept = [], []
     for recompute in (False, True):
         if recompute:
-            recompute_activations(objective)
+            recompute_activations(objective.repeated_layers())
         bytes_kept = 0
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -120,13 +128,15 @@ def test_recomputing_changes_no_bit(precision: str) -> None:
         torch.manual_seed(1)
         objective.zero_grad(set_to_none=True)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            total = objective(*batch)["total"]
+            total = objective(batch)["total"]
         total.backward()
         results.append(
             (total.detach(), {n: p.grad.clone() for n, p in objective.named_parameters() if p.grad is not None})
         )
         kept.append(bytes_kept)
-    assert sum(isinstance(module, LAYERS) for module in objective.modules()) == 8 + 4 + 1 + 1
+    layers = objective.repeated_layers()
+    # Swin's blocks, BERT's layers, those of both decoders, and of the predictor of hidden words.
+    assert len(layers) == len(set(layers)) == 8 + 4 + 1 + 3 + 1
     assert torch.equal(results[0][0], results[1][0])
     assert same_weights(results[0][1], results[1][1])
     assert kept[1] < 0.7 * kept[0]
@@ -161,7 +171,7 @@ def test_a_scale_too_large_skips_steps_and_finds_the_right_one(tmp_path) -> None
 
     trainer._after_step = keep
     trainer.run()
-    rows = trainer.metrics_file.rows()
+    rows = trainer.log.metrics.rows()
     skipped = [row["grad_norm"] is None for row in rows]  # written so where it is infinite
     assert skipped[0] and not skipped[-1]
     for step, skip in enumerate(skipped):
@@ -177,7 +187,7 @@ def test_a_scale_too_large_skips_steps_and_finds_the_right_one(tmp_path) -> None
 
 def test_batch_norms_see_all_processes_on_gpus() -> None:
     world = World(0, 2, torch.device("cuda", 0))
-    lavt = models.build("lavt_tiny")
+    lavt = models.create("lavt_tiny")
     before = dict(lavt.named_parameters())
     names = list(lavt.state_dict())
     count = sum(isinstance(module, nn.BatchNorm2d) for module in lavt.modules())
@@ -187,7 +197,7 @@ def test_batch_norms_see_all_processes_on_gpus() -> None:
     assert all(parameter is before[name] for name, parameter in found.named_parameters())
     for other in (World(0, 1, torch.device("cuda", 0)), World(0, 2, torch.device("cpu"))):
         assert not any(
-            isinstance(m, nn.SyncBatchNorm) for m in synchronise_batch_norm(models.build("lavt_tiny"), other).modules()
+            isinstance(m, nn.SyncBatchNorm) for m in synchronise_batch_norm(models.create("lavt_tiny"), other).modules()
         )
 
 
@@ -220,7 +230,7 @@ def test_tensorboard_gets_every_number(tmp_path, monkeypatch) -> None:
     trainer = make_trainer(tmp_path, tensorboard=True)
     trainer.run()
     assert written[0] == ("open", str(tmp_path / "tensorboard"), 1) and written[-1] == ("close",)
-    rows = trainer.metrics_file.rows()
+    rows = trainer.log.metrics.rows()
     losses = [(value, step) for name, value, step in written[1:-1] if name == "train/loss"]
     assert losses == [(row["loss"], row["step"]) for row in rows if row["kind"] == "train"]
     kinds = [value for name, value, _ in written[1:-1] if name == "validation/by_kind/even/mIoU"]

@@ -15,8 +15,9 @@ from magnet_fast import cli, models
 from magnet_fast.data.scenes import write_scenes
 from magnet_fast.training.config import load_config
 from magnet_fast.training.optim import build_optimiser
-from magnet_fast.training.study import VARIANTS, run_ablation, variant_config
+from magnet_fast.training.study import run_study
 from magnet_fast.training.study_report import spread, write_report
+from magnet_fast.training.variants import load_study, row_config
 
 from .fakes import SMALL_MAGNET
 
@@ -30,17 +31,20 @@ def settings(scenes: Path, *changes: str) -> list[str]:
     model = {key: value for key, value in SMALL_MAGNET.items() if key != "text__vocab_size"}
     return [
         f"data.root={scenes}", "data.image_size=32", "batch_size=4", "max_steps=2", "data.val_limit=6",
-        "eval_batch_size=8", f"model.overrides={json.dumps(model)}", "grounding.layers=1", *changes,
+        "eval_batch_size=8", f"model.overrides={json.dumps(model)}", "terms.grounding.layers=1", *changes,
     ]  # fmt: skip
 
 
 def test_variants_turn_off_what_they_go_without() -> None:
     base = load_config("magnet_tiny_scenes_study", ["data.root=x"])
-    configs = {name: variant_config(base, variant, 3) for name, variant in VARIANTS.items()}
-    parts = {
-        name: (config.loss.grounding > 0, config.loss.alignment > 0, config.grounding.blind)
-        for name, config in configs.items()
-    }
+    study = load_study("ablation")
+    configs = {name: row_config(base, study, name, 3) for name in study.rows}
+
+    def parts_of(config) -> tuple[bool, bool, bool]:
+        weights = {name: options.weight for name, options in config.terms.items()}
+        return weights["grounding"] > 0, weights["alignment"] > 0, config.terms["grounding"].blind
+
+    parts = {name: parts_of(config) for name, config in configs.items()}
     assert parts == {
         "baseline": (False, False, False), "cam": (False, False, False), "grounding": (True, False, False),
         "alignment": (False, True, False), "all": (True, True, False), "all_xmha": (True, True, False),
@@ -49,28 +53,29 @@ def test_variants_turn_off_what_they_go_without() -> None:
     }  # fmt: skip
     built = {name: models.preset_config(c.model.name, **c.model.overrides) for name, c in configs.items()}
     assert [name for name, model in built.items() if model.architecture == "lavt"] == ["lavt", "lavt_grounding"]
-    magnets = {name: model.alignment for name, model in built.items() if model.architecture == "magnet"}
+    magnets = {name: model.fusion for name, model in built.items() if model.architecture == "magnet"}
     assert {name for name, module in magnets.items() if not module.pyramid} == {"baseline", "grounding", "alignment"}
-    assert magnets["all_xmha"].kind == "xmha" and magnets["all_released"].masking == "released"
+    assert magnets["all_xmha"].form == "xmha" and magnets["all_released"].masking == "released"
     assert all(config.seed == 3 and config.max_steps == base.max_steps for config in configs.values())
     assert configs["cam"].optimiser.freeze == []
 
 
 def test_in_the_baseline_no_word_reads_a_pixel() -> None:
     """Pixels read words at full resolution, and nothing else of the alignment module is there or learns."""
-    config = variant_config(load_config("magnet_tiny_scenes_study"), VARIANTS["baseline"], 0)
-    model = models.build(config.model.name, **config.model.overrides)
+    config = row_config(load_config("magnet_tiny_scenes_study"), load_study("ablation"), "baseline", 0)
+    model = models.create(config.model.name, **config.model.overrides)
     build_optimiser(model, config.optimiser)
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    assert any("alignment.0.fusion." in name for name in names)
-    assert not [name for name in names if "text_" in name and name.startswith("alignment")]
+    assert any("fusion.stages.0.fusion." in name for name in names)
+    assert not [name for name in names if "text_" in name and name.startswith("fusion")]
     assert not any("pools" in name or "level_fusions" in name for name in names)
-    ids, mask = torch.tensor([[2, 9, 8, 3]]), torch.ones(1, 4, dtype=torch.int64)
-    one, other = (model.encode(torch.randn(1, 3, 32, 32), ids, mask)[1] for _ in range(2))
+    text = models.Text(torch.tensor([[2, 9, 8, 3]]), torch.ones(1, 4, dtype=torch.bool))
+    model.eval()
+    one, other = (model.encode(torch.randn(1, 3, 32, 32), text).words.features for _ in range(2))
     assert torch.equal(one, other)
-    assert torch.equal(one, model.text_encoder(ids, mask))
 
 
+@pytest.mark.slow
 def test_from_end_to_end(scenes: Path, tmp_path) -> None:
     out = tmp_path / "study"
     flags = [flag for change in settings(scenes) for flag in ("--set", change)]
@@ -106,9 +111,18 @@ def test_from_end_to_end(scenes: Path, tmp_path) -> None:
 def test_mistakes(scenes: Path, tmp_path) -> None:
     config = load_config("magnet_tiny_scenes_study", settings(scenes))
     with pytest.raises(ValueError, match="variants: unknown bilinear; known: baseline, cam"):
-        run_ablation(config, tmp_path, variants=["bilinear"])
+        run_study(config, load_study("ablation"), tmp_path, rows=["bilinear"])
     with pytest.raises(ValueError, match="same length"):
-        run_ablation(load_config("magnet_tiny_scenes", settings(scenes)[:1]), tmp_path)
+        run_study(load_config("magnet_tiny_scenes", settings(scenes)[:1]), load_study("ablation"), tmp_path)
+    held_out = load_config("magnet_tiny_scenes_study", settings(scenes, "data.val_split=held-out"))
+    with pytest.raises(ValueError, match=r"data\.val_split: .* has no split 'held-out'; it has train, val"):
+        run_study(held_out, load_study("ablation"), tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"surgery: no such study.*\(ablation\)"):
+        load_study("surgery")
+    (tmp_path / "own.yaml").write_text("rows: {all: {title: all, without: [cam]}}\n")
+    with pytest.raises(ValueError, match=r"own\.yaml: rows\.all: there is no part or row 'cam'"):
+        load_study(tmp_path / "own.yaml")
+    (tmp_path / "own.yaml").unlink()
     with pytest.raises(FileNotFoundError, match="no finished run"):
         write_report(tmp_path, {"all": "all"}, {}, "result.json")
     assert list(tmp_path.iterdir()) == []
@@ -118,7 +132,7 @@ def result(seed: int, value: float) -> dict:
     scores = {"oIoU": value, "mIoU": value + 1, "by_kind": {"place": {"oIoU": value}}}
     return {
         "seed": seed, "steps": 5, "training_seconds": 10.0, "scores": dict.fromkeys(("val", "testA", "testB"), scores),
-        "config": {"batch_size": 4, "data": {"image_size": 32}},
+        "config": {"batch_size": 4, "data": {"image_size": 32}, "task": "single"},
         "machine": {"date": "2026-01-01", "processor": "abacus", "gpu": None, "threads": 1, "torch": "2"},
     }  # fmt: skip
 

@@ -11,33 +11,37 @@ import signal
 
 import pytest
 import torch
-from torch.nn import functional as F
 
 from magnet_fast.evaluation import evaluate
+from magnet_fast.models import Text, probability
 from magnet_fast.training import Trainer, TrainingError
+from magnet_fast.training import trainer as trainer_module
 from magnet_fast.training.checkpoint import CHECKPOINT, load_checkpoint
-from magnet_fast.training.progress import MetricsFile, duration
+from magnet_fast.training.progress import MetricsFile, duration, time_left
+from magnet_fast.training.terms import build_terms
+from magnet_fast.training.terms.mask import MaskConfig
 
-from .fakes import FakeDataset, FakeModel, fake_config, same_weights
+from .fakes import FakeDataset, FakeModel, fake_config, same_weights, trainer_of
 
 
 def make_trainer(out, dropout: float = 0.1, length: int = 24, validation: int | None = 7, **changes) -> Trainer:
     torch.manual_seed(11)
     held_out = None if validation is None else FakeDataset(validation)
-    return Trainer(fake_config(**changes), FakeModel(dropout=dropout), FakeDataset(length), held_out, out)
+    return trainer_of(fake_config(**changes), FakeModel(dropout=dropout), FakeDataset(length), held_out, out)
 
 
 def finished_weights(out) -> dict[str, torch.Tensor]:
     return load_checkpoint(out / "checkpoint.safetensors")["model"]
 
 
+@pytest.mark.slow
 def test_training_learns(tmp_path) -> None:
     trainer = make_trainer(tmp_path, dropout=0.0, epochs=40, optimiser={"lr": 3e-2}, best_metric="mIoU")
     before = evaluate(trainer.model, FakeDataset(24))["mIoU"]
     trainer.run()
     after = evaluate(trainer.model, FakeDataset(24))["mIoU"]
     assert after > before + 30
-    losses = [row["loss"] for row in trainer.metrics_file.rows() if row["kind"] == "train"]
+    losses = [row["loss"] for row in trainer.log.metrics.rows() if row["kind"] == "train"]
     assert losses[-1] < 0.7 * losses[0]
 
 
@@ -47,10 +51,10 @@ def test_one_step_equals_adamw_by_hand(tmp_path) -> None:
     trainer = make_trainer(tmp_path, dropout=0.0, validation=None, **config)
     before = copy.deepcopy(trainer.model.state_dict())
     trainer.run()
-    weight, gradient = trainer.model.patches.weight, trainer.model.patches.weight.grad
-    expected = before["patches.weight"] * (1 - 1e-2 * 0.01) - 1e-2 * gradient / (gradient.abs() + 1e-8)
+    weight, gradient = trainer.model.image_encoder.patches.weight, trainer.model.image_encoder.patches.weight.grad
+    expected = before["image_encoder.patches.weight"] * (1 - 1e-2 * 0.01) - 1e-2 * gradient / (gradient.abs() + 1e-8)
     assert torch.allclose(weight, expected, atol=1e-6)
-    assert torch.equal(trainer.model.unused.weight, before["unused.weight"])
+    assert torch.equal(trainer.model.head.unused.weight, before["head.unused.weight"])
 
 
 def test_accumulation_equals_one_batch(tmp_path) -> None:
@@ -71,7 +75,7 @@ def test_clipping_bounds_the_gradient(tmp_path) -> None:
     trainer.run()
     norm = torch.nn.utils.get_total_norm([p.grad for p in trainer.model.parameters() if p.grad is not None])
     assert norm.item() == pytest.approx(0.01, rel=1e-3)
-    assert trainer.metrics_file.rows()[0]["grad_norm"] > 0.01  # logged before clipping
+    assert trainer.log.metrics.rows()[0]["grad_norm"] > 0.01  # logged before clipping
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -81,7 +85,7 @@ def test_reduced_precision_trains_close_to_float32(tmp_path, precision: str) -> 
         (tmp_path / chosen).mkdir()
         trainer = make_trainer(tmp_path / chosen, dropout=0.0, precision=chosen)
         trainer.run()
-        rows[chosen] = [row["loss"] for row in trainer.metrics_file.rows() if row["kind"] == "train"]
+        rows[chosen] = [row["loss"] for row in trainer.log.metrics.rows() if row["kind"] == "train"]
     assert rows[precision] == pytest.approx(rows["float32"], rel=0.05)
     assert all(parameter.dtype == torch.float32 for parameter in trainer.model.parameters())
 
@@ -89,11 +93,11 @@ def test_reduced_precision_trains_close_to_float32(tmp_path, precision: str) -> 
 def test_metrics_rows(tmp_path) -> None:
     trainer = make_trainer(tmp_path)
     scores = trainer.run()
-    rows = trainer.metrics_file.rows()
+    rows = trainer.log.metrics.rows()
     train_rows = [row for row in rows if row["kind"] == "train"]
     assert [row["step"] for row in train_rows] == [2, 4, 6, 8, 9]
     assert all(
-        {"epoch", "loss", "bce", "dice", "class", "grad_norm", "lr", "images_per_second"} <= row.keys()
+        {"epoch", "loss", "bce", "dice", "presence", "grad_norm", "lr", "images_per_second"} <= row.keys()
         for row in train_rows
     )
     assert train_rows[0]["lr"] == pytest.approx(1e-2 * (1 - 1 / 9) ** 0.9)
@@ -134,7 +138,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, stop: int) -> None:
         second.load_state(load_checkpoint(broken / "checkpoint.safetensors"))
     else:
         assert stop < 2
-        second.metrics_file.drop_after(0)
+        second.log.metrics.drop_after(0)
     assert second.run() == expected
     assert same_weights(finished_weights(whole), finished_weights(broken))
     one, other = load_checkpoint(whole / "checkpoint.safetensors"), load_checkpoint(broken / "checkpoint.safetensors")
@@ -179,7 +183,7 @@ def test_nan_stops_before_a_checkpoint(tmp_path) -> None:
     def spoil(batches) -> None:
         if trainer.step == 4:
             with torch.no_grad():
-                trainer.model.mask.weight.fill_(math.nan)
+                trainer.model.head.mask.weight.fill_(math.nan)
         train_step(batches)
 
     trainer.train_step = spoil
@@ -195,10 +199,10 @@ def test_nan_stops_before_a_checkpoint(tmp_path) -> None:
 def test_a_checkpoint_of_another_model_or_data_is_refused(tmp_path) -> None:
     make_trainer(tmp_path).run()
     state = load_checkpoint(tmp_path / "checkpoint.safetensors")
-    wider = Trainer(fake_config(), FakeModel(width=4), FakeDataset(), None, tmp_path)
+    wider = trainer_of(fake_config(), FakeModel(width=4), FakeDataset(), None, tmp_path)
     with pytest.raises(ValueError, match="of another model"):
         wider.load_state(state)
-    more = Trainer(fake_config(), FakeModel(), FakeDataset(80), None, tmp_path)
+    more = trainer_of(fake_config(), FakeModel(), FakeDataset(80), None, tmp_path)
     with pytest.raises(ValueError, match="3 steps an epoch, this one has 10"):
         more.load_state(state)
 
@@ -207,7 +211,7 @@ def test_a_run_by_the_clock_ends_and_decays(tmp_path) -> None:
     config = {"epochs": None, "max_minutes": 0.6 / 60, "validate_every": "never", "log_every": 1}
     trainer = make_trainer(tmp_path, **config)
     trainer.run()
-    rates = [row["lr"] for row in trainer.metrics_file.rows()]
+    rates = [row["lr"] for row in trainer.log.metrics.rows()]
     assert rates == sorted(rates, reverse=True)
     assert rates[-1] < rates[0]
     # The time already spent counts after resuming: nothing is left here.
@@ -220,12 +224,13 @@ def test_a_run_by_the_clock_ends_and_decays(tmp_path) -> None:
 
 
 def test_frozen_parameters_stay(tmp_path) -> None:
-    trainer = make_trainer(tmp_path, optimiser={"lr": 1e-2, "freeze": ["words.*"]})
-    before = trainer.model.words.weight.clone()
+    trainer = make_trainer(tmp_path, optimiser={"lr": 1e-2, "freeze": ["text_encoder.words.*"]})
+    before = trainer.model.text_encoder.words.weight.clone()
     trainer.run()
-    assert torch.equal(trainer.model.words.weight, before)
+    assert torch.equal(trainer.model.text_encoder.words.weight, before)
 
 
+@pytest.mark.slow
 def test_compiled_step_gives_the_same_losses(tmp_path, monkeypatch) -> None:
     """What is compiled is model and losses together; traced by dynamo and run eagerly, for speed."""
     compiled = []
@@ -241,7 +246,7 @@ def test_compiled_step_gives_the_same_losses(tmp_path, monkeypatch) -> None:
         monkeypatch.setattr(torch.nn.Module, "compile", compile_eagerly)
         trainer = make_trainer(tmp_path / str(compile_), dropout=0.0, compile=compile_)
         trainer.run()
-        rows.append([row["loss"] for row in trainer.metrics_file.rows() if row["kind"] == "train"])
+        rows.append([row["loss"] for row in trainer.log.metrics.rows() if row["kind"] == "train"])
     assert rows[0] == pytest.approx(rows[1], rel=1e-5)
     assert len(compiled) == 1
 
@@ -257,13 +262,57 @@ def test_validation_does_not_disturb_training(tmp_path) -> None:
 
 
 def test_loader_processes_survive_a_signal_to_all_of_the_job(tmp_path) -> None:
-    trainer = make_trainer(tmp_path, data={"image_size": 16, "workers": 1})
+    trainer = make_trainer(tmp_path, data={"workers": 1})
     batches = iter(trainer.loader(0, 0))
     first = next(batches)
     for worker in multiprocessing.active_children():
         os.kill(worker.pid, signal.SIGTERM)
     rest = list(batches)
     assert len(rest) == 2 and len(first["image"]) == 8
+
+
+def test_the_time_left_never_runs_below_zero() -> None:
+    """A run by the clock ends a little after its time: "-1 h 59 min left" stood at the end of every one."""
+    assert time_left(30.0, 0.25) == 90.0
+    assert time_left(360.4, 1.001) == 0.0 and time_left(5.0, 0.0) is None
+
+
+def test_the_line_at_the_end_of_a_run_by_the_clock(tmp_path, capsys) -> None:
+    config = {"epochs": None, "max_minutes": 0.2 / 60, "validate_every": "never", "log_every": 1}
+    make_trainer(tmp_path, **config).run()
+    lines = [line for line in capsys.readouterr().out.splitlines() if "left" in line]
+    assert lines and not any("-" in line.split("images/s")[1] for line in lines)
+    # The clock may end the run a moment after its last line: how near to 100 % that was is the machine's affair.
+    assert all(float(line.split("%")[0]) <= 100.0 for line in lines)
+
+
+def test_a_rehearsal_validates_as_the_run_does(tmp_path) -> None:
+    """Scores, precision and loaders as configured, and what the terms measure: only the sentences are fewer."""
+    calls: list[dict] = []
+
+    class Measuring(type(build_terms({}, FakeModel(), None)["mask"])):
+        def measure(self, model, dataset, batch_size, **options):
+            calls.append({"batch_size": batch_size, **options})
+            return {"seen": {"sentences": float(len(calls))}}
+
+    config = fake_config(
+        precision="bf16", eval_batch_size=4, task="generalized", protocol="gres", data={"val_limit": 6}, max_steps=1
+    )
+    trainer = Trainer(config, FakeModel(), {"mask": Measuring(MaskConfig())}, FakeDataset(), FakeDataset(9), tmp_path)
+    assert trainer.rehearse_validation() == 4
+    scores = trainer.run()
+    assert [call.pop("limit") for call in calls] == [4, 6]
+    assert calls[0] == calls[1] == {"batch_size": 4, "workers": 0, "autocast": torch.bfloat16}
+    assert scores["seen"] == {"sentences": 2.0} and {"gIoU", "N-acc"} <= scores.keys()
+    assert trainer.best == scores["gIoU"]
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_the_model_is_accelerated_unless_declined(tmp_path, monkeypatch, fast: bool) -> None:
+    seen: list[object] = []
+    monkeypatch.setattr(trainer_module, "accelerate", seen.append)
+    trainer = make_trainer(tmp_path, fast=fast)
+    assert seen == ([trainer.model] if fast else [])
 
 
 def test_durations() -> None:
@@ -274,8 +323,7 @@ def test_fake_model_reads_its_words() -> None:
     """The fake must be able to fail: its output depends on image and words."""
     item = FakeDataset()[0]
     model, image = FakeModel(), item["image"][None]
-    words = item["input_ids"][None]
-    mask = torch.ones_like(words)
-    one, other = model(image, words, mask), model(image, (words + 1) % 50, mask)
-    assert not torch.equal(one.mask_logits, other.mask_logits)
-    assert F.interpolate(one.mask_logits, size=(16, 16)).shape == (1, 1, 16, 16)
+    ids, mask = (part[None] for part in item["text"])
+    one, other = model(image, Text(ids, mask)), model(image, Text((ids + 1) % 50, mask))
+    assert not torch.equal(one.mask, other.mask)
+    assert probability(one, (16, 16)).shape == (1, 16, 16)

@@ -18,6 +18,8 @@ from .fakes import FakeDataset, FakeModel, same_weights
 from .processes import run_module
 from .two_processes import fake_trainer
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
@@ -47,7 +49,7 @@ def test_two_processes_equal_one(folder, tmp_path, kind: str) -> None:
     for name, value in one.average.weights.items():
         assert torch.allclose(value, state["ema"]["weights"][name], rtol=0, atol=1e-5), name
     (row,) = [r for r in MetricsFile(folder / kind / "metrics.jsonl").rows() if r["kind"] == "train"]
-    (expected,) = [r for r in one.metrics_file.rows() if r["kind"] == "train"]
+    (expected,) = [r for r in one.log.metrics.rows() if r["kind"] == "train"]
     assert row["loss"] == pytest.approx(expected["loss"], rel=1e-5)
     assert row["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
     found = json.loads((folder / "found-0.json").read_text())[kind]
@@ -57,7 +59,7 @@ def test_two_processes_equal_one(folder, tmp_path, kind: str) -> None:
 def test_shards_train_as_copies_do(folder) -> None:
     """A real MagNet with its own losses: layer by layer, twice in a step, with unused parameters, recomputed."""
     copies, shards = (state_of(folder / f"magnet_{kind}") for kind in ("ddp", "fsdp"))
-    for part in ("model", "grounding"):
+    for part in ("model", "terms"):
         assert copies[part].keys() == shards[part].keys()
         for name, value in copies[part].items():
             assert torch.allclose(value, shards[part][name], rtol=0, atol=2e-4), name
@@ -91,13 +93,25 @@ def test_a_signal_to_one_stops_both_and_they_go_on_exactly(folder, found) -> Non
         assert torch.allclose(value, other["model"][name], rtol=0, atol=1e-5), name
 
 
+def test_processes_with_folders_of_their_own_go_on_from_the_first_ones(folder, found) -> None:
+    """The second process once began anew, and two models' gradients were averaged."""
+    assert [entry["started_at"] for entry in found] == [5, 5]
+    assert all("own-0: the folder already holds a run" in entry["refused"] for entry in found)
+    assert found[1]["own_files"] == []
+    whole, resumed = state_of(folder / "fsdp"), state_of(folder / "own-0")
+    for part in ("model", "terms"):
+        assert same_weights(whole[part], resumed[part])
+    assert same_weights(whole["ema"]["weights"], resumed["ema"]["weights"])
+
+
 def test_exported_weights_are_whole_and_averaged(folder) -> None:
     state = state_of(folder / "fsdp")
     exported = load_file(folder / "fsdp" / "last.safetensors")
     averaged = {f"model.{name}": value for name, value in exported.items()}
     assert same_weights(averaged, state["ema"]["weights"])
-    assert not torch.equal(exported["patches.weight"], state["model"]["patches.weight"])
-    assert models.load_model(folder / "magnet_fsdp" / "last.safetensors")[0].config.architecture == "magnet"
+    name = "image_encoder.patches.weight"
+    assert not torch.equal(exported[name], state["model"][name])
+    assert models.load(folder / "magnet_fsdp" / "last.safetensors").config.architecture == "magnet"
 
 
 def test_every_sentence_is_scored_once(found) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
 import traceback
@@ -14,20 +15,21 @@ import torch.distributed as dist
 from torch import nn
 
 from magnet_fast import models
-from magnet_fast.data import Tokenizer
+from magnet_fast.data.sample import Sample
+from magnet_fast.data.tokenizers import Tokenizer
 from magnet_fast.evaluation import evaluate
+from magnet_fast.models import Text
 from magnet_fast.training import Trainer, TrainingError, TrainingStopped
 from magnet_fast.training.checkpoint import CHECKPOINT, load_checkpoint
 from magnet_fast.training.distributed import World
-from magnet_fast.training.objective import build_grounding
+from magnet_fast.training.run import state_to_resume
 
-from .fakes import SMALLEST_MAGNET, FakeDataset, FakeModel, fake_config
+from .fakes import SMALLEST_MAGNET, FakeDataset, FakeModel, fake_config, trainer_of
 
 FAKE = {"accumulation": 2, "clip_norm": 0.5, "ema": 0.9, "batch_size": 8, "log_every": 100}
 MAGNET = {
     "model": {"name": "magnet_tiny", "overrides": SMALLEST_MAGNET},
-    "loss": {"alignment": 0.5, "grounding": 1.0},
-    "grounding": {"layers": 1, "heads": 4, "feedforward": 32},
+    "terms": {"alignment": {"weight": 0.5}, "grounding": {"layers": 1, "heads": 4, "feedforward": 32}},
     "optimiser": {"lr": 1e-3, "eps": 1e-3},
     "epochs": None,
     "max_steps": 2,
@@ -46,7 +48,7 @@ class Counted(FakeDataset):
         self.asked: list[int] = []
         self.broken = broken
 
-    def __getitem__(self, index: int) -> dict:
+    def __getitem__(self, index: int) -> Sample:
         self.asked.append(index)
         item = super().__getitem__(index)
         if index == self.broken:
@@ -59,32 +61,26 @@ class ReadableDataset(FakeDataset):
 
     def __init__(self, length: int) -> None:
         super().__init__(length)
-        self.tokenizer = Tokenizer(max_words=6)
+        self.tokenizer = Tokenizer(max_tokens=6)
 
-    def __getitem__(self, index: int) -> dict:
-        ids, mask = self.tokenizer(self.record(index)["expression"])
-        return {**super().__getitem__(index), "input_ids": ids[0], "attention_mask": mask[0]}
-
-    def record(self, index: int) -> dict:
-        colour = ("red", "blue", "green")[index % 3]
-        return {**super().record(index), "expression": f"the {colour} circle"}
+    def __getitem__(self, index: int) -> Sample:
+        ids, mask = self.tokenizer(f"the {('red', 'blue', 'green')[index % 3]} circle")
+        return {**super().__getitem__(index), "text": Text(ids[0], mask[0])}
 
 
 def fake_trainer(out: Path, world: World | None, **changes: object) -> Trainer:
     out.mkdir(exist_ok=True)
     torch.manual_seed(11)
     config = fake_config(**{**FAKE, **changes})
-    return Trainer(config, FakeModel(), FakeDataset(24), FakeDataset(7), out, world)
+    return trainer_of(config, FakeModel(), FakeDataset(24), FakeDataset(7), out, world)
 
 
 def magnet_trainer(out: Path, world: World | None, **changes: object) -> Trainer:
     out.mkdir(exist_ok=True)
     torch.manual_seed(11)
     config = fake_config(**{**MAGNET, **changes})
-    model = models.build("magnet_tiny", **SMALLEST_MAGNET)
-    data = ReadableDataset(16)
-    grounding = build_grounding(config, model, data.tokenizer)
-    return Trainer(config, model, data, ReadableDataset(5), out, world, {}, grounding)
+    model, data = models.create("magnet_tiny", **SMALLEST_MAGNET), ReadableDataset(16)
+    return trainer_of(config, model, data, ReadableDataset(5), out, world, data.tokenizer)
 
 
 def checks(out: Path, world: World) -> dict[str, object]:
@@ -118,6 +114,8 @@ def checks(out: Path, world: World) -> dict[str, object]:
         resumed.load_state(load_checkpoint(out / "stopped" / CHECKPOINT))
         resumed.run()
 
+    found |= folders_apart(out, world)
+
     validation = Counted(7)
     found["scores"] = evaluate(FakeModel().eval(), validation, batch_size=2)
     found["scored"] = validation.asked
@@ -126,13 +124,33 @@ def checks(out: Path, world: World) -> dict[str, object]:
     broken.mkdir(exist_ok=True)
     torch.manual_seed(11)
     training_set = Counted(24, broken=17)
-    trainer = Trainer(fake_config(**{**FAKE, "ema": None}), FakeModel(), training_set, None, broken, world)
+    trainer = trainer_of(fake_config(**{**FAKE, "ema": None}), FakeModel(), training_set, None, broken, world)
     try:
         trainer.run()
     except TrainingError as error:
         found["error"] = str(error)
     found["batch_norms"] = sum(isinstance(m, nn.SyncBatchNorm) for m in trainer.model.modules())
     return found
+
+
+def folders_apart(out: Path, world: World) -> dict[str, object]:
+    """Each process has a folder of its own, as on machines without a shared disk; the first one's holds a run."""
+    own = out / f"own-{world.rank}"
+    own.mkdir()
+    if world.is_main:
+        shutil.copy(out / "stopped" / CHECKPOINT, own)
+    config = fake_config(**{**FAKE, "parallel": "fsdp"})
+    refused = None
+    try:
+        state_to_resume(config, own, False, False, world)
+    except FileExistsError as error:
+        refused = str(error)
+    state = state_to_resume(config, own, True, False, world)
+    resumed = fake_trainer(own, world, parallel="fsdp")
+    resumed.load_state(state)
+    started_at = resumed.step
+    resumed.run()
+    return {"refused": refused, "started_at": started_at, "own_files": sorted(path.name for path in own.iterdir())}
 
 
 def main() -> None:

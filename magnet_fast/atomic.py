@@ -1,0 +1,80 @@
+"""Files that are at every moment either what they were or complete: the one writer of the package."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+
+def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], Any]) -> None:
+    """Call `write(file)` on a binary file beside `path`, bring it to the disk, then rename it to `path`.
+
+    Any number of processes and threads may write to one path at once: each has a temporary file of its own, and the
+    last to finish stays. What a kill left of an earlier writer is removed.
+
+    Args:
+        path: in an existing folder.
+        write: receives a file open for writing; where it raises, `path` stays as it was.
+
+    Raises:
+        OSError: as `open` and `os.replace` do.
+    """
+    path = Path(path)
+    _remove_left_behind(path)
+    temporary, file = _open_temporary(path)
+    try:
+        with file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(temporary, path)  # inside, since closing gives the lock up
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the rename itself
+    finally:
+        os.close(folder)
+
+
+def write_text_atomically(path: str | os.PathLike[str], text: str) -> None:
+    """`write_atomically` of a text in UTF-8."""
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def _open_temporary(path: Path) -> tuple[Path, BinaryIO]:
+    """A new file beside `path`, locked as long as it is open: that tells a writer at work from one that was killed."""
+    while True:
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+        file = open(temporary, "xb")  # noqa: SIM115 (the caller closes it)
+        if not _lock(file, wait=True) or temporary.exists():
+            return temporary, file
+        file.close()  # taken for left behind between its making and its lock
+
+
+def _remove_left_behind(path: Path) -> None:
+    for other in path.parent.glob(f".{_literal(path.name)}.*.tmp"):
+        try:
+            with open(other, "rb") as file:
+                if _lock(file, wait=False):
+                    other.unlink(missing_ok=True)
+        except OSError:  # its writer has just finished, or it is another user's
+            continue
+
+
+def _lock(file: BinaryIO, wait: bool) -> bool:
+    """Whether this process now holds the file's lock; False, too, on a file system without locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        return False
+    return True
+
+
+def _literal(name: str) -> str:
+    return "".join(f"[{character}]" if character in "*?[" else character for character in name)

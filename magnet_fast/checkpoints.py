@@ -1,0 +1,117 @@
+"""Any file with a model in it: a run's weights, its checkpoint to resume from, or what a system's authors released."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from magnet_fast.data.tokenizers import ExpressionTokenizer, open_tokenizer
+from magnet_fast.models.base import ReferringModel
+from magnet_fast.models.released import from_released
+from magnet_fast.models.weights import load_with_metadata, restored
+
+_RUN = "magnet_fast.training/"  # format of a run's checkpoint, before its number
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model read from a file, with what the file says about its use.
+
+    Attributes:
+        model: on the CPU, in evaluation mode; `model.spec` says how images and expressions are prepared for it.
+        source: the file, for messages.
+        vocabulary: digest of the vocabulary it was trained with; None where the file does not say (released ones).
+        metadata: everything else in the file.
+    """
+
+    model: ReferringModel
+    source: str
+    vocabulary: str | None
+    metadata: dict[str, str]
+
+    def tokenizer(self, given: str | os.PathLike[str] | ExpressionTokenizer | None = None) -> ExpressionTokenizer:
+        """The tokenizer for this model, checked.
+
+        Args:
+            given: a vocabulary or its folder, or a tokenizer; None for what the model's specification names: the
+                shipped vocabulary, or the transformers folder that its text encoder came from.
+
+        Raises:
+            ValueError: a tokenizer is needed and none was given, or it is not the one that the model was trained with.
+        """
+        spec, known = self.model.spec, self.model.text_encoder.vocab_size
+        if given is None and self.vocabulary is None:
+            raise ValueError(
+                f"tokenizer: {self.source} was trained with a vocabulary of {known} entries, which does not ship with "
+                "this package; pass the path of its vocab.txt (of bert-base-uncased, for released checkpoints)"
+            )
+        if given is None or isinstance(given, str | os.PathLike):
+            tokenizer = open_tokenizer(spec.tokenizer, vocabulary=given, max_tokens=spec.max_tokens)
+        else:
+            tokenizer = given
+        name = "the tokenizer of the model's specification" if given is None else f"tokenizer {given}"
+        if self.vocabulary is not None and not tokenizer.matches(self.vocabulary):
+            raise ValueError(
+                f"tokenizer: {self.source} was trained with another vocabulary than {name} "
+                f"({tokenizer.vocab_size} entries); pass the one it was trained with"
+            )
+        if self.vocabulary is None and tokenizer.vocab_size != known:
+            raise ValueError(
+                f"tokenizer: {name} has {tokenizer.vocab_size} entries, but the model of {self.source} knows {known}"
+            )
+        return tokenizer
+
+
+def load(path: str | os.PathLike[str] | None = None) -> Checkpoint:
+    """Read a model from any file.
+
+    Args:
+        path: our `.safetensors`, a run's weights or its `checkpoint.safetensors`; a released `.pth`; None for the
+            weights of the tiny model that ship with the package.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it holds no model of this package, or one that cannot be read safely.
+    """
+    path = Path(path) if path is not None else shipped_weights()
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such checkpoint")
+    if path.suffix != ".safetensors":
+        # A released file, or something else: the reader of released files says what is missing.
+        return Checkpoint(from_released(path), str(path), None, {})
+    model, metadata = _read_run(path) or load_with_metadata(path)
+    if "tokenizer_vocab" not in metadata:
+        raise ValueError(
+            f"{path}: its metadata lack tokenizer_vocab; checkpoints for inference are written by training, or by "
+            "models.save with the vocabulary's digest in extra"
+        )
+    return Checkpoint(model, str(path), metadata["tokenizer_vocab"], dict(metadata))
+
+
+def shipped_weights() -> Path:
+    """The weights that ship with the package; FileNotFoundError where an installation lacks them."""
+    path = Path(str(resources.files("magnet_fast"))) / "weights" / "magnet_tiny_scenes.safetensors"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: this installation has no shipped weights; name a checkpoint")
+    return path
+
+
+def _read_run(path: Path) -> tuple[ReferringModel, dict[str, str]] | None:
+    """The model of a run's checkpoint, with averaged weights where the run keeps them; None for another file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            if not header.get("format", "").startswith(_RUN):
+                return None
+            run = json.loads(header["state"])
+            folder = "ema/weights/model." if run.get("ema") else "model/"
+            names = [key for key in file.keys() if key.startswith(folder)]  # noqa: SIM118 (not a dict)
+            weights = {name.removeprefix(folder): file.get_tensor(name) for name in names}
+    except SafetensorError:
+        return None  # the reader of models says what is wrong
+    return restored(run["model_config"], weights, run["metadata"], f"{path}"), run["metadata"]

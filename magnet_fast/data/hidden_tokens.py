@@ -1,0 +1,98 @@
+"""Which tokens of a sentence are hidden, and behind what: masked language modelling's choice, for Mask Grounding."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from magnet_fast.data.tokenizers.base import ExpressionTokenizer
+from magnet_fast.models.contract import Text
+
+SCHEMES = {"90/10": (0.9, 0.0), "80/10/10": (0.8, 0.1)}
+"""Shares of the chosen tokens that become [MASK] and that become a random token; the rest stay as they are."""
+
+
+class HiddenTokens(NamedTuple):
+    """A batch of sentences with some tokens hidden.
+
+    Attributes:
+        text: ids (B, T), the chosen tokens replaced, and the sentences' own mask.
+        positions: (B, K) int64, where the chosen tokens stand; K is the most that a sentence of T can have.
+        targets: (B, K) int64, what stood there.
+        valid: (B, K) bool; a sentence of few words fills fewer than K places.
+    """
+
+    text: Text
+    positions: Tensor
+    targets: Tensor
+    valid: Tensor
+
+
+class TokenHider:
+    """Chooses tokens of sentences and hides them.
+
+    Of the n tokens of a sentence that are not special, max(1, round(share * n)) are chosen, all alike likely, as
+    BERT's own data are made. That number depends on the sentence alone, so shapes are static: nothing waits for
+    the device.
+
+    Args:
+        tokenizer: whose special tokens are never chosen; it needs a token that stands for a hidden one.
+        share: of the tokens, above 0 and at most 1.
+        scheme: "90/10" (ovr-cnn's, whose masking MagNet took: [MASK] or unchanged) or "80/10/10" (BERT's: [MASK], a
+            random token, or unchanged).
+
+    Raises:
+        ValueError: an unknown scheme, a share out of range, or a vocabulary without [MASK].
+    """
+
+    def __init__(self, tokenizer: ExpressionTokenizer, share: float = 0.15, scheme: str = "90/10") -> None:
+        if scheme not in SCHEMES:
+            raise ValueError(f"scheme: expected one of {', '.join(SCHEMES)}, got {scheme!r}")
+        if not 0 < share <= 1:
+            raise ValueError(f"share: expected a number above 0 and at most 1, got {share}")
+        if tokenizer.mask_id is None:
+            raise ValueError(f"tokenizer: {tokenizer.source} lacks [MASK], which hiding tokens needs")
+        self.mask_id, self.share, self.scheme = tokenizer.mask_id, share, scheme
+        ordinary = torch.zeros(tokenizer.vocab_size, dtype=torch.bool)
+        ordinary[list(tokenizer.vocabulary.values())] = True
+        ordinary[list(tokenizer.special_ids.values())] = False
+        self._ordinary = ordinary  # (vocabulary,)
+        self._ordinary_ids = ordinary.nonzero()[:, 0]
+
+    @property
+    def ordinary_words(self) -> int:
+        """Entries of the vocabulary that may be chosen."""
+        return len(self._ordinary_ids)
+
+    def __call__(self, text: Text, generator: torch.Generator | None = None) -> HiddenTokens:
+        """Hide tokens of a batch (B, T) as the tokenizer makes it.
+
+        Args:
+            text: ids and mask, on one device.
+            generator: where every choice comes from, on the same device; default torch's own of that device.
+        """
+        ids, device, words = text.ids, text.ids.device, text.ids.shape[1]
+        if generator is not None and generator.device.type != device.type:
+            raise ValueError(f"generator is on {generator.device}, the text on {device}; expected the same device")
+        if self._ordinary.device != device:
+            self._ordinary, self._ordinary_ids = self._ordinary.to(device), self._ordinary_ids.to(device)
+        candidates = self._ordinary[ids] & text.mask
+        count = candidates.sum(dim=1, keepdim=True)  # (B, 1)
+        wanted = torch.where(count > 0, (self.share * count + 0.5).floor().clamp(min=1), 0)
+        most = max(1, math.floor(self.share * words + 0.5))
+        # The first of the candidates in a random order: those with the largest random numbers.
+        lottery = torch.rand(ids.shape, device=device, generator=generator).masked_fill(~candidates, -1.0)
+        positions = lottery.topk(most, dim=1).indices
+        valid = torch.arange(most, device=device) < wanted
+        targets = ids.gather(1, positions)
+
+        masked, randomised = SCHEMES[self.scheme]
+        fate = torch.rand(positions.shape, device=device, generator=generator)
+        other = torch.randint(len(self._ordinary_ids), positions.shape, device=device, generator=generator)
+        replaced = torch.where(fate < masked, self.mask_id, targets)
+        replaced = torch.where((fate >= masked) & (fate < masked + randomised), self._ordinary_ids[other], replaced)
+        hidden = ids.scatter(1, positions, torch.where(valid, replaced, targets))
+        return HiddenTokens(Text(hidden, text.mask), positions, targets, valid)

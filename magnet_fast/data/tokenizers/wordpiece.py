@@ -1,0 +1,115 @@
+"""WordPiece tokenizer for expressions, in BERT's manner."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import tokenizers
+
+from magnet_fast.data.tokenizers.base import ExpressionTokenizer, digest_of
+
+SHIPPED_VOCABULARY = Path(__file__).parent.with_name("vocab.txt")
+_SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
+
+
+class Tokenizer(ExpressionTokenizer):
+    """Lower-casing WordPiece: expressions to ids with BERT's [CLS] and [SEP], padded with 0.
+
+    What is longer than `max_tokens` is cut to its first T ids, so that [SEP] goes as well: the released LAVT and MagNet
+    do so.
+
+    Args:
+        vocabulary: None for the small vocabulary that ships with the package; else the path of a vocab.txt (one token
+            per line, its id the line number), of a tokenizer.json, or of a folder that holds either (as Hugging Face's
+            bert-base-uncased does). [PAD] must have id 0.
+        max_tokens: length T of every row, [CLS] and [SEP] included.
+
+    Raises:
+        FileNotFoundError, ValueError: a vocabulary that is absent or cannot be used.
+    """
+
+    def __init__(self, vocabulary: str | os.PathLike[str] | None = None, max_tokens: int = 20) -> None:
+        super().__init__(max_tokens)
+        self._path = _find_vocabulary(vocabulary)
+        self._tokenizer = _load(self._path)
+        ids = {token: self._tokenizer.token_to_id(token) for token in _SPECIAL_TOKENS}
+        missing = [token for token, index in ids.items() if index is None]
+        if missing:
+            raise ValueError(f"{self._path} lacks {', '.join(missing)}; expected a BERT vocabulary")
+        if ids["[PAD]"] != 0:
+            raise ValueError(f"{self._path} gives [PAD] id {ids['[PAD]']}; expected 0")
+        self._begin, self._end = ids["[CLS]"], ids["[SEP]"]
+        self.mask_id = self._tokenizer.token_to_id("[MASK]")
+
+    @property
+    def source(self) -> str:
+        """Path of the vocabulary."""
+        return str(self._path)
+
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """Every token with its id."""
+        return self._tokenizer.get_vocab()
+
+    @property
+    def special_ids(self) -> dict[str, int]:
+        """Ids of BERT's special tokens, those that the vocabulary has."""
+        ids = {token: self._tokenizer.token_to_id(token) for token in (*_SPECIAL_TOKENS, "[MASK]")}
+        return {token: index for token, index in ids.items() if index is not None}
+
+    def matches(self, digest: str) -> bool:
+        """Whether a checkpoint that keeps `digest` was trained with this vocabulary.
+
+        Checkpoints written before the digest followed the ids keep one of the vocabulary's lines, told apart at
+        characters such as U+2028 that a token may hold, and stripped; it is accepted, too.
+        """
+        return super().matches(digest) or digest == digest_of(
+            [token.strip() for token in "\n".join(self._tokens()).splitlines()]
+        )
+
+    def _encode(self, text: str) -> list[int]:
+        ids = [self._begin, *self._tokenizer.encode(text, add_special_tokens=False).ids, self._end]
+        return ids[: self.max_tokens]
+
+
+def _find_vocabulary(vocabulary: str | os.PathLike[str] | None) -> Path:
+    path = SHIPPED_VOCABULARY if vocabulary is None else Path(vocabulary)
+    if path.is_dir():
+        for name in ("vocab.txt", "tokenizer.json"):
+            if (path / name).is_file():
+                return path / name
+        raise FileNotFoundError(f"vocabulary folder {path} holds neither vocab.txt nor tokenizer.json")
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"vocabulary {path} does not exist; expected a vocab.txt, a tokenizer.json or their folder"
+        )
+    return path
+
+
+def _load(path: Path) -> tokenizers.Tokenizer:
+    if path.suffix == ".json":
+        try:
+            tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception
+            raise ValueError(f"{path} is not a tokenizer.json: {error}") from error
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        return tokenizer
+    try:
+        # Not splitlines: BERT's vocabularies hold characters that it takes for line ends.
+        tokens = [line.removesuffix("\r") for line in path.read_bytes().decode("utf-8").split("\n")]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a vocabulary in UTF-8: {error}") from error
+    if tokens[-1] == "":
+        tokens.pop()
+    ids = {token: index for index, token in enumerate(tokens)}
+    if len(ids) < len(tokens):
+        twice = next(token for index, token in enumerate(tokens) if ids[token] != index)
+        raise ValueError(f"{path} holds the token {twice!r} twice; expected one id per token")
+    if "[UNK]" not in ids:
+        raise ValueError(f"{path} lacks [UNK]; expected a BERT vocabulary, one token per line")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordPiece(ids, unk_token="[UNK]"))
+    tokenizer.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    return tokenizer

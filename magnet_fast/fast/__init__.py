@@ -1,0 +1,190 @@
+"""Applied speed: the same modules on fused operators, in place, and the way back.
+
+For our own models and those of timm, transformers and torchvision.
+
+>>> import magnet_fast, timm
+>>> model = timm.create_model("swin_base_patch4_window7_224")
+>>> print(magnet_fast.accelerate(model))
+>>> magnet_fast.restore(model)
+
+None of the three is imported here, nor are our own models: classes are known by name.
+"""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import ModuleType
+
+from torch import nn
+
+from magnet_fast.fast import grounding_dino, timm, torchvision, transformers_deformable, transformers_swin
+from magnet_fast.fast._replacement import Replacement, class_path, fused_class, upstream_class
+from magnet_fast.fast._report import ModuleReport, Report
+from magnet_fast.ops._linear import PackedLinear, pack_linear, plain_linear, unpack_linear
+
+__all__ = ["ModuleReport", "Report", "accelerate", "accelerated", "restore"]
+
+_FAMILIES = (timm, torchvision, transformers_swin, transformers_deformable, grounding_dino)
+_OUR_MODELS = "magnet_fast.models."
+
+
+def accelerate(model: nn.Module, *, pack: bool = False, freeze: bool | None = None) -> Report:
+    """Put the fused operators under what `model` contains, in place, where the arithmetic is the same.
+
+    Names, parameters, buffers and the state dict stay as they are, as do training, autocast, `torch.compile` and
+    saving; `restore` is the way back. What can change from call to call (attention weights asked for, training with
+    attention dropout, a hook, an adapter, another module or another `forward` on a part that the fused way does not
+    call, a transform of `torch.func`, a counter of operations, tracing, export) is looked at in every call, which then
+    runs the original.
+
+    Args:
+        model: any module; our own models, timm's SwinTransformer, what transformers builds on Swin layers and on
+            multi-scale deformable attention, torchvision's swin_t, swin_s and swin_b, and whatever contains them. Wrap
+            for FSDP afterwards.
+        pack: a promise that the weights stay as they are while the model is used for inference on a CPU. Every plain
+            Linear of the model, also beside attention, then runs on oneDNN with a second copy of its weight, packed in
+            the first call; that takes the memory of the weights once more. Changes that PyTorch counts (loading,
+            optimisers, casts) are seen nevertheless, what is written through `.data` is not. Training, gradients, other
+            devices and processors that oneDNN is not used on are as without it. Our choice.
+        freeze: the former name of `pack`.
+
+    Returns:
+        What now runs on which operator, and what was left alone and why. `print` it. A module that this function
+        replaced before counts as replaced.
+
+    Raises:
+        TypeError: `model` is not a module.
+    """
+    if freeze is not None:
+        warnings.warn("accelerate: freeze= is named pack= now", DeprecationWarning, stacklevel=2)
+        pack = freeze
+    _check(model)
+    found = []
+    for name, module in model.named_modules():
+        path = class_path(upstream_class(module) or type(module))
+        replacements, left_alone = _known(path)
+        if path in replacements:
+            found.append(_replace(name, module, replacements[path]))
+        elif path in left_alone:
+            found.append(ModuleReport(name, path, None, left_alone[path]))
+        elif (base := _known_base(module)) is not None:
+            reason = f"a subclass of {base.rpartition('.')[2]}: what it changes is not known here"
+            found.append(ModuleReport(name, path, None, reason))
+        elif plain_linear(module) and (pack or type(module) is PackedLinear):
+            found.append(_pack(name, module))
+    return Report(tuple(found))
+
+
+def restore(model: nn.Module) -> None:
+    """Give every module that `accelerate` replaced its own class back: nothing of the replacement remains.
+
+    Raises:
+        TypeError: `model` is not a module.
+        ValueError: the class of a replaced module was changed once more (FSDP2, a parametrisation) and has to be
+            changed back first; nothing was restored.
+    """
+    _check(model)
+    _undo(model, {})
+
+
+@contextmanager
+def accelerated(model: nn.Module, *, pack: bool = False) -> Iterator[Report]:
+    """`accelerate` for the length of a block, after which every module has the class it had before it.
+
+    What was replaced when the block began stays replaced. Yields the report.
+
+    Raises:
+        TypeError: `model` is not a module.
+        ValueError: at the end, as `restore`.
+    """
+    _check(model)
+    before = {module: type(module) for module in model.modules() if upstream_class(module) is not None}
+    report = accelerate(model, pack=pack)
+    try:
+        yield report
+    finally:
+        _undo(model, before)
+
+
+def _undo(model: nn.Module, kept: Mapping[nn.Module, type]) -> None:
+    """Back to the class in `kept`, or else to the one that was replaced."""
+    for name, module in model.named_modules():
+        if upstream_class(module) is None and any("_upstream_class" in vars(base) for base in type(module).__mro__):
+            raise ValueError(
+                f"model: {name or 'the model itself'} was replaced and then made a {type(module).__qualname__}; "
+                "expected that to be undone before restore"
+            )
+    for module in model.modules():
+        upstream = upstream_class(module)
+        cls = kept.get(module, upstream)
+        if upstream is None or cls is type(module):
+            continue
+        if isinstance(module, PackedLinear):
+            unpack_linear(module)
+        else:
+            module.__class__ = cls
+
+
+def _replace(name: str, module: nn.Module, replacement: Replacement) -> ModuleReport:
+    if upstream_class(module) is None:
+        try:
+            reason = replacement.why_not(module)
+        except Exception as error:  # whatever upstream has become, its model goes on as it is
+            reason = f"looking at it failed ({type(error).__name__}: {error}): not a version this was written for"
+        if reason is not None:
+            return ModuleReport(name, replacement.path, None, reason)
+        module.__class__ = fused_class(replacement, type(module))
+    return ModuleReport(name, replacement.path, replacement.operator, replacement.note(module))
+
+
+def _pack(name: str, layer: nn.Linear) -> ModuleReport:
+    path = class_path(nn.Linear)
+    if "forward" in vars(layer):
+        return ModuleReport(name, path, None, "its forward was replaced on the module itself")
+    if name.rpartition(".")[2] == "base_layer":
+        return ModuleReport(name, path, None, "under an adapter, which may be merged into its weight behind our back")
+    pack_linear(layer)
+    return ModuleReport(name, path, "linear", "packed weight in inference on a CPU")
+
+
+def _known(path: str) -> tuple[Mapping[str, Replacement], Mapping[str, str]]:
+    """The tables that a class of this path may be in; those of our models are imported when they are needed."""
+    return _tables_of(_own()) if path.startswith(_OUR_MODELS) else (_REPLACEMENTS, _LEFT_ALONE)
+
+
+def _tables_of(*families: ModuleType) -> tuple[dict[str, Replacement], dict[str, str]]:
+    replacements = {item.path: item for family in families for item in family.REPLACEMENTS}
+    return replacements, {path: reason for family in families for path, reason in family.LEFT_ALONE.items()}
+
+
+_REPLACEMENTS, _LEFT_ALONE = _tables_of(*_FAMILIES)
+
+
+def _own() -> ModuleType:
+    return importlib.import_module(f"{__name__}.own")
+
+
+def _known_base(module: nn.Module) -> str | None:
+    for base in type(module).__mro__[1:]:
+        path = class_path(base)
+        if any(path in table for table in _known(path)):
+            return path
+    return None
+
+
+def _check(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+
+
+def __getattr__(name: str) -> type:
+    """The class of a replaced module, which a pickle of it asks for."""
+    if name.startswith("Fused"):
+        for replacement in (*_REPLACEMENTS.values(), *_own().REPLACEMENTS):
+            if replacement.fused_name == name:
+                module, _, upstream = replacement.path.rpartition(".")
+                return fused_class(replacement, getattr(importlib.import_module(module), upstream))
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,1 @@
+"""Fusions: what brings words and pixels together, stage by stage."""

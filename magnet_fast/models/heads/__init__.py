@@ -1,0 +1,1 @@
+"""Heads: what makes masks of the stages' outputs."""

@@ -1,0 +1,83 @@
+"""Model, tokenizer, data and terms of a run, from its configuration; nothing is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from magnet_fast import checkpoints, models
+from magnet_fast.data.tokenizers import open_tokenizer
+from magnet_fast.training.config import TrainConfig
+from magnet_fast.training.datasets import build_datasets, open_readers
+from magnet_fast.training.distributed import World
+from magnet_fast.training.progress import check_tensorboard
+from magnet_fast.training.randomness import seed_everything
+from magnet_fast.training.terms import build_terms
+from magnet_fast.training.trainer import Trainer
+
+
+def build_trainer(config: TrainConfig, out: Path, world: World) -> Trainer:
+    """The trainer of a run, on this process.
+
+    Raises:
+        ValueError: parts of the configuration do not fit each other, the data or this machine.
+    """
+    if config.tensorboard:
+        check_tensorboard()
+    readers = open_readers(config)
+    seed_everything(config.seed)
+    model = build_model(config)
+    tokenizer = build_tokenizer(config, model)
+    training_set, validation_set = build_datasets(config, readers, tokenizer, model.spec)
+    check_needs(model, training_set)
+    terms = build_terms(config.terms, model, tokenizer)
+    metadata = {"model_name": config.model.name, "tokenizer_vocab": tokenizer.digest()}
+    return Trainer(config, model, terms, training_set, validation_set, out, world, metadata)
+
+
+def build_model(config: TrainConfig) -> nn.Module:
+    """The configuration's model, with its specification of images and expressions.
+
+    With `model.weights` it starts from any file that `checkpoints.load` reads, whose model must be the same; without
+    `data.image_size` and `data.max_tokens` it keeps the file's.
+    """
+    model = models.create(config.model.name, pretrained=config.model.pretrained, **config.model.overrides)
+    spec = model.spec
+    if config.model.weights is not None:
+        start = checkpoints.load(config.model.weights).model
+        spec = start.spec
+        if start.config.model_copy(update={"input": model.config.input}) != model.config:
+            raise ValueError(
+                f"model.weights: {config.model.weights} holds another model ({start.config}), expected {model.config}"
+            )
+        model.load_state_dict(start.state_dict())
+    changes = {"size": config.data.image_size, "max_tokens": config.data.max_tokens}
+    model.spec = spec._replace(**{key: value for key, value in changes.items() if value is not None})
+    return model
+
+
+def build_tokenizer(config: TrainConfig, model: nn.Module) -> Any:
+    """The tokenizer that the model's specification names, checked to give no id that the model does not embed."""
+    spec, known = model.spec, model.text_encoder.vocab_size
+    tokenizer = open_tokenizer(spec.tokenizer, vocabulary=config.data.tokenizer, max_tokens=spec.max_tokens)
+    if tokenizer.vocab_size > known:
+        raise ValueError(
+            f"data.tokenizer: its vocabulary has {tokenizer.vocab_size} entries, but the text encoder of "
+            f"{config.model.name} embeds {known}; choose the model's vocabulary, or set its text.vocab_size"
+        )
+    return tokenizer
+
+
+def check_needs(model: nn.Module, dataset: Any) -> None:
+    """ValueError where the model reads tensors beside image and text that the samples do not have."""
+    if not model.needs:
+        return
+    offered = dataset[0]["extra"]
+    missing = [name for name in model.needs if name not in offered]
+    if missing:
+        raise ValueError(
+            f"data: the model reads {', '.join(missing)} beside image and text; these samples have "
+            f"{', '.join(offered) or 'nothing'}"
+        )

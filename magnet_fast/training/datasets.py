@@ -1,0 +1,74 @@
+"""The data of a run: one training set, of one or several data sets, and one for validation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from magnet_fast.data import ExpressionDataset, MixedDataset
+from magnet_fast.data.datasets import open_reader
+from magnet_fast.models.contract import InputSpec
+from magnet_fast.training.config import TrainConfig
+
+
+def open_readers(config: TrainConfig) -> list[Any]:
+    """The configuration's data set, then those of `data.also`, with the splits that the run needs.
+
+    Raises:
+        ValueError: no folder is given, or a split that is needed is not there.
+    """
+    data = config.data
+    if data.root is None:
+        raise ValueError("data.root: no data folder given (--data ROOT, or data.root in the configuration)")
+    names = [(data.dataset, data.split_by), *(tuple(name.split("/")) for name in data.also)]
+    readers = [
+        open_reader(data.root, dataset, split_by, images=data.images or None, format=data.format)
+        for dataset, split_by in names
+    ]
+    check_split(readers[0], data.root, "train_split", data.train_split)
+    if config.validate_every != "never":
+        check_split(readers[0], data.root, "val_split", data.val_split)
+    return readers
+
+
+def check_split(reader: Any, root: str, key: str, split: str) -> None:
+    """ValueError where the data have no such split; `key` is that of the configuration."""
+    if split not in reader.splits:
+        raise ValueError(f"data.{key}: {root} has no split {split!r}; it has {', '.join(reader.splits)}")
+
+
+def build_datasets(
+    config: TrainConfig, readers: list[Any], tokenizer: Any, spec: InputSpec
+) -> tuple[ExpressionDataset | MixedDataset, ExpressionDataset | None]:
+    """The training split and, unless validation is off, the validation split.
+
+    With `data.also` images that any of the sets holds outside its training split are trained on in none: the sets
+    share COCO's images, and what one trains on may be what another is tested on.
+    """
+    data = config.data
+    held_out = {
+        ref.image_id
+        for reader in (readers if data.also else [])
+        for split in reader.splits
+        if split != data.train_split
+        for ref in reader.refs(split)
+    }
+    parts = [
+        ExpressionDataset(
+            reader,
+            data.train_split,
+            tokenizer,
+            spec,
+            mode=data.mode,
+            seed=config.seed,
+            cache=data.cache,
+            without_images=held_out,
+        )
+        for reader in readers
+    ]
+    training_set = MixedDataset(parts) if data.also else parts[0]
+    if config.validate_every == "never":
+        return training_set, None
+    original = config.resolution == "original"
+    return training_set, ExpressionDataset(
+        readers[0], data.val_split, tokenizer, spec, cache=data.cache, original=original
+    )

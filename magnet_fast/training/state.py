@@ -1,0 +1,82 @@
+"""Everything that a run depends on, out of a trainer and back into one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from magnet_fast.training.distributed import gather_objects
+from magnet_fast.training.randomness import rng_state, seed_everything, set_rng_state
+from magnet_fast.training.weights_state import load_optimiser_state, load_weights, optimiser_state_of, weights_of
+
+if TYPE_CHECKING:
+    from magnet_fast.training.trainer import Trainer
+
+
+def state_of(trainer: Trainer) -> dict[str, Any]:
+    """The state as tensors and plain containers. Collective; whole on the first process, which saves it."""
+    weights = weights_of(trainer.objective)
+    averaged: dict[str, Any] = {}
+    if trainer.average:
+        with trainer.average.in_place():
+            averaged = {"weights": weights_of(trainer.objective), "updates": trainer.average.updates}
+    epoch, position = divmod(trainer.step, trainer.steps_per_epoch)
+    return {
+        "config": trainer.config.model_dump(mode="json"),
+        "model_config": trainer.model.config.model_dump(mode="json"),
+        "metadata": dict(trainer.metadata),
+        "model": _below("model.", weights),
+        "terms": _below("terms.", weights),
+        "ema": averaged,
+        "optimiser": optimiser_state_of(trainer.objective, trainer.optimiser),
+        "scaler": trainer.scaler.state_dict(),
+        "step": trainer.step,
+        "epoch": epoch,
+        "position": position,
+        "steps_per_epoch": trainer.steps_per_epoch,
+        "trained_seconds": trainer.elapsed(),
+        "best": trainer.best,
+        "scores": trainer.scores,
+        "validated_at": trainer.validated_at,
+        "window": trainer.log.state(),
+        "rng": gather_objects(rng_state(), trainer.world),
+    }
+
+
+def load_state_into(trainer: Trainer, state: dict[str, Any]) -> None:
+    """Go on from a checkpoint's state; ValueError where it is of another model or amount of data."""
+    present = trainer.model.config.model_dump(mode="json")
+    if state["model_config"] != present:
+        raise ValueError(
+            f"checkpoint: it is of another model (its configuration is {state['model_config']}, this model's is "
+            f"{present})"
+        )
+    if state["steps_per_epoch"] != trainer.steps_per_epoch:
+        raise ValueError(
+            f"checkpoint: its run had {state['steps_per_epoch']} steps an epoch, this one has "
+            f"{trainer.steps_per_epoch}: the training data are not the same"
+        )
+    if trainer.average:
+        load_weights(trainer.objective, state["ema"]["weights"])
+        trainer.average.begin(state["ema"]["updates"])
+    load_weights(trainer.objective, {**_above("model.", state["model"]), **_above("terms.", state["terms"])})
+    load_optimiser_state(trainer.objective, trainer.optimiser, state["optimiser"])
+    trainer.scaler.load_state_dict(state["scaler"])
+    trainer.step = trainer.saved_at = state["step"]
+    trainer.trained_seconds = state["trained_seconds"]
+    trainer.best, trainer.scores, trainer.validated_at = state["best"], state["scores"], state["validated_at"]
+    trainer.log.load_state(state["window"], trainer.step)
+    world, generators = trainer.world, state["rng"]
+    if len(generators) == world.size:
+        set_rng_state(generators[world.rank])
+    else:  # another number of processes: the data go on exactly, dropout draws anew
+        seed_everything(trainer.config.seed + 1 + world.rank + trainer.step)
+
+
+def _below(prefix: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+
+
+def _above(prefix: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {prefix + name: value for name, value in weights.items()}

@@ -1,0 +1,22 @@
+"""Training losses by name. A new one is a file here with a class under `register`, imported below."""
+
+from magnet_fast.training.terms.alignment import AlignmentTerm
+from magnet_fast.training.terms.cross_entropy import CrossEntropyTerm
+from magnet_fast.training.terms.grounding import GroundingTerm
+from magnet_fast.training.terms.mask import MaskTerm
+from magnet_fast.training.terms.presence import PresenceTerm
+from magnet_fast.training.terms.term import TERMS, Term, TermConfig, build_terms, read_terms, register
+
+__all__ = [
+    "TERMS",
+    "AlignmentTerm",
+    "CrossEntropyTerm",
+    "GroundingTerm",
+    "MaskTerm",
+    "PresenceTerm",
+    "Term",
+    "TermConfig",
+    "build_terms",
+    "read_terms",
+    "register",
+]

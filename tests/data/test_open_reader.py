@@ -1,0 +1,59 @@
+"""The registry of formats: told from the files, or named."""
+
+from __future__ import annotations
+
+import pytest
+
+from magnet_fast.data.datasets import FORMATS, open_reader
+
+from . import layout, test_complex_queries, test_phrasecut, test_regions
+
+WRITERS = {
+    "refer": (layout.write_root, "refcoco"),
+    "phrasecut": (
+        lambda root: test_phrasecut.write(root, test_phrasecut.small_tasks()),
+        "VGPhraseCut_v0",
+    ),
+    "complex_queries": (test_complex_queries.write, "ris_cq"),
+    "regions": (test_regions.write, "talk2car"),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_tells_the_format(tmp_path, name):
+    assert set(WRITERS) == set(FORMATS)
+    write, dataset = WRITERS[name]
+    write(tmp_path)
+    for reader in (open_reader(tmp_path, dataset), open_reader(str(tmp_path), dataset, format=name)):
+        ref = reader.refs(reader.splits[0])[0]
+        mask = reader.mask(ref)
+        assert mask.shape == reader.image_size(ref.image_id) and mask.any()
+        assert reader.image_path(ref.image_id).is_file()
+    assert [other for other, one in FORMATS.items() if one.told(tmp_path / dataset)] == [name]
+
+
+def test_split_by_reaches_refers_layout(tmp_path):
+    layout.write_root(tmp_path, name="refs(umd).p", dataset="refcocog")
+    assert open_reader(tmp_path, "refcocog", "umd").splits == ("train", "val")
+    with pytest.raises(FileNotFoundError, match=r"refs\(unc\)\.p"):
+        open_reader(tmp_path, "refcocog")
+
+
+@pytest.mark.parametrize("name", ["phrasecut", "complex_queries", "regions"])
+def test_images_reach_the_reader(tmp_path, name):
+    write, dataset = WRITERS[name]
+    write(tmp_path / "data")
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        open_reader(tmp_path / "data", dataset, images=tmp_path / "nowhere")
+
+
+def test_unknown_formats(tmp_path):
+    with pytest.raises(FileNotFoundError, match="refcoco does not exist; expected the folder of a data set"):
+        open_reader(tmp_path, "refcoco")
+    (tmp_path / "refcoco").mkdir()
+    with pytest.raises(ValueError, match=r"cannot be told; it has none of: instances.json and refs.* \(regions\)"):
+        open_reader(tmp_path, "refcoco")
+    with pytest.raises(ValueError, match="format is 'coco'; expected one of refer, phrasecut, complex"):
+        open_reader(tmp_path, "refcoco", format="coco")
+    with pytest.raises(FileNotFoundError, match="image_data_split.json"):
+        open_reader(tmp_path, "refcoco", format="phrasecut")

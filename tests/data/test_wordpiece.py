@@ -1,0 +1,185 @@
+"""WordPiece against transformers' BertTokenizer, its limits, and what the digest of a vocabulary says."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from hypothesis import given
+from hypothesis import strategies as st
+
+import magnet_fast.data
+from magnet_fast.data.tokenizers import Tokenizer, open_tokenizer
+
+VOCABULARY = Path(magnet_fast.data.__file__).with_name("vocab.txt")
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer()
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory) -> transformers.PreTrainedTokenizerBase:
+    tokens = VOCABULARY.read_text().split()
+    return transformers.BertTokenizer(vocab={token: i for i, token in enumerate(tokens)}, do_lower_case=True)
+
+
+def both(tokenizer, bert, text):
+    ours, mask = tokenizer(text)
+    theirs = bert(text)["input_ids"][: tokenizer.max_tokens]
+    return ours[0][: int(mask.sum())].tolist(), theirs
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "the small red star above the blue box",
+        "Second CIRCLE from the left!",
+        "café: the über-waiter's 2nd plate (left)",
+        "zyzzyva 東京 left\tof\nthe\u00a0man",
+        "word " * 40,
+    ],
+)
+def test_agrees_with_bert(tokenizer, bert, text):
+    ours, theirs = both(tokenizer, bert, text)
+    assert ours == theirs
+
+
+@given(text=st.text(alphabet=st.characters(codec="utf-8", exclude_characters="[]"), min_size=1, max_size=30))
+def test_agrees_with_bert_on_any_text(tokenizer, bert, text):
+    if text.strip():
+        ours, theirs = both(tokenizer, bert, text)
+        assert ours == theirs
+
+
+def test_shapes_padding_and_mask(tokenizer):
+    ids, mask = tokenizer(["red star", "the third circle from the left"])
+    assert ids.shape == mask.shape == (2, 20)
+    assert ids.dtype == torch.int64 and mask.dtype == torch.bool
+    assert mask.sum(1).tolist() == [4, 8]
+    assert ids[~mask].eq(0).all() and ids[mask].ne(0).all()
+    tokens = VOCABULARY.read_text().splitlines()
+    assert [tokens[i] for i in ids[0][:4]] == ["[CLS]", "red", "star", "[SEP]"]
+    single, _ = tokenizer("red star")
+    assert torch.equal(single[0], ids[0])
+
+
+def test_sentence_of_200_words_is_cut(tokenizer):
+    ids, mask = tokenizer(" ".join(["left"] * 200))
+    tokens = VOCABULARY.read_text().splitlines()
+    assert ids.shape == (1, 20) and mask.all()
+    assert [tokens[i] for i in ids[0]] == ["[CLS]"] + ["left"] * 19
+    assert Tokenizer(max_tokens=7)(" ".join(["left"] * 200))[0].shape == (1, 7)
+
+
+@pytest.mark.parametrize("text", ["", "   ", "\t\n"])
+def test_empty_expression_is_refused(tokenizer, text):
+    with pytest.raises(ValueError, match="expression 1 is empty"):
+        tokenizer(["red star", text])
+
+
+def test_non_text_is_refused(tokenizer):
+    with pytest.raises(TypeError, match="expression 0 is a int"):
+        tokenizer([3])
+
+
+def test_vocabulary_spells_every_word_and_holds_the_scenes_words(tokenizer):
+    tokens = VOCABULARY.read_text().splitlines()
+    assert len(set(tokens)) == len(tokens) == tokenizer.vocab_size
+    assert tokens[:5] == ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    assert {"circle", "star", "red", "cyan", "second", "leftmost", "checkered"} <= set(tokens)
+    ids, _ = tokenizer("xylophone qwertz 4711")
+    assert tokens.index("[UNK]") not in ids
+
+
+def test_pickling(tokenizer):
+    copy = pickle.loads(pickle.dumps(tokenizer))
+    assert torch.equal(copy("the red star")[0], tokenizer("the red star")[0])
+
+
+def test_vocabulary_from_file_folder_and_json(tmp_path, tokenizer, bert):
+    (tmp_path / "vocab.txt").write_bytes(VOCABULARY.read_bytes().replace(b"\n", b"\r\n"))
+    folder = tmp_path / "saved"
+    bert.save_pretrained(folder)
+    assert (folder / "tokenizer.json").is_file()
+    text = "the small red star"
+    for vocab in (VOCABULARY, str(VOCABULARY), tmp_path, folder, folder / "tokenizer.json"):
+        other = Tokenizer(vocab)
+        assert other.vocab_size == tokenizer.vocab_size
+        assert torch.equal(other(text)[0], tokenizer(text)[0])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"[PAD]\n[CLS]\n[SEP]\nred\n", r"lacks \[UNK\]"),
+        (b"[PAD]\n[UNK]\n[SEP]\nred\n", r"lacks \[CLS\]"),
+        (b"[UNK]\n[PAD]\n[CLS]\n[SEP]\n", r"\[PAD\] id 1; expected 0"),
+        (b"[PAD]\n[UNK]\n[CLS]\n[SEP]\nred\nred\n", "'red' twice"),
+        (b"[PAD]\n\xff\xfe\n", "not a vocabulary in UTF-8"),
+    ],
+)
+def test_unusable_vocabulary(tmp_path, content, message):
+    (tmp_path / "vocab.txt").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"vocab\.txt.*{message}"):
+        Tokenizer(tmp_path)
+
+
+def test_absent_vocabulary(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nothing.txt does not exist"):
+        Tokenizer(tmp_path / "nothing.txt")
+    with pytest.raises(FileNotFoundError, match=r"neither vocab\.txt nor tokenizer\.json"):
+        Tokenizer(tmp_path)
+
+
+def test_broken_tokenizer_json(tmp_path):
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": 3}))
+    with pytest.raises(ValueError, match=r"is not a tokenizer\.json"):
+        Tokenizer(tmp_path)
+
+
+def test_digest_of_the_shipped_vocabulary():
+    """Checkpoints of before keep it; `sha256sum` of the file without its last line end gives it, too."""
+    expected = "aabf31214339a6c46063084186942342aa18ab353a8f7ba92660cdeba99fa231"
+    assert Tokenizer().digest() == expected == hashlib.sha256(VOCABULARY.read_bytes().rstrip(b"\n")).hexdigest()
+
+
+def test_digest_is_one_in_every_file_format(tmp_path, tokenizer, bert):
+    bert.save_pretrained(tmp_path / "saved")
+    (tmp_path / "vocab.txt").write_bytes(VOCABULARY.read_bytes().replace(b"\n", b"\r\n"))
+    for vocabulary in (tmp_path / "saved", tmp_path / "vocab.txt"):
+        assert Tokenizer(vocabulary).digest() == tokenizer.digest()
+    assert open_tokenizer(str(tmp_path / "saved")).digest() == tokenizer.digest()
+
+
+@pytest.mark.parametrize("odd", ["\u2028", "\u0085", "a\u2029b", "\u001c"])
+def test_digest_tells_tokens_apart_that_hold_line_ends_of_unicode(tmp_path, odd):
+    """`splitlines` takes them for line ends: two vocabularies that differ there had one digest."""
+    start = "[PAD]\n[UNK]\n[CLS]\n[SEP]\nred\n"
+    (tmp_path / "one.txt").write_text(start + f"x{odd}y\n", newline="")
+    (tmp_path / "other.txt").write_text(start + "x\ny\n", newline="")
+    one, other = Tokenizer(tmp_path / "one.txt"), Tokenizer(tmp_path / "other.txt")
+    assert one.vocab_size == 6 and one.vocabulary[f"x{odd}y"] == 5
+    assert one.digest() != other.digest()
+    assert one.matches(one.digest()) and not one.matches(Tokenizer().digest())
+
+
+def test_checkpoints_of_before_still_know_their_vocabulary(tmp_path):
+    path = tmp_path / "vocab.txt"
+    path.write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n\u00a0\nx\u2028y\nred\n", newline="")
+    lines = [token.strip() for token in path.read_text(encoding="utf-8").splitlines()]  # as it was computed
+    before = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    tokenizer = Tokenizer(path)
+    assert tokenizer.digest() != before and tokenizer.matches(before)
+
+
+@pytest.mark.parametrize(("max_tokens", "error"), [(2, ValueError), ("20", TypeError), (True, TypeError)])
+def test_max_tokens_is_checked(max_tokens, error):
+    with pytest.raises(error, match="max_tokens"):
+        Tokenizer(max_tokens=max_tokens)

@@ -1,0 +1,70 @@
+"""Small models and batches that the tests of this folder share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from magnet_fast import models
+from magnet_fast.models import Prediction, Text
+from magnet_fast.models.base import ReferringModel
+
+PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
+    "magnet": ("magnet_tiny", {}),
+    "magnet-xmha": ("magnet_tiny", {"fusion__form": "xmha"}),
+    "magnet-released": ("magnet_tiny", {"fusion__masking": "released"}),
+    "lavt": ("lavt_tiny", {}),
+}
+"""The tiny presets and their variants."""
+
+_SWIN = {"image__depths": (1, 2, 1, 1)}
+SMALL: dict[str, tuple[str, dict[str, Any]]] = {
+    "magnet": ("magnet_tiny", {**_SWIN, "fusion__pyramid": (2,), "head__mask_layers": 1}),
+    "magnet-xmha": ("magnet_tiny", {**_SWIN, "fusion__pyramid": (2,), "head__mask_layers": 1, "fusion__form": "xmha"}),
+    "lavt": ("lavt_tiny", _SWIN),
+}
+"""Every kind of block once: where time goes by the number of layers."""
+
+
+def build(case: tuple[str, dict[str, Any]], **overrides: Any) -> ReferringModel:
+    """The model of a case, in evaluation mode, the same at every call."""
+    torch.manual_seed(0)
+    name, settings = case
+    return models.create(name, **{**settings, **overrides}).eval()
+
+
+def batch(
+    size: tuple[int, int] = (64, 96), words: int = 9, count: int = 2, vocabulary: int = 1024
+) -> tuple[Tensor, Text]:
+    """Noise for images and ids; all sentences but the first end in three tokens of padding."""
+    generator = torch.Generator().manual_seed(1)
+    image = torch.randn(count, 3, *size, generator=generator)
+    ids = torch.randint(5, vocabulary, (count, words), generator=generator)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[1:, words - 3 :] = False
+    return image, Text(ids * mask, mask)
+
+
+def open_gates(model: nn.Module) -> None:
+    """Gates and sampling offsets start at zero; with random weights in them every path reaches the output."""
+    generator = torch.Generator().manual_seed(2)
+    for name, parameter in model.named_parameters():
+        if "gate." in name or name.endswith(("sampling_offsets.weight", "attention_weights.weight")):
+            parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
+
+
+def everything(prediction: Prediction) -> Tensor:
+    """A loss of all that a prediction holds and a training term may read."""
+    total = prediction.words.features.square().mean()
+    for each in (prediction, *prediction.earlier):
+        for tensor in (each.mask, each.presence, each.pixels):
+            if tensor is not None:
+                total = total + tensor.square().mean()
+    return total
+
+
+def without_gradient(model: nn.Module) -> list[str]:
+    """Trained parameters that the backward pass did not reach."""
+    return [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]

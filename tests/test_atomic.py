@@ -1,0 +1,99 @@
+"""Files that are complete at every moment, whoever else writes them."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from magnet_fast.atomic import write_atomically, write_text_atomically
+
+WRITER = """
+import sys
+from magnet_fast.atomic import write_atomically
+number = sys.argv[2]
+for round in range(60):
+    content = (number * 2000 + str(round)).encode()
+    write_atomically(sys.argv[1], lambda file: [file.write(content[i : i + 500]) for i in range(0, len(content), 500)])
+"""
+
+
+def test_a_failing_write_leaves_the_old_file(tmp_path) -> None:
+    path = tmp_path / "file"
+    write_text_atomically(path, "before")
+
+    def fail(file) -> None:
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(path, fail)
+    assert path.read_text() == "before"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+def test_the_old_file_stands_until_the_new_one_is_complete(tmp_path) -> None:
+    path = tmp_path / "file"
+    write_text_atomically(path, "before")
+
+    def write(file) -> None:
+        file.write(b"after")
+        file.flush()
+        assert path.read_text() == "before"
+
+    write_atomically(path, write)
+    assert path.read_text() == "after"
+
+
+def test_what_a_kill_left_is_removed_and_what_another_writes_is_not(tmp_path) -> None:
+    path = tmp_path / "file[1].json"  # a name with signs that patterns read
+    left = tmp_path / f".{path.name}.0123.tmp"
+    left.write_bytes(b"left by a kill")
+    others = tmp_path / ".other.0123.tmp"
+    others.write_bytes(b"of another file")
+
+    def write(file) -> None:
+        file.write(b"outer")
+        write_text_atomically(path, "inner")  # while the first write is under way
+
+    write_atomically(path, write)
+    assert path.read_text() == "outer"
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [others.name, path.name]
+
+
+def test_many_writers_at_once(tmp_path) -> None:
+    """Processes and threads on one path: no write fails, no reader ever sees half of one."""
+    path = tmp_path / "file"
+    write_text_atomically(path, "9" * 2000 + "0")
+    repository = Path(__file__).parents[1]
+    environment = {**os.environ, "PYTHONPATH": str(repository)}
+    commands = [[sys.executable, "-c", WRITER, str(path), str(number)] for number in range(3)]
+    writers = [subprocess.Popen(command, env=environment, stderr=subprocess.PIPE) for command in commands]
+    with ThreadPoolExecutor(4) as pool:
+        done = [pool.submit(write_text_atomically, path, str(number) * 2000 + "0") for number in (3, 4, 5, 6) * 20]
+        while any(writer.poll() is None for writer in writers):
+            content = path.read_text()
+            assert content[:2000] == content[0] * 2000 and content[2000:].isdigit()
+        for future in done:
+            future.result()
+    for writer in writers:
+        assert writer.wait() == 0, writer.stderr.read()
+        writer.stderr.close()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+def test_permissions_are_those_of_any_new_file(tmp_path) -> None:
+    write_text_atomically(tmp_path / "file", "")
+    (tmp_path / "plain").touch()
+    modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("file", "plain")]
+    assert modes[0] == modes[1]
+
+
+def test_an_absent_folder_is_an_error(tmp_path) -> None:
+    with pytest.raises(FileNotFoundError):
+        write_text_atomically(tmp_path / "none" / "file", "")

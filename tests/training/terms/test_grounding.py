@@ -1,0 +1,67 @@
+"""Mask Grounding's loss, and the term on a model: what it reads, and what it refuses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from magnet_fast import models
+from magnet_fast.data.tokenizers import Tokenizer
+from magnet_fast.models import Text
+from magnet_fast.training.terms import GroundingTerm
+from magnet_fast.training.terms.grounding import GroundingConfig, grounding_loss
+
+from ..fakes import SMALLEST_MAGNET
+
+SMALL = {"layers": 1, "heads": 4, "feedforward": 32}
+
+
+def test_grounding_loss() -> None:
+    logits = torch.randn(2, 3, 11, requires_grad=True)
+    targets = logits.detach().argmax(dim=-1)
+    targets[0, 1] = (targets[0, 1] + 1) % 11
+    valid = torch.tensor([[True, True, False], [True, False, False]])
+    loss, accuracy = grounding_loss(logits, targets, valid)
+    rows = [(0, 0), (0, 1), (1, 0)]
+    expected = -sum(logits.detach().double().log_softmax(-1)[b, k, targets[b, k]].item() for b, k in rows) / 3
+    assert loss.item() == pytest.approx(expected, rel=1e-5) and accuracy.item() == pytest.approx(2 / 3)
+    loss.backward()
+    assert not logits.grad[~valid].any() and logits.grad[valid].any(dim=-1).all()
+    nothing, accuracy = grounding_loss(logits, targets, torch.zeros_like(valid))
+    assert nothing == 0 and accuracy == 0
+
+
+def batch(tokenizer: Tokenizer) -> dict:
+    mask = torch.zeros(2, 32, 32)
+    mask[:, 4:20, 8:30] = 1
+    return {"image": torch.randn(2, 3, 32, 32), "text": tokenizer(["the red circle", "blue square"]), "mask": mask}
+
+
+def test_blind_it_sees_neither_image_nor_mask() -> None:
+    torch.manual_seed(0)
+    model, tokenizer = models.create("magnet_tiny", **SMALLEST_MAGNET).eval(), Tokenizer(max_tokens=8)
+    term = GroundingTerm.build(GroundingConfig(image_stage=1, **SMALL), model, tokenizer).eval()
+    one, other = batch(tokenizer), batch(tokenizer)
+    other["mask"] = other["mask"].flip(1)
+    positions = torch.tensor([[1], [2]])
+    text = Text(*one["text"])
+    with torch.no_grad():
+        blind = [term.predict(model, given, text, positions, blind=True) for given in (one, other)]
+        seeing = [term.predict(model, given, text, positions) for given in (one, other)]
+    assert torch.equal(*blind) and not torch.allclose(*seeing)
+    assert blind[0].shape == (2, 1, len(model.text_encoder.word_embedding))
+
+
+def test_refusals() -> None:
+    model, tokenizer = models.create("magnet_tiny", **SMALLEST_MAGNET), Tokenizer(max_tokens=8)
+    with pytest.raises(ValueError, match=r"terms\.grounding\.image_stage: expected a stage.* 0 to 3, got 4"):
+        GroundingTerm.build(GroundingConfig(image_stage=4), model, tokenizer)
+    with pytest.raises(ValueError, match="multiple of 4 and of heads=7"):
+        GroundingTerm.build(GroundingConfig(heads=7), model, tokenizer)
+
+    class Narrow(torch.nn.Module):  # words of another width than the vectors that the ids stand for
+        width, word_embedding = 32, torch.zeros(50, 16)
+
+    model.text_encoder = Narrow()
+    with pytest.raises(ValueError, match=r"terms\.grounding: .*32 channels.*\(50, 16\): expected 32 columns"):
+        GroundingTerm.build(GroundingConfig(), model, tokenizer)

@@ -1,0 +1,96 @@
+"""Mask Grounding's head: its parts against plain versions, what it may and may not see."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from magnet_fast.training.terms.word_predictor import WordPredictor
+
+WIDTH, CHANNELS, VOCABULARY = 32, 24, 50
+
+
+@pytest.fixture
+def head() -> WordPredictor:
+    torch.manual_seed(0)
+    head = WordPredictor(WIDTH, CHANNELS, VOCABULARY, layers=2, heads=4, feedforward=48)
+    return head.eval()  # no dropout
+
+
+def inputs(batch: int = 2, words: int = 7) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    mask = torch.zeros(batch, 20, 30)
+    mask[:, 5:9, 10:20] = 1
+    word_mask = torch.ones(batch, words, dtype=torch.int64)
+    word_mask[0, 5:] = 0
+    return {
+        "words": torch.randn(batch, words, WIDTH, generator=generator),
+        "word_mask": word_mask,
+        "feature": torch.randn(batch, 3, 5, CHANNELS, generator=generator),
+        "mask": mask,
+        "positions": torch.tensor([[1, 3], [2, 6]]),
+        "word_embedding": torch.randn(VOCABULARY, WIDTH, generator=generator),
+    }
+
+
+def test_the_mask_token_is_its_centre(head: WordPredictor) -> None:
+    mask = torch.zeros(3, 20, 30)
+    mask[0, 5:9, 10:20] = 1  # rows 5..8, columns 10..19: centre (15, 7) in pixels
+    mask[1, 6, 14:16] = 1  # another shape, the same... not quite: row 6 is centred at 6.5
+    mask[1, 7, 14:16] = 1
+    found = head.encode_mask(mask)
+    expected = head.mask_encoder(torch.tensor([15 / 30, 7 / 20]))
+    torch.testing.assert_close(found[0], expected)
+    torch.testing.assert_close(found[1], expected)  # position alone counts, not shape or size
+    assert torch.equal(found[2], head.no_mask)
+
+
+def test_logits_at_chosen_positions_only(head: WordPredictor) -> None:
+    given = inputs()
+    logits = head(**given)
+    assert logits.shape == (2, 2, VOCABULARY)
+    every = head(**{**given, "positions": torch.arange(7).repeat(2, 1)})
+    torch.testing.assert_close(logits, every.gather(1, given["positions"][..., None].expand(-1, -1, VOCABULARY)))
+
+
+def test_the_decoder_is_the_word_embedding(head: WordPredictor) -> None:
+    given = inputs()
+    logits = head(**given)
+    order = torch.randperm(VOCABULARY, generator=torch.Generator().manual_seed(2))
+    permuted = head(**{**given, "word_embedding": given["word_embedding"][order]})
+    torch.testing.assert_close(permuted, logits[..., order])
+
+
+def test_padding_is_never_seen(head: WordPredictor) -> None:
+    given = inputs()
+    changed = {**given, "words": given["words"].clone()}
+    changed["words"][0, 5:] = 100.0
+    assert torch.equal(head(**given), head(**changed))
+    changed["words"][0, 4] = 100.0  # a word
+    assert not torch.equal(head(**given)[0], head(**changed)[0])
+
+
+@pytest.mark.parametrize("name", ["words", "feature", "mask"])
+def test_everything_else_is_seen(head: WordPredictor, name: str) -> None:
+    given = inputs()
+    changed = {**given, name: given[name].roll(1, dims=2)}  # words' and pixels' columns, the mask's place
+    assert not torch.allclose(head(**given), head(**changed), atol=1e-4)
+
+
+def test_pixels_have_places(head: WordPredictor) -> None:
+    """Another order of the same pixels is another picture."""
+    given = inputs()
+    changed = {**given, "feature": given["feature"].flip(2)}
+    assert not torch.allclose(head(**given), head(**changed), atol=1e-4)
+
+
+def test_gradients_reach_every_parameter(head: WordPredictor) -> None:
+    given = inputs()
+    given["mask"][1] = 0  # so that the token of an absent referent is used, too
+    head(**given).square().sum().backward()
+    assert [name for name, p in head.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_refuses_a_width_that_heads_do_not_divide() -> None:
+    with pytest.raises(ValueError, match="text_width=30 must be a multiple of 4 and of heads=8"):
+        WordPredictor(30, CHANNELS, VOCABULARY)
