@@ -72,10 +72,11 @@ Strides3 strides_of(const TensorView& view) {
 DeformableParams params_of(const DeformableViews& a) {
     constexpr int64_t kMost = int64_t{1} << 30;  // kernels count positions, queries and channels in 32 bits
     check_kernel_dtype(a.value, "value");
-    check_views(a);
+    check_tensor(a.value, "value", 4, a.value.dtype);
     for (int i = 0; i < 4; ++i)
         require(a.value.sizes[i] > 0 && a.value.sizes[i] < kMost, "value", "sizes of 1 .. 2^30 - 1",
                 a.value.sizes[i]);
+    check_views(a);
     for (const int64_t size : {a.places.sizes[1], a.places.sizes[4]})
         require(size > 0 && size < kMost, "places", "queries and points of 1 .. 2^30 - 1", size);
     DeformableParams p{};
