@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from magnet_fast import _cpu, ops
+from magnet_fast.ops._view import view
 
 LEVELS = _cpu.supported_simd_levels()
 PYRAMID = [(3, 5), (6, 4), (1, 7), (9, 8)]
@@ -63,31 +64,23 @@ def not_written(shape) -> Tensor:
 
 def kernel(value, maps, locations, weights, grad_out, threads=1, wanted=(True, True, True), allocate=not_written):
     """The extension itself: the result and three gradients, None for those not wanted."""
-    batch, positions, heads, d = value.shape
     common = {
-        "value_ptr": value.data_ptr(),
-        "value_strides": value.stride()[:3],
-        "locations_ptr": locations.data_ptr(),
-        "weights_ptr": weights.data_ptr(),
-        "batch": batch,
-        "positions": positions,
-        "heads": heads,
-        "head_dim": d,
-        "queries": locations.shape[1],
-        "points": locations.shape[4],
+        "value": view(value),
+        "places": view(locations),
+        "weights": view(weights),
+        "reference": None,
         "spatial_shapes": list(maps),
         "threads": threads,
-        "dtype": 0,
     }
     out = allocate(grad_out.shape)
-    _cpu.deformable_attention_forward(out_ptr=out.data_ptr(), **common)
+    _cpu.deformable_attention_forward(out=view(out), **common)
     grads = [allocate(t.shape) if want else None for t, want in zip((value, locations, weights), wanted, strict=True)]
-    addresses = [0 if grad is None else grad.data_ptr() for grad in grads]
     _cpu.deformable_attention_backward(
-        grad_out_ptr=grad_out.data_ptr(),
-        grad_value_ptr=addresses[0],
-        grad_locations_ptr=addresses[1],
-        grad_weights_ptr=addresses[2],
+        grad_out=view(grad_out),
+        grad_value=view(grads[0]),
+        grad_places=view(grads[1]),
+        grad_weights=view(grads[2]),
+        grad_reference=None,
         **common,
     )
     return [out, *grads]
@@ -287,120 +280,127 @@ def test_nothing_to_do():
     assert all(t.numel() == 0 for t in (*out, grad_locations, grad_weights))
 
 
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"batch": -1}, r"batch: expected 0 \.\. 2\^31 - 1, got -1"),
-        ({"heads": 0}, "heads: expected 1"),
-        ({"head_dim": 0}, "head_dim: expected 1"),
-        ({"queries": -1}, "queries: expected 0"),
-        ({"queries": 2**31}, "queries: expected 0"),
-        ({"points": 0}, "points: expected 1"),
-        ({"points": 2**20}, r"points: expected at most 2\^20 points a query on all levels"),
-        ({"threads": 0}, "threads: expected 1 .. 4096, got 0"),
-        ({"positions": 0}, "positions: expected 1"),
-        ({"positions": 109}, "spatial_shapes: expected maps of 109 positions together, as value has, got 118"),
-        ({"spatial_shapes": []}, "spatial_shapes: expected at least one"),
-        ({"spatial_shapes": [(0, 5)]}, r"spatial_shapes: expected heights of 1 \.\. 2\^24, got 0"),
-        ({"spatial_shapes": [(5, -5)]}, r"spatial_shapes: expected widths of 1 \.\. 2\^24, got -5"),
-        ({"spatial_shapes": [(2**20, 2**20)]}, r"spatial_shapes: expected at most 2\^30 positions"),
-        ({"spatial_shapes": [(1, 2**24)] * 40}, r"spatial_shapes: expected fewer than 2\^31 positions with .* borders"),
-        ({"head_dim": 2**31 - 1, "batch": 2**31 - 1}, "batch: expected value to be addressable"),
-        ({"queries": 2**31 - 1, "heads": 2**31 - 1}, "queries: expected the points and the result"),
-        ({"value_strides": (-1, 48, 16)}, "value_strides: expected strides of at least 0, got -1"),
-        ({"value_ptr": 0}, "value_ptr: expected the address of a tensor"),
-        ({"locations_ptr": 0}, "locations_ptr: expected the address of a tensor"),
-        ({"weights_ptr": 6}, "weights_ptr: expected an address aligned for its dtype, got 2"),
-        ({"weights_ptr": 5, "dtype": 1}, "weights_ptr: expected an address aligned for its dtype, got 1"),
-        ({"weights_ptr": 20, "dtype": 3}, "weights_ptr: expected an address aligned for its dtype, got 4"),
-        ({"dtype": 4}, "dtype: expected 0 .float32.* got 4"),
-    ],
-)
-def test_bad_sizes_are_refused(change, message):
-    value, locations, weights, grad_out = inputs()
-    arguments = {
-        "value_ptr": value.data_ptr(),
-        "value_strides": value.stride()[:3],
-        "locations_ptr": locations.data_ptr(),
-        "weights_ptr": weights.data_ptr(),
-        "batch": 2,
-        "positions": 118,
-        "heads": 3,
-        "head_dim": 16,
-        "queries": 21,
-        "points": 2,
-        "spatial_shapes": PYRAMID,
-        "threads": 1,
-        "dtype": 0,
-        **change,
-    }
-    with pytest.raises(ValueError, match=message):
-        _cpu.deformable_attention_forward(out_ptr=grad_out.data_ptr(), **arguments)
-    with pytest.raises(ValueError, match=message):
-        _cpu.deformable_attention_backward(
-            grad_out_ptr=grad_out.data_ptr(),
-            grad_value_ptr=value.data_ptr(),
-            grad_locations_ptr=0,
-            grad_weights_ptr=0,
-            **arguments,
-        )
+SIZES = {"value": (2, 118, 3, 16), "places": (2, 21, 3, 4, 2, 2), "weights": (2, 21, 3, 4, 2)}
+MOST = 2**31 - 1
 
 
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"heads": 0}, "heads: expected 1"),
-        ({"points": 2**20}, r"points: expected at most 2\^20 points a query on all levels"),
-        ({"queries": 2**31 - 1, "heads": 2**31 - 1}, "queries: expected the points and the result"),
-        ({"spatial_shapes": [(0, 5)]}, r"spatial_shapes: expected heights of 1 \.\. 2\^24, got 0"),
-        ({"value_strides": (-1, 48, 16)}, "value_strides: expected strides of at least 0, got -1"),
-        ({"offsets_strides": (1, -2, 1)}, "offsets_strides: expected strides of at least 0, got -2"),
-        ({"logits_strides": (1, 2, -3)}, "logits_strides: expected strides of at least 0, got -3"),
-        ({"reference_batch": 3}, "reference_batch: expected 1 or the batch 2, got 3"),
-        ({"reference_levels": 2}, "reference_levels: expected 1 or the number of maps 4, got 2"),
-        ({"coordinates": 3}, "coordinates: expected 2 or 4, got 3"),
-        ({"value_ptr": 0}, "value_ptr: expected the address of a tensor"),
-        ({"reference_ptr": 0}, "reference_ptr: expected the address of a tensor"),
-        ({"offsets_ptr": 0}, "offsets_ptr: expected the address of a tensor"),
-        ({"logits_ptr": 0}, "logits_ptr: expected the address of a tensor"),
-        ({"offsets_ptr": 6}, "offsets_ptr: expected an address aligned for its dtype, got 2"),
-        ({"logits_ptr": 6, "dtype": 1, "wide": True}, "logits_ptr: expected an address aligned for its dtype, got 2"),
-        ({"reference_ptr": 6, "dtype": 1}, "reference_ptr: expected an address aligned for its dtype, got 2"),
-    ],
-)
-def test_bad_sizes_of_the_fused_form_are_refused(change, message):
+def fake(*sizes, address=64, strides=None, dtype=0):
+    """A contiguous tensor that is not there, but for its description."""
+    dense = tuple(torch.empty(sizes, device="meta").stride()) if strides is None else strides
+    return address, sizes, dense, dtype
+
+
+def assert_refused(changes, message):
+    call = {name: fake(*sizes) for name, sizes in SIZES.items()}
+    call |= {"reference": None, "spatial_shapes": PYRAMID, "threads": 1, **changes}
+    out = torch.full((2, 21, 48), 7.0)
+    with pytest.raises(ValueError, match=f"^{message}"):
+        _cpu.deformable_attention_forward(out=view(out), **call)
+    grads = {f"grad_{name}": None for name in (*SIZES, "reference")}
+    with pytest.raises(ValueError, match=f"^{message}"):
+        _cpu.deformable_attention_backward(grad_out=view(out), **grads, **call)
+    assert (out == 7).all()
+
+
+def points(queries, count, heads=3, maps=4):
+    """Places and weights of these sizes, all in one place."""
+    sizes = (2, queries, heads, maps, count)
+    return {"places": fake(*sizes, 2, strides=(0,) * 6), "weights": fake(*sizes, strides=(0,) * 5)}
+
+
+BAD = [
+    ({"value": None}, "value: expected a tensor of 4 dimensions, got 0"),
+    ({"value": fake(2, 118, 48)}, "value: expected a tensor of 4 dimensions, got 3"),
+    ({"value": fake(-1, 118, 3, 16, strides=(1, 48, 16, 1))}, "value: expected sizes of at least 0, got -1"),
+    ({"value": fake(2, 118, 3, 0)}, r"value: expected positions, heads and channels of 1 \.\. 2\^31 - 1, got 0"),
+    ({"value": fake(2, 0, 3, 16)}, r"value: expected positions, heads and channels of 1 \.\. 2\^31 - 1, got 0"),
+    ({"value": fake(2, 109, 3, 16)}, "spatial_shapes: expected maps of 109 positions together, as value has, got 118"),
+    ({"value": fake(2, 118, 3, 16, strides=(5664, -48, 16, 1))}, "value: expected strides of at least 0, got -48"),
+    ({"value": fake(2, 118, 3, 16, strides=(11328, 96, 32, 2))}, "value: expected stride 1 in dimension 3, got 2"),
+    ({"value": fake(2, 118, 3, 16, address=0)}, "value: expected the address of a tensor"),
+    ({"value": fake(2, 118, 3, 16, dtype=4)}, "value: expected dtype 0 .float32.* got 4"),
+    (
+        {"value": fake(2, 118, 3, MOST, strides=(0, 0, 0, 1)), "spatial_shapes": [(2**9, 2**20)]},
+        "places: expected size",
+    ),
+    ({"places": fake(2, 21, 3, 4, 2, 3)}, "places: expected size 2 in dimension 5, got 3"),
+    ({"places": fake(2, 21, 2, 4, 2, 2)}, "places: expected size 3 in dimension 2, got 2"),
+    ({"places": fake(1, 21, 3, 4, 2, 2)}, "places: expected size 2 in dimension 0, got 1"),
+    ({"weights": fake(2, 20, 3, 4, 2)}, "weights: expected size 21 in dimension 1, got 20"),
+    ({"weights": fake(2, 21, 3, 4, 2, address=6)}, "weights: expected an address aligned for its dtype, got 2"),
+    (points(21, 0), r"places: expected 1 \.\. 2\^31 - 1 points, got 0"),
+    (points(21, 2**20), r"places: expected at most 2\^20 points a query on all levels"),
+    (points(2**31, 2), r"places: expected 0 \.\. 2\^31 - 1 queries"),
+    ({"threads": 0}, "threads: expected 1 .. 4096, got 0"),
+    ({"spatial_shapes": []}, "spatial_shapes: expected at least one"),
+    ({"spatial_shapes": [(0, 5)] * 4}, r"spatial_shapes: expected heights of 1 \.\. 2\^24, got 0"),
+    ({"spatial_shapes": [(5, -5)] * 4}, r"spatial_shapes: expected widths of 1 \.\. 2\^24, got -5"),
+    ({"spatial_shapes": [(2**20, 2**20)] * 4}, r"spatial_shapes: expected at most 2\^30 positions"),
+    (
+        {"spatial_shapes": [(1, 2**24)] * 40, **points(21, 2, maps=40)},
+        r"spatial_shapes: expected fewer than 2\^31 positions with .* borders",
+    ),
+]
+
+
+@pytest.mark.parametrize("change, message", BAD)
+def test_bad_arguments_are_refused(change, message):
+    assert_refused(change, message)
+
+
+def test_sizes_that_cannot_be_addressed_are_refused():
+    value = fake(MOST, 118, MOST, MOST, strides=(0, 0, 0, 1))
+    sizes = (MOST, 21, MOST, 4, 2)
+    call = {"value": value, "places": fake(*sizes, 2, strides=(0,) * 6), "weights": fake(*sizes, strides=(0,) * 5)}
+    assert_refused(call, "value: expected it to be addressable")
+    value = fake(2, 118, MOST, 1, strides=(0, 0, 0, 1))
+    assert_refused({"value": value, **points(MOST, 2, heads=MOST)}, "places: expected the points and the result")
+
+
+PLAIN = [
+    ({"places": fake(2, 21, 3, 4, 2, 2, dtype=1)}, "places: expected dtype 0, got 1"),
+    ({"weights": fake(2, 21, 3, 4, 2, dtype=1)}, "weights: expected dtype 0, got 1"),
+    ({"places": fake(2, 21, 3, 4, 2, 2, strides=(2016, 96, 32, 4, 2, 1))}, "places: expected stride 16"),
+    ({"weights": fake(2, 21, 3, 4, 2, strides=(1008, 48, 16, 2, 1))}, "weights: expected stride 8"),
+]
+FUSED = [
+    ({"reference": fake(3, 21, 1, 2)}, "reference: expected a batch of 1 or 2, got 3"),
+    ({"reference": fake(1, 20, 1, 2)}, "reference: expected 21 queries, got 20"),
+    ({"reference": fake(1, 21, 2, 2)}, "reference: expected 1 or 4 maps, got 2"),
+    ({"reference": fake(1, 21, 1, 3)}, "reference: expected 2 or 4 coordinates, got 3"),
+    ({"reference": fake(21, 2)}, "reference: expected a tensor of 4 dimensions, got 2"),
+    ({"reference": fake(1, 21, 1, 2, address=0)}, "reference: expected the address of a tensor"),
+    ({"reference": fake(1, 21, 1, 2, address=6)}, "reference: expected an address aligned for its dtype, got 2"),
+    ({"reference": fake(1, 21, 1, 2, dtype=1)}, "reference: expected dtype 0, got 1"),
+    ({"places": fake(2, 21, 3, 4, 2, 2, dtype=1)}, "places: expected dtype 0, got 1"),
+    ({"weights": fake(2, 21, 3, 4, 2, dtype=1)}, "weights: expected dtype 0, got 1"),
+    ({"places": fake(2, 21, 3, 4, 2, 2, strides=(1008, -48, 16, 4, 2, 1))}, "places: expected strides of at least 0"),
+    ({"weights": fake(2, 21, 3, 4, 2, strides=(504, 24, -8, 2, 1))}, "weights: expected strides of at least 0"),
+    ({"weights": fake(2, 21, 3, 4, 2, strides=(504, 24, 8, 4, 1))}, "weights: expected stride 2 in dimension 3, got 4"),
+]
+
+
+@pytest.mark.parametrize("change, message", PLAIN)
+def test_bad_arguments_of_the_plain_form_are_refused(change, message):
+    assert_refused(change, message)
+
+
+@pytest.mark.parametrize("change, message", [*BAD, *FUSED])
+def test_bad_arguments_of_the_fused_form_are_refused(change, message):
+    queries = change.get("places", fake(2, 21))[1][1]
+    assert_refused({"reference": fake(1, queries, 1, 2), **change}, message)
+
+
+def test_gradients_are_shaped_like_their_tensors():
     value, locations, weights, grad_out = inputs()
-    arguments = {
-        "value_ptr": value.data_ptr(),
-        "value_strides": value.stride()[:3],
-        "reference_ptr": locations.data_ptr(),
-        "reference_batch": 1,
-        "reference_levels": 1,
-        "coordinates": 2,
-        "offsets_ptr": locations.data_ptr(),
-        "offsets_strides": locations.stride()[:3],
-        "logits_ptr": weights.data_ptr(),
-        "logits_strides": weights.stride()[:3],
-        "wide": False,
-        "batch": 2,
-        "positions": 118,
-        "heads": 3,
-        "head_dim": 16,
-        "queries": 21,
-        "points": 2,
-        "spatial_shapes": PYRAMID,
-        "threads": 1,
-        "dtype": 0,
-        **change,
-    }
-    with pytest.raises(ValueError, match=message):
-        _cpu.fused_deformable_attention_forward(out_ptr=grad_out.data_ptr(), **arguments)
-    with pytest.raises(ValueError, match=message):
-        _cpu.fused_deformable_attention_backward(
-            grad_out_ptr=grad_out.data_ptr(),
-            grad_value_ptr=value.data_ptr(),
-            grad_reference_ptr=0,
-            grad_offsets_ptr=0,
-            grad_logits_ptr=0,
-            **arguments,
-        )
+    call = {"value": view(value), "places": view(locations), "weights": view(weights), "reference": None}
+    call |= {"grad_out": view(grad_out), "spatial_shapes": PYRAMID, "threads": 1}
+    nothing = {f"grad_{name}": None for name in (*SIZES, "reference")}
+    for name, wrong, message in (
+        ("grad_value", fake(2, 118, 3, 15), "the sizes of its tensor, got 15"),
+        ("grad_places", fake(*SIZES["places"], dtype=1), "dtype 0"),
+        ("grad_weights", fake(*SIZES["weights"], address=2), "an address aligned"),
+        ("grad_reference", fake(1, 21, 1, 2), "None without reference points"),
+    ):
+        with pytest.raises(ValueError, match=f"^{name}: expected {message}"):
+            _cpu.deformable_attention_backward(**call, **(nothing | {name: wrong}))

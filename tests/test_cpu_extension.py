@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from magnet_fast import _cpu
+from magnet_fast.ops._view import view
+from magnet_fast.ops._window_settings import WindowSettings
 
 LEVELS = _cpu.supported_simd_levels()
 # Float32 against float64: results near 1, sums of at most a few hundred terms.
@@ -105,42 +107,24 @@ def expected(case: Case, inputs: Inputs) -> tuple[Tensor, list[Tensor]]:
     return out.detach(), list(torch.autograd.grad(out, (qkv, bias, pad), inputs.grad_out.double()))
 
 
-def sizes(case: Case, threads: int) -> dict[str, object]:
-    return {
-        "dtype": 0,
-        "batch": case.batch,
-        "height": case.height,
-        "width": case.width,
-        "channels": case.heads * case.head_dim,
-        "heads": case.heads,
-        "window_h": case.window[0],
-        "window_w": case.window[1],
-        "shift_h": case.shift[0],
-        "shift_w": case.shift[1],
-        "scale": case.head_dim**-0.5,
-        "pad_first": case.pad_first,
-        "threads": threads,
-    }
+def settings_of(case: Case) -> WindowSettings:
+    return WindowSettings(case.heads, *case.window, *case.shift, case.head_dim**-0.5, case.pad_first)
 
 
-def address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def forward(case: Case, inputs: Inputs, *, threads: int = 1, out: Tensor | None = None, **changes: object) -> Tensor:
+def forward(case: Case, inputs: Inputs, *, threads: int = 1, into: Tensor | None = None, **changes: object) -> Tensor:
+    """`changes`: of the call's arguments, or of its settings."""
+    out = into
     if out is None:
         out = torch.full_like(inputs.grad_out, torch.nan, memory_format=torch.contiguous_format)
     arguments = {
-        "qkv_ptr": address(inputs.qkv),
-        "qkv_strides": inputs.qkv.stride()[:3],
-        "bias_ptr": address(inputs.bias),
-        "pad_qkv_ptr": address(inputs.pad_qkv),
-        "out_ptr": address(out),
-        "out_strides": out.stride()[:3],
-        **sizes(case, threads),
-        **changes,
+        "qkv": view(inputs.qkv),
+        "bias": view(inputs.bias),
+        "pad_qkv": view(inputs.pad_qkv),
+        "out": view(out),
+        "settings": settings_of(case),
+        "threads": threads,
     }
-    _cpu.window_attention_forward(**arguments)
+    _cpu.window_attention_forward(**changed(arguments, changes))
     return out
 
 
@@ -150,30 +134,33 @@ def backward(
     *,
     threads: int = 1,
     wanted: tuple[bool, bool, bool] = (True, True, True),
-    grad_qkv: Tensor | None = None,
+    into: Tensor | None = None,
     **changes: object,
 ) -> list[Tensor | None]:
     """Gradients of qkv, bias and pad_qkv, None for those not wanted; the buffers start as NaN."""
     shapes = (inputs.qkv.shape, inputs.bias.shape, inputs.qkv.shape[-1:])
     grads = [torch.full(shape, torch.nan) if want else None for shape, want in zip(shapes, wanted, strict=True)]
-    if grad_qkv is not None:
-        grads[0] = grad_qkv
+    if into is not None:
+        grads[0] = into
     arguments = {
-        "grad_out_ptr": address(inputs.grad_out),
-        "grad_out_strides": inputs.grad_out.stride()[:3],
-        "qkv_ptr": address(inputs.qkv),
-        "qkv_strides": inputs.qkv.stride()[:3],
-        "bias_ptr": address(inputs.bias),
-        "pad_qkv_ptr": address(inputs.pad_qkv),
-        "grad_qkv_ptr": address(grads[0]),
-        "grad_qkv_strides": (0, 0, 0) if grads[0] is None else grads[0].stride()[:3],
-        "grad_bias_ptr": address(grads[1]),
-        "grad_pad_ptr": address(grads[2]),
-        **sizes(case, threads),
-        **changes,
+        "grad_out": view(inputs.grad_out),
+        "qkv": view(inputs.qkv),
+        "bias": view(inputs.bias),
+        "pad_qkv": view(inputs.pad_qkv),
+        "grad_qkv": view(grads[0]),
+        "grad_bias": view(grads[1]),
+        "grad_pad_qkv": view(grads[2]),
+        "settings": settings_of(case),
+        "threads": threads,
     }
-    _cpu.window_attention_backward(**arguments)
+    _cpu.window_attention_backward(**changed(arguments, changes))
     return grads
+
+
+def changed(arguments: dict[str, object], changes: dict[str, object]) -> dict[str, object]:
+    of_settings = {name: value for name, value in changes.items() if name in WindowSettings._fields}
+    others = {name: value for name, value in changes.items() if name not in of_settings}
+    return {**arguments, "settings": arguments["settings"]._replace(**of_settings), **others}
 
 
 def assert_close(got: Tensor, wanted: Tensor, tolerance: float = TOLERANCE) -> None:
@@ -297,10 +284,10 @@ def test_views_are_read_and_written_in_place():
 
     written = torch.full((2, 7, 9, plain.grad_out.shape[-1] + 1), torch.nan)
     target = written.transpose(1, 2)[..., :-1]
-    assert torch.equal(forward(case, plain, out=target), out)
+    assert torch.equal(forward(case, plain, into=target), out)
     assert written[..., -1].isnan().all()
     written = torch.full_like(wide, torch.nan)
-    backward(case, plain, grad_qkv=written[::2, :, :, 3:-2])
+    backward(case, plain, into=written[::2, :, :, 3:-2])
     assert torch.equal(written[::2, :, :, 3:-2], grad_qkv)
     assert written[1::2].isnan().all() and written[..., :3].isnan().all() and written[..., -2:].isnan().all()
 
@@ -369,47 +356,76 @@ def test_minus_infinity_in_the_bias_hides_a_key(level):
         assert_close(got, wanted)
 
 
+MAP = (1, 8, 8, 48)
+"""Sizes of qkv in the tests below: 2 heads of 8 channels."""
+
 BAD = {
-    "dtype": 4,
-    "qkv_ptr": 0,
-    "bias_ptr": 0,
-    "out_ptr": 2,
-    "batch": -1,
-    "height": 0,
-    "width": -3,
-    "channels": 15,
-    "heads": 0,
-    "window_h": 0,
-    "window_w": 5000,
-    "shift_h": 4,
-    "shift_w": -1,
-    "qkv_strides": (0, -1, 0),
-    "out_strides": (16, 16, 15),
-    "scale": float("nan"),
-    "threads": 0,
+    "qkv: dtype": {"qkv": (64, MAP, (3072, 384, 48, 1), 4)},
+    "qkv: unknown dtype": {"qkv": (64, MAP, (3072, 384, 48, 1), 9)},
+    "qkv: no address": {"qkv": (0, MAP, (3072, 384, 48, 1), 0)},
+    "qkv: missing": {"qkv": None},
+    "qkv: dimensions": {"qkv": (64, MAP[1:], (384, 48, 1), 0)},
+    "qkv: batch": {"qkv": (64, (-1, 8, 8, 48), (3072, 384, 48, 1), 0)},
+    "qkv: height": {"qkv": (64, (1, 0, 8, 48), (3072, 384, 48, 1), 0)},
+    "qkv: no third": {"qkv": (64, (1, 8, 8, 47), (3072, 384, 48, 1), 0)},
+    "qkv: strides": {"qkv": (64, MAP, (3072, -1, 48, 1), 0)},
+    "qkv: channels apart": {"qkv": (64, MAP, (6144, 768, 96, 2), 0)},
+    "qkv: not addressable": {"qkv": (64, (2**30, 2**30, 2**30, 48), (0, 0, 0, 1), 0)},
+    "bias: no address": {"bias": (0, (63, 2), (2, 1), 0)},
+    "bias: sizes": {"bias": (64, (62, 2), (2, 1), 0)},
+    "bias: strides": {"bias": (64, (63, 2), (4, 1), 0)},
+    "bias: dtype": {"bias": (64, (63, 2), (2, 1), 1)},
+    "pad_qkv: sizes": {"pad_qkv": (64, (16,), (1,), 0)},
+    "pad_qkv: alignment": {"pad_qkv": (65, (48,), (1,), 0)},
+    "heads: 0": {"num_heads": 0},
+    "heads: no divisor": {"num_heads": 3},
+    "window_h": {"window_h": 0},
+    "window_w": {"window_w": 5000},
+    "shift_h": {"shift_h": 4},
+    "shift_w": {"shift_w": -1},
+    "scale": {"scale": float("nan")},
+    "threads": {"threads": 0},
+}
+BAD_RESULTS = {
+    "out: missing": {"out": None},
+    "out: alignment": {"out": (66, (1, 8, 8, 16), (1024, 128, 16, 1), 0)},
+    "out: sizes": {"out": (64, (1, 8, 8, 48), (3072, 384, 48, 1), 0)},
+    "out: tokens overlap": {"out": (64, (1, 8, 8, 16), (1024, 128, 15, 1), 0)},
+}
+BAD_GRADIENTS = {
+    "grad_out: missing": {"grad_out": None},
+    "grad_out: strides": {"grad_out": (64, (1, 8, 8, 16), (1, 1, -1, 1), 0)},
+    "grad_qkv: tokens overlap": {"grad_qkv": (64, MAP, (3072, 384, 47, 1), 0)},
+    "grad_qkv: alignment": {"grad_qkv": (66, MAP, (3072, 384, 48, 1), 0)},
+    "grad_bias: dtype": {"grad_bias": (64, (63, 2), (2, 1), 3)},
+    "grad_pad_qkv: sizes": {"grad_pad_qkv": (64, (16,), (1,), 0)},
 }
 
 
-@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize("name", [*BAD, *BAD_RESULTS])
 def test_forward_refuses(name):
     case = Case(8, 8, (4, 5), (1, 1))
     inputs = make(case)
     out = torch.full_like(inputs.grad_out, 7.0)
-    with pytest.raises(ValueError, match=rf"^{name}:"):
-        forward(case, inputs, out=out, **{name: BAD[name]})
+    with pytest.raises(ValueError, match=rf"^{name.partition(':')[0]}: expected"):
+        forward(case, inputs, into=out, **(BAD | BAD_RESULTS)[name])
     assert (out == 7.0).all()
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [(name, value) for name, value in BAD.items() if not name.startswith("out_")]
-    + [("grad_out_ptr", 0), ("grad_out_strides", (1, 1, -1)), ("grad_qkv_strides", (48, 48, 47))]
-    + [("grad_qkv_ptr", 2), ("grad_bias_ptr", 1), ("grad_pad_ptr", 3), ("pad_qkv_ptr", 1)],
-)
-def test_backward_refuses(name, value):
+@pytest.mark.parametrize("name", [*BAD, *BAD_GRADIENTS])
+def test_backward_refuses(name):
     case = Case(8, 8, (4, 5), (1, 1))
-    with pytest.raises(ValueError, match=rf"^{name}:"):
-        backward(case, make(case), **{name: value})
+    with pytest.raises(ValueError, match=rf"^{name.partition(':')[0]}: expected"):
+        backward(case, make(case), **(BAD | BAD_GRADIENTS)[name])
+
+
+@pytest.mark.parametrize(
+    "wrong", [7, (64,), (64, (1, 2), (1,), 0), ("a", (1,), (1,), 0), (64, (1.5,), (1,), 0), (64, (2**70,), (1,), 0)]
+)
+def test_only_views_are_tensors(wrong):
+    case = Case(8, 8, (4, 5), (1, 1))
+    with pytest.raises(TypeError, match="incompatible function arguments"):
+        forward(case, make(case), qkv=wrong)
 
 
 @pytest.mark.parametrize("scale", [0.0, -1.0, float("inf")])
@@ -422,15 +438,9 @@ def test_scale_above_zero_only(scale):
 @pytest.mark.parametrize(("dtype", "size"), [(1, 2), (2, 2), (3, 8)], ids=["bfloat16", "float16", "float64"])
 def test_addresses_are_aligned_for_the_dtype(dtype, size):
     case = Case(8, 8, (4, 5), (1, 1))
-    inputs = make(case)  # large enough for two bytes an element; never read in float64
-    with pytest.raises(ValueError, match="^qkv_ptr: expected an address aligned for its dtype"):
-        forward(case, inputs, dtype=dtype, qkv_ptr=address(inputs.qkv) + size // 2)
-
-
-def test_addressable_sizes_only():
-    case = Case(8, 8, (4, 5), (1, 1))
-    with pytest.raises(ValueError, match="^batch: .*addressable"):
-        forward(case, make(case), batch=2**30, height=2**30, width=2**30)
+    address, *rest, _ = view(make(case).qkv)
+    with pytest.raises(ValueError, match="^qkv: expected an address aligned for its dtype"):
+        forward(case, make(case), qkv=(address + size // 2, *rest, dtype))
 
 
 def test_simd_levels():

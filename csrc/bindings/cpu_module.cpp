@@ -1,4 +1,4 @@
-// Python module magnet_fast._cpu: declarations and exports only. Pointers are integers (tensor.data_ptr()).
+// Python module magnet_fast._cpu: declarations and exports only.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -19,11 +19,11 @@ void bind_window_attention(py::module_& m);
 
 PYBIND11_MODULE(_cpu, m) {
     m.doc() =
-        "C++ operators for the CPU. Addresses come from Tensor.data_ptr(), dtype is 0 (float32), 1 "
-        "(bfloat16), 2 "
-        "(float16) or 3 (float64), strides are counted in elements, and sizes are checked again here: "
-        "ValueError names the argument. The caller keeps the tensors alive during "
-        "a call.";
+        "C++ operators for the CPU. A tensor is (address, sizes, strides in elements, dtype), where dtype is "
+        "0 "
+        "(float32), 1 (bfloat16), 2 (float16), 3 (float64), 4 (bool) or 5 (uint8); None is a tensor that is "
+        "not there. Sizes, strides and dtypes are checked here: ValueError names the argument. The caller "
+        "keeps the tensors alive during a call.";
 
     bind_cross_modal_attention(m);
     bind_deformable_attention(m);

@@ -1,4 +1,4 @@
-// Python module magnet_fast._cuda: declarations and exports only. Pointers are integers (tensor.data_ptr()).
+// Python module magnet_fast._cuda: declarations and exports only.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -17,14 +17,14 @@ void bind_cuda_window_attention(py::module_& m);
 
 PYBIND11_MODULE(MAGNET_FAST_MODULE, m) {
     m.doc() =
-        "CUDA operators. Addresses come from Tensor.data_ptr() on the GPU, dtype is 0 (float32), 1 "
-        "(bfloat16) or "
-        "2 (float16), strides are counted in elements, device is CUDA's number and stream a cudaStream_t as "
-        "an "
-        "integer. Sizes are checked again here: ValueError names the argument; RuntimeError says what CUDA "
-        "reports, such as a missing driver. Calls start kernels and return; the caller keeps the tensors "
-        "alive "
-        "until the stream has done them.";
+        "CUDA operators. A tensor is (address on the GPU, sizes, strides in elements, dtype), where dtype is "
+        "0 "
+        "(float32), 1 (bfloat16), 2 (float16), 4 (bool) or 5 (uint8); None is a tensor that is not there. "
+        "device is CUDA's number and stream a cudaStream_t as an integer. Sizes, strides and dtypes are "
+        "checked here: ValueError names the argument; RuntimeError says what CUDA reports, such as a missing "
+        "driver. Calls start kernels and return; the caller keeps the tensors alive until the stream has "
+        "done "
+        "them.";
 
     bind_cuda_cross_modal_attention(m);
     bind_cuda_deformable_attention(m);

@@ -43,17 +43,32 @@ void pack(Address weight, int dtype, int64_t in, int64_t out, Address packed) {
     });
 }
 
-void forward(Address x, int64_t x_row, Address residual, int64_t residual_row, Address y, int dtype,
-             int64_t rows, int64_t threads, const std::vector<Layer>& layers) {
-    with_element(dtype, [&](auto element) {
+/// (rows, width), each row contiguous.
+void check_rows(const TensorView& view, const char* name, int64_t rows, int64_t width, Dtype dtype) {
+    check_tensor(view, name, {rows, width}, dtype);
+    check_dense(view, name, 1);
+}
+
+void forward(const TensorView& x, const TensorView& residual, const TensorView& y,
+             const std::vector<Layer>& layers, int64_t threads) {
+    check_dtype(x, "x");
+    check_tensor(x, "x", 2, x.dtype);
+    require(!layers.empty(), "layers", "at least one", 0);
+    const int64_t rows = x.sizes[0];
+    check_rows(x, "x", rows, std::get<0>(layers.front()), x.dtype);
+    check_contiguous(y, "y", {rows, std::get<1>(layers.back())}, x.dtype);
+    for (const Layer& layer : layers)
+        if (std::get<5>(layer) == kGivenResidual)
+            check_rows(residual, "residual", rows, std::get<1>(layer), x.dtype);
+    with_element(x.dtype, [&](auto element) {
         using Element = decltype(element);
         LinearChain<Element> chain{rows,
                                    threads,
-                                   pointer<const Element>(x),
-                                   x_row,
-                                   pointer<const Element>(residual),
-                                   residual_row,
-                                   pointer<Element>(y),
+                                   static_cast<const Element*>(x.data),
+                                   x.strides[0],
+                                   static_cast<const Element*>(residual.data),
+                                   residual.strides[0],
+                                   static_cast<Element*>(y.data),
                                    {}};
         for (const auto& [in, out, weight, bias, activation, from, before, after] : layers)
             chain.layers.push_back({in, out, pointer<const void>(weight), pointer<const Element>(bias),
@@ -74,16 +89,13 @@ void bind_linear_chain(py::module_& m) {
           "dtype"_a, "inputs"_a, "outputs"_a, "packed_ptr"_a,
           "weight (outputs, inputs), contiguous, to the layout of the SIMD level in use; packed is aligned "
           "to 64 bytes.");
-    m.def("linear_chain_forward", &forward, py::call_guard<py::gil_scoped_release>(), py::kw_only(),
-          "x_ptr"_a, "x_row"_a, "residual_ptr"_a, "residual_row"_a, "y_ptr"_a, "dtype"_a, "rows"_a,
-          "threads"_a, "layers"_a,
+    m.def("linear_chain_forward", &forward, py::call_guard<py::gil_scoped_release>(), py::kw_only(), "x"_a,
+          "residual"_a, "y"_a, "layers"_a, "threads"_a,
           "Linear layers one after the other. x (rows, inputs of the first), residual (rows, outputs of the "
-          "layer that "
-          "wants it) or 0, y (rows, outputs of the last) contiguous and written. A layer is (inputs, "
-          "outputs, packed "
-          "weight, bias or 0, activation 0 none 1 gelu 2 relu, residual -2 none -1 the given one or an "
-          "earlier layer's "
-          "index, norm before, norm after); a norm is (weight or 0, bias or 0, epsilon, negative for none).");
+          "layer that wants it) or None, y (rows, outputs of the last) contiguous and written. A layer is "
+          "(inputs, outputs, packed weight, bias or 0, activation 0 none 1 gelu 2 relu, residual -2 none -1 "
+          "the given one or an earlier layer's index, norm before, norm after); a norm is (weight or 0, bias "
+          "or 0, epsilon, negative for none). Weights, biases and norms are given by their addresses.");
 }
 
 }  // namespace magnet_fast

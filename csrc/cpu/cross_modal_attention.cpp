@@ -22,6 +22,11 @@ void for_each(int64_t count, int64_t team, const Work& work) {
     for (int64_t i = 0; i < count; ++i) work(i, thread_index());
 }
 
+/// Contiguous, shaped like their tensors, overwritten; null: not wanted.
+struct CrossModalGradients {
+    void *image_query, *text_key, *text_value, *text_query, *image_key, *image_value;
+};
+
 /// What the two passes share for tensors of one element type.
 template <typename Element>
 struct Launch {
@@ -346,46 +351,29 @@ void backward_in_groups(const CrossModalInputs& a, const CrossModalTensor& grad_
     }
 }
 
-void check_result(const void* data, const char* name, bool expected, int dtype) {
-    require((data != nullptr) == expected, name, expected ? "an address" : "0, for lack of values",
-            data != nullptr);
-    check_cross_modal_tensor({data, 0, 0}, name, dtype);
-}
-
-/// A gradient can be wanted of a tensor that was given and that a direction with a gradient reads.
-void check_gradient(const void* data, const char* name, bool possible, int dtype) {
-    require(possible || !data, name, "0: nothing flows into this gradient", 1);
-    check_cross_modal_tensor({data, 0, 0}, name, dtype);
-}
-
 }  // namespace
 
-void cross_modal_attention_forward(const CrossModalInputs& a, void* image_out, void* text_out) {
-    check_cross_modal_inputs(a);
-    check_result(image_out, "image_out_ptr", a.text_value.data, a.sizes.dtype);
-    check_result(text_out, "text_out_ptr", a.image_value.data, a.sizes.dtype);
-    with_element(a.sizes.dtype, [&](auto element) { forward<decltype(element)>(a, image_out, text_out); });
+void cross_modal_attention_forward(const CrossModalViews& views, const TensorView& image_out,
+                                   const TensorView& text_out, int64_t threads) {
+    const CrossModalInputs inputs = checked_inputs(views, threads);
+    const CrossModalSizes& s = inputs.sizes;
+    check_result(image_out, "image_out", views.tensors.text_value, s.batch, s.pixels);
+    check_result(text_out, "text_out", views.tensors.image_value, s.batch, s.words);
+    with_element(s.dtype,
+                 [&](auto element) { forward<decltype(element)>(inputs, image_out.data, text_out.data); });
 }
 
-void cross_modal_attention_backward(const CrossModalInputs& a, const CrossModalTensor& grad_image_out,
-                                    const CrossModalTensor& grad_text_out,
-                                    const CrossModalGradients& wanted) {
-    check_cross_modal_inputs(a);
-    const int dtype = a.sizes.dtype;
-    const bool image = grad_image_out.data, text = grad_text_out.data, separate = a.text_query.data;
-    require(!image || a.text_value.data, "grad_image_out", "text_value beside it", 0);
-    require(!text || a.image_value.data, "grad_text_out", "image_value beside it", 0);
-    check_cross_modal_tensor(grad_image_out, "grad_image_out", dtype);
-    check_cross_modal_tensor(grad_text_out, "grad_text_out", dtype);
-    const bool similarity = a.image_query.data && (image || (text && !separate));
-    check_gradient(wanted.image_query, "grad_image_query_ptr", similarity, dtype);
-    check_gradient(wanted.text_key, "grad_text_key_ptr", similarity, dtype);
-    check_gradient(wanted.text_value, "grad_text_value_ptr", image, dtype);
-    check_gradient(wanted.text_query, "grad_text_query_ptr", separate && text, dtype);
-    check_gradient(wanted.image_key, "grad_image_key_ptr", separate && text, dtype);
-    check_gradient(wanted.image_value, "grad_image_value_ptr", text, dtype);
-    with_element(dtype, [&](auto element) {
-        backward_in_groups<decltype(element)>(a, grad_image_out, grad_text_out, wanted);
+void cross_modal_attention_backward(const CrossModalViews& views, const TensorView& grad_image_out,
+                                    const TensorView& grad_text_out, const CrossModalTensors& gradients,
+                                    int64_t threads) {
+    const CrossModalInputs inputs = checked_inputs(views, threads);
+    check_gradients(views.tensors, inputs.sizes, grad_image_out, grad_text_out, gradients);
+    const CrossModalGradients wanted{gradients.image_query.data, gradients.text_key.data,
+                                     gradients.text_value.data,  gradients.text_query.data,
+                                     gradients.image_key.data,   gradients.image_value.data};
+    with_element(inputs.sizes.dtype, [&](auto element) {
+        backward_in_groups<decltype(element)>(inputs, rows_of(grad_image_out), rows_of(grad_text_out),
+                                              wanted);
     });
 }
 

@@ -1,7 +1,6 @@
 #include "cpu/cross_modal_plan.h"
 
 #include <algorithm>
-#include <cmath>
 #include <initializer_list>
 #include <limits>
 #include <string>
@@ -21,63 +20,44 @@ bool addressable(std::initializer_list<int64_t> sizes) {
 
 void check_sizes(const CrossModalSizes& s) {
     constexpr int64_t kMost = (int64_t{1} << 31) - 1;
-    const std::pair<const char*, int64_t> positive[] = {
-        {"batch", s.batch}, {"pixels", s.pixels}, {"words", s.words}, {"heads", s.heads}};
-    for (const auto& [name, value] : positive)
-        require(value > 0 && value <= kMost, name, "1 .. 2^31 - 1", value);
-    const std::pair<const char*, int64_t> widths[] = {{"width", s.width},
-                                                      {"text_value_width", s.text_value_width},
-                                                      {"image_value_width", s.image_value_width}};
-    for (const auto& [name, value] : widths) {
-        require(value >= 0 && value <= kMost, name, "0 .. 2^31 - 1", value);
-        require(value % s.heads == 0, name, "a multiple of the " + std::to_string(s.heads) + " heads", value);
-        require(addressable({s.batch, s.pixels, value}), name, "the image tensors to be addressable", value);
-        require(addressable({s.batch, s.words, value}), name, "the text tensors to be addressable", value);
+    const std::pair<const char*, int64_t> sizes[] = {{"batch", s.batch},
+                                                     {"pixels", s.pixels},
+                                                     {"words", s.words},
+                                                     {"heads", s.heads},
+                                                     {"width", s.width},
+                                                     {"text_value_width", s.text_value_width},
+                                                     {"image_value_width", s.image_value_width}};
+    for (const auto& [name, value] : sizes)
+        if (value > kMost) refuse(name, "at most 2^31 - 1", value);
+    for (const int64_t width : {s.width, s.text_value_width, s.image_value_width}) {
+        require(addressable({s.batch, s.pixels, width}), "pixels", "the image tensors to be addressable",
+                s.pixels);
+        require(addressable({s.batch, s.words, width}), "words", "the text tensors to be addressable",
+                s.words);
     }
-    require(s.width > 0, "width", "at least 1", s.width);
     require(addressable({s.batch, s.heads, s.words, s.pixels}), "words", "the similarity to be addressable",
             s.words);
     require(s.threads > 0 && s.threads <= 4096, "threads", "1 .. 4096", s.threads);
-    if (!(s.scale > 0) || std::isinf(s.scale))
-        throw std::invalid_argument("scale: expected a finite number above 0, got " +
-                                    std::to_string(s.scale));
 }
 
 }  // namespace
 
-void check_cross_modal_tensor(const CrossModalTensor& tensor, const char* name, int dtype) {
-    if (!tensor.data) return;
-    const int64_t size = dtype == static_cast<int>(Dtype::kFloat64)   ? 8
-                         : dtype == static_cast<int>(Dtype::kFloat32) ? 4
-                                                                      : 2;
-    const int64_t misaligned = reinterpret_cast<uintptr_t>(tensor.data) % size;
-    require(misaligned == 0, name, "an address aligned for its dtype", misaligned);
-    for (int64_t stride : {tensor.batch_stride, tensor.row_stride})
-        require(stride >= 0, name, "strides of at least 0", stride);
+CrossModalTensor rows_of(const TensorView& view) {
+    return {view.data, view.strides[0], view.strides[1]};
 }
 
-void check_cross_modal_inputs(const CrossModalInputs& a) {
-    const CrossModalSizes& s = a.sizes;
-    check_sizes(s);
-    const auto given = [](const CrossModalTensor& t) { return t.data != nullptr; };
-    require(given(a.image_query) == given(a.text_key), "image_query", "text_key beside it and only then",
-            given(a.image_query));
-    require(given(a.image_key) == given(a.text_query), "image_key", "text_query beside it and only then",
-            given(a.image_key));
-    require(given(a.image_query) || given(a.image_key), "image_query", "the address of a tensor", 0);
-    require(given(a.text_value) || given(a.image_value), "text_value", "it or image_value, or both", 0);
-    require(given(a.image_query) || !given(a.text_value), "image_query", "it beside text_value", 0);
-    require(given(a.image_value) || !given(a.image_key), "image_value", "it beside image_key", 0);
-    require(given(a.text_value) || !given(a.image_key) || !given(a.image_query), "text_value",
-            "it beside image_query when image_key is given", 0);
-    require((s.text_value_width > 0) == given(a.text_value), "text_value_width", "0 without text_value only",
-            s.text_value_width);
-    require((s.image_value_width > 0) == given(a.image_value), "image_value_width",
-            "0 without image_value only", s.image_value_width);
-    const std::pair<const char*, const CrossModalTensor*> tensors[] = {
-        {"image_query", &a.image_query}, {"text_key", &a.text_key},   {"text_value", &a.text_value},
-        {"text_query", &a.text_query},   {"image_key", &a.image_key}, {"image_value", &a.image_value}};
-    for (const auto& [name, tensor] : tensors) check_cross_modal_tensor(*tensor, name, s.dtype);
+CrossModalInputs checked_inputs(const CrossModalViews& views, int64_t threads) {
+    const CrossModalSizes sizes{checked_shape(views), views.scale, threads};
+    check_sizes(sizes);
+    const CrossModalTensors& t = views.tensors;
+    return {sizes,
+            rows_of(t.image_query),
+            rows_of(t.text_key),
+            rows_of(t.text_value),
+            rows_of(t.text_query),
+            rows_of(t.image_key),
+            rows_of(t.image_value),
+            static_cast<const uint8_t*>(views.text_mask.data)};
 }
 
 WordLists::WordLists(const CrossModalInputs& inputs) {

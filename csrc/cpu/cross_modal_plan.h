@@ -1,4 +1,4 @@
-// How cross-modal attention is cut into work: checks, words that count, runs of pixels.
+// How cross-modal attention is cut into work: checks of sizes, words that count, runs of pixels.
 #pragma once
 
 #include <cstdint>
@@ -10,11 +10,30 @@
 
 namespace magnet_fast {
 
-/// Throws std::invalid_argument unless the inputs are one of the operator's forms with sensible sizes.
-void check_cross_modal_inputs(const CrossModalInputs& inputs);
+/// The shape of a call, and how many threads it may take.
+struct CrossModalSizes : CrossModalShape {
+    double scale;
+    int64_t threads;
+};
 
-/// A tensor that may be null: address and strides.
-void check_cross_modal_tensor(const CrossModalTensor& tensor, const char* name, int dtype);
+/// (batch, rows, width) with a contiguous last dimension; strides in elements. data null: not given.
+struct CrossModalTensor {
+    const void* data;
+    int64_t batch_stride, row_stride;
+};
+
+/// What both passes read.
+struct CrossModalInputs {
+    CrossModalSizes sizes;
+    CrossModalTensor image_query, text_key, text_value, text_query, image_key, image_value;
+    const uint8_t* text_mask;  // (batch, words), 0 for a masked word; null: all are words
+};
+
+/// Throws std::invalid_argument unless the tensors are one of the operator's forms with sensible sizes.
+CrossModalInputs checked_inputs(const CrossModalViews& views, int64_t threads);
+
+/// Of a tensor with three dimensions, or one that is not there.
+CrossModalTensor rows_of(const TensorView& view);
 
 /// The unmasked words of every sentence.
 struct WordLists {

@@ -25,12 +25,11 @@ bool addressable(std::initializer_list<int64_t> sizes) {
 
 void check_sizes(const DeformableAttentionSizes& s) {
     constexpr int64_t kMost = (int64_t{1} << 31) - 1, kSide = int64_t{1} << 24, kPositions = int64_t{1} << 30;
-    const std::pair<const char*, int64_t> positive[] = {
-        {"positions", s.positions}, {"heads", s.heads}, {"head_dim", s.head_dim}, {"points", s.points}};
-    for (const auto& [name, value] : positive)
-        require(value > 0 && value <= kMost, name, "1 .. 2^31 - 1", value);
-    require(s.batch >= 0 && s.batch <= kMost, "batch", "0 .. 2^31 - 1", s.batch);
-    require(s.queries >= 0 && s.queries <= kMost, "queries", "0 .. 2^31 - 1", s.queries);
+    for (const int64_t size : {s.positions, s.heads, s.head_dim})
+        require(size > 0 && size <= kMost, "value", "positions, heads and channels of 1 .. 2^31 - 1", size);
+    require(s.points > 0 && s.points <= kMost, "places", "1 .. 2^31 - 1 points", s.points);
+    require(s.batch >= 0 && s.batch <= kMost, "value", "a batch of 0 .. 2^31 - 1", s.batch);
+    require(s.queries >= 0 && s.queries <= kMost, "places", "0 .. 2^31 - 1 queries", s.queries);
     require(s.threads > 0 && s.threads <= 4096, "threads", "1 .. 4096", s.threads);
     const int64_t levels = static_cast<int64_t>(s.maps.size());
     require(levels > 0, "spatial_shapes", "at least one (height, width)", levels);
@@ -47,71 +46,72 @@ void check_sizes(const DeformableAttentionSizes& s) {
     require(positions == s.positions, "spatial_shapes",
             "maps of " + std::to_string(s.positions) + " positions together, as value has", positions);
     constexpr int64_t kPoints = int64_t{1} << 20;
-    require(s.points <= kPoints / std::min(levels, kPoints), "points",
+    require(s.points <= kPoints / std::min(levels, kPoints), "places",
             "at most 2^20 points a query on all levels", s.points);
-    require(addressable({s.batch, s.positions, s.heads, s.head_dim}), "batch", "value to be addressable",
+    require(addressable({s.batch, s.positions, s.heads, s.head_dim}), "value", "it to be addressable",
             s.batch);
-    require(addressable({s.batch, s.queries, s.heads, std::max(s.head_dim, 4 * levels * s.points)}),
-            "queries", "the points and the result to be addressable", s.queries);
+    require(addressable({s.batch, s.queries, s.heads, std::max(s.head_dim, 4 * levels * s.points)}), "places",
+            "the points and the result to be addressable", s.queries);
 }
 
-/// Strides of a tensor that is read may be anything that is not negative (0: broadcast).
-void check_strides(const std::string& name, std::initializer_list<std::pair<int64_t, int64_t>> axes) {
-    for (const auto& [stride, extent] : axes)
-        require(extent <= 1 || stride >= 0, name, "strides of at least 0", stride);
-}
-
-template <typename Number>
-void check_tensor(const void* pointer, const std::string& name) {
-    check_address(static_cast<const Number*>(pointer), name);
-}
-
-template <typename Number>
-void check_if_wanted(const void* pointer, const std::string& name) {
-    if (pointer) check_tensor<Number>(pointer, name);
-}
-
-/// Checks of both passes. Pointers are looked at only if there is something behind them.
-template <typename Element>
-void check_inputs(const DeformableAttentionSizes& s, const void* value, const ValueStrides& strides,
-                  const DeformableAttentionPoints& points) {
-    using Real = typename Computed<Element>::Real;
+/// Sizes of a call, checked together with its inputs.
+DeformableAttentionSizes checked_sizes(const DeformableViews& a, int64_t threads) {
+    require(!a.maps.empty(), "spatial_shapes", "at least one (height, width)", 0);
+    check_views(a);
+    const DeformableAttentionSizes s{a.value.sizes[0],  a.value.sizes[1],  a.value.sizes[2], a.value.sizes[3],
+                                     a.places.sizes[1], a.places.sizes[4], a.maps,           threads};
     check_sizes(s);
-    check_strides("value_strides",
-                  {{strides.batch, s.batch}, {strides.position, s.positions}, {strides.head, s.heads}});
-    const auto check_point_strides = [&](const char* name, const PointStrides& p) {
-        check_strides(name, {{p.batch, s.batch}, {p.query, s.queries}, {p.head, s.heads}});
+    check_points_dense(a);
+    const Dtype real = computed(a.value.dtype);
+    const auto require_dtype = [](const TensorView& view, const char* name, Dtype dtype) {
+        require(view.dtype == dtype, name, "dtype " + std::to_string(static_cast<int>(dtype)),
+                static_cast<int>(view.dtype));
     };
-    const bool empty = s.batch == 0 || s.queries == 0;
-    if (!empty) check_tensor<Element>(value, "value_ptr");
-    if (!points.logits && !points.offsets && !points.reference) {
-        if (empty) return;
-        check_tensor<Real>(points.locations, "locations_ptr");
-        check_tensor<Element>(points.weights, "weights_ptr");
-        return;
+    if (a.reference.given()) {
+        require_dtype(a.reference, "reference", real);
+        check_dense(a.reference, "reference", 0);
+        if (a.places.dtype != a.value.dtype) require_dtype(a.places, "places", real);
+        require_dtype(a.weights, "weights", a.places.dtype);
+    } else {
+        require_dtype(a.places, "places", real);
+        require_dtype(a.weights, "weights", a.value.dtype);
+        check_dense(a.places, "places", 0);
+        check_dense(a.weights, "weights", 0);
     }
-    check_point_strides("offsets_strides", points.offsets_strides);
-    check_point_strides("logits_strides", points.logits_strides);
-    const int64_t levels = static_cast<int64_t>(s.maps.size());
-    require(points.reference_batch == 1 || points.reference_batch == s.batch, "reference_batch",
-            "1 or the batch " + std::to_string(s.batch), points.reference_batch);
-    require(points.reference_levels == 1 || points.reference_levels == levels, "reference_levels",
-            "1 or the number of maps " + std::to_string(levels), points.reference_levels);
-    require(points.coordinates == 2 || points.coordinates == 4, "coordinates", "2 or 4", points.coordinates);
-    if (empty) return;
-    check_tensor<Real>(points.reference, "reference_ptr");
-    for (const auto& [pointer, name] :
-         {std::pair(points.offsets, "offsets_ptr"), {points.logits, "logits_ptr"}})
-        points.wide ? check_tensor<Real>(pointer, name) : check_tensor<Element>(pointer, name);
+    return s;
+}
+
+PointStrides strides_of(const TensorView& points) {
+    return {points.strides[0], points.strides[1], points.strides[2]};
+}
+
+DeformableAttentionPoints points_of(const DeformableViews& a) {
+    DeformableAttentionPoints points;
+    if (!a.reference.given()) {
+        points.locations = a.places.data;
+        points.weights = a.weights.data;
+        return points;
+    }
+    points.offsets = a.places.data;
+    points.logits = a.weights.data;
+    points.offsets_strides = strides_of(a.places);
+    points.logits_strides = strides_of(a.weights);
+    points.wide = a.places.dtype != a.value.dtype;
+    points.reference = a.reference.data;
+    points.reference_batch = a.reference.sizes[0];
+    points.reference_levels = a.reference.sizes[2];
+    points.coordinates = a.reference.sizes[3];
+    return points;
+}
+
+ValueStrides value_strides(const DeformableViews& a) {
+    return {a.value.strides[0], a.value.strides[1], a.value.strides[2]};
 }
 
 template <typename Element>
 void run_forward(const DeformableAttentionForward& a) {
     using Launch = DeformableLaunch<Element>;
     const DeformableAttentionSizes& s = a.sizes;
-    check_inputs<Element>(s, a.value, a.value_strides, a.points);
-    if (s.batch == 0 || s.queries == 0) return;
-    check_tensor<Element>(a.out, "out_ptr");
 
     const Launch launch{s, static_cast<const Element*>(a.value), a.value_strides, a.points, false};
     const typename Launch::Range all(launch.layout, s.points, 0, launch.levels);
@@ -215,16 +215,6 @@ void run_backward(const DeformableAttentionBackward& a) {
     using Range = typename Launch::Range;
     using Worker = typename Launch::Worker;
     const DeformableAttentionSizes& s = a.sizes;
-    check_inputs<Element>(s, a.value, a.value_strides, a.points);
-    if (s.batch == 0) return;
-    if (s.queries > 0) check_tensor<Element>(a.grad_out, "grad_out_ptr");
-    check_if_wanted<Element>(a.grad_value, "grad_value_ptr");
-    check_if_wanted<Real>(a.grad_locations, "grad_locations_ptr");
-    check_if_wanted<Element>(a.grad_weights, "grad_weights_ptr");
-    check_if_wanted<Real>(a.grad_reference, "grad_reference_ptr");
-    for (const auto& [pointer, name] :
-         {std::pair(a.grad_offsets, "grad_offsets_ptr"), {a.grad_logits, "grad_logits_ptr"}})
-        a.points.wide ? check_if_wanted<Real>(pointer, name) : check_if_wanted<Element>(pointer, name);
 
     const Launch launch{s, static_cast<const Element*>(a.value), a.value_strides, a.points, true};
     AlignedReals<Real> parts_of_reference;
@@ -265,12 +255,32 @@ void run_backward(const DeformableAttentionBackward& a) {
 
 }  // namespace
 
-void deformable_attention_forward(const DeformableAttentionForward& a) {
-    with_element(a.sizes.dtype, [&](auto element) { run_forward<decltype(element)>(a); });
+void deformable_attention_forward(const DeformableViews& a, const TensorView& out, int64_t threads) {
+    const DeformableAttentionSizes s = checked_sizes(a, threads);
+    check_contiguous(out, "out", {s.batch, s.queries, s.heads * s.head_dim}, a.value.dtype);
+    if (s.batch == 0 || s.queries == 0) return;
+    const DeformableAttentionForward arguments{s, a.value.data, value_strides(a), points_of(a), out.data};
+    with_element(a.value.dtype, [&](auto element) { run_forward<decltype(element)>(arguments); });
 }
 
-void deformable_attention_backward(const DeformableAttentionBackward& a) {
-    with_element(a.sizes.dtype, [&](auto element) { run_backward<decltype(element)>(a); });
+void deformable_attention_backward(const DeformableViews& a, const TensorView& grad_out,
+                                   const DeformableGradients& gradients, int64_t threads) {
+    const DeformableAttentionSizes s = checked_sizes(a, threads);
+    check_contiguous(grad_out, "grad_out", {s.batch, s.queries, s.heads * s.head_dim}, a.value.dtype);
+    check_gradient(gradients.value, "grad_value", a.value, a.value.dtype);
+    check_gradient(gradients.places, "grad_places", a.places, a.places.dtype);
+    check_gradient(gradients.weights, "grad_weights", a.weights, a.weights.dtype);
+    require(a.reference.given() || !gradients.reference.given(), "grad_reference",
+            "None without reference points", 1);
+    check_gradient(gradients.reference, "grad_reference", a.reference, a.reference.dtype);
+    if (s.batch == 0) return;
+    DeformableAttentionBackward arguments{
+        s, grad_out.data, a.value.data, value_strides(a), points_of(a), gradients.value.data};
+    const bool fused = a.reference.given();
+    (fused ? arguments.grad_offsets : arguments.grad_locations) = gradients.places.data;
+    (fused ? arguments.grad_logits : arguments.grad_weights) = gradients.weights.data;
+    arguments.grad_reference = gradients.reference.data;
+    with_element(a.value.dtype, [&](auto element) { run_backward<decltype(element)>(arguments); });
 }
 
 }  // namespace magnet_fast

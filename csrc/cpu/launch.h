@@ -7,19 +7,15 @@
 #include <stdexcept>
 #include <string>
 
+#include "common/tensor_view.h"
+
 #if defined(_OPENMP)
 #include <omp.h>
 #endif
 
 namespace magnet_fast {
 
-/// Throws std::invalid_argument "argument: expected ..., got ..." unless the condition holds.
-inline void require(bool condition, const std::string& argument, const std::string& expected, int64_t got) {
-    if (!condition)
-        throw std::invalid_argument(argument + ": expected " + expected + ", got " + std::to_string(got));
-}
-
-/// The same for the address of a tensor's first number.
+/// Checks the address of a tensor's first number.
 template <typename Number>
 void check_address(const Number* pointer, const std::string& argument) {
     require(pointer != nullptr, argument, "the address of a tensor", 0);

@@ -23,24 +23,26 @@ namespace {
 constexpr double kSharedRange = 40;
 constexpr double kEps = 1e-6;  // the reference's, under which a norm does not fall
 
-void check(const PixelContrastiveSizes& s, const FeatureStrides& strides) {
+/// Sizes of a call, checked together with its inputs.
+PixelContrastiveSizes checked_sizes(const PixelContrastiveInputs& a) {
+    check_dtype(a.features, "features");
+    check_tensor(a.features, "features", 3, a.features.dtype);
+    const PixelContrastiveSizes s{a.features.sizes[0], a.features.sizes[1], a.features.sizes[2],
+                                  a.temperature,       a.normalize,         a.threads};
     constexpr int64_t kMost = (int64_t{1} << 31) - 1;
-    const std::pair<const char*, int64_t> positive[] = {{"pixels", s.pixels}, {"channels", s.channels}};
-    for (const auto& [name, value] : positive)
-        require(value > 0 && value <= kMost, name, "1 .. 2^31 - 1", value);
-    require(s.batch >= 0 && s.batch <= kMost, "batch", "0 .. 2^31 - 1", s.batch);
+    for (const int64_t size : {s.pixels, s.channels})
+        require(size > 0 && size <= kMost, "features", "1 .. 2^31 - 1 pixels and channels", size);
+    require(s.batch <= kMost, "features", "a batch of 0 .. 2^31 - 1", s.batch);
     require(s.threads > 0 && s.threads <= 4096, "threads", "1 .. 4096", s.threads);
     // Room for the rounding up of both.
     const int64_t room = std::numeric_limits<int64_t>::max() / 16 / (s.pixels + 2 * kPixelBlock);
-    require(s.channels + 64 <= room / std::max<int64_t>(1, s.batch), "batch", "features to be addressable",
-            s.batch);
+    require(s.channels + 64 <= room / std::max<int64_t>(1, s.batch), "features",
+            "batch * pixels * channels numbers to be addressable", s.batch);
     if (!(s.temperature > 0) || !std::isfinite(s.temperature))
         throw std::invalid_argument("temperature: expected a finite number above 0, got " +
                                     std::to_string(s.temperature));
-    const std::pair<int64_t, int64_t> axes[] = {
-        {strides.batch, s.batch}, {strides.pixel, s.pixels}, {strides.channel, s.channels}};
-    for (const auto& [stride, extent] : axes)
-        require(extent <= 1 || stride >= 0, "features_strides", "strides of at least 0", stride);
+    check_contiguous(a.inside, "inside", {s.batch, s.pixels}, Dtype::kBool);
+    return s;
 }
 
 /// Uninitialised memory for `count` numbers at a 64-byte boundary. Not by aligned operator new: glibc then
@@ -342,6 +344,7 @@ class Image {
 template <typename Element, typename Work>
 void each_image(const PixelContrastiveSizes& sizes, const FeatureStrides& strides, bool backward,
                 const Work& work) {
+    if (sizes.batch == 0) return;
     const int64_t together = sizes.batch >= sizes.threads ? sizes.threads : 1;
     std::vector<std::unique_ptr<Image<Element>>> images;
     for (int64_t t = 0; t < together; ++t)
@@ -351,44 +354,50 @@ void each_image(const PixelContrastiveSizes& sizes, const FeatureStrides& stride
     for (int64_t b = 0; b < sizes.batch; ++b) work(*images[thread_index()], b);
 }
 
+FeatureStrides strides_of(const TensorView& features) {
+    return {features.strides[0], features.strides[1], features.strides[2]};
+}
+
 }  // namespace
 
-template <typename Element>
-void pixel_contrastive_forward(const PixelContrastiveForward<Element>& a) {
-    check(a.sizes, a.strides);
-    if (a.sizes.batch == 0) return;
-    check_address(a.features, "features_ptr");
-    check_address(a.inside, "inside_ptr");
-    check_address(a.loss, "loss_ptr");
-    check_address(a.statistics, "statistics_ptr");
-    each_image<Element>(a.sizes, a.strides, false, [&](Image<Element>& image, int64_t b) {
-        a.loss[b] = image.loss(a.features + b * a.strides.batch, a.inside + b * a.sizes.pixels,
-                               a.statistics + b * kPixelStatistics * a.sizes.pixels);
+void pixel_contrastive_forward(const PixelContrastiveInputs& a, const TensorView& loss,
+                               const TensorView& statistics) {
+    const PixelContrastiveSizes s = checked_sizes(a);
+    const FeatureStrides strides = strides_of(a.features);
+    const Dtype results = computed(a.features.dtype);
+    check_contiguous(loss, "loss", {s.batch}, results);
+    check_contiguous(statistics, "statistics", {s.batch, kPixelStatistics, s.pixels}, results);
+    with_element(a.features.dtype, [&](auto element) {
+        using Element = decltype(element);
+        using Real = typename Computed<Element>::Real;
+        each_image<Element>(s, strides, false, [&](Image<Element>& image, int64_t b) {
+            static_cast<Real*>(loss.data)[b] =
+                image.loss(static_cast<const Element*>(a.features.data) + b * strides.batch,
+                           static_cast<const bool*>(a.inside.data) + b * s.pixels,
+                           static_cast<Real*>(statistics.data) + b * kPixelStatistics * s.pixels);
+        });
     });
 }
 
-template <typename Element>
-void pixel_contrastive_backward(const PixelContrastiveBackward<Element>& a) {
-    check(a.sizes, a.strides);
-    if (a.sizes.batch == 0) return;
-    check_address(a.grad_loss, "grad_loss_ptr");
-    check_address(a.features, "features_ptr");
-    check_address(a.inside, "inside_ptr");
-    check_address(a.statistics, "statistics_ptr");
-    check_address(a.grad_features, "grad_features_ptr");
-    each_image<Element>(a.sizes, a.strides, true, [&](Image<Element>& image, int64_t b) {
-        image.gradient(a.features + b * a.strides.batch, a.inside + b * a.sizes.pixels,
-                       a.statistics + b * kPixelStatistics * a.sizes.pixels, a.grad_loss[b],
-                       a.grad_features + b * a.sizes.pixels * a.sizes.channels);
+void pixel_contrastive_backward(const PixelContrastiveInputs& a, const TensorView& grad_loss,
+                                const TensorView& statistics, const TensorView& grad_features) {
+    const PixelContrastiveSizes s = checked_sizes(a);
+    const FeatureStrides strides = strides_of(a.features);
+    const Dtype results = computed(a.features.dtype);
+    check_contiguous(grad_loss, "grad_loss", {s.batch}, results);
+    check_contiguous(statistics, "statistics", {s.batch, kPixelStatistics, s.pixels}, results);
+    check_contiguous(grad_features, "grad_features", {s.batch, s.pixels, s.channels}, a.features.dtype);
+    with_element(a.features.dtype, [&](auto element) {
+        using Element = decltype(element);
+        using Real = typename Computed<Element>::Real;
+        each_image<Element>(s, strides, true, [&](Image<Element>& image, int64_t b) {
+            image.gradient(static_cast<const Element*>(a.features.data) + b * strides.batch,
+                           static_cast<const bool*>(a.inside.data) + b * s.pixels,
+                           static_cast<const Real*>(statistics.data) + b * kPixelStatistics * s.pixels,
+                           static_cast<const Real*>(grad_loss.data)[b],
+                           static_cast<Element*>(grad_features.data) + b * s.pixels * s.channels);
+        });
     });
 }
-
-#define MAGNET_FAST_INSTANTIATE(Element)                                                       \
-    template void pixel_contrastive_forward<Element>(const PixelContrastiveForward<Element>&); \
-    template void pixel_contrastive_backward<Element>(const PixelContrastiveBackward<Element>&);
-MAGNET_FAST_INSTANTIATE(float)
-MAGNET_FAST_INSTANTIATE(BFloat16)
-MAGNET_FAST_INSTANTIATE(Float16)
-MAGNET_FAST_INSTANTIATE(double)
 
 }  // namespace magnet_fast

@@ -1,9 +1,9 @@
-// Pixel contrastive loss on the CPU: arguments of the two launchers.
+// Pixel contrastive loss on the CPU: the two launchers.
 #pragma once
 
 #include <cstdint>
 
-#include "common/elements.h"
+#include "common/tensor_view.h"
 
 namespace magnet_fast {
 
@@ -24,33 +24,26 @@ struct FeatureStrides {
 /// other, the sum of exponentials, and the greatest similarity if the sum is relative to it, else -infinity.
 constexpr int64_t kPixelStatistics = 4;
 
-template <typename Element>
-struct PixelContrastiveForward {
-    PixelContrastiveSizes sizes;
-    const Element* features;  // (B, P, C)
-    FeatureStrides strides;
-    const bool* inside;                            // (B, P), contiguous
-    typename Computed<Element>::Real* loss;        // (B), written
-    typename Computed<Element>::Real* statistics;  // (B, kPixelStatistics, P), contiguous, written
+/// What both passes read.
+struct PixelContrastiveInputs {
+    TensorView features;  // (B, P, C), any strides
+    TensorView inside;    // (B, P) bool, contiguous
+    double temperature;
+    bool normalize;
+    int64_t threads;
 };
 
-template <typename Element>
-struct PixelContrastiveBackward {
-    PixelContrastiveSizes sizes;
-    const typename Computed<Element>::Real* grad_loss;  // (B), contiguous
-    const Element* features;                            // (B, P, C)
-    FeatureStrides strides;
-    const bool* inside;                                  // (B, P), contiguous
-    const typename Computed<Element>::Real* statistics;  // (B, kPixelStatistics, P) of the forward pass
-    Element* grad_features;                              // (B, P, C), contiguous, written
-};
-
+/// Writes loss (B) and statistics (B, kPixelStatistics, P), contiguous, in computed(dtype of features).
+///
 /// Both throw std::invalid_argument, which names the argument, before anything is written. The working memory
 /// of an image is about P * C numbers in the forward pass and twice that in the backward pass. As many images
 /// as there are threads are treated at once when the batch has that many, else one.
-template <typename Element>
-void pixel_contrastive_forward(const PixelContrastiveForward<Element>& arguments);
-template <typename Element>
-void pixel_contrastive_backward(const PixelContrastiveBackward<Element>& arguments);
+void pixel_contrastive_forward(const PixelContrastiveInputs& inputs, const TensorView& loss,
+                               const TensorView& statistics);
+
+/// From grad_loss (B), contiguous, and the forward pass's statistics; writes grad_features (B, P, C),
+/// contiguous.
+void pixel_contrastive_backward(const PixelContrastiveInputs& inputs, const TensorView& grad_loss,
+                                const TensorView& statistics, const TensorView& grad_features);
 
 }  // namespace magnet_fast

@@ -14,18 +14,51 @@
 namespace magnet_fast {
 namespace {
 
+/// Elements between neighbours along batch, height and width; the last dimension is contiguous.
+struct MapStrides {
+    int64_t batch, height, width;
+};
+
+template <typename Element>
+struct WindowAttentionForward {
+    using Real = typename Computed<Element>::Real;
+    WindowAttentionSizes sizes;
+    const Element* qkv;
+    MapStrides qkv_strides;
+    const Real* bias;
+    const Element* pad_qkv;  // null: zeros
+    Element* out;
+    MapStrides out_strides;
+};
+
+template <typename Element>
+struct WindowAttentionBackward {
+    using Real = typename Computed<Element>::Real;
+    WindowAttentionSizes sizes;
+    const Element* grad_out;
+    MapStrides grad_out_strides;
+    const Element* qkv;
+    MapStrides qkv_strides;
+    const Real* bias;
+    const Element* pad_qkv;
+    Element* grad_qkv;  // null: not wanted
+    MapStrides grad_qkv_strides;
+    Real* grad_bias;
+    Real* grad_pad_qkv;
+};
+
 void check_sizes(const WindowAttentionSizes& s) {
     // The map's number of elements must fit in 63 bits; these bounds make every product below safe.
     constexpr int64_t kMost = int64_t{1} << 31;
+    for (const int64_t size : {s.height, s.width, s.channels})
+        require(size > 0 && size < kMost, "qkv", "height, width and 3 * channels of 1 .. 2^31 - 1", size);
     const std::pair<const char*, int64_t> positive[] = {
-        {"height", s.height},     {"width", s.width},       {"channels", s.channels}, {"heads", s.heads},
-        {"window_h", s.window_h}, {"window_w", s.window_w}, {"threads", s.threads},
-    };
+        {"heads", s.heads}, {"window_h", s.window_h}, {"window_w", s.window_w}, {"threads", s.threads}};
     for (const auto& [name, value] : positive)
         require(value > 0 && value < kMost, name, "1 .. 2^31 - 1", value);
-    require(s.batch >= 0 && s.batch < kMost, "batch", "0 .. 2^31 - 1", s.batch);
-    require(s.channels % s.heads == 0, "channels", "a multiple of heads (" + std::to_string(s.heads) + ")",
-            s.channels);
+    require(s.batch >= 0 && s.batch < kMost, "qkv", "a batch of 0 .. 2^31 - 1", s.batch);
+    require(s.channels % s.heads == 0, "heads", "a divisor of " + std::to_string(s.channels) + " channels",
+            s.heads);
     require(s.window_h <= 4096, "window_h", "at most 4096", s.window_h);
     require(s.window_w <= 4096, "window_w", "at most 4096", s.window_w);
     require(s.threads <= 4096, "threads", "at most 4096", s.threads);
@@ -35,18 +68,37 @@ void check_sizes(const WindowAttentionSizes& s) {
         throw std::invalid_argument("scale: expected a finite number above 0");
     constexpr int64_t kBytes = std::numeric_limits<int64_t>::max() / 8;
     const int64_t map = s.height * s.width;  // < 2^62
-    require(map <= kBytes / (3 * s.channels) / std::max<int64_t>(1, s.batch), "batch",
+    require(map <= kBytes / (3 * s.channels) / std::max<int64_t>(1, s.batch), "qkv",
             "batch * height * width * 3 * channels numbers to be addressable", s.batch);
 }
 
-/// Strides of a map that is read may be anything that is not negative (0: broadcast); of one that is written,
-/// they must at least step over the channels.
-void check_strides(const WindowAttentionSizes& s, const MapStrides& strides, int64_t least,
-                   const std::string& name) {
-    const std::pair<int64_t, int64_t> axes[] = {
-        {strides.batch, s.batch}, {strides.height, s.height}, {strides.width, s.width}};
-    for (const auto& [stride, extent] : axes)
-        require(extent <= 1 || stride >= least, name, "strides of at least " + std::to_string(least), stride);
+/// Sizes of a call, checked together with the inputs.
+WindowAttentionSizes checked_sizes(const WindowAttentionInputs& a) {
+    check_dtype(a.qkv, "qkv");
+    check_tensor(a.qkv, "qkv", 4, a.qkv.dtype);
+    const int64_t* size = a.qkv.sizes;
+    require(size[3] % 3 == 0, "qkv", "q, k and v in the last dimension, a multiple of 3", size[3]);
+    const WindowAttentionSizes s{a.settings, size[0], size[1], size[2], size[3] / 3, a.threads};
+    check_sizes(s);
+    check_dense(a.qkv, "qkv", 3);
+    check_contiguous(a.bias, "bias", {(2 * s.window_h - 1) * (2 * s.window_w - 1), s.heads},
+                     computed(a.qkv.dtype));
+    check_contiguous(a.pad_qkv, "pad_qkv", {3 * s.channels}, a.qkv.dtype, /*may_be_missing=*/true);
+    return s;
+}
+
+/// A map that is read may have any strides; one that is written must at least step over its channels.
+void check_map(const WindowAttentionSizes& s, const TensorView& map, const char* name, int64_t channels,
+               Dtype dtype, bool written) {
+    check_tensor(map, name, {s.batch, s.height, s.width, channels}, dtype);
+    check_dense(map, name, 3);
+    for (int i = 0; written && i < 3; ++i)
+        if (map.sizes[i] > 1 && map.strides[i] < channels)
+            refuse(name, "strides of at least " + std::to_string(channels), map.strides[i]);
+}
+
+MapStrides strides_of(const TensorView& map) {
+    return {map.strides[0], map.strides[1], map.strides[2]};
 }
 
 /// What one thread works with. Made before the threads start: an exception could not leave a parallel region.
@@ -198,19 +250,8 @@ void reduce(const WindowPlan& plan, const std::vector<Real>& parts, int64_t head
     }
 }
 
-}  // namespace
-
 template <typename Element>
-void window_attention_forward(const WindowAttentionForward<Element>& a) {
-    check_sizes(a.sizes);
-    check_strides(a.sizes, a.qkv_strides, 0, "qkv_strides");
-    check_strides(a.sizes, a.out_strides, a.sizes.channels, "out_strides");
-    if (a.sizes.batch == 0) return;
-    check_address(a.qkv, "qkv_ptr");
-    check_address(a.bias, "bias_ptr");
-    if (a.pad_qkv) check_address(a.pad_qkv, "pad_qkv_ptr");
-    check_address(a.out, "out_ptr");
-
+void forward(const WindowAttentionForward<Element>& a) {
     Launch<Element> launch(a.sizes, a.pad_qkv, /*backward=*/false);
     launch.run([&](int64_t t, Worker<Element>& worker) {
         const Task& task = launch.plan.tasks[t];
@@ -234,23 +275,9 @@ void window_attention_forward(const WindowAttentionForward<Element>& a) {
 }
 
 template <typename Element>
-void window_attention_backward(const WindowAttentionBackward<Element>& a) {
+void backward(const WindowAttentionBackward<Element>& a) {
     using Real = typename Computed<Element>::Real;
     const WindowAttentionSizes& s = a.sizes;
-    check_sizes(s);
-    check_strides(s, a.grad_out_strides, 0, "grad_out_strides");
-    check_strides(s, a.qkv_strides, 0, "qkv_strides");
-    if (a.grad_qkv) check_strides(s, a.grad_qkv_strides, 3 * s.channels, "grad_qkv_strides");
-    if (s.batch > 0) {
-        check_address(a.grad_out, "grad_out_ptr");
-        check_address(a.qkv, "qkv_ptr");
-        check_address(a.bias, "bias_ptr");
-        if (a.pad_qkv) check_address(a.pad_qkv, "pad_qkv_ptr");
-        if (a.grad_qkv) check_address(a.grad_qkv, "grad_qkv_ptr");
-    }
-    if (a.grad_bias) check_address(a.grad_bias, "grad_bias_ptr");
-    if (a.grad_pad_qkv) check_address(a.grad_pad_qkv, "grad_pad_ptr");
-
     Launch<Element> launch(s, s.batch > 0 ? a.pad_qkv : nullptr, /*backward=*/true);
     const std::vector<Task>& tasks = launch.plan.tasks;
     const int64_t d = launch.head_dim, table = (2 * s.window_h - 1) * (2 * s.window_w - 1);
@@ -311,13 +338,43 @@ void window_attention_backward(const WindowAttentionBackward<Element>& a) {
     }
 }
 
-#define MAGNET_FAST_INSTANTIATE(Element)                                            \
-    template void window_attention_forward(const WindowAttentionForward<Element>&); \
-    template void window_attention_backward(const WindowAttentionBackward<Element>&);
-MAGNET_FAST_INSTANTIATE(float)
-MAGNET_FAST_INSTANTIATE(BFloat16)
-MAGNET_FAST_INSTANTIATE(Float16)
-MAGNET_FAST_INSTANTIATE(double)
-#undef MAGNET_FAST_INSTANTIATE
+template <typename Element>
+Element* data(const TensorView& view) {
+    return static_cast<Element*>(view.data);
+}
+
+}  // namespace
+
+void window_attention_forward(const WindowAttentionInputs& a, const TensorView& out) {
+    const WindowAttentionSizes s = checked_sizes(a);
+    check_map(s, out, "out", s.channels, a.qkv.dtype, /*written=*/true);
+    if (s.batch == 0) return;
+    with_element(a.qkv.dtype, [&](auto element) {
+        using Element = decltype(element);
+        using Real = typename Computed<Element>::Real;
+        forward(WindowAttentionForward<Element>{s, data<const Element>(a.qkv), strides_of(a.qkv),
+                                                data<const Real>(a.bias), data<const Element>(a.pad_qkv),
+                                                data<Element>(out), strides_of(out)});
+    });
+}
+
+void window_attention_backward(const WindowAttentionInputs& a, const TensorView& grad_out,
+                               const TensorView& grad_qkv, const TensorView& grad_bias,
+                               const TensorView& grad_pad_qkv) {
+    const WindowAttentionSizes s = checked_sizes(a);
+    const Dtype sums = computed(a.qkv.dtype);
+    check_map(s, grad_out, "grad_out", s.channels, a.qkv.dtype, /*written=*/false);
+    if (grad_qkv.given()) check_map(s, grad_qkv, "grad_qkv", 3 * s.channels, a.qkv.dtype, /*written=*/true);
+    check_contiguous(grad_bias, "grad_bias", {a.bias.sizes[0], s.heads}, sums, /*may_be_missing=*/true);
+    check_contiguous(grad_pad_qkv, "grad_pad_qkv", {3 * s.channels}, sums, /*may_be_missing=*/true);
+    with_element(a.qkv.dtype, [&](auto element) {
+        using Element = decltype(element);
+        using Real = typename Computed<Element>::Real;
+        backward(WindowAttentionBackward<Element>{
+            s, data<const Element>(grad_out), strides_of(grad_out), data<const Element>(a.qkv),
+            strides_of(a.qkv), data<const Real>(a.bias), data<const Element>(a.pad_qkv),
+            data<Element>(grad_qkv), strides_of(grad_qkv), data<Real>(grad_bias), data<Real>(grad_pad_qkv)});
+    });
+}
 
 }  // namespace magnet_fast

@@ -72,7 +72,7 @@ class GroupBias {
     GroupBias(const WindowAttentionSizes& sizes, const WindowPlan& plan,
               const WindowBiasKernels<Real>& kernels);
 
-    /// Gathers the biases of `head` for a class from `table` (WindowAttentionForward::bias), unless loaded.
+    /// Gathers the biases of `head` for a class from `table` (WindowAttentionInputs::bias), unless loaded.
     void load(const Real* table, int64_t head, int64_t window_class);
 
     /// (tokens, row(group)) biases of a group of the loaded class; lanes past its keys hold -infinity.

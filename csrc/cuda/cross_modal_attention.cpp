@@ -2,7 +2,6 @@
 #include "cuda/cross_modal_attention.h"
 
 #include <algorithm>
-#include <cmath>
 #include <limits>
 #include <utility>
 
@@ -18,58 +17,38 @@ int64_t whole(int64_t count, int64_t size) {
 
 void check_sizes(const CrossModalSizes& s) {
     constexpr int64_t kMost = int64_t{1} << 30;  // kernels count pixels and channels in 32 bits
-    require(s.batch > 0 && s.batch < kMost, "batch", "1 .. 2^30 - 1", s.batch);
-    require(s.pixels > 0 && s.pixels < kMost, "pixels", "1 .. 2^30 - 1", s.pixels);
-    require(s.words > 0 && s.words <= kMostWords, "words", "1 .. " + std::to_string(kMostWords), s.words);
-    require(s.heads > 0 && s.heads < kMost, "heads", "1 .. 2^30 - 1", s.heads);
-    const std::pair<const char*, int64_t> widths[] = {{"width", s.width},
-                                                      {"text_value_width", s.text_value_width},
-                                                      {"image_value_width", s.image_value_width}};
-    for (const auto& [name, width] : widths) {
-        require(width >= 0 && width % s.heads == 0, name,
-                "a multiple of heads (" + std::to_string(s.heads) + ")", width);
-        require(width / s.heads <= kMostCrossModalHeadDim, name,
-                "heads of at most " + std::to_string(kMostCrossModalHeadDim) + " channels", width);
-    }
-    require(s.width > 0, "width", "1 or more", s.width);
-    if (!std::isfinite(s.scale) || s.scale <= 0)
-        throw std::invalid_argument("scale: expected a finite number above 0");
+    const std::pair<const char*, int64_t> sizes[] = {
+        {"batch", s.batch}, {"pixels", s.pixels}, {"heads", s.heads}};
+    for (const auto& [name, size] : sizes) require(size < kMost, name, "1 .. 2^30 - 1", size);
+    require(s.words <= kMostWords, "words", "1 .. " + std::to_string(kMostWords), s.words);
+    for (const int64_t width : {s.width, s.text_value_width, s.image_value_width})
+        require(width / s.heads <= kMostCrossModalHeadDim, "heads",
+                "heads of at most " + std::to_string(kMostCrossModalHeadDim) + " channels", width / s.heads);
     const int64_t most = std::numeric_limits<int64_t>::max() / 1024;
     const int64_t widest = std::max({s.width, s.text_value_width, s.image_value_width, s.heads * kMostWords});
     require(s.pixels <= most / widest / s.batch, "batch", "batch * pixels * width numbers to be addressable",
             s.batch);
 }
 
-/// Data of a tensor, or null; its strides must not be negative.
-void check_tensor(const RowTensor& tensor, const std::string& name, bool given, int64_t bytes) {
-    require(given == (tensor.data != nullptr), name,
-            given ? "the address of a tensor" : "no tensor in this form",
-            static_cast<int64_t>(tensor.data != nullptr));
-    if (!given) return;
-    check_address(tensor.data, bytes, name);
-    require(tensor.batch >= 0 && tensor.row >= 0, name, "strides of at least 0",
-            std::min(tensor.batch, tensor.row));
+RowTensor rows_of(const TensorView& view) {
+    return {view.data, view.strides[0], view.strides[1]};
 }
 
-/// Which of the tensors a form has; the others must be absent.
-void check_form(const CrossModalInputs& in, Dtype dtype) {
-    const int64_t bytes = bytes_of(dtype);
-    const bool separate = in.text_query.data != nullptr, image = in.text_value.data != nullptr;
-    const bool text = in.image_value.data != nullptr, scored = in.image_query.data != nullptr;
-    require(image || text, "text_value", "at least one of text_value and image_value", 0);
-    require(!image || scored, "image_query", "the address of a tensor beside text_value", 0);
-    require(!separate || text, "image_value", "the address of a tensor beside text_query", 0);
-    require(scored || separate, "image_query", "image_query and text_key, or text_query and image_key", 0);
-    check_tensor(in.image_query, "image_query", scored, bytes);
-    check_tensor(in.text_key, "text_key", scored, bytes);
-    check_tensor(in.text_value, "text_value", image, bytes);
-    check_tensor(in.text_query, "text_query", separate, bytes);
-    check_tensor(in.image_key, "image_key", separate, bytes);
-    check_tensor(in.image_value, "image_value", text, bytes);
-    require(!image || in.sizes.text_value_width > 0, "text_value_width", "1 or more",
-            in.sizes.text_value_width);
-    require(!text || in.sizes.image_value_width > 0, "image_value_width", "1 or more",
-            in.sizes.image_value_width);
+/// The call's tensors, checked.
+CrossModalInputs checked_inputs(const CrossModalViews& views, Float32Products products) {
+    const CrossModalTensors& t = views.tensors;
+    check_kernel_dtype(t.image_query.given() ? t.image_query : t.image_key,
+                       t.image_query.given() ? "image_query" : "image_key");
+    const CrossModalSizes sizes{checked_shape(views), views.scale, products};
+    check_sizes(sizes);
+    return {sizes,
+            rows_of(t.image_query),
+            rows_of(t.text_key),
+            rows_of(t.text_value),
+            rows_of(t.text_query),
+            rows_of(t.image_key),
+            rows_of(t.image_value),
+            static_cast<const uint8_t*>(views.text_mask.data)};
 }
 
 /// Shares of the pixels: enough blocks of one call of gather to fill the device twice.
@@ -108,18 +87,14 @@ CrossModalKernel chosen(Dtype dtype, CrossModalKernel (*bfloat16)(), CrossModalK
 /// A call's device, workspace and common parameters, and its steps.
 class Call {
   public:
-    Call(const CrossModalInputs& in, Dtype dtype, const Place& place, void* workspace,
-         int64_t workspace_bytes)
+    Call(const CrossModalInputs& in, const Place& place, const TensorView& workspace)
         : in_(in),
-          dtype_(dtype),
-          bytes_(static_cast<int>(bytes_of(dtype))),
+          dtype_(in.sizes.dtype),
+          bytes_(static_cast<int>(bytes_of(in.sizes.dtype))),
           device_(place),
           sizes_(in.sizes, device_) {
-        require(workspace_bytes >= sizes_.bytes(), "workspace_bytes",
-                "at least " + std::to_string(sizes_.bytes()) + ", see cross_modal_attention_workspace",
-                workspace_bytes);
-        check_address(workspace, 16, "workspace_ptr");
-        float* at = static_cast<float*>(workspace);
+        check_workspace(workspace, sizes_.bytes(), "cross_modal_attention_workspace");
+        float* at = static_cast<float*>(workspace.data);
         const auto take = [&](int64_t count) { return std::exchange(at, at + count); };
         for (float** matrix : {&similarity[0], &similarity[1], &slopes[0], &slopes[1]})
             *matrix = take(sizes_.matrix);
@@ -234,60 +209,48 @@ class Call {
 
 }  // namespace
 
-int64_t cross_modal_attention_workspace(const CrossModalSizes& sizes, const Place& place) {
-    check_sizes(sizes);
-    return Workspace(sizes, Device(place)).bytes();
+int64_t cross_modal_attention_workspace(const CrossModalViews& views, const Place& place) {
+    return Workspace(checked_inputs(views, Float32Products::kExact).sizes, Device(place)).bytes();
 }
 
-void cross_modal_attention_forward(const CrossModalInputs& in, Dtype dtype, const Place& place,
-                                   void* image_out, void* text_out, void* workspace,
-                                   int64_t workspace_bytes) {
+void cross_modal_attention_forward(const CrossModalViews& views, Float32Products products, const Place& place,
+                                   const TensorView& image_out, const TensorView& text_out,
+                                   const TensorView& workspace) {
+    const CrossModalInputs in = checked_inputs(views, products);
     const CrossModalSizes& s = in.sizes;
-    check_sizes(s);
-    check_form(in, dtype);
+    check_result(image_out, "image_out", views.tensors.text_value, s.batch, s.pixels);
+    check_result(text_out, "text_out", views.tensors.image_value, s.batch, s.words);
     const bool image = in.text_value.data, text = in.image_value.data, separate = in.text_query.data;
-    if (image) check_address(image_out, bytes_of(dtype), "image_out_ptr");
-    if (text) check_address(text_out, bytes_of(dtype), "text_out_ptr");
 
-    Call call(in, dtype, place, workspace, workspace_bytes);
+    Call call(in, place, workspace);
     if (in.image_query.data)
         call.scores(in.image_query, in.text_key, s.width, s.scale * kLog2E, call.similarity[0], image,
                     text && !separate);
     if (image)
-        call.spread(call.similarity[0], Weights::kImage, in.text_value, s.text_value_width, 1.0, image_out);
+        call.spread(call.similarity[0], Weights::kImage, in.text_value, s.text_value_width, 1.0,
+                    image_out.data);
     if (!text) return;
     if (separate)
         call.scores(in.image_key, in.text_query, s.width, s.scale * kLog2E, call.similarity[1], false, true);
     call.gather(call.similarity[separate], Weights::kText, in.image_value, s.image_value_width, 1.0,
-                text_out);
+                text_out.data);
 }
 
-void cross_modal_attention_backward(const CrossModalInputs& in, Dtype dtype, const Place& place,
-                                    const RowTensor& grad_image_out, const RowTensor& grad_text_out,
-                                    const CrossModalGradients& wanted, void* workspace,
-                                    int64_t workspace_bytes) {
+void cross_modal_attention_backward(const CrossModalViews& views, Float32Products products,
+                                    const Place& place, const TensorView& image_gradient,
+                                    const TensorView& text_gradient, const CrossModalTensors& gradients,
+                                    const TensorView& workspace) {
+    const CrossModalInputs in = checked_inputs(views, products);
     const CrossModalSizes& s = in.sizes;
-    check_sizes(s);
-    check_form(in, dtype);
+    check_gradients(views.tensors, s, image_gradient, text_gradient, gradients);
+    const RowTensor grad_image_out = rows_of(image_gradient), grad_text_out = rows_of(text_gradient);
+    const CrossModalGradients wanted{gradients.image_query.data, gradients.text_key.data,
+                                     gradients.text_value.data,  gradients.text_query.data,
+                                     gradients.image_key.data,   gradients.image_value.data};
     const bool image = grad_image_out.data, text = grad_text_out.data, separate = in.text_query.data;
-    check_tensor(grad_image_out, "grad_image_out", image && in.text_value.data, bytes_of(dtype));
-    check_tensor(grad_text_out, "grad_text_out", text && in.image_value.data, bytes_of(dtype));
     const bool scored = in.image_query.data && (image || (text && !separate));
-    const std::pair<const char*, std::pair<void*, bool>> gradients[] = {
-        {"grad_image_query_ptr", {wanted.image_query, scored}},
-        {"grad_text_key_ptr", {wanted.text_key, scored}},
-        {"grad_text_value_ptr", {wanted.text_value, image}},
-        {"grad_text_query_ptr", {wanted.text_query, text && separate}},
-        {"grad_image_key_ptr", {wanted.image_key, text && separate}},
-        {"grad_image_value_ptr", {wanted.image_value, text}},
-    };
-    for (const auto& [name, gradient] : gradients) {
-        if (!gradient.first) continue;
-        require(gradient.second, name, "no gradient of a tensor that no result's gradient reaches", 1);
-        check_address(gradient.first, bytes_of(dtype), name);
-    }
 
-    Call call(in, dtype, place, workspace, workspace_bytes);
+    Call call(in, place, workspace);
     float* const text_scores = call.similarity[separate];
     if (scored)
         call.scores(in.image_query, in.text_key, s.width, s.scale * kLog2E, call.similarity[0], image,

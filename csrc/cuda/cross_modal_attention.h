@@ -10,14 +10,13 @@
 
 #include <cstdint>
 
+#include "common/cross_modal_views.h"
 #include "cuda/launch.h"
 
 namespace magnet_fast {
 namespace cuda {
 
-struct CrossModalSizes {
-    int64_t batch, pixels, words, heads;
-    int64_t width, text_value_width, image_value_width;  // C, Cv, Cw: over all heads
+struct CrossModalSizes : CrossModalShape {
     double scale;
     Float32Products products;
 };
@@ -42,21 +41,22 @@ struct CrossModalGradients {
 
 constexpr int kMostWords = 64, kMostCrossModalHeadDim = 1024;
 
-/// Bytes of device memory that either pass of these sizes needs as `workspace`.
-int64_t cross_modal_attention_workspace(const CrossModalSizes& sizes, const Place& place);
+/// Bytes of device memory that either pass of these tensors needs as `workspace`.
+int64_t cross_modal_attention_workspace(const CrossModalViews& views, const Place& place);
 
-/// image_out (batch, pixels, Cv) and text_out (batch, words, Cw), contiguous, are written; each is given
+/// image_out (batch, pixels, Cv) and text_out (batch, words, Cw), contiguous, are written; each is there
 /// exactly when its values are. std::invalid_argument names an argument that is wrong, std::runtime_error
 /// says what CUDA reports.
-void cross_modal_attention_forward(const CrossModalInputs& inputs, Dtype dtype, const Place& place,
-                                   void* image_out, void* text_out, void* workspace, int64_t workspace_bytes);
+void cross_modal_attention_forward(const CrossModalViews& views, Float32Products products, const Place& place,
+                                   const TensorView& image_out, const TensorView& text_out,
+                                   const TensorView& workspace);
 
-/// grad_image_out (batch, pixels, Cv) and grad_text_out (batch, words, Cw), null: that direction has no
+/// grad_image_out (batch, pixels, Cv) and grad_text_out (batch, words, Cw); not there: that direction has no
 /// gradient, and those of the tensors that only it reads cannot be wanted.
-void cross_modal_attention_backward(const CrossModalInputs& inputs, Dtype dtype, const Place& place,
-                                    const RowTensor& grad_image_out, const RowTensor& grad_text_out,
-                                    const CrossModalGradients& gradients, void* workspace,
-                                    int64_t workspace_bytes);
+void cross_modal_attention_backward(const CrossModalViews& views, Float32Products products,
+                                    const Place& place, const TensorView& grad_image_out,
+                                    const TensorView& grad_text_out, const CrossModalTensors& gradients,
+                                    const TensorView& workspace);
 
 // ---- Between the launchers and the kernels ----------------------------------------------------------------
 

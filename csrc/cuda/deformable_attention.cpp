@@ -27,23 +27,16 @@ bool addressable(std::initializer_list<int64_t> sizes) {
 }
 
 /// Checks the sizes and fills in what follows from them.
-void plan(DeformableParams& p, const Maps& maps) {
-    constexpr int64_t kMost = int64_t{1} << 30;  // kernels count positions, queries and channels in 32 bits
-    const std::pair<const char*, int64_t> positive[] = {
-        {"batch", p.batch},       {"positions", p.positions}, {"heads", p.heads},
-        {"head_dim", p.head_dim}, {"queries", p.queries},     {"points", p.points},
-    };
-    for (const auto& [name, value] : positive)
-        require(value > 0 && value < kMost, name, "1 .. 2^30 - 1", value);
+void plan(DeformableParams& p, const MapSizes& maps) {
     const int64_t levels = static_cast<int64_t>(maps.size());
     require(levels > 0 && levels <= kMostLevels, "spatial_shapes",
             "1 .. " + std::to_string(kMostLevels) + " maps", levels);
-    require(levels * p.points <= kMostPoints, "points",
+    require(p.points <= kMostPoints / levels, "places",
             "at most " + std::to_string(kMostPoints) + " points on all maps", levels * p.points);
     p.levels = static_cast<int32_t>(levels);
     p.total = static_cast<int32_t>(levels * p.points);
     constexpr int64_t kPoints = std::numeric_limits<int32_t>::max();
-    require(p.queries <= kPoints / p.total, "queries", "fewer than 2^31 points of one head", p.queries);
+    require(p.queries <= kPoints / p.total, "places", "fewer than 2^31 points of one head", p.queries);
 
     int64_t positions = 0, bins = 0;
     for (int64_t level = 0; level < levels; ++level) {
@@ -65,33 +58,88 @@ void plan(DeformableParams& p, const Maps& maps) {
     require(positions == p.positions, "spatial_shapes",
             "maps of " + std::to_string(p.positions) + " positions together", positions);
     p.bins = static_cast<int32_t>(bins);
-    require(addressable({p.batch, p.heads, std::max<int64_t>(p.positions, bins + 1), p.head_dim}), "batch",
-            "value to be addressable", p.batch);
-    require(addressable({p.batch, p.heads, p.queries, std::max<int64_t>(p.head_dim, 32 * p.total)}),
-            "queries", "the points and the result to be addressable", p.queries);
+    require(addressable({p.batch, p.heads, std::max<int64_t>(p.positions, bins + 1), p.head_dim}), "value",
+            "it to be addressable", p.batch);
+    require(addressable({p.batch, p.heads, p.queries, std::max<int64_t>(p.head_dim, 32 * p.total)}), "places",
+            "the points and the result to be addressable", p.queries);
 }
 
-void check_strides(const Strides3& strides, const std::string& name) {
-    const int64_t least = std::min({strides.batch, strides.row, strides.head});
-    require(least >= 0, name, "strides of at least 0", least);
+Strides3 strides_of(const TensorView& view) {
+    return {view.strides[0], view.strides[1], view.strides[2]};
 }
 
-/// Of the tensors that both passes read.
-void check_inputs(const DeformableParams& p, Dtype dtype) {
-    check_address(p.value, bytes_of(dtype), "value_ptr");
-    check_strides(p.value_strides, "value_strides");
-    const auto check_points = [&](const void* data, const Strides3& strides, Dtype of,
-                                  const std::string& name) {
-        require(of == Dtype::kFloat32 || of == dtype, name + "_dtype", "0 (float32) or that of value",
-                static_cast<int64_t>(of));
-        check_address(data, bytes_of(of), name + "_ptr");
-        check_strides(strides, name + "_strides");
+/// The call's parameters, checked.
+DeformableParams params_of(const DeformableViews& a) {
+    constexpr int64_t kMost = int64_t{1} << 30;  // kernels count positions, queries and channels in 32 bits
+    check_kernel_dtype(a.value, "value");
+    check_tensor(a.value, "value", 4, a.value.dtype);
+    for (int i = 0; i < 4; ++i)
+        require(a.value.sizes[i] > 0 && a.value.sizes[i] < kMost, "value", "sizes of 1 .. 2^30 - 1",
+                a.value.sizes[i]);
+    check_views(a);
+    for (const int64_t size : {a.places.sizes[1], a.places.sizes[4]})
+        require(size > 0 && size < kMost, "places", "queries and points of 1 .. 2^30 - 1", size);
+    DeformableParams p{};
+    p.batch = a.value.sizes[0];
+    p.positions = static_cast<int32_t>(a.value.sizes[1]);
+    p.heads = static_cast<int32_t>(a.value.sizes[2]);
+    p.head_dim = static_cast<int32_t>(a.value.sizes[3]);
+    p.queries = static_cast<int32_t>(a.places.sizes[1]);
+    p.points = static_cast<int32_t>(a.places.sizes[4]);
+    plan(p, a.maps);
+    check_points_dense(a);
+    const auto check_points = [&](const TensorView& view, const char* name) {
+        require(view.dtype == Dtype::kFloat32 || view.dtype == a.value.dtype, name,
+                "dtype 0 (float32) or that of value", static_cast<int64_t>(view.dtype));
     };
-    check_points(p.places, p.places_strides, p.places_dtype, "places");
-    check_points(p.weights, p.weights_strides, p.weights_dtype, "weights");
-    if (!p.reference) return;
-    check_points(p.reference, p.reference_strides, p.reference_dtype, "reference");
-    require(p.coordinates == 2 || p.coordinates == 4, "coordinates", "2 or 4", p.coordinates);
+    check_points(a.places, "places");
+    check_points(a.weights, "weights");
+    p.value = a.value.data;
+    p.value_strides = strides_of(a.value);
+    p.places = a.places.data;
+    p.places_strides = strides_of(a.places);
+    p.places_dtype = a.places.dtype;
+    p.weights = a.weights.data;
+    p.weights_strides = strides_of(a.weights);
+    p.weights_dtype = a.weights.dtype;
+    p.coordinates = 2;
+    p.reference_batch = p.reference_levels = 1;
+    p.reference_dtype = a.value.dtype;
+    if (!a.reference.given()) return p;
+    check_points(a.reference, "reference");
+    p.reference = a.reference.data;
+    p.reference_strides = strides_of(a.reference);
+    p.reference_dtype = a.reference.dtype;
+    p.reference_batch = static_cast<int32_t>(a.reference.sizes[0]);
+    p.reference_levels = static_cast<int32_t>(a.reference.sizes[2]);
+    p.coordinates = static_cast<int32_t>(a.reference.sizes[3]);
+    // What there is once serves all images or maps.
+    if (p.reference_batch == 1) p.reference_strides.batch = 0;
+    if (p.reference_levels == 1) p.reference_strides.head = 0;
+    return p;
+}
+
+/// With what the backward pass takes beside them.
+DeformableParams params_of(const DeformableViews& a, const TensorView& grad_out,
+                           const DeformableGradients& grads) {
+    DeformableParams p = params_of(a);
+    const int64_t width = static_cast<int64_t>(p.heads) * p.head_dim;
+    check_tensor(grad_out, "grad_out", {p.batch, p.queries, width}, a.value.dtype);
+    check_dense(grad_out, "grad_out", 2);
+    check_gradient(grads.value, "grad_value", a.value, a.value.dtype);
+    check_gradient(grads.places, "grad_places", a.places, a.places.dtype);
+    check_gradient(grads.weights, "grad_weights", a.weights, a.weights.dtype);
+    require(a.reference.given() || !grads.reference.given(), "grad_reference",
+            "None without reference points", 1);
+    check_gradient(grads.reference, "grad_reference", a.reference, Dtype::kFloat32);
+    p.grad_out = grad_out.data;
+    p.grad_out_batch = grad_out.strides[0];
+    p.grad_out_query = grad_out.strides[1];
+    p.grad_value = grads.value.data;
+    p.grad_places = grads.places.data;
+    p.grad_weights = grads.weights.data;
+    p.grad_reference = static_cast<float*>(grads.reference.data);
+    return p;
 }
 
 /// Whether all of them are multiples of 16 bytes.
@@ -162,10 +210,11 @@ void sort_points(const Device& device, DeformableParams p) {
 
 }  // namespace
 
-void deformable_attention_forward(DeformableParams p, const Maps& maps, Dtype dtype, const Place& place) {
-    plan(p, maps);
-    check_inputs(p, dtype);
-    check_address(p.out, bytes_of(dtype), "out_ptr");
+void deformable_attention_forward(const DeformableViews& views, const TensorView& out, const Place& place) {
+    DeformableParams p = params_of(views);
+    const Dtype dtype = views.value.dtype;
+    check_contiguous(out, "out", {p.batch, p.queries, static_cast<int64_t>(p.heads) * p.head_dim}, dtype);
+    p.out = out.data;
 
     const Device device(place);
     const bool wide = aligned({p.value, p.out},
@@ -175,35 +224,19 @@ void deformable_attention_forward(DeformableParams p, const Maps& maps, Dtype dt
     start_rows(device, MAGNET_FAST_CHOSEN(forward), p, p.queries, whole(p.head_dim, vector));
 }
 
-int64_t deformable_attention_workspace(DeformableParams p, const Maps& maps) {
-    plan(p, maps);
-    return Workspace(p).bytes();
+int64_t deformable_attention_workspace(const DeformableViews& views, const TensorView& grad_out,
+                                       const DeformableGradients& gradients) {
+    return Workspace(params_of(views, grad_out, gradients)).bytes();
 }
 
-void deformable_attention_backward(DeformableParams p, const Maps& maps, Dtype dtype, const Place& place,
-                                   void* workspace, int64_t workspace_bytes) {
-    plan(p, maps);
-    check_inputs(p, dtype);
-    check_address(p.grad_out, bytes_of(dtype), "grad_out_ptr");
-    require(p.grad_out_batch >= 0 && p.grad_out_query >= 0, "grad_out_strides", "strides of at least 0",
-            std::min(p.grad_out_batch, p.grad_out_query));
-    if (p.grad_value) check_address(p.grad_value, bytes_of(dtype), "grad_value_ptr");
-    if (p.grad_places) check_address(p.grad_places, bytes_of(p.places_dtype), "grad_places_ptr");
-    if (p.grad_weights) check_address(p.grad_weights, bytes_of(p.weights_dtype), "grad_weights_ptr");
-    if (p.grad_reference) {
-        require(p.reference != nullptr, "grad_reference_ptr", "no gradient without reference points", 1);
-        check_address(p.grad_reference, 4, "grad_reference_ptr");
-        require(p.reference_batch == 1 || p.reference_batch == p.batch, "reference_batch",
-                "1 or the batch " + std::to_string(p.batch), p.reference_batch);
-        require(p.reference_levels == 1 || p.reference_levels == p.levels, "reference_levels",
-                "1 or the number of maps " + std::to_string(p.levels), p.reference_levels);
-    }
+void deformable_attention_backward(const DeformableViews& views, const TensorView& grad_out,
+                                   const DeformableGradients& gradients, const Place& place,
+                                   const TensorView& workspace) {
+    DeformableParams p = params_of(views, grad_out, gradients);
+    const Dtype dtype = views.value.dtype;
     const Workspace sizes(p);
-    require(workspace_bytes >= sizes.bytes(), "workspace_bytes",
-            "at least " + std::to_string(sizes.bytes()) + ", see deformable_attention_workspace",
-            workspace_bytes);
-    if (sizes.bytes() > 0) check_address(workspace, 16, "workspace_ptr");
-    char* at = static_cast<char*>(workspace);
+    check_workspace(workspace, sizes.bytes(), "deformable_attention_workspace");
+    char* at = static_cast<char*>(workspace.data);
     const auto take = [&](int64_t bytes) { return std::exchange(at, at + bytes); };
     p.reference_parts = reinterpret_cast<float*>(p.grad_reference ? take(sizes.reference_parts) : nullptr);
     p.starts = reinterpret_cast<int32_t*>(take(sizes.starts));

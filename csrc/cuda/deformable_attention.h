@@ -14,9 +14,8 @@
 #pragma once
 
 #include <cstdint>
-#include <utility>
-#include <vector>
 
+#include "common/deformable_views.h"
 #include "cuda/launch.h"
 
 namespace magnet_fast {
@@ -83,18 +82,18 @@ struct DeformableParams {
     void* sorted;            // (B, h, Q * L * K) SortedPoint
 };
 
-using Maps = std::vector<std::pair<int64_t, int64_t>>;  // (height, width) of each level
-
 /// out = attention. std::invalid_argument names an argument that is wrong, std::runtime_error says what CUDA
 /// reports; nothing has been started then.
-void deformable_attention_forward(DeformableParams params, const Maps& maps, Dtype dtype, const Place& place);
+void deformable_attention_forward(const DeformableViews& views, const TensorView& out, const Place& place);
 
 /// Bytes of device memory that the backward pass with these sizes and gradients needs as `workspace`.
-int64_t deformable_attention_workspace(DeformableParams params, const Maps& maps);
+int64_t deformable_attention_workspace(const DeformableViews& views, const TensorView& grad_out,
+                                       const DeformableGradients& gradients);
 
-/// The gradients that are wanted.
-void deformable_attention_backward(DeformableParams params, const Maps& maps, Dtype dtype, const Place& place,
-                                   void* workspace, int64_t workspace_bytes);
+/// The gradients that are wanted, in the dtypes of their tensors; that of the reference points in float32.
+void deformable_attention_backward(const DeformableViews& views, const TensorView& grad_out,
+                                   const DeformableGradients& gradients, const Place& place,
+                                   const TensorView& workspace);
 
 // ---- Between the launchers and the kernels ----------------------------------------------------------------
 

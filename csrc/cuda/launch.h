@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "common/elements.h"
+#include "common/tensor_view.h"
 
 #if defined(MAGNET_FAST_EMULATE_CUDA)
 #include "cuda/host_emulation.h"
@@ -31,27 +32,25 @@ struct Place {
     void* stream;
 };
 
-/// Throws std::invalid_argument "argument: expected ..., got ..." unless the condition holds.
-inline void require(bool condition, const std::string& argument, const std::string& expected, int64_t got) {
-    if (!condition)
-        throw std::invalid_argument(argument + ": expected " + expected + ", got " + std::to_string(got));
-}
-
-/// The same for the address of a tensor's first element.
+/// Checks the address of a tensor's first element.
 inline void check_address(const void* pointer, int64_t element_bytes, const std::string& argument) {
     require(pointer != nullptr, argument, "the address of a tensor", 0);
     const int64_t misaligned = static_cast<int64_t>(reinterpret_cast<uintptr_t>(pointer)) % element_bytes;
     require(misaligned == 0, argument, "an address aligned for its dtype", misaligned);
 }
 
-inline int64_t bytes_of(Dtype dtype) {
-    return dtype == Dtype::kFloat32 ? 4 : 2;
+/// float32, bfloat16 and float16 have kernels.
+inline void check_kernel_dtype(const TensorView& view, const char* name) {
+    const int code = static_cast<int>(view.dtype);
+    require(code >= 0 && code <= 2, name, "dtype 0 (float32), 1 (bfloat16) or 2 (float16)", code);
 }
 
-/// float32, bfloat16 and float16 have kernels.
-inline Dtype checked_dtype(int code) {
-    require(code >= 0 && code <= 2, "dtype", "0 (float32), 1 (bfloat16) or 2 (float16)", code);
-    return static_cast<Dtype>(code);
+/// Working memory, in bytes, of at least the size that the function named `asked` told.
+inline void check_workspace(const TensorView& workspace, int64_t bytes, const char* asked) {
+    check_tensor(workspace, "workspace", 1, Dtype::kByte);
+    require(workspace.sizes[0] >= bytes, "workspace",
+            "at least " + std::to_string(bytes) + " bytes, see " + asked, workspace.sizes[0]);
+    if (bytes > 0) check_address(workspace.data, 16, "workspace");
 }
 
 #if defined(MAGNET_FAST_EMULATE_CUDA)

@@ -16,35 +16,94 @@ namespace {
 constexpr int kWindowsOfProgram = 4;
 
 void check_sizes(const WindowParams& p) {
-    constexpr int64_t kMost = int64_t{1} << 30;  // kernels compute coordinates in 32 bits
-    const std::pair<const char*, int64_t> positive[] = {
-        {"height", p.height}, {"width", p.width},       {"channels", p.channels},
-        {"heads", p.heads},   {"window_h", p.window_h}, {"window_w", p.window_w},
-    };
-    for (const auto& [name, value] : positive)
-        require(value > 0 && value < kMost, name, "1 .. 2^30 - 1", value);
-    require(p.batch >= 0 && p.batch < kMost, "batch", "0 .. 2^30 - 1", p.batch);
-    require(p.channels % p.heads == 0, "channels", "a multiple of heads (" + std::to_string(p.heads) + ")",
-            p.channels);
-    require(p.channels / p.heads <= kMostHeadDim, "channels",
-            "heads of at most " + std::to_string(kMostHeadDim) + " channels", p.channels);
+    const int64_t map = static_cast<int64_t>(p.height) * p.width;  // < 2^60
+    require(p.channels % p.heads == 0, "heads", "a divisor of " + std::to_string(p.channels) + " channels",
+            p.heads);
+    require(p.channels / p.heads <= kMostHeadDim, "heads",
+            "heads of at most " + std::to_string(kMostHeadDim) + " channels", p.channels / p.heads);
     require(p.window_h <= kMostTokens && p.window_w <= kMostTokens && p.window_h * p.window_w <= kMostTokens,
             "window_h", "windows of at most " + std::to_string(kMostTokens) + " tokens", p.window_h);
     require(p.shift_h >= 0 && p.shift_h < p.window_h, "shift_h", "0 .. window_h - 1", p.shift_h);
     require(p.shift_w >= 0 && p.shift_w < p.window_w, "shift_w", "0 .. window_w - 1", p.shift_w);
     if (!std::isfinite(p.scale) || p.scale <= 0)
         throw std::invalid_argument("scale: expected a finite number above 0");
-    const int64_t map = static_cast<int64_t>(p.height) * p.width;  // < 2^60
     constexpr int64_t kBytes = std::numeric_limits<int64_t>::max() / 8;
-    require(map <= kBytes / (3 * static_cast<int64_t>(p.channels)) / std::max<int64_t>(1, p.batch), "batch",
+    require(map <= kBytes / (3 * static_cast<int64_t>(p.channels)) / std::max<int64_t>(1, p.batch), "qkv",
             "batch * height * width * 3 * channels numbers to be addressable", p.batch);
 }
 
-void check_strides(const WindowParams& p, const MapStrides& strides, int64_t least, const std::string& name) {
-    const std::pair<int64_t, int64_t> axes[] = {
-        {strides.batch, p.batch}, {strides.height, p.height}, {strides.width, p.width}};
-    for (const auto& [stride, extent] : axes)
-        require(extent <= 1 || stride >= least, name, "strides of at least " + std::to_string(least), stride);
+MapStrides strides_of(const TensorView& map) {
+    return {map.strides[0], map.strides[1], map.strides[2]};
+}
+
+/// The call's parameters, checked.
+WindowParams params_of(const WindowInputs& a) {
+    constexpr int64_t kMost = int64_t{1} << 30;  // kernels compute coordinates in 32 bits
+    check_kernel_dtype(a.qkv, "qkv");
+    check_tensor(a.qkv, "qkv", 4, a.qkv.dtype);
+    const int64_t* size = a.qkv.sizes;
+    require(size[3] % 3 == 0, "qkv", "q, k and v in the last dimension, a multiple of 3", size[3]);
+    for (int i = 0; i < 4; ++i)
+        require(size[i] >= (i > 0) && size[i] < kMost, "qkv", "sizes of 1 .. 2^30 - 1", size[i]);
+    const WindowSettings& settings = a.settings;
+    const std::pair<const char*, int64_t> small[] = {
+        {"heads", settings.heads}, {"window_h", settings.window_h}, {"window_w", settings.window_w}};
+    for (const auto& [name, value] : small) require(value > 0 && value < kMost, name, "1 .. 2^30 - 1", value);
+    for (const auto& [name, value] :
+         {std::pair("shift_h", settings.shift_h), std::pair("shift_w", settings.shift_w)})
+        require(value >= 0 && value < kMost, name, "0 .. 2^30 - 1", value);
+    WindowParams p{};
+    p.batch = size[0];
+    p.height = static_cast<int32_t>(size[1]);
+    p.width = static_cast<int32_t>(size[2]);
+    p.channels = static_cast<int32_t>(size[3] / 3);
+    p.heads = static_cast<int32_t>(settings.heads);
+    p.window_h = static_cast<int32_t>(settings.window_h);
+    p.window_w = static_cast<int32_t>(settings.window_w);
+    p.shift_h = static_cast<int32_t>(settings.shift_h);
+    p.shift_w = static_cast<int32_t>(settings.shift_w);
+    p.scale = static_cast<float>(settings.scale);
+    p.pad_first = settings.pad_first;
+    p.products = a.products;
+    check_sizes(p);
+    check_dense(a.qkv, "qkv", 3);
+    const int64_t entries = (2 * settings.window_h - 1) * (2 * settings.window_w - 1);
+    check_contiguous(a.bias, "bias", {entries, settings.heads}, Dtype::kFloat32);
+    check_contiguous(a.pad_qkv, "pad_qkv", {size[3]}, a.qkv.dtype, /*may_be_missing=*/true);
+    p.qkv = a.qkv.data;
+    p.qkv_strides = strides_of(a.qkv);
+    p.bias = static_cast<const float*>(a.bias.data);
+    p.pad_qkv = a.pad_qkv.data;
+    return p;
+}
+
+/// A map that is read may have any strides; one that is written must at least step over its channels.
+void check_map(const WindowParams& p, const TensorView& map, const char* name, int64_t channels, Dtype dtype,
+               bool written) {
+    check_tensor(map, name, {p.batch, p.height, p.width, channels}, dtype);
+    check_dense(map, name, 3);
+    for (int i = 0; written && i < 3; ++i)
+        if (map.sizes[i] > 1 && map.strides[i] < channels)
+            refuse(name, "strides of at least " + std::to_string(channels), map.strides[i]);
+}
+
+/// With what the backward pass takes beside them.
+WindowParams params_of(const WindowInputs& a, const WindowGradients& grads) {
+    WindowParams p = params_of(a);
+    const Dtype dtype = a.qkv.dtype;
+    check_map(p, grads.grad_out, "grad_out", p.channels, dtype, /*written=*/false);
+    if (grads.qkv.given()) check_map(p, grads.qkv, "grad_qkv", a.qkv.sizes[3], dtype, /*written=*/true);
+    check_contiguous(grads.bias, "grad_bias", {a.bias.sizes[0], p.heads}, Dtype::kFloat32,
+                     /*may_be_missing=*/true);
+    check_contiguous(grads.pad_qkv, "grad_pad_qkv", {a.qkv.sizes[3]}, Dtype::kFloat32,
+                     /*may_be_missing=*/true);
+    p.grad_out = grads.grad_out.data;
+    p.grad_out_strides = strides_of(grads.grad_out);
+    p.grad_qkv = grads.qkv.data;
+    p.grad_qkv_strides = strides_of(grads.qkv);
+    p.grad_bias = static_cast<float*>(grads.bias.data);
+    p.grad_pad_qkv = static_cast<float*>(grads.pad_qkv.data);
+    return p;
 }
 
 /// Whether a tensor's heads begin at multiples of 16 bytes; null: it does not matter.
@@ -151,17 +210,15 @@ BackwardPlan plan_backward(WindowParams& p, Dtype dtype, const Device& device) {
 
 }  // namespace
 
-void window_attention_forward(WindowParams p, Dtype dtype, const Place& place) {
-    const int bytes = static_cast<int>(bytes_of(dtype));
-    check_sizes(p);
-    check_strides(p, p.qkv_strides, 0, "qkv_strides");
-    check_strides(p, p.out_strides, p.channels, "out_strides");
+void window_attention_forward(const WindowInputs& inputs, const TensorView& out, const Place& place) {
+    const Dtype dtype = inputs.qkv.dtype;
+    WindowParams p = params_of(inputs);
+    check_map(p, out, "out", p.channels, dtype, /*written=*/true);
     if (p.batch == 0) return;
-    check_address(p.qkv, bytes, "qkv_ptr");
-    check_address(p.bias, 4, "bias_ptr");
-    if (p.pad_qkv) check_address(p.pad_qkv, bytes, "pad_qkv_ptr");
-    check_address(p.out, bytes, "out_ptr");
+    p.out = out.data;
+    p.out_strides = strides_of(out);
 
+    const int bytes = static_cast<int>(bytes_of(dtype));
     const Device device(place);
     plan(p, bytes);
     const int width = width_of(p), tiles = forward_tiles(p.tokens, bytes == 4);
@@ -174,35 +231,22 @@ void window_attention_forward(WindowParams p, Dtype dtype, const Place& place) {
     device.start(kernel, static_cast<int64_t>(p.groups) * p.heads, warps * 32, shared, p);
 }
 
-int64_t window_attention_workspace(WindowParams p, Dtype dtype, const Place& place) {
-    check_sizes(p);
+int64_t window_attention_workspace(const WindowInputs& inputs, const WindowGradients& gradients,
+                                   const Place& place) {
+    WindowParams p = params_of(inputs, gradients);
     if (p.batch == 0) return 0;
-    return plan_backward(p, dtype, Device(place)).bytes();
+    return plan_backward(p, inputs.qkv.dtype, Device(place)).bytes();
 }
 
-void window_attention_backward(WindowParams p, Dtype dtype, const Place& place, void* workspace,
-                               int64_t workspace_bytes) {
-    const int bytes = static_cast<int>(bytes_of(dtype));
-    check_sizes(p);
-    check_strides(p, p.grad_out_strides, 0, "grad_out_strides");
-    check_strides(p, p.qkv_strides, 0, "qkv_strides");
-    if (p.grad_qkv)
-        check_strides(p, p.grad_qkv_strides, 3 * static_cast<int64_t>(p.channels), "grad_qkv_strides");
-    require(p.batch > 0, "batch", "1 or more", p.batch);
-    check_address(p.grad_out, bytes, "grad_out_ptr");
-    check_address(p.qkv, bytes, "qkv_ptr");
-    check_address(p.bias, 4, "bias_ptr");
-    if (p.pad_qkv) check_address(p.pad_qkv, bytes, "pad_qkv_ptr");
-    if (p.grad_qkv) check_address(p.grad_qkv, bytes, "grad_qkv_ptr");
-    if (p.grad_bias) check_address(p.grad_bias, 4, "grad_bias_ptr");
-    if (p.grad_pad_qkv) check_address(p.grad_pad_qkv, 4, "grad_pad_ptr");
+void window_attention_backward(const WindowInputs& inputs, const WindowGradients& gradients,
+                               const Place& place, const TensorView& workspace) {
+    WindowParams p = params_of(inputs, gradients);
+    require(p.batch > 0, "qkv", "a batch of 1 or more", p.batch);
 
     const Device device(place);
-    const BackwardPlan plan = plan_backward(p, dtype, device);
-    require(workspace_bytes >= plan.bytes(), "workspace_bytes",
-            "at least " + std::to_string(plan.bytes()) + ", see window_attention_workspace", workspace_bytes);
-    if (plan.bytes() > 0) check_address(workspace, 16, "workspace_ptr");
-    p.bias_sums = static_cast<float*>(workspace);
+    const BackwardPlan plan = plan_backward(p, inputs.qkv.dtype, device);
+    check_workspace(workspace, plan.bytes(), "window_attention_workspace");
+    p.bias_sums = static_cast<float*>(workspace.data);
     p.bias_parts = p.bias_sums + plan.sums;
     p.pad_parts = p.bias_parts + plan.bias_parts;
     device.start(plan.kernel, static_cast<int64_t>(p.groups) * p.heads, plan.threads, plan.shared, p);

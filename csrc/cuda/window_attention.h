@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "common/window_index.h"
+#include "common/window_settings.h"
 #include "cuda/launch.h"
 
 namespace magnet_fast {
@@ -15,7 +16,22 @@ struct MapStrides {
     int64_t batch, height, width;
 };
 
-/// What both passes take, and the kernels get. C = channels, h = heads, d = C / h, N = window_h * window_w.
+/// What both passes take. Tensors are on the device, the last dimension of maps is contiguous.
+struct WindowInputs {
+    TensorView qkv;      // (B, H, W, 3C), channels [q | k | v], each (h, d); float32, bfloat16 or float16
+    TensorView bias;     // ((2 * window_h - 1) * (2 * window_w - 1), h), float32, contiguous
+    TensorView pad_qkv;  // (3C), contiguous, the padded tokens' q, k and v; not there: zeros
+    WindowSettings settings;
+    Float32Products products;
+};
+
+/// What the backward pass takes beside them. Gradients are overwritten; not there: not wanted.
+struct WindowGradients {
+    TensorView grad_out;            // (B, H, W, C)
+    TensorView qkv, bias, pad_qkv;  // like their tensors; the last two, contiguous, in float32
+};
+
+/// What the kernels get. C = channels, h = heads, d = C / h, N = window_h * window_w.
 /// Pointers are on the device. The launchers fill in what stands below the line.
 struct WindowParams {
     const void* qkv;      // (B, H, W, 3C), channels [q | k | v], each (h, d)
@@ -57,14 +73,15 @@ constexpr int kMostTokens = 256, kMostHeadDim = 64;
 
 /// out = attention. std::invalid_argument names an argument that is wrong, std::runtime_error says what CUDA
 /// reports; nothing has been started then.
-void window_attention_forward(WindowParams params, Dtype dtype, const Place& place);
+void window_attention_forward(const WindowInputs& inputs, const TensorView& out, const Place& place);
 
 /// Bytes of device memory that the backward pass of these sizes needs as `workspace`.
-int64_t window_attention_workspace(WindowParams params, Dtype dtype, const Place& place);
+int64_t window_attention_workspace(const WindowInputs& inputs, const WindowGradients& gradients,
+                                   const Place& place);
 
 /// The gradients that are wanted.
-void window_attention_backward(WindowParams params, Dtype dtype, const Place& place, void* workspace,
-                               int64_t workspace_bytes);
+void window_attention_backward(const WindowInputs& inputs, const WindowGradients& gradients,
+                               const Place& place, const TensorView& workspace);
 
 // ---- Between the launchers and the kernels ----------------------------------------------------------------
 

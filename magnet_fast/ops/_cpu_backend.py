@@ -16,9 +16,6 @@ else:
     missing = None
 """Why the extension cannot be used, or None."""
 
-DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
-"""What the extension is told of a tensor's dtype: csrc/common/elements.h."""
-
 
 def supports(*arguments: object) -> str | None:
     """None when the arguments' tensors are on the CPU, else the reason why not."""

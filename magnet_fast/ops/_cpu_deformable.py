@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from magnet_fast.ops import _cpu_backend
+from magnet_fast.ops._view import view
 
 # A call packs all of `value` first. On maps of 120² to 15² (S = 19,125, 16 points a query) the reference was faster
 # with 20 queries and slower with 300. The line is drawn at about 60, between them: 4 * 16 * 60 rows are a fifth of S.
@@ -16,15 +17,7 @@ _READ_PER_ROW = 5
 
 def forward(value: Tensor, sampling_locations: Tensor, attention_weights: Tensor, sizes: Sequence[int]) -> Tensor:
     """Arguments as the reference's; any strides."""
-    out = value.new_empty((value.shape[0], sampling_locations.shape[1], value.shape[2] * value.shape[3]))
-    value, points = _channels_together(value), _located(value, sampling_locations, attention_weights)
-    _cpu_backend.extension.deformable_attention_forward(
-        out_ptr=out.data_ptr(),
-        locations_ptr=points[0].data_ptr(),
-        weights_ptr=points[1].data_ptr(),
-        **_sizes(value, points[0], sizes),
-    )
-    return out
+    return _forward(value, *_located(value, sampling_locations, attention_weights), sizes)
 
 
 def backward(
@@ -39,19 +32,8 @@ def backward(
     given = (value, sampling_locations, attention_weights)
     if grad_out is None:
         return [_zeros(tensor) if want else None for tensor, want in zip(given, wanted, strict=True)]
-    value, points = _channels_together(value), _located(value, sampling_locations, attention_weights)
-    grads = [_empty(tensor) if want else None for tensor, want in zip((value, *points), wanted, strict=True)]
-    grad_out = grad_out.contiguous()
-    _cpu_backend.extension.deformable_attention_backward(
-        grad_out_ptr=grad_out.data_ptr(),
-        locations_ptr=points[0].data_ptr(),
-        weights_ptr=points[1].data_ptr(),
-        grad_value_ptr=_address(grads[0]),
-        grad_locations_ptr=_address(grads[1]),
-        grad_weights_ptr=_address(grads[2]),
-        **_sizes(value, points[0], sizes),
-    )
-    return _in_dtypes_of(grads, given)
+    points = _located(value, sampling_locations, attention_weights)
+    return _in_dtypes_of(_backward(grad_out, value, *points, sizes, (*wanted, False))[:3], given)
 
 
 def fused_forward(
@@ -62,12 +44,7 @@ def fused_forward(
     sizes: Sequence[int],
 ) -> Tensor:
     """Arguments as the fused operator's reference; any strides."""
-    out = value.new_empty((value.shape[0], sampling_offsets.shape[1], value.shape[2] * value.shape[3]))
-    value, points = _channels_together(value), _raw(value, reference_points, sampling_offsets, attention_logits)
-    _cpu_backend.extension.fused_deformable_attention_forward(
-        out_ptr=out.data_ptr(), **_addresses(value, *points), **_sizes(value, points[1], sizes)
-    )
-    return out
+    return _forward(value, *_raw(value, reference_points, sampling_offsets, attention_logits), sizes)
 
 
 def fused_backward(
@@ -83,19 +60,14 @@ def fused_backward(
     given = (value, reference_points, sampling_offsets, attention_logits)
     if grad_out is None:
         return [_zeros(tensor) if want else None for tensor, want in zip(given, wanted, strict=True)]
-    value, points = _channels_together(value), _raw(value, reference_points, sampling_offsets, attention_logits)
-    grads = [_empty(tensor) if want else None for tensor, want in zip((value, *points), wanted, strict=True)]
-    grad_out = grad_out.contiguous()
-    _cpu_backend.extension.fused_deformable_attention_backward(
-        grad_out_ptr=grad_out.data_ptr(),
-        grad_value_ptr=_address(grads[0]),
-        grad_reference_ptr=_address(grads[1]),
-        grad_offsets_ptr=_address(grads[2]),
-        grad_logits_ptr=_address(grads[3]),
-        **_addresses(value, *points),
-        **_sizes(value, points[1], sizes),
+    points = _raw(value, reference_points, sampling_offsets, attention_logits)
+    want_value, want_reference, want_offsets, want_logits = wanted
+    grad_value, grad_offsets, grad_logits, grad_reference = _backward(
+        grad_out, value, *points, sizes, (want_value, want_offsets, want_logits, want_reference)
     )
-    return _in_dtypes_of(grads, given)
+    if grad_reference is not None:
+        grad_reference = grad_reference.view(reference_points.shape)
+    return _in_dtypes_of([grad_value, grad_reference, grad_offsets, grad_logits], given)
 
 
 def passed_over(*arguments: object) -> str | None:
@@ -116,51 +88,79 @@ def _channels_together(value: Tensor) -> Tensor:
     return value if value.stride(3) == 1 else value.contiguous()
 
 
-def _located(value: Tensor, locations: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """The kernel reads both contiguously, and places points in the dtype that it computes in."""
-    return locations.to(_computed(value)).contiguous(), weights.contiguous()
+def _located(value: Tensor, locations: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, None]:
+    """Locations, weights, and no reference points.
+
+    The kernel reads both contiguously, and places points in the dtype that it computes in.
+    """
+    return locations.to(_computed(value)).contiguous(), weights.contiguous(), None
+
+
+def four_dimensions(reference: Tensor) -> Tensor:
+    """(Q, c), (B, Q, c) or (B, Q, L, c) as (1 or B, Q, 1 or L, c)."""
+    reference = reference if reference.dim() > 2 else reference.unsqueeze(0)
+    return reference if reference.dim() > 3 else reference.unsqueeze(2)
 
 
 def _raw(value: Tensor, reference: Tensor, offsets: Tensor, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The kernel reads (L, K) of one head contiguously; offsets and logits are of one dtype, value's or float32."""
+    """Offsets, logits and reference points (1 or B, Q, 1 or L, 2 or 4).
+
+    The kernel reads (L, K) of one head contiguously; offsets and logits are of one dtype, value's or float32.
+    """
     if offsets.dtype != logits.dtype:
         offsets, logits = offsets.to(_computed(value)), logits.to(_computed(value))
     if offsets.stride()[3:] != (2 * offsets.shape[4], 2, 1):
         offsets = offsets.contiguous()
     if logits.stride()[3:] != (logits.shape[4], 1):
         logits = logits.contiguous()
-    return reference.to(_computed(value)).contiguous(), offsets, logits
+    return offsets, logits, four_dimensions(reference.to(_computed(value)).contiguous())
 
 
-def _addresses(value: Tensor, reference: Tensor, offsets: Tensor, logits: Tensor) -> dict[str, object]:
+def _forward(value: Tensor, places: Tensor, weights: Tensor, reference: Tensor | None, sizes: Sequence[int]) -> Tensor:
+    out = value.new_empty((value.shape[0], places.shape[1], value.shape[2] * value.shape[3]))
+    value = _channels_together(value)
+    _cpu_backend.extension.deformable_attention_forward(
+        out=view(out), threads=torch.get_num_threads(), **inputs(value, places, weights, reference, sizes)
+    )
+    return out
+
+
+def _backward(
+    grad_out: Tensor,
+    value: Tensor,
+    places: Tensor,
+    weights: Tensor,
+    reference: Tensor | None,
+    sizes: Sequence[int],
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:
+    """Gradients of value, places, weights and the reference points, in the dtypes and shapes that came here."""
+    value, grad_out = _channels_together(value), grad_out.contiguous()
+    given = (value, places, weights, reference)
+    grads = [_empty(tensor) if want else None for tensor, want in zip(given, wanted, strict=True)]
+    _cpu_backend.extension.deformable_attention_backward(
+        grad_out=view(grad_out), threads=torch.get_num_threads(), **gradients(grads), **inputs(*given, sizes)
+    )
+    return grads
+
+
+def inputs(
+    value: Tensor, places: Tensor, weights: Tensor, reference: Tensor | None, sizes: Sequence[int]
+) -> dict[str, object]:
+    """What the extensions take in both passes of both forms."""
     return {
-        "reference_ptr": reference.data_ptr(),
-        "reference_batch": reference.shape[0] if reference.dim() > 2 else 1,
-        "reference_levels": reference.shape[2] if reference.dim() > 3 else 1,
-        "coordinates": reference.shape[-1],
-        "offsets_ptr": offsets.data_ptr(),
-        "offsets_strides": offsets.stride()[:3],
-        "logits_ptr": logits.data_ptr(),
-        "logits_strides": logits.stride()[:3],
-        "wide": offsets.dtype != value.dtype,
-    }
-
-
-def _sizes(value: Tensor, points: Tensor, sizes: Sequence[int]) -> dict[str, object]:
-    batch, positions, heads, head_dim = value.shape
-    return {
-        "value_ptr": value.data_ptr(),
-        "value_strides": value.stride()[:3],
-        "batch": batch,
-        "positions": positions,
-        "heads": heads,
-        "head_dim": head_dim,
-        "queries": points.shape[1],
-        "points": points.shape[4],
+        "value": view(value),
+        "places": view(places),
+        "weights": view(weights),
+        "reference": view(reference),
         "spatial_shapes": list(zip(sizes[::2], sizes[1::2], strict=True)),
-        "threads": torch.get_num_threads(),
-        "dtype": _cpu_backend.DTYPE_CODES[value.dtype],
     }
+
+
+def gradients(grads: Sequence[Tensor | None]) -> dict[str, object]:
+    """The gradients of value, places, weights and the reference points, for the extensions to write."""
+    names = ("grad_value", "grad_places", "grad_weights", "grad_reference")
+    return {name: view(grad) for name, grad in zip(names, grads, strict=True)}
 
 
 def _empty(tensor: Tensor) -> Tensor:
@@ -169,11 +169,6 @@ def _empty(tensor: Tensor) -> Tensor:
 
 def _zeros(tensor: Tensor) -> Tensor:
     return torch.zeros(tensor.shape, dtype=tensor.dtype)
-
-
-def _address(tensor: Tensor | None) -> int:
-    """0 stands for a tensor that is not there."""
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _in_dtypes_of(grads: Sequence[Tensor | None], given: Sequence[Tensor]) -> list[Tensor | None]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from magnet_fast.ops import _cpu_backend
+from magnet_fast.ops._view import view
 
 
 def forward(features: Tensor, inside: Tensor, temperature: float, normalize: bool) -> tuple[Tensor, Tensor]:
@@ -16,7 +17,7 @@ def forward(features: Tensor, inside: Tensor, temperature: float, normalize: boo
     loss = features.new_empty(features.shape[0], dtype=_result_dtype(features))
     kept = statistics(features)
     _cpu_backend.extension.pixel_contrastive_loss_forward(
-        loss_ptr=loss.data_ptr(), statistics_ptr=kept.data_ptr(), **_inputs(features, inside, temperature, normalize)
+        loss=view(loss), statistics=view(kept), **_inputs(features, inside, temperature, normalize)
     )
     return loss, kept
 
@@ -44,9 +45,9 @@ def backward(
         return [grad.zero_()]
     grad_loss, inside = grad_loss.to(_result_dtype(features)).contiguous(), inside.contiguous()
     _cpu_backend.extension.pixel_contrastive_loss_backward(
-        grad_loss_ptr=grad_loss.data_ptr(),
-        statistics_ptr=kept.data_ptr(),
-        grad_features_ptr=grad.data_ptr(),
+        grad_loss=view(grad_loss),
+        statistics=view(kept),
+        grad_features=view(grad),
         **_inputs(features, inside, temperature, normalize),
     )
     return [grad]
@@ -57,15 +58,9 @@ def _result_dtype(features: Tensor) -> torch.dtype:
 
 
 def _inputs(features: Tensor, inside: Tensor, temperature: float, normalize: bool) -> dict[str, object]:
-    batch, pixels, channels = features.shape
     return {
-        "features_ptr": features.data_ptr(),
-        "features_strides": features.stride(),
-        "inside_ptr": inside.data_ptr(),
-        "dtype": _cpu_backend.DTYPE_CODES[features.dtype],
-        "batch": batch,
-        "pixels": pixels,
-        "channels": channels,
+        "features": view(features),
+        "inside": view(inside),
         "temperature": temperature,
         "normalize": normalize,
         "threads": torch.get_num_threads(),

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from magnet_fast.ops import _cpu_backend
+from magnet_fast.ops._view import view
 
 
 def forward(qkv: Tensor, bias_table: Tensor, pad_qkv: Tensor | None, *settings) -> Tensor:
@@ -15,7 +16,12 @@ def forward(qkv: Tensor, bias_table: Tensor, pad_qkv: Tensor | None, *settings) 
     out = qkv.new_empty((*qkv.shape[:3], qkv.shape[3] // 3))
     bias_table, pad_qkv = _laid_out(qkv, bias_table, pad_qkv)
     _cpu_backend.extension.window_attention_forward(
-        out_ptr=out.data_ptr(), out_strides=out.stride()[:3], **_inputs(qkv, bias_table, pad_qkv, *settings)
+        qkv=view(qkv),
+        bias=view(bias_table),
+        pad_qkv=view(pad_qkv),
+        out=view(out),
+        settings=settings,
+        threads=torch.get_num_threads(),
     )
     return out
 
@@ -53,13 +59,15 @@ def _write_gradients(
         grad_out = grad_out.contiguous()
     bias_table, pad_qkv = _laid_out(qkv, bias_table, pad_qkv)
     _cpu_backend.extension.window_attention_backward(
-        grad_out_ptr=grad_out.data_ptr(),
-        grad_out_strides=grad_out.stride()[:3],
-        grad_qkv_ptr=_address(grads[0]),
-        grad_qkv_strides=grads[0].stride()[:3] if grads[0] is not None else (0, 0, 0),
-        grad_bias_ptr=_address(grads[1]),
-        grad_pad_ptr=_address(grads[2]),
-        **_inputs(qkv, bias_table, pad_qkv, *settings),
+        grad_out=view(grad_out),
+        qkv=view(qkv),
+        bias=view(bias_table),
+        pad_qkv=view(pad_qkv),
+        grad_qkv=view(grads[0]),
+        grad_bias=view(grads[1]),
+        grad_pad_qkv=view(grads[2]),
+        settings=tuple(settings),
+        threads=torch.get_num_threads(),
     )
 
 
@@ -73,42 +81,3 @@ def _laid_out(qkv: Tensor, bias_table: Tensor, pad_qkv: Tensor | None) -> tuple[
     if pad_qkv is not None:
         pad_qkv = pad_qkv.to(qkv.dtype).contiguous()
     return bias_table.to(_computed(qkv)).contiguous(), pad_qkv
-
-
-def _inputs(
-    qkv: Tensor,
-    bias_table: Tensor,
-    pad_qkv: Tensor | None,
-    num_heads: int,
-    window_h: int,
-    window_w: int,
-    shift_h: int,
-    shift_w: int,
-    scale: float,
-    pad_first: bool,
-) -> dict[str, object]:
-    batch, height, width, channels = qkv.shape
-    return {
-        "dtype": _cpu_backend.DTYPE_CODES[qkv.dtype],
-        "qkv_ptr": qkv.data_ptr(),
-        "qkv_strides": qkv.stride()[:3],
-        "bias_ptr": bias_table.data_ptr(),
-        "pad_qkv_ptr": _address(pad_qkv),
-        "batch": batch,
-        "height": height,
-        "width": width,
-        "channels": channels // 3,
-        "heads": num_heads,
-        "window_h": window_h,
-        "window_w": window_w,
-        "shift_h": shift_h,
-        "shift_w": shift_w,
-        "scale": scale,
-        "pad_first": pad_first,
-        "threads": torch.get_num_threads(),
-    }
-
-
-def _address(tensor: Tensor | None) -> int:
-    """0 stands for a tensor that is not there."""
-    return 0 if tensor is None else tensor.data_ptr()

@@ -17,8 +17,7 @@ else:
     missing = None if torch.cuda.is_available() else "no CUDA GPU that this torch can use is present"
 """Why the extension cannot be used, or None."""
 
-DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-"""What the extension is told of a tensor's dtype: csrc/common/elements.h."""
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def supports(*arguments: object) -> str | None:
@@ -26,7 +25,7 @@ def supports(*arguments: object) -> str | None:
     first = next(argument for argument in arguments if isinstance(argument, Tensor))
     if first.device.type != "cuda":
         return f"device {first.device.type} is not supported, CUDA tensors only"
-    if first.dtype not in DTYPE_CODES:
+    if first.dtype not in _DTYPES:
         return f"dtype {first.dtype} is not supported, float32, bfloat16 and float16 only"
     capability = torch.cuda.get_device_capability(first.device)
     if capability < (8, 0):
@@ -45,13 +44,7 @@ def place(like: Tensor) -> dict[str, object]:
         "device": like.device.index,
         "stream": torch.cuda.current_stream(like.device).cuda_stream,
         "tf32": torch.backends.cuda.matmul.allow_tf32,
-        "dtype": DTYPE_CODES[like.dtype],
     }
-
-
-def address(tensor: Tensor | None) -> int:
-    """0 stands for a tensor that is not there."""
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def workspace(size: int, like: Tensor) -> Tensor:

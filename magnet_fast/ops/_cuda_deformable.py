@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from magnet_fast.ops import _cuda_backend
+from magnet_fast.ops._cpu_deformable import four_dimensions, gradients, inputs
+from magnet_fast.ops._view import view
 
 _MOST_LEVELS, _MOST_POINTS = 16, 256
 
@@ -80,7 +82,7 @@ def fused_backward(
 def _forward(value: Tensor, places: Tensor, weights: Tensor, reference: Tensor | None, sizes: Sequence[int]) -> Tensor:
     out = value.new_empty((value.shape[0], places.shape[1], value.shape[2] * value.shape[3]))
     tensors = _laid_out(value, places, weights, reference)
-    _cuda_backend.extension.deformable_attention_forward(out_ptr=out.data_ptr(), **_inputs(*tensors, sizes))
+    _cuda_backend.extension.deformable_attention_forward(out=view(out), **_place(value), **inputs(*tensors, sizes))
     return out
 
 
@@ -109,22 +111,16 @@ def _backward(
         if grad_out.stride(2) != 1:  # for one, the expanded gradient of a sum
             grad_out = grad_out.contiguous()
         tensors = _laid_out(*given)
+        *others, grad_reference = grads
         arguments = {
-            "grad_out_ptr": grad_out.data_ptr(),
-            "grad_out_strides": grad_out.stride()[:2],
-            "grad_value_ptr": _cuda_backend.address(grads[0]),
-            "grad_places_ptr": _cuda_backend.address(grads[1]),
-            "grad_weights_ptr": _cuda_backend.address(grads[2]),
-            "grad_reference_ptr": _cuda_backend.address(grads[3]),
-            "reference_batch": 1 if reference is None or reference.dim() < 3 else value.shape[0],
-            "reference_levels": 1 if reference is None or reference.dim() < 4 else places.shape[3],
-            **_inputs(*tensors, sizes),
+            "grad_out": view(grad_out),
+            **gradients([*others, None if grad_reference is None else four_dimensions(grad_reference)]),
+            **_place(value),
+            **inputs(*tensors, sizes),
         }
         size = _cuda_backend.extension.deformable_attention_workspace(**arguments)
         workspace = _cuda_backend.workspace(size, value)
-        _cuda_backend.extension.deformable_attention_backward(
-            workspace_ptr=workspace.data_ptr(), workspace_bytes=size, **arguments
-        )
+        _cuda_backend.extension.deformable_attention_backward(workspace=view(workspace), **arguments)
     return _cuda_backend.in_dtypes_of(grads, given)
 
 
@@ -142,37 +138,11 @@ def _laid_out(
     if reference is not None:
         if reference.stride(-1) != 1:
             reference = reference.contiguous()
-        if reference.dim() < 4:
-            reference = reference.unsqueeze(-2)
-        reference = reference.expand(*places.shape[:2], places.shape[3], -1)
+        reference = four_dimensions(reference)
     return value, places, weights, reference
 
 
-def _inputs(
-    value: Tensor, places: Tensor, weights: Tensor, reference: Tensor | None, sizes: Sequence[int]
-) -> dict[str, object]:
-    batch, positions, heads, head_dim = value.shape
+def _place(value: Tensor) -> dict[str, object]:
     place = _cuda_backend.place(value)
     del place["tf32"]  # no product here is made on tensor cores
-    return {
-        **place,
-        "value_ptr": value.data_ptr(),
-        "value_strides": value.stride()[:3],
-        "places_ptr": places.data_ptr(),
-        "places_strides": places.stride()[:3],
-        "places_dtype": _cuda_backend.DTYPE_CODES[places.dtype],
-        "weights_ptr": weights.data_ptr(),
-        "weights_strides": weights.stride()[:3],
-        "weights_dtype": _cuda_backend.DTYPE_CODES[weights.dtype],
-        "reference_ptr": _cuda_backend.address(reference),
-        "reference_strides": (0, 0, 0) if reference is None else reference.stride()[:3],
-        "reference_dtype": _cuda_backend.DTYPE_CODES[value.dtype if reference is None else reference.dtype],
-        "coordinates": 2 if reference is None else reference.shape[3],
-        "batch": batch,
-        "positions": positions,
-        "heads": heads,
-        "head_dim": head_dim,
-        "queries": places.shape[1],
-        "points": places.shape[4],
-        "spatial_shapes": list(zip(sizes[::2], sizes[1::2], strict=True)),
-    }
+    return place

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from magnet_fast.ops import _cuda_backend
+from magnet_fast.ops._view import view
+from magnet_fast.ops._window_settings import WindowSettings
 
 _MOST_TOKENS, _MOST_HEAD_DIM = 256, 64
 
 
-def supports(
-    qkv: Tensor, bias_table: Tensor, pad_qkv: Tensor | None, num_heads: int, window_h: int, window_w: int, *rest: object
-) -> str | None:
+def supports(qkv: Tensor, bias_table: Tensor, pad_qkv: Tensor | None, *settings) -> str | None:
     """None when the kernels can run this, else the reason why not."""
-    if window_h * window_w > _MOST_TOKENS:
-        return f"windows of {window_h * window_w} tokens are not supported, at most {_MOST_TOKENS}"
-    if qkv.shape[3] // 3 // num_heads > _MOST_HEAD_DIM:
-        return f"heads of {qkv.shape[3] // 3 // num_heads} channels are not supported, at most {_MOST_HEAD_DIM}"
+    given = WindowSettings(*settings)
+    if given.window_h * given.window_w > _MOST_TOKENS:
+        return f"windows of {given.window_h * given.window_w} tokens are not supported, at most {_MOST_TOKENS}"
+    head_dim = qkv.shape[3] // 3 // given.num_heads
+    if head_dim > _MOST_HEAD_DIM:
+        return f"heads of {head_dim} channels are not supported, at most {_MOST_HEAD_DIM}"
     return _cuda_backend.supports(qkv)
 
 
@@ -25,9 +29,7 @@ def forward(qkv: Tensor, bias_table: Tensor, pad_qkv: Tensor | None, *settings) 
     """Arguments as the reference's; `qkv` may be any view with a contiguous last dimension."""
     out = qkv.new_empty((*qkv.shape[:3], qkv.shape[3] // 3))
     bias_table, pad_qkv = _laid_out(qkv, bias_table, pad_qkv)
-    _cuda_backend.extension.window_attention_forward(
-        out_ptr=out.data_ptr(), out_strides=out.stride()[:3], **_inputs(qkv, bias_table, pad_qkv, *settings)
-    )
+    _cuda_backend.extension.window_attention_forward(out=view(out), **_inputs(qkv, bias_table, pad_qkv, settings))
     return out
 
 
@@ -52,19 +54,14 @@ def backward(
             grad_out = grad_out.contiguous()
         bias_table, pad_qkv = _laid_out(qkv, bias_table, pad_qkv)
         arguments = {
-            "grad_out_ptr": grad_out.data_ptr(),
-            "grad_out_strides": grad_out.stride()[:3],
-            "grad_qkv_ptr": _cuda_backend.address(grads[0]),
-            "grad_qkv_strides": grads[0].stride()[:3] if grads[0] is not None else (0, 0, 0),
-            "grad_bias_ptr": _cuda_backend.address(grads[1]),
-            "grad_pad_ptr": _cuda_backend.address(grads[2]),
-            **_inputs(qkv, bias_table, pad_qkv, *settings),
+            "grad_out": view(grad_out),
+            "grad_qkv": view(grads[0]),
+            "grad_bias": view(grads[1]),
+            "grad_pad_qkv": view(grads[2]),
+            **_inputs(qkv, bias_table, pad_qkv, settings),
         }
-        size = _cuda_backend.extension.window_attention_workspace(**arguments)
-        workspace = _cuda_backend.workspace(size, qkv)
-        _cuda_backend.extension.window_attention_backward(
-            workspace_ptr=workspace.data_ptr(), workspace_bytes=size, **arguments
-        )
+        workspace = _cuda_backend.workspace(_cuda_backend.extension.window_attention_workspace(**arguments), qkv)
+        _cuda_backend.extension.window_attention_backward(workspace=view(workspace), **arguments)
     return _cuda_backend.in_dtypes_of(grads, inputs)
 
 
@@ -75,34 +72,11 @@ def _laid_out(qkv: Tensor, bias_table: Tensor, pad_qkv: Tensor | None) -> tuple[
     return bias_table.to(torch.float32).contiguous(), pad_qkv
 
 
-def _inputs(
-    qkv: Tensor,
-    bias_table: Tensor,
-    pad_qkv: Tensor | None,
-    num_heads: int,
-    window_h: int,
-    window_w: int,
-    shift_h: int,
-    shift_w: int,
-    scale: float,
-    pad_first: bool,
-) -> dict[str, object]:
-    batch, height, width, channels = qkv.shape
+def _inputs(qkv: Tensor, bias_table: Tensor, pad_qkv: Tensor | None, settings: Sequence[object]) -> dict[str, object]:
     return {
         **_cuda_backend.place(qkv),
-        "qkv_ptr": qkv.data_ptr(),
-        "qkv_strides": qkv.stride()[:3],
-        "bias_ptr": bias_table.data_ptr(),
-        "pad_qkv_ptr": _cuda_backend.address(pad_qkv),
-        "batch": batch,
-        "height": height,
-        "width": width,
-        "channels": channels // 3,
-        "heads": num_heads,
-        "window_h": window_h,
-        "window_w": window_w,
-        "shift_h": shift_h,
-        "shift_w": shift_w,
-        "scale": scale,
-        "pad_first": pad_first,
+        "qkv": view(qkv),
+        "bias": view(bias_table),
+        "pad_qkv": view(pad_qkv),
+        "settings": tuple(settings),
     }

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from magnet_fast.ops import _cpu_backend, _packed
 from magnet_fast.ops._linear import Activation, PackedLinear, inference_on_cpu, observed
+from magnet_fast.ops._view import DTYPE_CODES, view
 
 _ACTIVATIONS = {None: 0, "gelu": 1, "relu": 2}
 _NO_NORM = (0, 0, -1.0)
@@ -79,15 +80,11 @@ def run(x: Tensor, steps: Sequence[Step], residual: Tensor | None = None) -> Ten
     y = x.new_empty((*leading, steps[-1].linear.out_features))
     packed = [_packed.in_chains(step.linear.weight) for step in steps]  # alive until the call is over
     _cpu_backend.extension.linear_chain_forward(
-        x_ptr=rows.data_ptr(),
-        x_row=rows.stride(0),
-        residual_ptr=0 if given is None else given.data_ptr(),
-        residual_row=0 if given is None else given.stride(0),
-        y_ptr=y.data_ptr(),
-        dtype=_cpu_backend.DTYPE_CODES[x.dtype],
-        rows=len(rows),
-        threads=torch.get_num_threads(),
+        x=view(rows),
+        residual=view(given),
+        y=view(y.view(len(rows), y.shape[-1])),
         layers=[_layer(step, weight) for step, weight in zip(steps, packed, strict=True)],
+        threads=torch.get_num_threads(),
     )
     return y
 
@@ -127,7 +124,7 @@ def _norm(name: str, norm: nn.LayerNorm | None, width: int) -> tuple[int, int, f
 
 
 def _step(dtype: torch.dtype) -> int:
-    return _cpu_backend.extension.linear_chain_step(dtype=_cpu_backend.DTYPE_CODES[dtype])
+    return _cpu_backend.extension.linear_chain_step(dtype=DTYPE_CODES[dtype])
 
 
 def _worthwhile(dtype: torch.dtype) -> bool:

@@ -17,6 +17,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from magnet_fast.ops import _cpu_backend
+from magnet_fast.ops._view import DTYPE_CODES
 
 
 @dataclass
@@ -82,7 +83,7 @@ def _current(weight: Tensor, layout: str, make: Callable[[Tensor], Tensor]) -> T
 
 def _pack_for_chain(weight: Tensor) -> Tensor:
     outputs, inputs = weight.shape
-    sizes = {"dtype": _cpu_backend.DTYPE_CODES[weight.dtype], "inputs": inputs, "outputs": outputs}
+    sizes = {"dtype": DTYPE_CODES[weight.dtype], "inputs": inputs, "outputs": outputs}
     count = _cpu_backend.extension.linear_chain_packed_bytes(**sizes)
     room = torch.empty(count + 63, dtype=torch.uint8, device="cpu")
     packed = room[-room.data_ptr() % 64 :][:count]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from magnet_fast.ops import _triton_backend
+from magnet_fast.ops._window_settings import WindowSettings
 
 # As in `magnet_fast.kernels.window_attention`, which cannot be asked before Triton is imported.
 _LARGEST_WINDOW, _LARGEST_WINDOW_OF_WIDE = 256, 144
@@ -13,9 +14,9 @@ _LARGEST_IMAGE = 2**31 - 1
 _NARROW_HEAD, _LARGEST_HEAD = 32, 64
 
 
-def supports(qkv: Tensor, bias_table: Tensor, pad_qkv: Tensor | None, num_heads: int, *settings: object) -> str | None:
+def supports(qkv: Tensor, bias_table: Tensor, pad_qkv: Tensor | None, *settings) -> str | None:
     """None when the kernels can run these arguments, else the reason why not."""
-    window_h, window_w = settings[:2]
+    num_heads, window_h, window_w, *_ = WindowSettings(*settings)
     d = qkv.shape[3] // 3 // num_heads
     if window_h * window_w > _LARGEST_WINDOW:
         return f"a window of {window_h}x{window_w} tokens is not supported, at most {_LARGEST_WINDOW} tokens"

@@ -18,6 +18,7 @@ from magnet_fast.ops import (
     _triton_window,
 )
 from magnet_fast.ops._binding import bind
+from magnet_fast.ops._window_settings import SCHEMA, WindowSettings
 
 _NAME = "window_attention"
 
@@ -92,15 +93,15 @@ def window_attention_reference(
     qkv: Tensor,
     bias_table: Tensor,
     pad_qkv: Tensor | None,
-    num_heads: int,
-    window_h: int,
-    window_w: int,
-    shift_h: int,
-    shift_w: int,
-    scale: float,
-    pad_first: bool,
+    *settings,
 ) -> Tensor:
-    """The operator in plain differentiable PyTorch: what every kernel must agree with."""
+    """The operator in plain differentiable PyTorch: what every kernel must agree with.
+
+    Args:
+        qkv, bias_table, pad_qkv: as `window_attention`'s.
+        *settings: those of `WindowSettings`.
+    """
+    num_heads, window_h, window_w, shift_h, shift_w, scale, pad_first = WindowSettings(*settings)
     batch, height, width, channels = qkv.shape
     d = channels // 3 // num_heads
     rows, columns = -(-height // window_h), -(-width // window_w)
@@ -250,7 +251,8 @@ def _prepare(
     if pad_qkv is not None:
         pad_qkv = _autocast.cast_low(pad_qkv)
         _checks.same_dtype(pad_qkv, "pad_qkv", qkv, "qkv", or_float32=True)
-    return qkv, bias_table, pad_qkv, num_heads, window_h, window_w, shift_h, shift_w, scale, pad_first
+    settings = WindowSettings(num_heads, window_h, window_w, shift_h, shift_w, scale, pad_first)
+    return qkv, bias_table, pad_qkv, *settings
 
 
 _DIFFERENTIABLE = (0, 1, 2)
@@ -258,15 +260,7 @@ _DIFFERENTIABLE = (0, 1, 2)
 _run = bind(
     _NAME,
     tensors=("Tensor qkv", "Tensor bias_table", "Tensor? pad_qkv"),
-    settings=(
-        "int num_heads",
-        "int window_h",
-        "int window_w",
-        "int shift_h",
-        "int shift_w",
-        "float scale",
-        "bool pad_first",
-    ),
+    settings=SCHEMA,
     outputs=1,
     fake=lambda qkv, *rest: qkv.new_empty((*qkv.shape[:3], qkv.shape[3] // 3)),
     differentiable=_DIFFERENTIABLE,

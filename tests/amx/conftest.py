@@ -33,25 +33,14 @@ FLAGS += [
 LAUNCHERS = ["window_attention.cpp", "window_plan.cpp", "cross_modal_attention.cpp", "cross_modal_plan.cpp"]
 KERNELS = ["window_kernel.cpp", "cross_modal_kernel.cpp", "cross_modal_backward_kernel.cpp"]
 
-WINDOW = ["batch", "height", "width", "channels", "heads", "window_h", "window_w", "shift_h", "shift_w"]
-WINDOW += ["pad_first", "threads"]
-INPUTS = ["batch", "pixels", "words", "heads", "width", "text_value_width", "image_value_width", "dtype", "threads"]
-INPUTS += ["image_query", "text_key", "text_value", "text_query", "image_key", "image_value", "text_mask_ptr"]
-GRADS = [f"grad_{name}_ptr" for name in INPUTS[9:15]]
+INPUTS = ["image_query", "text_key", "text_value", "text_query", "image_key", "image_value"]
 ORDER = {
-    "window_attention_forward": [
-        *WINDOW,
-        "qkv_ptr",
-        "qkv_strides",
-        "bias_ptr",
-        "pad_qkv_ptr",
-        "out_ptr",
-        "out_strides",
-    ],
-    "window_attention_backward": [*WINDOW, "grad_out_ptr", "grad_out_strides", "qkv_ptr", "qkv_strides", "bias_ptr"]
-    + ["pad_qkv_ptr", "grad_qkv_ptr", "grad_qkv_strides", "grad_bias_ptr", "grad_pad_ptr"],
-    "cross_modal_attention_forward": [*INPUTS, "image_out_ptr", "text_out_ptr"],
-    "cross_modal_attention_backward": [*INPUTS, "grad_image_out", "grad_text_out", *GRADS],
+    "window_attention_forward": ["qkv", "bias", "pad_qkv", "settings", "threads", "out"],
+    "window_attention_backward": ["qkv", "bias", "pad_qkv", "settings", "threads", "grad_out", "grad_qkv", "grad_bias"]
+    + ["grad_pad_qkv"],
+    "cross_modal_attention_forward": [*INPUTS, "text_mask", "heads", "threads", "image_out", "text_out"],
+    "cross_modal_attention_backward": [*INPUTS, "text_mask", "heads", "threads", "grad_image_out", "grad_text_out"]
+    + [f"grad_{name}" for name in INPUTS],
 }
 """Arguments as emulated_tiles.cpp reads them."""
 
@@ -76,19 +65,30 @@ class Emulated:
             raise AttributeError(name)
         order = ORDER[name]
 
-        def run(scale: float, **arguments: object) -> None:
-            if name.startswith("window"):
-                assert arguments.pop("dtype") == 1
+        def run(**arguments: object) -> None:
+            if "settings" in arguments:
+                *integers, scale, pad_first = arguments["settings"]
+                arguments["settings"] = (*integers, pad_first)
+            else:
+                scale = arguments.pop("scale")
             assert arguments.keys() == set(order)
-            numbers = list(flat(arguments[key] for key in order))
+            numbers = [number for key in order for number in flat(key, arguments[key])]
             self.call(f"{name}_", (ctypes.c_int64 * len(numbers))(*numbers), ctypes.c_double(scale))
 
         return run
 
 
-def flat(values: Iterable[object]) -> Iterable[int]:
-    for value in values:
-        yield from map(int, value) if isinstance(value, tuple) else (int(value),)
+def flat(name: str, value: object) -> Iterable[int]:
+    """A number, the settings' whole numbers, or a tensor: dimensions, address, dtype, sizes and strides."""
+    if name in ("heads", "threads"):
+        yield value
+    elif name == "settings":
+        yield from map(int, value)
+    elif value is None:
+        yield 0
+    else:
+        address, sizes, strides, dtype = value
+        yield from (len(sizes), address, dtype, *sizes, *strides)
 
 
 @pytest.fixture(scope="session")

@@ -48,23 +48,25 @@ struct Reader {
     T* pointer() {
         return reinterpret_cast<T*>(number());
     }
-    MapStrides strides() { return {number(), number(), number()}; }
-    WindowAttentionSizes window(double scale) {
-        return {number(), number(), number(), number(), number(),      number(),
-                number(), number(), number(), scale,    number() != 0, number()};
+    TensorView view() {
+        TensorView view;
+        view.dimensions = static_cast<int>(number());
+        if (!view.given()) return view;
+        view.data = pointer<void>();
+        view.dtype = static_cast<Dtype>(number());
+        for (int i = 0; i < view.dimensions; ++i) view.sizes[i] = number();
+        for (int i = 0; i < view.dimensions; ++i) view.strides[i] = number();
+        return view;
     }
-    CrossModalTensor tensor() { return {pointer<const void>(), number(), number()}; }
-    CrossModalInputs cross_modal(double scale) {
-        return {{number(), number(), number(), number(), number(), number(), number(), scale,
-                 static_cast<int>(number()), number()},
-                tensor(),
-                tensor(),
-                tensor(),
-                tensor(),
-                tensor(),
-                tensor(),
-                pointer<const uint8_t>()};
+    WindowAttentionInputs window(double scale) {
+        return {view(),
+                view(),
+                view(),
+                {number(), number(), number(), number(), number(), scale, number() != 0},
+                number()};
     }
+    CrossModalTensors tensors() { return {view(), view(), view(), view(), view(), view()}; }
+    CrossModalViews cross_modal(double scale) { return {tensors(), view(), number(), scale}; }
 };
 
 /// Null, or what went wrong.
@@ -96,39 +98,37 @@ extern "C" {
 const char* window_attention_forward_(const int64_t* numbers, double scale) {
     return report([&] {
         Reader r{numbers};
-        window_attention_forward(WindowAttentionForward<BFloat16>{
-            r.window(scale), r.pointer<const BFloat16>(), r.strides(), r.pointer<const float>(),
-            r.pointer<const BFloat16>(), r.pointer<BFloat16>(), r.strides()});
+        const WindowAttentionInputs inputs = r.window(scale);
+        window_attention_forward(inputs, r.view());
     });
 }
 
 const char* window_attention_backward_(const int64_t* numbers, double scale) {
     return report([&] {
         Reader r{numbers};
-        window_attention_backward(WindowAttentionBackward<BFloat16>{
-            r.window(scale), r.pointer<const BFloat16>(), r.strides(), r.pointer<const BFloat16>(),
-            r.strides(), r.pointer<const float>(), r.pointer<const BFloat16>(), r.pointer<BFloat16>(),
-            r.strides(), r.pointer<float>(), r.pointer<float>()});
+        const WindowAttentionInputs inputs = r.window(scale);
+        const TensorView grad_out = r.view(), grad_qkv = r.view(), grad_bias = r.view();
+        window_attention_backward(inputs, grad_out, grad_qkv, grad_bias, r.view());
     });
 }
 
 const char* cross_modal_attention_forward_(const int64_t* numbers, double scale) {
     return report([&] {
         Reader r{numbers};
-        const CrossModalInputs inputs = r.cross_modal(scale);
-        void* image_out = r.pointer<void>();
-        cross_modal_attention_forward(inputs, image_out, r.pointer<void>());
+        const CrossModalViews views = r.cross_modal(scale);
+        const int64_t threads = r.number();
+        const TensorView image_out = r.view();
+        cross_modal_attention_forward(views, image_out, r.view(), threads);
     });
 }
 
 const char* cross_modal_attention_backward_(const int64_t* numbers, double scale) {
     return report([&] {
         Reader r{numbers};
-        const CrossModalInputs inputs = r.cross_modal(scale);
-        const CrossModalTensor grad_image = r.tensor(), grad_text = r.tensor();
-        cross_modal_attention_backward(inputs, grad_image, grad_text,
-                                       {r.pointer<void>(), r.pointer<void>(), r.pointer<void>(),
-                                        r.pointer<void>(), r.pointer<void>(), r.pointer<void>()});
+        const CrossModalViews views = r.cross_modal(scale);
+        const int64_t threads = r.number();
+        const TensorView grad_image = r.view(), grad_text = r.view();
+        cross_modal_attention_backward(views, grad_image, grad_text, r.tensors(), threads);
     });
 }
 

@@ -109,5 +109,4 @@ def emulated(built: Emulated, monkeypatch: pytest.MonkeyPatch) -> Emulated:
 
 
 def place(like: torch.Tensor) -> dict[str, object]:
-    tf32 = torch.backends.cuda.matmul.allow_tf32
-    return {"device": 0, "stream": 0, "tf32": tf32, "dtype": _cuda_backend.DTYPE_CODES[like.dtype]}
+    return {"device": 0, "stream": 0, "tf32": torch.backends.cuda.matmul.allow_tf32}

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from magnet_fast.ops import _cuda_cross_modal
+from magnet_fast.ops import _cpu_cross_modal
+from magnet_fast.ops._view import view
 
 from ..ops.cases import CROSS_MODAL_FORMS, Case, cross_modal_case, leaf, weighted_sum
 from .agreement import assert_agrees, outputs, results
@@ -106,30 +107,20 @@ def test_views(emulated):
 def test_the_launcher_refuses(emulated):
     case = cross_modal_case("shared", dtype=torch.float32)
     tensors = case.normalised()[:6]
-    sizes = _cuda_cross_modal._sizes(tensors, 2)
-    for name, value, blamed in (
-        ("words", 65, "words"),
-        ("heads", 3, "width"),
-        ("pixels", 0, "pixels"),
-        ("width", 4096, "width"),
+    batch, pixels, width = tensors[0].shape
+    inputs = {"device": 0, "stream": 0, "tf32": False, **_cpu_cross_modal.inputs(tensors, None, 2, 1.0)}
+    image_out, text_out = _cpu_cross_modal.results(tensors)
+    outs = {"image_out": view(image_out), "text_out": view(text_out)}
+    for changes, blamed in (
+        ({name: (64, (batch, 65, width), (0, 0, 1), 0) for name in ("text_key", "text_value")}, "words"),
+        ({"heads": 3}, "heads"),
+        ({"image_query": (64, (batch, 0, width), (0, 0, 1), 0)}, "image_query"),
+        ({"image_value": (64, (batch, pixels + 1, width), (0, 0, 1), 0)}, "image_value"),
+        ({"text_key": None}, "image_query"),
+        ({"image_query": (64, (batch, pixels, width), (0, 0, 1), 3)}, "image_query"),
     ):
-        with pytest.raises(ValueError, match=f"^{blamed}:"):
-            emulated.extension.cross_modal_attention_workspace(device=0, **{**sizes, name: value})
-    with pytest.raises(ValueError, match="^workspace_bytes: expected at least"):
-        emulated.extension.cross_modal_attention_forward(
-            device=0,
-            stream=0,
-            tf32=False,
-            dtype=0,
-            text_mask_ptr=0,
-            scale=1.0,
-            workspace_ptr=0,
-            workspace_bytes=16,
-            image_out_ptr=16,
-            text_out_ptr=16,
-            **{
-                name: _cuda_cross_modal._argument(tensor)
-                for name, tensor in zip(_cuda_cross_modal._NAMES, tensors, strict=True)
-            },
-            **sizes,
-        )
+        with pytest.raises(ValueError, match=f"^{blamed}: expected"):
+            emulated.extension.cross_modal_attention_workspace(**{**inputs, **changes})
+    with pytest.raises(ValueError, match="^workspace: expected at least"):
+        workspace = view(torch.empty(16, dtype=torch.uint8))
+        emulated.extension.cross_modal_attention_forward(**inputs, **outs, workspace=workspace)

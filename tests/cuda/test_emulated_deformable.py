@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from magnet_fast.ops import _cuda_backend, _cuda_deformable
+from magnet_fast.ops import _cpu_deformable, _cuda_backend, _cuda_deformable
+from magnet_fast.ops._view import view
 
 from ..ops.cases import Case, random_deformable_case, weighted_sum
 from .agreement import assert_agrees, results
@@ -153,23 +154,16 @@ def test_an_expanded_gradient_of_the_result(emulated):
 
 
 BAD = {
-    "dtype": 3,
-    "places_dtype": 2,
-    "value_ptr": 0,
-    "places_ptr": 2,
-    "weights_ptr": 0,
-    "reference_ptr": 1,
-    "out_ptr": 1,
-    "value_strides": (0, -1, 0),
-    "reference_strides": (0, 0, -2),
-    "coordinates": 3,
-    "batch": 0,
-    "positions": 11,
-    "heads": -1,
-    "head_dim": 0,
-    "queries": 2**30,
-    "points": 129,
-    "spatial_shapes": [(3, 2)] * 17,
+    "value: dtype": {"value": (64, (1, 6, 2, 8), (96, 16, 8, 1), 3)},
+    "value: no address": {"value": (0, (1, 6, 2, 8), (96, 16, 8, 1), 1)},
+    "value: strides": {"value": (64, (1, 6, 2, 8), (96, -16, 8, 1), 1)},
+    "value: no batch": {"value": (64, (0, 6, 2, 8), (96, 16, 8, 1), 1)},
+    "places: missing": {"places": None},
+    "weights: missing": {"weights": None},
+    "reference: coordinates": {"reference": (64, (1, 3, 1, 3), (9, 3, 3, 1), 0)},
+    "reference: alignment": {"reference": (65, (1, 3, 1, 2), (6, 2, 2, 1), 0)},
+    "out: alignment": {"out": (65, (1, 3, 16), (48, 16, 1), 1)},
+    "places: maps": {"spatial_shapes": [(3, 2)] * 17},
 }
 
 
@@ -178,33 +172,30 @@ def test_the_launcher_refuses(emulated, name):
     case = random_deformable_case(form="fused", **SMALL, dtype=LOW)
     value, reference, offsets, logits, sizes = case.normalised()
     out = torch.full((1, 3, 16), 7.0, dtype=LOW)
-    call = _cuda_deformable._inputs(*_cuda_deformable._laid_out(value, offsets, logits, reference), sizes)
-    blamed = "spatial_shapes" if name == "positions" else name
-    with pytest.raises(ValueError, match=f"^{blamed}:"):
-        emulated.extension.deformable_attention_forward(**{**call, "out_ptr": out.data_ptr(), name: BAD[name]})
+    tensors = _cuda_deformable._laid_out(value, offsets, logits, reference)
+    call = {"device": 0, "stream": 0, "out": view(out), **_cpu_deformable.inputs(*tensors, sizes)}
+    with pytest.raises(ValueError, match=f"^{name.partition(':')[0]}: expected"):
+        emulated.extension.deformable_attention_forward(**{**call, **BAD[name]})
     assert (out == 7.0).all()
 
 
 def test_the_launcher_refuses_a_small_workspace(emulated):
     case = random_deformable_case(**SMALL)
     value, locations, weights, sizes = case.normalised()
+    tensors = _cuda_deformable._laid_out(value, locations, weights, None)
+    grad_out, grad_value = torch.zeros(1, 3, 16, dtype=value.dtype), torch.empty_like(value).contiguous()
     call = {
-        **_cuda_deformable._inputs(*_cuda_deformable._laid_out(value, locations, weights, None), sizes),
-        "grad_out_ptr": 16,
-        "grad_out_strides": (48, 16),
-        "grad_value_ptr": 16,
-        "grad_places_ptr": 0,
-        "grad_weights_ptr": 0,
-        "grad_reference_ptr": 0,
-        "reference_batch": 1,
-        "reference_levels": 1,
+        "device": 0,
+        "stream": 0,
+        "grad_out": view(grad_out),
+        **_cpu_deformable.gradients([grad_value, None, None, None]),
+        **_cpu_deformable.inputs(*tensors, sizes),
     }
     size = emulated.extension.deformable_attention_workspace(**call)
     assert size % 16 == 0
-    with pytest.raises(ValueError, match=f"^workspace_bytes: expected at least {size}"):
-        emulated.extension.deformable_attention_backward(**call, workspace_ptr=16, workspace_bytes=size - 16)
-    with pytest.raises(ValueError, match="^grad_reference_ptr: expected no gradient without reference points"):
-        emulated.extension.deformable_attention_workspace(**{**call, "grad_reference_ptr": 16})
-        emulated.extension.deformable_attention_backward(
-            **{**call, "grad_reference_ptr": 16}, workspace_ptr=16, workspace_bytes=size
-        )
+    with pytest.raises(ValueError, match=f"^workspace: expected at least {size}"):
+        workspace = view(torch.empty(size - 16, dtype=torch.uint8))
+        emulated.extension.deformable_attention_backward(**call, workspace=workspace)
+    with pytest.raises(ValueError, match="^grad_reference: expected None without reference points"):
+        wrong = {**call, "grad_reference": view(torch.empty(1, 3, 1, 2))}
+        emulated.extension.deformable_attention_workspace(**wrong)

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from magnet_fast.ops import _cuda_window
+from magnet_fast.ops._view import view
+from magnet_fast.ops._window_settings import WindowSettings
 
 from ..ops.cases import weighted_sum, window_case
 from .agreement import assert_agrees, results
@@ -85,9 +87,7 @@ def test_gradients_written_stay_within_their_tensor(emulated):
     arguments = case.normalised()
     wide = torch.full((2, 5, 6, 40), torch.nan)
     emulated.extension.window_attention_forward(
-        out_ptr=wide[..., 4:].data_ptr(),
-        out_strides=wide.stride()[:3],
-        **_cuda_window._inputs(qkv, table, None, *arguments[3:]),
+        out=view(wide[..., 4:36]), **_cuda_window._inputs(qkv, table, None, arguments[3:])
     )
     assert torch.equal(wide[..., 4:36], case.registered("cuda")(qkv, table)[0])
     assert wide[..., :4].isnan().all() and wide[..., 36:].isnan().all()
@@ -118,30 +118,37 @@ def test_extreme_logits(emulated):
         torch.testing.assert_close(ours, plain, rtol=1e-3, atol=2e-3 * plain.abs().max().item())
 
 
+STRIDES = (2880, 576, 96, 1)
 BAD = {
-    "dtype": 3,
-    "qkv_ptr": 0,
-    "bias_ptr": 2,
-    "out_ptr": 1,
-    "batch": -1,
-    "height": 0,
-    "channels": 15,
-    "heads": 0,
-    "window_h": 300,
-    "shift_h": 4,
-    "shift_w": -1,
-    "qkv_strides": (0, -1, 0),
-    "out_strides": (8, 8, 7),
-    "scale": float("nan"),
+    "qkv: dtype": {"qkv": (64, (2, 5, 6, 96), STRIDES, 3)},
+    "qkv: no address": {"qkv": (0, (2, 5, 6, 96), STRIDES, 0)},
+    "qkv: batch": {"qkv": (64, (-1, 5, 6, 96), STRIDES, 0)},
+    "qkv: height": {"qkv": (64, (2, 0, 6, 96), STRIDES, 0)},
+    "qkv: width": {"qkv": (64, (2, 5, 2**30, 96), STRIDES, 0)},
+    "qkv: no third": {"qkv": (64, (2, 5, 6, 95), STRIDES, 0)},
+    "qkv: strides": {"qkv": (64, (2, 5, 6, 96), (2880, -1, 96, 1), 0)},
+    "bias: alignment": {"bias": (66, (49, 2), (2, 1), 0)},
+    "bias: sizes": {"bias": (64, (48, 2), (2, 1), 0)},
+    "pad_qkv: dtype": {"pad_qkv": (64, (96,), (1,), 1)},
+    "out: alignment": {"out": (65, (2, 5, 6, 32), (960, 192, 32, 1), 0)},
+    "out: tokens overlap": {"out": (64, (2, 5, 6, 32), (960, 192, 31, 1), 0)},
+    "heads: 0": {"num_heads": 0},
+    "heads: no divisor": {"num_heads": 3},
+    "window_h": {"window_h": 300},
+    "shift_h": {"shift_h": 4},
+    "shift_w": {"shift_w": -1},
+    "scale": {"scale": float("nan")},
 }
 
 
 @pytest.mark.parametrize("name", BAD)
 def test_the_launcher_refuses(emulated, name):
     case = window_case(size=(5, 6), window=(4, 4), shift=(2, 1), d=16, dtype=torch.float32)
-    arguments = case.normalised()
+    qkv, table, pad, *settings = case.normalised()
+    changes, settings = dict(BAD[name]), WindowSettings(*settings)
+    settings = settings._replace(**{key: changes.pop(key) for key in list(changes) if key in settings._fields})
     out = torch.full((2, 5, 6, 32), 7.0)
-    call = {**_cuda_window._inputs(*arguments), "out_ptr": out.data_ptr(), "out_strides": out.stride()[:3]}
-    with pytest.raises(ValueError, match=f"^{name}:"):
-        emulated.extension.window_attention_forward(**{**call, name: BAD[name]})
+    call = {**_cuda_window._inputs(qkv, table, pad, settings), "out": view(out), **changes}
+    with pytest.raises(ValueError, match=f"^{name.partition(':')[0]}: expected"):
+        emulated.extension.window_attention_forward(**call)
     assert (out == 7.0).all()

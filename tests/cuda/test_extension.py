@@ -21,8 +21,10 @@ import magnet_fast._cuda as extension
 assert "torch" not in sys.modules
 print(extension.device_status(0))
 try:
+    row = (64, (1, 9, 8), (72, 8, 1), 0)
+    absent = dict.fromkeys(("text_query", "image_key", "image_value", "text_mask"))
     extension.cross_modal_attention_workspace(
-        device=0, batch=1, pixels=9, words=3, heads=1, width=8, text_value_width=8, image_value_width=8)
+        image_query=row, text_key=row, text_value=row, heads=1, scale=1.0, tf32=False, device=0, stream=0, **absent)
 except RuntimeError as error:
     print(error)
 """

@@ -264,17 +264,21 @@ def test_autocast():
         assert fused_case()()[0].dtype == torch.float64
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_registration_and_compile(backend):
-    torch.compiler.reset()
+def test_registration():
     case = fused_case(dtype=torch.float32)
     arguments = [a.detach() if isinstance(a, torch.Tensor) else a for a in case.normalised()]
     operator = torch.ops.magnet_fast.fused_deformable_attention.default
-    torch.library.opcheck(operator, (*arguments, backend))
-    grad = torch.randn_like(operator(*arguments, backend))
+    torch.library.opcheck(operator, (*arguments, "cpu"))
+    grad = torch.randn_like(operator(*arguments, "cpu"))
     for wanted in ([True] * 4, [False, True, False, False]):
         backward = torch.ops.magnet_fast.fused_deformable_attention_backward.default
-        torch.library.opcheck(backward, (grad, *arguments, wanted, backend))
+        torch.library.opcheck(backward, (grad, *arguments, wanted, "cpu"))
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_compile(backend):
+    torch.compiler.reset()
+    case = fused_case(dtype=torch.float32)
     compiled = torch.compile(lambda *leaves: case(*leaves), fullgraph=True, backend="aot_eager")
     with ops.backend(backend):
         torch.testing.assert_close(case.gradients(compiled), case.gradients())
@@ -284,10 +288,9 @@ def test_missing_output_gradient_is_zero():
     case = fused_case(dtype=torch.float32)
     arguments = [a.detach() if isinstance(a, torch.Tensor) else a for a in case.normalised()]
     backward = torch.ops.magnet_fast.fused_deformable_attention_backward.default
-    for name in ("cpu", "reference"):
-        grads = backward(None, *arguments, [True, False, True, True], name)
-        assert [tuple(g.shape) for g in grads[:2]] == [tuple(arguments[0].shape), (0,)]
-        assert not any(g.any() for g in grads)
+    grads = backward(None, *arguments, [True, False, True, True], "cpu")
+    assert [tuple(g.shape) for g in grads[:2]] == [tuple(arguments[0].shape), (0,)]
+    assert not any(g.any() for g in grads)
 
 
 VALUE, OFFSETS = torch.zeros(2, 10, 2, 3), torch.zeros(2, 5, 2, 2, 4, 2)

@@ -361,20 +361,29 @@ def test_sizes_that_do_not_fit() -> None:
 
 
 WRONG = {
-    "x": ({"x_ptr": 0}, "x: expected the address of a tensor"),
-    "x misaligned": ({"x_ptr": 65}, "x: expected an address aligned for its dtype"),
-    "y": ({"y_ptr": 0}, "y: expected the address of a tensor"),
-    "rows": ({"rows": -1}, "rows: expected 0 .. 2"),
+    "x": ({"x": (0, (1, 16), (16, 1), 0)}, "x: expected the address of a tensor"),
+    "x misaligned": ({"x": (65, (1, 16), (16, 1), 0)}, "x: expected an address aligned for its dtype"),
+    "x missing": ({"x": None}, "x: expected a tensor of 2 dimensions"),
+    "y": ({"y": (0, (1, 16), (16, 1), 0)}, "y: expected the address of a tensor"),
+    "y sizes": ({"y": (64, (1, 24), (24, 1), 0)}, "y: expected size 16 in dimension 1, got 24"),
+    "rows": ({"x": (64, (-1, 16), (16, 1), 0)}, "x: expected sizes of at least 0"),
     "threads": ({"threads": 0}, "threads: expected 1 .. 4096"),
     "layers": ({"layers": []}, "layers: expected at least one"),
-    "x_row": ({"x_row": -16}, "x_row: expected 0 .. 2"),
+    "apart": ({"x": (64, (2, 16), (-16, 1), 0), "y": (64, (2, 16), (16, 1), 0)}, "x: expected strides of at least 0"),
+    "strided": ({"x": (64, (1, 16), (16, 2), 0)}, "x: expected stride 1 in dimension 1, got 2"),
     # 17 is a multiple of no level's step: with 24, which AVX2 takes, the call would go on to the addresses.
-    "width": ({"layers": [(16, 17, 64, 0, 0, -2, (0, 0, -1.0), (0, 0, -1.0))]}, "out: expected a multiple of"),
+    "width": (
+        {"layers": [(16, 17, 64, 0, 0, -2, (0, 0, -1.0), (0, 0, -1.0))], "y": (64, (1, 17), (17, 1), 0)},
+        "out: expected a multiple of",
+    ),
     "weight": ({"layers": [(16, 16, 0, 0, 0, -2, (0, 0, -1.0), (0, 0, -1.0))]}, r"layers\[0\].weight: expected the"),
     "weight misaligned": ({"layers": [(16, 16, 80, 0, 0, -2, (0, 0, -1.0), (0, 0, -1.0))]}, "aligned to 64 bytes"),
     "activation": ({"layers": [(16, 16, 64, 0, 3, -2, (0, 0, -1.0), (0, 0, -1.0))]}, r"layers\[0\].activation"),
     "norm": ({"layers": [(16, 16, 64, 0, 0, -2, (0, 0, float("nan")), (0, 0, -1.0))]}, r"layers\[0\].before"),
-    "residual": ({"layers": [(16, 16, 64, 0, 0, -1, (0, 0, -1.0), (0, 0, -1.0))]}, "residual: expected the address"),
+    "residual": (
+        {"layers": [(16, 16, 64, 0, 0, -1, (0, 0, -1.0), (0, 0, -1.0))]},
+        "residual: expected a",
+    ),
 }
 
 
@@ -382,7 +391,8 @@ WRONG = {
 def test_the_extension_checks_again(case: str) -> None:
     changes, message = WRONG[case]
     layer = (16, 16, 64, 0, 0, -2, (0, 0, -1.0), (0, 0, -1.0))
-    arguments = {"x_ptr": 64, "x_row": 16, "residual_ptr": 0, "residual_row": 0, "y_ptr": 64, "dtype": 0, "rows": 1}
+    row = (64, (1, 16), (16, 1), 0)
+    arguments = {"x": row, "residual": None, "y": row}
     with pytest.raises(ValueError, match=message):
         _cpu.linear_chain_forward(**({**arguments, "threads": 1, "layers": [layer]} | changes))
 
