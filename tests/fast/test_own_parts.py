@@ -17,7 +17,6 @@ from magnet_fast.models.fusion.pixel_word import PWAM, Gate, TextPWAM
 from magnet_fast.models.heads.mask_decoder import MaskDecoder, QueryAttention
 from magnet_fast.models.heads.pixel_decoder import DeformableLayer, PixelDecoder
 from magnet_fast.models.position import sine_position
-from magnet_fast.training.determinism import deterministic_algorithms
 
 from .own import fill, results, values
 
@@ -128,8 +127,11 @@ def test_deterministic_pooling_is_adaptive_average_pooling(size: tuple[int, int]
     module = fill(PooledLevel(8, 4, side=6))
     expected = results(lambda x: [module(x)], [values(2, *size, 8)], module)
     monkeypatch.delattr(exchange.F, "adaptive_avg_pool2d")  # its backward pass has no deterministic form on CUDA
-    with deterministic_algorithms(True):
+    torch.use_deterministic_algorithms(True)
+    try:
         found = results(lambda x: [module(x)], [values(2, *size, 8)], module)
+    finally:
+        torch.use_deterministic_algorithms(False)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
