@@ -12,30 +12,49 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import magnet_fast
+from magnet_fast.models import Text
 
-from . import zoo
-
-
-def batch() -> Tensor:
-    return zoo.image(zoo.EVEN, batch=4)
+from . import own, zoo
 
 
-def process(rank: int, folder: Path, way: str) -> None:
+def build(family: str) -> nn.Module:
+    return zoo.FAMILIES["timm"].model() if family == "timm" else own.model("magnet_tiny").double()
+
+
+def layers(model: nn.Module) -> list[nn.Module]:
+    """Units of sharding."""
+    return model.repeated_layers() if hasattr(model, "spec") else [b for stage in model.layers for b in stage.blocks]
+
+
+def loss(model: nn.Module, half: int | None = None) -> Tensor:
+    """Of the whole batch of four, or of one half."""
+    images = zoo.image(zoo.EVEN, batch=4)
+    images = images if half is None else images.chunk(2)[half]
+    if getattr(model, "family", "timm") == "timm":
+        return model(images).square().mean()
+    ids = torch.arange(5, 11).expand(len(images), -1)
+    prediction = model(images, Text(ids, torch.ones_like(ids).bool()))
+    parts = [part for each in (prediction, *prediction.earlier) for part in (each.mask, each.presence)]
+    parts.append(prediction.words.features)  # else the last exchange would not say anything
+    return sum(part.square().mean() for part in parts)
+
+
+def process(rank: int, folder: Path, way: str, family: str) -> None:
     """Half of the batch; the first process writes the gradients down."""
     torch.set_num_threads(1)
     rendezvous = f"file://{folder}/rendezvous"
     distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
-    model = zoo.FAMILIES["timm"].model()
+    model = build(family)
     assert magnet_fast.accelerate(model).replaced
     if way == "ddp":
         wrapped = nn.parallel.DistributedDataParallel(model)
     else:
         mesh = init_device_mesh("cpu", (2,))
-        for stage in model.layers:
-            for block in stage.blocks:
-                fully_shard(block, mesh=mesh)
+        for layer in layers(model):
+            fully_shard(layer, mesh=mesh)
         wrapped = fully_shard(model, mesh=mesh)
-    wrapped(batch().chunk(2)[rank]).square().mean().backward()
+    wrapped.family = family
+    loss(wrapped, rank).backward()
     gradients = {
         name: parameter.grad if way == "ddp" else parameter.grad.full_tensor()
         for name, parameter in model.named_parameters()
@@ -45,12 +64,15 @@ def process(rank: int, folder: Path, way: str) -> None:
     distributed.destroy_process_group()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["timm", "own"])
 @pytest.mark.parametrize("way", ["ddp", "fsdp"])
-def test_two_processes(way: str, tmp_path) -> None:
-    multiprocessing.spawn(process, (tmp_path, way), nprocs=2)
+def test_two_processes(way: str, family: str, tmp_path) -> None:
+    multiprocessing.spawn(process, (tmp_path, way, family), nprocs=2)
     found = load_file(tmp_path / "gradients")
-    alone = zoo.FAMILIES["timm"].model()
-    alone(batch()).square().mean().backward()
+    alone = build(family)
+    alone.family = family
+    loss(alone).backward()
     expected = {name: parameter.grad for name, parameter in alone.named_parameters()}
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():

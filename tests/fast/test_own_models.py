@@ -386,6 +386,29 @@ def test_fake_tensors_leave_nothing_behind(name: str) -> None:
             torch.testing.assert_close(ours, plain, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_compiled_in_one_graph(name: str) -> None:
+    """Forward in inference, and forward and backward in training; without a code generator."""
+    made, image = model(name), values(*IMAGE).float()
+    with torch.no_grad():
+        expected = outputs(made, image)
+        magnet_fast.accelerate(made, pack=True)
+        torch.compiler.reset()
+        found = outputs(torch.compile(made, backend="aot_eager", fullgraph=True), image)
+    for ours, plain in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-3, atol=1e-3)
+    magnet_fast.restore(made)
+    plain = results(lambda x: outputs(made, x), [image], made)
+    magnet_fast.accelerate(made)
+    compiled = torch.compile(made, backend="aot_eager", fullgraph=True)
+    for key, ours in results(lambda x: outputs(compiled, x), [image], made).items():
+        assert (ours is None) == (plain[key] is None), key
+        if ours is not None:
+            scale = float(plain[key].abs().max())
+            torch.testing.assert_close(ours, plain[key], rtol=1e-2, atol=1e-3 * scale + 1e-4, msg=key)
+
+
 # ---- Ways in and out --------------------------------------------------------------------------------------------
 
 

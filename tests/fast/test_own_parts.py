@@ -11,6 +11,7 @@ import magnet_fast
 from magnet_fast.fast import own_fusion, own_heads, own_parts
 from magnet_fast.fast.own_parts import kept_sine_position, tokenwise, with_zero_gradients
 from magnet_fast.models.encoders.swin import SwinBlock
+from magnet_fast.models.fusion import exchange
 from magnet_fast.models.fusion.exchange import Mixer, PooledLevel
 from magnet_fast.models.fusion.pixel_word import PWAM, Gate, TextPWAM
 from magnet_fast.models.heads.mask_decoder import MaskDecoder, QueryAttention
@@ -119,6 +120,19 @@ def test_levels_are_mixed_before_they_are_upsampled(sides: tuple[int, ...], size
 def test_pooled_level(size: tuple[int, int]) -> None:
     module = fill(PooledLevel(8, 4, side=6))
     check(lambda x: [module(x)], [values(2, *size, 8)], module)
+
+
+@pytest.mark.parametrize("size", [(12, 12), (15, 7), (4, 9)], ids=str)
+def test_deterministic_pooling_is_adaptive_average_pooling(size: tuple[int, int], monkeypatch) -> None:
+    module = fill(PooledLevel(8, 4, side=6))
+    expected = results(lambda x: [module(x)], [values(2, *size, 8)], module)
+    monkeypatch.delattr(exchange.F, "adaptive_avg_pool2d")  # its backward pass has no deterministic form on CUDA
+    torch.use_deterministic_algorithms(True)
+    try:
+        found = results(lambda x: [module(x)], [values(2, *size, 8)], module)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("activation", ["gelu", "relu"])
