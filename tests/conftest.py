@@ -10,6 +10,7 @@ import pytest
 _SHARED_BUILDS = ("amx", "cuda")
 
 
+@pytest.hookimpl(tryfirst=True)  # before the hook that reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Say which tests run in one process."""
     for item in items:

@@ -17,6 +17,8 @@ from magnet_fast import fast
 from magnet_fast.cli import app
 from magnet_fast.ops import _registry
 
+pytestmark = pytest.mark.slow
+
 SMALL = [
     "data.image_size=32",
     "batch_size=4",

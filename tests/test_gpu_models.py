@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from benchmarks import gpu_models
+
+pytestmark = pytest.mark.slow
 
 
 def test_rows_on_the_cpu(monkeypatch) -> None:

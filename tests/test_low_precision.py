@@ -17,6 +17,8 @@ from magnet_fast.inference import in_precision
 from magnet_fast.models import Text, from_released
 from tests.golden.parameters import golden, released_checkpoint
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:

@@ -9,6 +9,8 @@ from magnet_fast.data import ExpressionDataset, Refer
 from magnet_fast.data.scenes import write_scenes
 from magnet_fast.evaluation import evaluate
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def scores(tmp_path_factory) -> tuple[dict, dict]:

@@ -11,6 +11,8 @@ import pytest
 
 from magnet_fast import _cpu
 
+pytestmark = pytest.mark.slow
+
 PROBE = "#include <immintrin.h>\nint main() { _tile_dpbf16ps(0, 1, 2); _tile_release(); return 0; }\n"
 
 

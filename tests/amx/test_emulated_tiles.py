@@ -18,6 +18,8 @@ from tests.ops.cases import (
     window_case,
 )
 
+pytestmark = pytest.mark.slow
+
 BF16 = torch.bfloat16
 
 

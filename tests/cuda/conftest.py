@@ -91,7 +91,7 @@ def compile_emulation(compiler: list[str], sources: list[Path], folder: Path, co
 
 def run(command: list[str], result: Path) -> None:
     """Runs a compiler; its result appears whole or not at all."""
-    unfinished = result.with_suffix(".unfinished")
+    unfinished = result.with_suffix(f".{os.getpid()}.unfinished")  # another process may build the same
     command = [*command, "-o", str(unfinished)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, f"{shlex.join(command)}\n{done.stderr}"

@@ -9,6 +9,8 @@ from magnet_fast.ops._view import view
 from ..ops.cases import CROSS_MODAL_FORMS, Case, cross_modal_case, leaf, weighted_sum
 from .agreement import assert_agrees, outputs, results
 
+pytestmark = pytest.mark.slow
+
 LOW = torch.bfloat16
 
 

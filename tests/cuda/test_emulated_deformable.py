@@ -9,6 +9,8 @@ from magnet_fast.ops._view import view
 from ..ops.cases import Case, random_deformable_case, weighted_sum
 from .agreement import assert_agrees, results
 
+pytestmark = pytest.mark.slow
+
 LOW = torch.bfloat16
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 FORMS = pytest.mark.parametrize("form", ["plain", "fused", "boxes"])

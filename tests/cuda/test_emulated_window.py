@@ -10,6 +10,8 @@ from magnet_fast.ops._window_settings import WindowSettings
 from ..ops.cases import weighted_sum, window_case
 from .agreement import assert_agrees, results
 
+pytestmark = pytest.mark.slow
+
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 ORDERS = pytest.mark.parametrize("pad_first", [True, False], ids=["pad first", "roll first"])
 SHAPES = {

@@ -2,6 +2,8 @@
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ERRORS = {
     1: "access of 4 bytes",
     2: "uninitialised",

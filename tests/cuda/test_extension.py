@@ -12,6 +12,8 @@ from magnet_fast.ops import _cuda_backend, _cuda_cross_modal, _cuda_deformable, 
 
 from ..ops.cases import cross_modal_case, random_deformable_case, window_case
 
+pytestmark = pytest.mark.slow
+
 BUILT = cuda_report.extension() is not None
 needs_extension = pytest.mark.skipif(not BUILT, reason="magnet_fast._cuda is not built: no nvcc where it was installed")
 OPERATORS = ("window_attention", "cross_modal_attention", "deformable_attention", "fused_deformable_attention")

@@ -30,6 +30,8 @@ from magnet_fast.data.scenes.expressions import (
 
 from .reading import MEANING, RELATIONS, WORDS, all_named
 
+pytestmark = pytest.mark.slow
+
 VOCABULARY = Path(writing.__file__).parents[1] / "vocab.txt"
 ABSENT = {f"absent/{what}" for what in ("shape", "colour", "size", "texture", "place")}
 KINDS = {

@@ -13,6 +13,8 @@ from magnet_fast import ops
 
 from . import zoo
 
+pytestmark = pytest.mark.slow
+
 BACKENDS = [name for name in ("reference", "cpu") if name in ops.available_backends()]
 
 

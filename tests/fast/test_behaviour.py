@@ -17,6 +17,8 @@ from magnet_fast.fast import Report, _replacement
 
 from . import zoo
 
+pytestmark = pytest.mark.slow
+
 SOME = ["timm", "torchvision", "Swin", "MaskFormer", "Donut", "Mask2Former"]
 
 

@@ -16,6 +16,8 @@ from magnet_fast.models import Text
 
 from . import own, zoo
 
+pytestmark = pytest.mark.slow
+
 
 def build(family: str) -> nn.Module:
     return zoo.FAMILIES["timm"].model() if family == "timm" else own.model("magnet_tiny").double()

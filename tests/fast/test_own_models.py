@@ -26,6 +26,8 @@ from magnet_fast.ops._linear import PackedLinear
 
 from .own import MODELS, model, outputs, results, text, values
 
+pytestmark = pytest.mark.slow
+
 VARIANTS = {
     "magnet_tiny": {},
     "magnet_tiny released": {"fusion__masking": "released"},

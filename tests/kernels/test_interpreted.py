@@ -10,6 +10,8 @@ import pytest
 
 from .conftest import INTERPRETED
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 

@@ -21,6 +21,8 @@ from magnet_fast.models.released import dropped_names
 from magnet_fast.models.weights import load_with_metadata
 from tests.golden.parameters import golden, released_checkpoint
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def magnet() -> dict[str, Tensor]:

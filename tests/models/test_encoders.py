@@ -15,6 +15,8 @@ from magnet_fast import models
 from magnet_fast.models import InputSpec, Text
 from tests.models.cases import batch, everything, without_gradient
 
+pytestmark = pytest.mark.slow
+
 VOCABULARY = 60
 SIZES = {
     "vocab_size": VOCABULARY,

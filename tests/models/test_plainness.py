@@ -13,6 +13,8 @@ from magnet_fast import ops
 from magnet_fast.models import Prediction, Text
 from tests.models.cases import PRESETS, SMALL, batch, build, everything, open_gates, without_gradient
 
+pytestmark = pytest.mark.slow
+
 # What transformers itself never calls: its scaled dot product takes the rate alone.
 UNCALLED = ".attention.self.dropout"
 # Modules that hold others and are not called themselves: the host runs an encoder stage by stage.

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from magnet_fast.models import Text
-from magnet_fast.models.mask_grounding import MaskGrounding
+from magnet_fast.training.terms.word_predictor import WordPredictor
 from tests.models.cases import SMALL, batch, build, everything
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.mark.slow
@@ -75,7 +77,7 @@ def test_losses_never_wait_for_the_device(model: nn.Module, pretended_gpu) -> No
 @pytest.mark.parametrize("case", ["magnet"])
 def test_mask_grounding_never_waits_for_the_device(model: nn.Module, pretended_gpu) -> None:
     """On what `encode` gives, as the training term attaches it."""
-    head = MaskGrounding(64, 128, 1280, layers=1, heads=4, feedforward=32)
+    head = WordPredictor(64, 128, 1280, layers=1, heads=4, feedforward=32)
     model, head = pretended_gpu(model), pretended_gpu(head)
     features = model.encode(*on_gpu())
     positions = torch.ones(2, 1, dtype=torch.int64, device="cuda")

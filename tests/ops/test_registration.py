@@ -7,6 +7,8 @@ from magnet_fast import ops
 
 from .cases import all_cases, cross_modal_case, outputs_of, weighted_sum, window_case
 
+pytestmark = pytest.mark.slow
+
 NAMES = sorted(all_cases())
 
 

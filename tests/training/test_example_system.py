@@ -14,6 +14,8 @@ from magnet_fast.cli import app
 from magnet_fast.data.scenes import write_scenes
 from magnet_fast.models import config, registry
 
+pytestmark = pytest.mark.slow
+
 FILE = Path(__file__).parents[2] / "docs" / "examples" / "film.py"
 
 

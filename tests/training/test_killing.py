@@ -19,6 +19,8 @@ from magnet_fast.training.progress import MetricsFile
 from .fakes import SMALLEST_MAGNET, same_weights
 from .processes import REPOSITORY, environment, run_module
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def config_file(tmp_path_factory) -> Path:

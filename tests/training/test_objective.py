@@ -21,6 +21,8 @@ from magnet_fast.training.trainer import Trainer
 
 from .fakes import SMALL_MAGNET, same_weights
 
+pytestmark = pytest.mark.slow
+
 GROUNDING = {"layers": 1, "heads": 4, "feedforward": 32}
 
 

@@ -27,6 +27,8 @@ from magnet_fast.training.progress import MetricsFile
 from .fakes import SMALL_MAGNET, same_weights
 from .processes import environment
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread():

@@ -21,6 +21,8 @@ from magnet_fast.training.variants import load_study, row_config
 
 from .fakes import SMALL_MAGNET
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory) -> Path:
