@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from magnet_fast import checkpoints, models
+from magnet_fast.data.dataset import require_context
 from magnet_fast.data.tokenizers import open_tokenizer
 from magnet_fast.training.config import TrainConfig
 from magnet_fast.training.datasets import build_datasets, open_readers
@@ -31,7 +32,8 @@ def build_trainer(config: TrainConfig, out: Path, world: World) -> Trainer:
     model = build_model(config)
     tokenizer = build_tokenizer(config, model)
     training_set, validation_set = build_datasets(config, readers, tokenizer, model.spec)
-    check_needs(model, training_set)
+    for dataset in filter(None, (training_set, validation_set)):
+        require_context(dataset, model.needs)
     terms = build_terms(config.terms, model, tokenizer)
     metadata = {"model_name": config.model.name, "tokenizer_vocab": tokenizer.digest()}
     return Trainer(config, model, terms, training_set, validation_set, out, world, metadata)
@@ -48,7 +50,7 @@ def build_model(config: TrainConfig) -> nn.Module:
     if config.model.weights is not None:
         start = checkpoints.load(config.model.weights).model
         spec = start.spec
-        if start.config.model_copy(update={"input": model.config.input}) != model.config:
+        if not model.config.same_model(start.config):
             raise ValueError(
                 f"model.weights: {config.model.weights} holds another model ({start.config}), expected {model.config}"
             )
@@ -68,16 +70,3 @@ def build_tokenizer(config: TrainConfig, model: nn.Module) -> Any:
             f"{config.model.name} embeds {known}; choose the model's vocabulary, or set its text.vocab_size"
         )
     return tokenizer
-
-
-def check_needs(model: nn.Module, dataset: Any) -> None:
-    """ValueError where the model reads tensors beside image and text that the samples do not have."""
-    if not model.needs:
-        return
-    offered = dataset[0]["extra"]
-    missing = [name for name in model.needs if name not in offered]
-    if missing:
-        raise ValueError(
-            f"data: the model reads {', '.join(missing)} beside image and text; these samples have "
-            f"{', '.join(offered) or 'nothing'}"
-        )

@@ -18,6 +18,7 @@ from magnet_fast.data.datasets import open_reader
 from magnet_fast.data.scenes import write_scenes
 from magnet_fast.data.tokenizers import open_tokenizer
 from magnet_fast.evaluation import evaluate
+from magnet_fast.models.base import ReferringModel
 from magnet_fast.training import load_config, train
 from magnet_fast.training.building import build_model
 from magnet_fast.training.checkpoint import load_checkpoint
@@ -200,6 +201,13 @@ def test_resuming_another_run_is_refused(config_file, tmp_path, change: str, mes
 def test_bad_runs_leave_no_folder(config_file, tmp_path, changes, error, message: str) -> None:
     with pytest.raises(error, match=message):
         train(load_config(config_file, changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_without_what_the_model_reads_are_refused_before_training(config_file, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(ReferringModel, "needs", ("superpixels",))
+    with pytest.raises(ValueError, match="the model needs superpixels beside image and text"):
+        train(load_config(config_file, ["max_steps=1"]), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
