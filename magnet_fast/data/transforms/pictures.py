@@ -63,3 +63,10 @@ def as_mask(mask: np.ndarray) -> np.ndarray:
     if mask.ndim != 2 or mask.dtype.kind not in "bui":
         raise ValueError(f"mask has shape {mask.shape} and dtype {mask.dtype}; expected (H, W), bool or integer")
     return (mask != 0).astype(np.uint8)
+
+
+def resize_nearest(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A mask uint8 (H, W) at another size (height, width), by Pillow's nearest neighbour."""
+    if mask.shape == size:
+        return mask
+    return np.array(Image.fromarray(mask).resize((size[1], size[0]), Image.Resampling.NEAREST))
