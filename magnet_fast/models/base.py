@@ -133,14 +133,14 @@ class ReferringModel(nn.Module):
         super().__init__()
         self.config = config
         image, text = config.image, config.text
-        channels = config.fusion.channels(image)
+        shapes = config.shapes
         self.image_encoder: ImageEncoder = image.build()
         self.text_encoder: TextEncoder = text.build()
         self.fusion: Fusion = config.fusion.build(image, text)
-        self.head: Head = config.head.build(channels, image.strides, text.width)
+        self.head: Head = config.head.build(shapes)
         self.presence: Presence | None = None
         if config.presence is not None:
-            self.presence = config.presence.build(channels, image.strides, text.width)
+            self.presence = config.presence.build(shapes._replace(pixels=config.head.pixel_channels(shapes)))
 
     def forward(self, image: Tensor, text: Text, context: Mapping[str, Tensor] | None = None) -> Prediction:
         """Predict masks.

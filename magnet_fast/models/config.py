@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, model_validator
 from torch import nn
@@ -19,6 +19,24 @@ class Settings(BaseModel):
     """Settings that are checked when they are read, and never change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Shapes(NamedTuple):
+    """What a head and a presence are built for.
+
+    Attributes:
+        channels: of each stage's map, as the fusion leaves it.
+        strides: pixels of the image a pixel of each map.
+        text_width: channels of a word.
+        tokens: channels of each stage's tokens; None for a stage without.
+        pixels: channels of the head's `Prediction.pixels`; None where it gives none, and for the head itself.
+    """
+
+    channels: tuple[int, ...]
+    strides: tuple[int, ...]
+    text_width: int
+    tokens: tuple[int | None, ...]
+    pixels: int | None = None
 
 
 class PartConfig(Settings):
@@ -93,6 +111,10 @@ class FusionConfig(PartConfig):
         """Channels of the maps that the head gets; those of the image encoder unless said."""
         return image.channels
 
+    def tokens(self, image: ImageConfig) -> tuple[int | None, ...]:
+        """Channels of each stage's tokens; None for a stage without, as all are unless said."""
+        return (None,) * len(image.channels)
+
     def build(self, image: ImageConfig, text: TextConfig) -> nn.Module:
         """A `Fusion`."""
         raise NotImplementedError
@@ -104,10 +126,14 @@ class HeadConfig(PartConfig):
     role: ClassVar[str] = "head"
     says_presence: ClassVar[bool] = False
 
-    def check(self, channels: tuple[int, ...], strides: tuple[int, ...]) -> None:
-        """Raise a ValueError for maps that this head cannot read."""
+    def pixel_channels(self, shapes: Shapes) -> int | None:
+        """Channels of `Prediction.pixels`; None for a head that gives none."""
+        return None
 
-    def build(self, channels: tuple[int, ...], strides: tuple[int, ...], text_width: int) -> nn.Module:
+    def check(self, shapes: Shapes) -> None:
+        """Raise a ValueError for maps or tokens that this head cannot read."""
+
+    def build(self, shapes: Shapes) -> nn.Module:
         """A `Head`."""
         raise NotImplementedError
 
@@ -117,10 +143,10 @@ class PresenceConfig(PartConfig):
 
     role: ClassVar[str] = "presence"
 
-    def check(self, channels: tuple[int, ...], strides: tuple[int, ...]) -> None:
-        """Raise a ValueError for maps that this part cannot read."""
+    def check(self, shapes: Shapes) -> None:
+        """Raise a ValueError for what this part cannot read."""
 
-    def build(self, channels: tuple[int, ...], strides: tuple[int, ...], text_width: int) -> nn.Module:
+    def build(self, shapes: Shapes) -> nn.Module:
         """A `Presence`."""
         raise NotImplementedError
 
@@ -191,13 +217,19 @@ class ModelConfig(Settings):
     def _parts_fit(self) -> ModelConfig:
         self.text.check(self.image)
         self.fusion.check(self.image, self.text)
-        channels = self.fusion.channels(self.image)
-        self.head.check(channels, self.image.strides)
+        shapes = self.shapes
+        self.head.check(shapes)
         if self.presence is not None:
             if self.head.says_presence:
                 raise ValueError(f"presence: the head {self.head.kind!r} says it already; leave it out")
-            self.presence.check(channels, self.image.strides)
+            self.presence.check(shapes._replace(pixels=self.head.pixel_channels(shapes)))
         return self
+
+    @property
+    def shapes(self) -> Shapes:
+        """What head and presence get from encoders and fusion."""
+        image, fusion = self.image, self.fusion
+        return Shapes(fusion.channels(image), image.strides, self.text.width, fusion.tokens(image))
 
     @property
     def spec(self) -> InputSpec:

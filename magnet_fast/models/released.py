@@ -25,15 +25,20 @@ class Released:
         mark: prefix of names that only this system's files have.
         config: state dict and hints to the configuration's parts.
         rules: released name -> ours, the first pattern that matches the whole name.
-        dropped: names that no forward pass reads.
+        dropped: names that no forward pass reads, or a function of the state dict that gives them.
         hints: what shapes do not tell and a caller may say.
     """
 
     mark: str
     config: Callable[[Mapping[str, Tensor], Mapping[str, Any]], dict[str, Any]]
     rules: list[Rule]
-    dropped: re.Pattern[str]
+    dropped: re.Pattern[str] | Callable[[Mapping[str, Tensor]], re.Pattern[str]]
     hints: tuple[str, ...]
+
+    def unread(self, state: Mapping[str, Tensor]) -> set[str]:
+        """Names in a state dict that are dropped."""
+        pattern = self.dropped if isinstance(self.dropped, re.Pattern) else self.dropped(state)
+        return {name for name in state if pattern.fullmatch(name)}
 
 
 def from_released(source: str | os.PathLike[str] | Mapping[str, Any], **hints: Any) -> ReferringModel:
@@ -61,7 +66,8 @@ def from_released(source: str | os.PathLike[str] | Mapping[str, Any], **hints: A
     unknown = sorted(set(hints) - set(released.hints))
     if unknown:
         raise ValueError(f"{unknown[0]}: not a hint for a released {found.name}; known: {', '.join(released.hints)}")
-    kept = {name: tensor for name, tensor in state.items() if not released.dropped.fullmatch(name)}
+    unread = released.unread(state)
+    kept = {name: tensor for name, tensor in state.items() if name not in unread}
     model = from_config(parse_config({"architecture": found.name, **released.config(kept, hints)}))
     load_strictly(model, _rename(kept, released.rules, found.name), "the released checkpoint")
     return model.eval()
@@ -70,8 +76,8 @@ def from_released(source: str | os.PathLike[str] | Mapping[str, Any], **hints: A
 def dropped_names(source: Mapping[str, Any]) -> list[str]:
     """Names in a released file's contents that `from_released` leaves out, since no forward pass reads them."""
     state = _flatten(source)
-    patterns = [system.released.dropped for system in systems() if system.released is not None]
-    return sorted(name for name in state if any(pattern.fullmatch(name) for pattern in patterns))
+    known = [system.released for system in systems() if system.released is not None]
+    return sorted(set().union(*(released.unread(state) for released in known)))
 
 
 # ---- for the systems ----
