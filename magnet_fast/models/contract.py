@@ -93,6 +93,7 @@ class Prediction(NamedTuple):
         extra: what only this system has (a minimap, roles, instances), for its own terms and pictures.
         presence_weighs: how `probability` reads `presence`. False: below one half it empties the mask. True: it is a
             factor, the class of the one query, as Mask2Former and MagNet multiply them.
+        aligned_corners: how mask logits are resized: with aligned corners, as LAVT and its kin, or without.
     """
 
     mask: Tensor
@@ -102,6 +103,7 @@ class Prediction(NamedTuple):
     words: Words | None = None
     extra: dict[str, Tensor] = {}  # noqa: RUF012 (never written to)
     presence_weighs: bool = False
+    aligned_corners: bool = True
 
 
 class InputSpec(NamedTuple):
@@ -129,13 +131,10 @@ class InputSpec(NamedTuple):
 def probability(prediction: Prediction, size: tuple[int, int]) -> Tensor:
     """The probability that a pixel belongs to what is named: (B, H, W) float32 at `size`.
 
-    The one decision: mask logits resized bilinearly with aligned corners, as this family of models releases it, then a
-    sigmoid, then the presence (see `Prediction.presence_weighs`).
+    The one decision: mask logits resized bilinearly (see `Prediction.aligned_corners`), then a sigmoid, then the
+    presence (see `Prediction.presence_weighs`).
     """
-    logits = prediction.mask.float()
-    if logits.shape[-2:] != torch.Size(size):
-        logits = F.interpolate(logits[:, None], size=tuple(size), mode="bilinear", align_corners=True)[:, 0]
-    mask = logits.sigmoid()
+    mask = resized(prediction, size).sigmoid()
     if prediction.presence is None:
         return mask
     presence = prediction.presence.float()
@@ -144,3 +143,12 @@ def probability(prediction: Prediction, size: tuple[int, int]) -> Tensor:
     # A softmax over two logits, to the last bit, which the sigmoid of their difference is not.
     named = torch.stack([torch.zeros_like(presence), presence], dim=-1).softmax(dim=-1)[..., 1]
     return named[:, None, None] * mask
+
+
+def resized(prediction: Prediction, size: tuple[int, int]) -> Tensor:
+    """The mask logits (B, H, W) float32 at `size`, by the resize of inference."""
+    logits = prediction.mask.float()
+    if logits.shape[-2:] == torch.Size(size):
+        return logits
+    aligned = prediction.aligned_corners
+    return F.interpolate(logits[:, None], size=tuple(size), mode="bilinear", align_corners=aligned)[:, 0]

@@ -132,7 +132,7 @@ _UNREAD = (
 _UNREAD_BESIDE_PIXEL_DECODER = r"|segmentation\.(cross_attns|norms|projects|mask_convs)\..*"
 
 
-def _dropped(state: Mapping[str, Tensor]) -> re.Pattern[str]:
+def _dropped(state: Mapping[str, Tensor], hints: Mapping[str, Any]) -> re.Pattern[str]:
     beside = any(name.startswith("segmentation.pixel_decoder.") for name in state)
     return re.compile(_UNREAD + (_UNREAD_BESIDE_PIXEL_DECODER if beside else ""))
 

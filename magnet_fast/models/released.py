@@ -25,19 +25,19 @@ class Released:
         mark: prefix of names that only this system's files have.
         config: state dict and hints to the configuration's parts.
         rules: released name -> ours, the first pattern that matches the whole name.
-        dropped: names that no forward pass reads, or a function of the state dict that gives them.
+        dropped: names that no forward pass reads, or a function of state dict and hints that gives them.
         hints: what shapes do not tell and a caller may say.
     """
 
     mark: str
     config: Callable[[Mapping[str, Tensor], Mapping[str, Any]], dict[str, Any]]
     rules: list[Rule]
-    dropped: re.Pattern[str] | Callable[[Mapping[str, Tensor]], re.Pattern[str]]
+    dropped: re.Pattern[str] | Callable[[Mapping[str, Tensor], Mapping[str, Any]], re.Pattern[str]]
     hints: tuple[str, ...]
 
-    def unread(self, state: Mapping[str, Tensor]) -> set[str]:
+    def unread(self, state: Mapping[str, Tensor], hints: Mapping[str, Any]) -> set[str]:
         """Names in a state dict that are dropped."""
-        pattern = self.dropped if isinstance(self.dropped, re.Pattern) else self.dropped(state)
+        pattern = self.dropped if isinstance(self.dropped, re.Pattern) else self.dropped(state, hints)
         return {name for name in state if pattern.fullmatch(name)}
 
 
@@ -66,7 +66,7 @@ def from_released(source: str | os.PathLike[str] | Mapping[str, Any], **hints: A
     unknown = sorted(set(hints) - set(released.hints))
     if unknown:
         raise ValueError(f"{unknown[0]}: not a hint for a released {found.name}; known: {', '.join(released.hints)}")
-    unread = released.unread(state)
+    unread = released.unread(state, hints)
     kept = {name: tensor for name, tensor in state.items() if name not in unread}
     model = from_config(parse_config({"architecture": found.name, **released.config(kept, hints)}))
     load_strictly(model, _rename(kept, released.rules, found.name), "the released checkpoint")
@@ -77,7 +77,7 @@ def dropped_names(source: Mapping[str, Any]) -> list[str]:
     """Names in a released file's contents that `from_released` leaves out, since no forward pass reads them."""
     state = _flatten(source)
     known = [system.released for system in systems() if system.released is not None]
-    return sorted(set().union(*(released.unread(state) for released in known)))
+    return sorted(set().union(*(released.unread(state, {}) for released in known)))
 
 
 # ---- for the systems ----
@@ -102,6 +102,21 @@ SWIN = [
 ]
 """Names of Swin in released files, after their prefix."""
 
+
+def pwam_rules(old: str, new: str) -> list[tuple[str, str]]:
+    """Pairs for the Linears and norms of one PWAM."""
+    last = re.compile(old).groups + 1
+    return [(rf"{old}\.{released}\.(weight|bias)", rf"{new}.{ours}.\{last}") for released, ours in _PWAM.items()]
+
+
+LAVT_STAGES = [
+    *pwam_rules(r"layers\.(\d+)\.fusion", r"fusion.stages.\1.fusion"),
+    (r"layers\.(\d+)\.res_gate\.0\.(.*)", r"fusion.stages.\1.gate.first.\2"),
+    (r"layers\.(\d+)\.res_gate\.2\.(.*)", r"fusion.stages.\1.gate.last.\2"),
+    (r"norm(\d)\.(.*)", r"fusion.stages.\1.norm.\2"),
+]
+"""Names of LAVT's fusion in released files, after their prefix."""
+
 BERT = [(r"(embeddings|encoder)\.(.*)", r"text_encoder.bert.\1.\2")]
 """Names of BERT in released files, after their prefix."""
 
@@ -109,12 +124,6 @@ BERT = [(r"(embeddings|encoder)\.(.*)", r"text_encoder.bert.\1.\2")]
 def rules(prefix: str, pairs: list[tuple[str, str]]) -> list[Rule]:
     """Pairs of (released name after a prefix, our name) as rules."""
     return [(re.compile(prefix + old), new) for old, new in pairs]
-
-
-def pwam_rules(old: str, new: str) -> list[tuple[str, str]]:
-    """Pairs for the Linears and norms of one PWAM."""
-    last = re.compile(old).groups + 1
-    return [(rf"{old}\.{released}\.(weight|bias)", rf"{new}.{ours}.\{last}") for released, ours in _PWAM.items()]
 
 
 def shape(state: Mapping[str, Tensor], name: str) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ from magnet_fast.models import Features, Prediction, Step, Text, Words
 from magnet_fast.models import config as config_module
 from magnet_fast.models import registry as registry_module
 from magnet_fast.models.base import Fusion, Head, ImageEncoder, Presence, ReferringModel, TextEncoder
-from magnet_fast.models.config import FusionConfig, HeadConfig, ImageConfig, PresenceConfig, TextConfig, part
+from magnet_fast.models.config import FusionConfig, HeadConfig, ImageConfig, PresenceConfig, Shapes, TextConfig, part
 from tests.models.cases import batch
 
 

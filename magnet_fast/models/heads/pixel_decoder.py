@@ -65,7 +65,7 @@ class PixelDecoder(LevelMixer):
         self.mask_features = nn.Conv2d(width, width, 1)
 
     def forward(self, maps: list[Tensor]) -> tuple[list[Level], Tensor]:
-        """Channels-last maps, the finest first, to (levels, mask features (B, width, h, w) of the finest map's size)."""
+        """Channels-last maps, the finest first, to (levels, mask features (B, width, h, w) at the finest map)."""
         levels = self.mix(maps)
         return levels, self.mask_features(as_map(levels[-1]))
 

@@ -9,8 +9,8 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from magnet_fast.models.contract import Prediction
-from magnet_fast.training.terms.mask import at_size_of, check_mask
+from magnet_fast.models.contract import Prediction, resized
+from magnet_fast.training.terms.mask import check_mask
 from magnet_fast.training.terms.term import Term, TermConfig, register
 
 
@@ -55,7 +55,7 @@ def weighted_cross_entropy(prediction: Prediction, mask: Tensor, background: flo
     """
     check_mask(prediction, mask)
     with torch.autocast(prediction.mask.device.type, enabled=False):
-        logits = at_size_of(prediction.mask, mask)
+        logits = resized(prediction, mask.shape[-2:])
         inside = mask >= 0.5
         weight = torch.where(inside, target, background)
         entropy = F.softplus(torch.where(inside, -logits, logits))
