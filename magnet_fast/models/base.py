@@ -169,8 +169,9 @@ class ReferringModel(nn.Module):
             words = self.text_encoder.advance(i, words)
             step = self.fusion(i, x, words, carry, context or {})
             words, carry = step.words, step.carry
-            maps.append(step.output)
-            tokens.append(step.tokens)
+            if step.output is not None:
+                maps.append(step.output)
+                tokens.append(step.tokens)
             if i + 1 < stages and self.image_encoder.in_stream:
                 stream = self.image_encoder.descend(i, step.stream)
         return Features(maps, words, tokens, (image.shape[2], image.shape[3]))

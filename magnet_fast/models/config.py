@@ -25,16 +25,18 @@ class Shapes(NamedTuple):
     """What a head and a presence are built for.
 
     Attributes:
-        channels: of each stage's map, as the fusion leaves it.
+        channels: of each map that the fusion gives.
         strides: pixels of the image a pixel of each map.
         text_width: channels of a word.
-        tokens: channels of each stage's tokens; None for a stage without.
+        sentence_width: channels of the whole sentence.
+        tokens: channels of the tokens beside each map; None for one without.
         pixels: channels of the head's `Prediction.pixels`; None where it gives none, and for the head itself.
     """
 
     channels: tuple[int, ...]
     strides: tuple[int, ...]
     text_width: int
+    sentence_width: int
     tokens: tuple[int | None, ...]
     pixels: int | None = None
 
@@ -87,6 +89,11 @@ class TextConfig(PartConfig):
         raise NotImplementedError
 
     @property
+    def sentence_width(self) -> int:
+        """Channels of the whole sentence; those of a word unless said."""
+        return self.width
+
+    @property
     def tokenizer(self) -> str:
         """As in `InputSpec`."""
         return "wordpiece"
@@ -111,9 +118,13 @@ class FusionConfig(PartConfig):
         """Channels of the maps that the head gets; those of the image encoder unless said."""
         return image.channels
 
+    def strides(self, image: ImageConfig) -> tuple[int, ...]:
+        """Strides of the maps that the head gets; those of the image encoder unless said."""
+        return image.strides
+
     def tokens(self, image: ImageConfig) -> tuple[int | None, ...]:
-        """Channels of each stage's tokens; None for a stage without, as all are unless said."""
-        return (None,) * len(image.channels)
+        """Channels of the tokens beside each map that the head gets; None for one without, as all are unless said."""
+        return (None,) * len(self.channels(image))
 
     def build(self, image: ImageConfig, text: TextConfig) -> nn.Module:
         """A `Fusion`."""
@@ -228,8 +239,9 @@ class ModelConfig(Settings):
     @property
     def shapes(self) -> Shapes:
         """What head and presence get from encoders and fusion."""
-        image, fusion = self.image, self.fusion
-        return Shapes(fusion.channels(image), image.strides, self.text.width, fusion.tokens(image))
+        image, text, fusion = self.image, self.text, self.fusion
+        maps = fusion.channels(image), fusion.strides(image)
+        return Shapes(*maps, text.width, text.sentence_width, fusion.tokens(image))
 
     @property
     def spec(self) -> InputSpec:

@@ -50,14 +50,14 @@ class Step(NamedTuple):
     """What a fusion makes of one stage.
 
     Attributes:
-        output: (B, H, W, C) for the head.
+        output: (B, H, W, C) for the head; None at a stage that gives it nothing.
         stream: (B, H, W, C) for the next stage.
         words: the words that go on.
         tokens: (B, N, C) for heads that read tokens; None for a fusion without.
         carry: what the fusion hands to itself at the next stage.
     """
 
-    output: Tensor
+    output: Tensor | None
     stream: Tensor
     words: Words
     tokens: Tensor | None = None
@@ -68,9 +68,9 @@ class Features(NamedTuple):
     """What the encoders and the fusion make of a batch: all that a head, or a training term, reads.
 
     Attributes:
-        maps: (B, Hᵢ, Wᵢ, Cᵢ) of each stage, in the order of the image encoder's strides.
+        maps: (B, Hᵢ, Wᵢ, Cᵢ), one of each stage unless the fusion joins stages, in the order of the encoder's strides.
         words: after the last stage.
-        tokens: of each stage; None where the fusion has none.
+        tokens: beside each map; None where the fusion has none.
         size: (H, W) of the image that went in.
     """
 

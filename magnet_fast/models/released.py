@@ -69,7 +69,8 @@ def from_released(source: str | os.PathLike[str] | Mapping[str, Any], **hints: A
     unread = released.unread(state, hints)
     kept = {name: tensor for name, tensor in state.items() if name not in unread}
     model = from_config(parse_config({"architecture": found.name, **released.config(kept, hints)}))
-    load_strictly(model, _rename(kept, released.rules, found.name), "the released checkpoint")
+    renamed = rename(kept, released.rules, found.name)
+    load_strictly(model, _as_linears(renamed, model), "the released checkpoint")
     return model.eval()
 
 
@@ -173,7 +174,8 @@ def _flatten(contents: Mapping[str, Any]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
 
 
-def _rename(state: Mapping[str, Tensor], known: list[Rule], system: str) -> dict[str, Tensor]:
+def rename(state: Mapping[str, Tensor], known: list[Rule], system: str) -> dict[str, Tensor]:
+    """Released names to ours; ValueError for one that no rule knows."""
     renamed: dict[str, Tensor] = {}
     for name, tensor in state.items():
         for pattern, new in known:
@@ -187,10 +189,14 @@ def _rename(state: Mapping[str, Tensor], known: list[Rule], system: str) -> dict
             for part, third in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
                 renamed[target.replace("in_proj_", f"{part}.")] = third
         else:
-            renamed[target] = _as_linear(target, tensor)
+            renamed[target] = tensor
     return renamed
 
 
-def _as_linear(name: str, tensor: Tensor) -> Tensor:
-    """Convolutions of size 1 on tokens and pooled pixels are Linears here; the heads keep their convolutions."""
-    return tensor.flatten(1) if name.startswith("fusion.") and tensor.ndim > 2 else tensor
+def _as_linears(state: dict[str, Tensor], model: ReferringModel) -> dict[str, Tensor]:
+    """Convolutions of size 1 as the Linears that some are here."""
+    matrices = {name for name, value in model.state_dict().items() if value.ndim == 2}
+    return {
+        name: value.flatten(1) if name in matrices and value.shape[2:].numel() == 1 else value
+        for name, value in state.items()
+    }

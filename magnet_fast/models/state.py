@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 
@@ -49,6 +50,14 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Mapping[str, Any]:
     if not isinstance(contents, Mapping):
         raise ValueError(f"checkpoint {os.fspath(path)!r} holds a {type(contents).__name__}, expected a dictionary")
     return contents
+
+
+def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The state dict in a file."""
+    if Path(path).suffix == ".safetensors":
+        return load_file(path)
+    contents = read_checkpoint(path)
+    return {name: value for name, value in contents.get("state_dict", contents).items() if isinstance(value, Tensor)}
 
 
 def unreachable(role: str, name: str, error: Exception) -> ValueError:
