@@ -16,6 +16,11 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "magnet-xmha": ("magnet_tiny", {"fusion__form": "xmha"}),
     "magnet-released": ("magnet_tiny", {"fusion__masking": "released"}),
     "lavt": ("lavt_tiny", {}),
+    "refsegformer": ("refsegformer_tiny", {}),
+    "refsegformer-topdown": ("refsegformer_tiny", {"head": {"kind": "token_topdown", "head_dim": 16}}),
+    "refsegformer-released": ("refsegformer_tiny", {"fusion__masking": "released", "fusion__blank": 0}),
+    "rela": ("rela_tiny", {}),
+    "cris": ("cris_tiny", {}),
 }
 """The tiny presets and their variants."""
 
@@ -24,6 +29,10 @@ SMALL: dict[str, tuple[str, dict[str, Any]]] = {
     "magnet": ("magnet_tiny", {**_SWIN, "fusion__pyramid": (2,), "head__mask_layers": 1}),
     "magnet-xmha": ("magnet_tiny", {**_SWIN, "fusion__pyramid": (2,), "head__mask_layers": 1, "fusion__form": "xmha"}),
     "lavt": ("lavt_tiny", _SWIN),
+    "refsegformer": ("refsegformer_tiny", _SWIN),
+    "refsegformer-topdown": ("refsegformer_tiny", {**_SWIN, "head": {"kind": "token_topdown", "head_dim": 16}}),
+    "rela": ("rela_tiny", {**_SWIN, "head__layers": 2}),
+    "cris": ("cris_tiny", {"head__layers": 1}),
 }
 """Every kind of block once: where time goes by the number of layers."""
 
