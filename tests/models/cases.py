@@ -57,10 +57,11 @@ def batch(
 
 
 def open_gates(model: nn.Module) -> None:
-    """Gates and sampling offsets start at zero; with random weights in them every path reaches the output."""
+    """Much starts at zero: gates, sampling offsets, norms before a sum. With random weights in them every path reaches
+    the output."""
     generator = torch.Generator().manual_seed(2)
     for name, parameter in model.named_parameters():
-        if "gate." in name or name.endswith(("sampling_offsets.weight", "attention_weights.weight")):
+        if "gate." in name or not parameter.any() and name.endswith("weight") or name.endswith("attention_weights.weight"):
             parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
 
 
@@ -71,6 +72,8 @@ def everything(prediction: Prediction) -> Tensor:
         for tensor in (each.mask, each.presence, each.pixels):
             if tensor is not None:
                 total = total + tensor.square().mean()
+        for tensor in each.extra.values():
+            total = total + tensor.square().mean()
     return total
 
 

@@ -117,4 +117,4 @@ class TokenStage(nn.Module):
 
 def _over_pixels(norm: nn.BatchNorm1d, x: Tensor) -> Tensor:
     """BatchNorm over batch and pixels of (B, P, C)."""
-    return norm(x.transpose(1, 2)).transpose(1, 2)
+    return norm(x.flatten(0, 1)).unflatten(0, x.shape[:2])
