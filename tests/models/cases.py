@@ -61,7 +61,12 @@ def open_gates(model: nn.Module) -> None:
     the output."""
     generator = torch.Generator().manual_seed(2)
     for name, parameter in model.named_parameters():
-        if "gate." in name or not parameter.any() and name.endswith("weight") or name.endswith("attention_weights.weight"):
+        if (
+            "gate." in name
+            or not parameter.any()
+            and name.endswith("weight")
+            or name.endswith("attention_weights.weight")
+        ):
             parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
 
 

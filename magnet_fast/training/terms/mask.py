@@ -5,7 +5,7 @@ Mask2Former's losses of a mask; the factors 2 and 2 are our choice.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -17,10 +17,13 @@ from magnet_fast.training.terms.term import Term, TermConfig, register
 
 
 class MaskConfig(TermConfig):
-    """Factors of the two parts."""
+    """Factors of the two parts, and where they are compared."""
 
     bce: float = Field(2.0, ge=0)
     dice: float = Field(2.0, ge=0)
+    at: Literal["input", "logits"] = Field(
+        "input", description="logits are resized to the mask, or the mask by nearest neighbour to the logits (CRIS)"
+    )
 
 
 @register("mask")
@@ -32,12 +35,17 @@ class MaskTerm(Term):
 
     def __init__(self, config: MaskConfig) -> None:
         super().__init__(config)
-        self.bce, self.dice = config.bce, config.dice
+        self.bce, self.dice, self.at = config.bce, config.dice, config.at
 
     def forward(
         self, prediction: Prediction, batch: dict[str, Any], model: nn.Module
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        bce, dice = mask_loss(prediction, batch["mask"])
+        mask = batch["mask"]
+        if self.at == "logits":
+            check_mask(prediction, mask)
+            size = prediction.mask.shape[-2:]
+            mask = F.interpolate(mask[:, None].float(), size=size, mode="nearest")[:, 0]
+        bce, dice = mask_loss(prediction, mask)
         return self.bce * bce.sum() + self.dice * dice.sum(), {"bce": bce.detach().mean(), "dice": dice.detach().mean()}
 
 
