@@ -7,7 +7,8 @@ import torch
 from torch.nn import functional as F
 
 from magnet_fast.models import Prediction
-from magnet_fast.training.terms import PresenceTerm, TermConfig
+from magnet_fast.training.terms import PresenceTerm
+from magnet_fast.training.terms.presence import PresenceTermConfig
 
 from ..fakes import FakeModel
 
