@@ -68,10 +68,14 @@ def open_dataset(
     *,
     format: str | None = None,
     original: bool = False,
+    truth: str | None = None,
+    protocol: str = "family",
 ) -> ExpressionDataset:
-    """A split, prepared as the checkpoint's model asks for; `image_size` changes the model's specification."""
+    """A split, prepared as the checkpoint's model asks for, with the protocol's ground truth unless `truth` says which;
+    `image_size` changes the model's specification."""
     from magnet_fast.data import ExpressionDataset
     from magnet_fast.data.datasets import open_reader
+    from magnet_fast.evaluation.protocol import choose_truth
 
     reader = open_reader(root, dataset, split_by, format=format, images=images)
     if split not in reader.splits:
@@ -79,7 +83,9 @@ def open_dataset(
     if image_size is not None:
         loaded.model.spec = loaded.model.spec._replace(size=image_size)
     chosen = loaded.tokenizer(tokenizer)
-    return ExpressionDataset(reader, split, chosen, loaded.model.spec, original=original)
+    spec = loaded.model.spec
+    truth = choose_truth(truth, protocol, reader, spec.fit)
+    return ExpressionDataset(reader, split, chosen, spec, original=original, truth=truth)
 
 
 @contextmanager

@@ -39,6 +39,13 @@ class Resolution(str, Enum):  # noqa: UP042 (StrEnum is younger than Python 3.10
     original = "original"
 
 
+class Truth(str, Enum):  # noqa: UP042
+    """How the ground truth comes to the model's square."""
+
+    resized = "resized"
+    polygons = "polygons"
+
+
 @user_errors
 def evaluate(
     data: DataRoot,
@@ -57,6 +64,10 @@ def evaluate(
     resolution: Annotated[
         Resolution, typer.Option(help="Compare at the model's square, or at the image's own size.")
     ] = Resolution.input,
+    truth: Annotated[
+        Truth | None,
+        typer.Option(help="Masks at the square: resized, or drawn there from polygons. None: the protocol's."),
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
     tokenizer: TokenizerOption = None,
     image_size: ImageSizeOption = None,
@@ -92,6 +103,8 @@ def evaluate(
         images,
         format=format,
         original=resolution.value == "original",
+        truth=truth and truth.value,
+        protocol=protocol,
     )
     if shuffle_expressions:
         sentences.shuffle_expressions(seed)

@@ -23,6 +23,7 @@ from magnet_fast.data.transforms import open_fit, open_image
 from magnet_fast.models.contract import InputSpec, Text
 
 MODES = ("sentences", "refs")
+TRUTHS = ("resized", "polygons")
 _UNREAD = {
     "unknown": "have words that the tokenizer does not know",
     "dropped": "have characters that it leaves out",
@@ -49,6 +50,8 @@ class ExpressionDataset(Dataset):
         cache_shared: in shared memory, for all loader workers; False in this process's own, for a loader without any.
         without_images: image_ids whose refs are left out.
         original: samples carry the mask at the image's own size, too.
+        truth: the mask on the canvas is the image's own, "resized" (by nearest neighbour), or drawn there from scaled
+            "polygons", as ReLA does for gRefCOCO; for squashed images, and readers that have polygons (`mask_at`).
 
     Attributes:
         spec: the specification, `size` being the side of the canvas.
@@ -76,10 +79,13 @@ class ExpressionDataset(Dataset):
         cache_shared: bool = True,
         without_images: Collection[int] = (),
         original: bool = False,
+        truth: str = "resized",
     ) -> None:
         if mode not in MODES:
             raise ValueError(f"mode is {mode!r}; expected one of {', '.join(MODES)}")
         self.spec = spec if isinstance(spec, InputSpec) else InputSpec(size=spec)
+        _check_truth(truth, self.spec.fit, reader)
+        self.truth = truth
         self.fit = open_fit(self.spec)
         self.reader, self.split, self.tokenizer = reader, split, tokenizer
         self.mode, self.seed, self.original = mode, seed, original
@@ -264,13 +270,18 @@ class ExpressionDataset(Dataset):
     def _mask(self, place: int, sentence: Sentence) -> torch.Tensor:
         side, ref = self.spec.size, self._refs[place]
         if self._masks is None or not sentence.exists:  # an empty mask is cheap; the cache has the ref's
-            return self.fit.mask(self.reader.mask(ref, sentence))
+            return self._on_canvas(ref, sentence)
 
         def make() -> np.ndarray:
-            return np.packbits(self.fit.mask(self.reader.mask(ref, sentence)).numpy())
+            return np.packbits(self._on_canvas(ref, sentence).numpy())
 
         packed = self._masks.get(place, (-(-side * side // 8),), make)
         return torch.from_numpy(np.unpackbits(packed, count=side * side).reshape(side, side))
+
+    def _on_canvas(self, ref: Ref, sentence: Sentence) -> torch.Tensor:
+        if self.truth == "polygons":
+            return torch.from_numpy(self.reader.mask_at(ref, sentence, (self.spec.size, self.spec.size)))
+        return self.fit.mask(self.reader.mask(ref, sentence))
 
 
 class MixedDataset(Dataset):
@@ -342,6 +353,15 @@ def require_context(dataset: ExpressionDataset | MixedDataset, needs: Iterable[s
             f"dataset: the model needs {', '.join(missing)} beside image and text; samples of {sources} carry "
             f"{', '.join(dataset.context) or 'nothing of the kind'}"
         )
+
+
+def _check_truth(truth: str, fit: str, reader: Reader) -> None:
+    if truth not in TRUTHS:
+        raise ValueError(f"truth is {truth!r}; expected one of {', '.join(TRUTHS)}")
+    if truth == "polygons" and fit != "squash":
+        raise ValueError(f"truth is 'polygons', which is for squashed images; the model's are fitted by {fit!r}")
+    if truth == "polygons" and not hasattr(reader, "mask_at"):
+        raise ValueError(f"truth is 'polygons'; {reader.source} is of a format without them; expected 'resized'")
 
 
 def _derangement(image_ids: list[int], seed: int) -> list[int]:

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from magnet_fast.data.transforms.pictures import resize_nearest
+
 MARGIN = 3  # image sides by which a coordinate may lie outside: annotators slip off an edge, not that far
 _DIGITS = 7  # of 5 bits each, for one run: 35 bits, more than any image has pixels
 
@@ -28,10 +30,29 @@ def decode_segmentation(segmentation: Any, height: int, width: int) -> np.ndarra
     polygons, runs = _parts(segmentation, height, width)
     mask = np.zeros((height, width), dtype=np.uint8)
     for counts in runs:
-        values = np.arange(len(counts), dtype=np.uint8) & 1  # runs of 0 and of 1 in turn, down the columns
-        mask |= np.repeat(values, counts).reshape(width, height).T
+        mask |= _fill(counts, height, width)
     if polygons:
         mask |= _draw(polygons, height, width)
+    return mask
+
+
+def draw_segmentation(segmentation: Any, height: int, width: int, size: tuple[int, int]) -> np.ndarray:
+    """A segmentation as a mask of another size than its image's, uint8 (h, w): polygons scaled and drawn there, RLEs
+    resized by nearest neighbour, as detectron2 transforms annotations.
+
+    Args:
+        segmentation, height, width: as for `decode_segmentation`.
+        size: (h, w) in pixels.
+
+    Raises what `decode_segmentation` raises.
+    """
+    polygons, runs = _parts(segmentation, height, width)
+    mask = np.zeros(size, dtype=np.uint8)
+    for counts in runs:
+        mask |= resize_nearest(_fill(counts, height, width), size)
+    if polygons:
+        scale = np.array([size[1] / width, size[0] / height])
+        mask |= _draw([(one.reshape(-1, 2) * scale).reshape(-1) for one in polygons], *size)
     return mask
 
 
@@ -141,6 +162,11 @@ def _uncompress(counts: str | bytes) -> np.ndarray:
     numbers[1::2] = np.cumsum(numbers[1::2])
     numbers[2::2] = np.cumsum(numbers[2::2])
     return numbers
+
+
+def _fill(counts: np.ndarray, height: int, width: int) -> np.ndarray:
+    values = np.arange(len(counts), dtype=np.uint8) & 1  # runs of 0 and of 1 in turn, down the columns
+    return np.repeat(values, counts).reshape(width, height).T
 
 
 def _draw(polygons: list[np.ndarray], height: int, width: int) -> np.ndarray:

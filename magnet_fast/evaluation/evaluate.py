@@ -58,7 +58,7 @@ def evaluate(
 
     Returns:
         The scores of `tasks.scores`, and `task`, `protocol`, `rules` (the protocol in words), `resolution`, `fit`,
-        `threshold`, `image_size`.
+        `truth`, `threshold`, `image_size`.
 
     Raises:
         ValueError: for bad arguments, a dataset that does not fit the protocol or lacks what task or model need, and
@@ -118,6 +118,7 @@ def evaluate(
         "rules": rules.says,
         "resolution": resolution,
         "fit": fit,
+        "truth": getattr(dataset, "truth", None),
         "threshold": threshold,
         "image_size": None if prepared is None else prepared.size,
         **scores(table, task, rules.rule),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -25,6 +25,7 @@ class Protocol(NamedTuple):
         gated: a mask is emptied where the model claims nothing. Otherwise the mask stays and the flag alone decides.
         bicubic: probabilities, not logits, are resized to the square, bicubically.
         rule: how IoUs are read.
+        truth: how the ground truth comes to the square, as `ExpressionDataset` names it.
     """
 
     says: str
@@ -34,6 +35,7 @@ class Protocol(NamedTuple):
     gated: bool = True
     bicubic: bool = False
     rule: Rule = DEFAULT_RULE
+    truth: str = "resized"
 
 
 PROTOCOLS: dict[str, Protocol] = {
@@ -49,6 +51,7 @@ PROTOCOLS: dict[str, Protocol] = {
         tasks=("generalized", "single"),
         threshold=0.5,
         gated=False,
+        truth="polygons",
     ),
     # CRIS. Its code tests on every sentence; only its validation between epochs takes the first of each ref.
     "cris": Protocol(
@@ -85,6 +88,22 @@ def find_protocol(name: str, task: str, resolution: str, fit: str) -> Protocol:
             f"this one's are fitted by {fit}"
         )
     return protocol
+
+
+def choose_truth(given: str | None, protocol: str, reader: Any, fit: str) -> str:
+    """How the ground truth comes to the square: as given, else as the protocol asks where data and fit allow it.
+
+    Args:
+        given: `truth` of `ExpressionDataset`, or None.
+        protocol: a name.
+        reader: of the data.
+        fit: of the images.
+    """
+    if given is not None:
+        return given
+    asked = PROTOCOLS[protocol].truth if protocol in PROTOCOLS else "resized"
+    possible = asked == "resized" or (fit == "squash" and hasattr(reader, "mask_at"))
+    return asked if possible else "resized"
 
 
 def probability_at_input(prediction: Prediction, protocol: Protocol, size: tuple[int, int]) -> Tensor:

@@ -26,6 +26,8 @@ MEANINGS = {
 }
 """What names of scores mean, those that explain themselves left out."""
 
+_TRUTHS = {"resized": "resized to it", "polygons": "drawn there from polygons"}
+
 
 def score_table(results: Mapping[str, Any], title: str | None = None, note: str | None = None) -> RichTable:
     """What `evaluate` returns as a rich table: a row for all sentences and one for each kind.
@@ -55,5 +57,7 @@ def score_table(results: Mapping[str, Any], title: str | None = None, note: str 
 def _conditions(results: Mapping[str, Any]) -> str:
     """The protocol, and where masks were compared."""
     size = results.get("image_size")
-    square = f" {size}x{size}" if results["resolution"] == "input" and size else ""
-    return f"protocol {results['protocol']} ({results['rules']}); {results['resolution']} resolution{square}"
+    at_input = results["resolution"] == "input"
+    square = f" {size}x{size}" if at_input and size else ""
+    truth = f", truth {_TRUTHS[results['truth']]}" if at_input and results.get("truth") else ""
+    return f"protocol {results['protocol']} ({results['rules']}); {results['resolution']} resolution{square}{truth}"

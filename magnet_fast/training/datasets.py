@@ -6,6 +6,7 @@ from typing import Any
 
 from magnet_fast.data import ExpressionDataset, MixedDataset
 from magnet_fast.data.datasets import open_reader
+from magnet_fast.evaluation.protocol import choose_truth
 from magnet_fast.models.contract import InputSpec
 from magnet_fast.training.config import TrainConfig
 
@@ -52,6 +53,7 @@ def build_datasets(
         if split != data.train_split
         for ref in reader.refs(split)
     }
+    truth = chosen_truth(config, readers[0], spec)
     parts = [
         ExpressionDataset(
             reader,
@@ -63,6 +65,7 @@ def build_datasets(
             cache=data.cache,
             cache_shared=data.workers > 0,
             without_images=held_out,
+            truth=truth,
         )
         for reader in readers
     ]
@@ -78,4 +81,10 @@ def build_datasets(
         cache=data.cache,
         cache_shared=data.workers > 0,
         original=original,
+        truth=truth,
     )
+
+
+def chosen_truth(config: TrainConfig, reader: Any, spec: InputSpec) -> str:
+    """`truth` of the run's data sets, for training and for validation alike."""
+    return choose_truth(config.data.truth, config.protocol, reader, spec.fit)

@@ -45,6 +45,9 @@ class DataSection(Strict):
     image_size: int | None = Field(None, ge=8, description="side that images are brought to; none: the model's own")
     max_tokens: int | None = Field(None, ge=3, description="with the special ones; none: the model's own")
     tokenizer: str | None = Field(None, description="a vocabulary or its folder; none: what the model's spec names")
+    truth: Literal["resized", "polygons"] | None = Field(
+        None, description="masks at the model's square: resized, or drawn there from polygons; none: as the protocol"
+    )
     cache: bool = Field(False, description="keep prepared images in memory, shared by loader workers")
     workers: int = Field(0, ge=0, description="loader processes per training process")
     val_limit: int | None = Field(None, gt=0, description="validate on the first so many sentences only")

@@ -21,7 +21,7 @@ from magnet_fast.evaluation import evaluate
 from magnet_fast.training.building import build_tokenizer
 from magnet_fast.training.checkpoint import CHECKPOINT, load_checkpoint
 from magnet_fast.training.config import TrainConfig
-from magnet_fast.training.datasets import check_split, open_readers
+from magnet_fast.training.datasets import check_split, chosen_truth, open_readers
 from magnet_fast.training.run import train
 from magnet_fast.training.study_report import write_report
 from magnet_fast.training.terms import build_terms
@@ -114,9 +114,9 @@ def _scores(config: TrainConfig, folder: Path, terms_state: dict[str, Tensor]) -
     tokenizer, reader = build_tokenizer(config, model), open_readers(config)[0]
     terms = build_terms(config.terms, model, tokenizer)
     nn.ModuleDict(terms).load_state_dict(terms_state)
-    original = config.resolution == "original"
+    options = {"original": config.resolution == "original", "truth": chosen_truth(config, reader, model.spec)}
     sets = {
-        split: ExpressionDataset(reader, split, tokenizer, model.spec, original=original)
+        split: ExpressionDataset(reader, split, tokenizer, model.spec, **options)
         for split in reader.splits
         if split != data.train_split
     }

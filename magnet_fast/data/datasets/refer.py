@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import numpy as np
 from magnet_fast.data.datasets.base import BaseReader, Folders, choose_folders, read_json
 from magnet_fast.data.datasets.reader import Ref, Sentence
 from magnet_fast.data.safe_pickle import load_plain_pickle
-from magnet_fast.data.segmentation import decode_segmentation
+from magnet_fast.data.segmentation import decode_segmentation, draw_segmentation
 
 IMAGE_FOLDERS = (
     "images/mscoco/images/train2014",  # LAVT's
@@ -106,13 +108,24 @@ class Refer(BaseReader):
 
         Empty for a ref without target, and for a sentence that does not exist.
         """
-        height, width = self.image_size(ref.image_id)
-        mask = np.zeros((height, width), dtype=np.uint8)
+        return self._union(ref, sentence, self.image_size(ref.image_id), decode_segmentation)
+
+    def mask_at(self, ref: Ref, sentence: Sentence | None, size: tuple[int, int]) -> np.ndarray:
+        """Ground truth uint8 (h, w) drawn at another size than the image's, from polygons scaled to it: ReLA's way.
+
+        A few pixels at borders differ from those of `mask`, resized.
+        """
+        return self._union(ref, sentence, size, partial(draw_segmentation, size=size))
+
+    def _union(
+        self, ref: Ref, sentence: Sentence | None, size: tuple[int, int], decode: Callable[..., np.ndarray]
+    ) -> np.ndarray:
+        mask = np.zeros(size, dtype=np.uint8)
         if sentence is not None and not sentence.exists:
             return mask
         for ann_id in ref.ann_ids:
             try:
-                mask |= decode_segmentation(_usable(self._annotations[ann_id]["segmentation"]), height, width)
+                mask |= decode(_usable(self._annotations[ann_id]["segmentation"]), *self.image_size(ref.image_id))
             except (TypeError, ValueError, KeyError) as error:
                 raise ValueError(f"{self.instances_path}: annotation {ann_id} cannot be decoded: {error}") from error
         return mask

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from magnet_fast.data.transforms.pictures import Picture, as_mask, as_rgb
+from magnet_fast.data.transforms.pictures import Picture, as_mask, as_rgb, resize_nearest
 from magnet_fast.models.contract import Prediction, probability
 
 
@@ -82,7 +82,7 @@ class Squash(Fit):
 
     def mask(self, mask: np.ndarray) -> Tensor:
         """uint8 (S, S), by nearest neighbour."""
-        return torch.from_numpy(_nearest(as_mask(mask), (self.size, self.size)))
+        return torch.from_numpy(resize_nearest(as_mask(mask), (self.size, self.size)))
 
     def back(self, canvas: Tensor, size: tuple[int, int]) -> Tensor:
         """Bilinear with aligned corners, as this family of models resizes its logits."""
@@ -114,7 +114,7 @@ class Longest(Fit):
     def mask(self, mask: np.ndarray) -> Tensor:
         """uint8 (S, S), by nearest neighbour; 0 beside the picture."""
         binary = as_mask(mask)
-        return self._pad(torch.from_numpy(_nearest(binary, self.extent(binary.shape))))
+        return self._pad(torch.from_numpy(resize_nearest(binary, self.extent(binary.shape))))
 
     def extent(self, size: tuple[int, int]) -> tuple[int, int]:
         """(h, w) on the canvas."""
@@ -131,12 +131,6 @@ class Longest(Fit):
     def _pad(self, picture: Tensor) -> Tensor:
         height, width = picture.shape[-2:]
         return F.pad(picture, (0, self.size - width, 0, self.size - height))
-
-
-def _nearest(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    if mask.shape == size:
-        return mask
-    return np.array(Image.fromarray(mask).resize((size[1], size[0]), Image.Resampling.NEAREST))
 
 
 def _bilinear(canvas: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:

@@ -113,6 +113,13 @@ def as_mask(mask: np.ndarray) -> np.ndarray:
     return (mask != 0).astype(np.uint8)
 
 
+def resize_nearest(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A mask uint8 (H, W) at another size (height, width), by Pillow's nearest neighbour."""
+    if mask.shape == size:
+        return mask
+    return np.array(Image.fromarray(mask).resize((size[1], size[0]), Image.Resampling.NEAREST))
+
+
 def _stored(image: Picture) -> tuple[Image.Image, int, str]:
     """Pixels as stored, decoded, in whatever mode; the EXIF orientation; what messages call the picture."""
     if isinstance(image, (str, os.PathLike)):
