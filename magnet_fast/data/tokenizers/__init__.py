@@ -10,7 +10,8 @@ from magnet_fast.data.tokenizers.pretrained import PretrainedTokenizer
 from magnet_fast.data.tokenizers.wordpiece import Tokenizer
 
 __all__ = [
-    "ClipTokenizer", "ExpressionTokenizer", "PretrainedTokenizer", "Reading", "Tokenizer", "open_tokenizer", "shortened",
+    "ClipTokenizer", "ExpressionTokenizer", "PretrainedTokenizer", "Reading", "Tokenizer",
+    "open_tokenizer", "shortened",
 ]  # fmt: skip
 
 

@@ -25,12 +25,14 @@ class Reading(NamedTuple):
         dropped: characters that are left out, each once: controls and characters of no width where the tokenizer drops
             them, and halves of a surrogate pair, which are no text.
         cut: whether it goes on behind the last token.
+        none_known: whether no part of what is read has a token: the model cannot tell this sentence from others.
     """
 
     ids: list[int]
     unknown: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
     cut: bool = False
+    none_known: bool = False
 
     @property
     def complete(self) -> bool:
@@ -42,7 +44,8 @@ class Reading(NamedTuple):
         """What is not read, in words, by the name of the attribute that says so; empty where all is."""
         notes = {}
         if self.unknown:
-            notes["unknown"] = f"the vocabulary lacks {_listed(self.unknown)}"
+            share = "all its words: " if self.none_known else ""
+            notes["unknown"] = f"the vocabulary lacks {share}{_listed(self.unknown)}"
         if self.dropped:
             notes["dropped"] = f"characters are left out: {_listed(self.dropped)}"
         if self.cut:
@@ -128,7 +131,8 @@ class ExpressionTokenizer(ABC):
         if self.unknown_id in ids:
             words = dict.fromkeys(kept.split()[: self.max_tokens])
             unknown = tuple(word for word in words if self.unknown_id in self._encode(word)[0])
-        return Reading(ids, unknown, self._dropped(text[:_LONGEST]), cut or len(text) > _LONGEST)
+        none_known = self._words(ids) == {self.unknown_id}
+        return Reading(ids, unknown, self._dropped(text[:_LONGEST]), cut or len(text) > _LONGEST, none_known)
 
     def _dropped(self, text: str) -> tuple[str, ...]:
         if text.isprintable() and "\ufffd" not in text:
