@@ -48,12 +48,12 @@ def where_nan_begins(
     tensors = chain(model.named_parameters(), model.named_buffers())
     broken = next((name for name, value in tensors if value.is_floating_point() and value.isnan().any()), None)
     if broken is not None:
-        return f"the model's {broken} holds NaN; take an earlier checkpoint"
-    first: list[str] = []
+        return f"a layer has NaN in its weights, {broken}; take an earlier checkpoint"
+    first: list[tuple[str, nn.Module]] = []
 
     def look(name: str, module: nn.Module, output: Any) -> None:
         if not first and not _is_finite(output):
-            first.append(f"{name or 'the model'} ({type(module).__name__})")
+            first.append((name or "the model", module))
 
     with ExitStack() as stack, torch.no_grad():
         for name, module in model.named_modules():
@@ -64,12 +64,15 @@ def where_nan_begins(
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(torch.autocast(image.device.type, dtype=autocast, enabled=autocast is not None))
         prediction = model(image, text, context)
-    if first:
-        cure = "its weights are finite: see whether float32 helps, and whether training diverged"
-        return f"the first layer whose output is not finite is {first[0]}; {cure}"
-    if nan_answers(prediction).any():  # made between the modules
-        return "every layer's output is finite, what the model makes of them is not; see whether float32 helps"
-    return "computed once more, alone and without acceleration, its answer is a number; try fast=False (--no-fast)"
+    if not nan_answers(prediction).any():
+        return "computed once more, alone and without acceleration, its answer is a number; try fast=False (--no-fast)"
+    name, module = first[0]
+    infinite = [key for key, value in module.named_parameters() if not _is_finite(value)]
+    cause = f"its {infinite[0]} is infinite" if infinite else "its weights are finite"
+    return (
+        f"the first layer whose output is not finite is {name} ({type(module).__name__}); {cause}: see whether "
+        "float32 helps, and whether training diverged"
+    )
 
 
 def _is_finite(value: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -14,6 +15,8 @@ import torch
 from magnet_fast.models.contract import Text
 
 _LONGEST = 10_000  # characters; tokenizers take seconds for a million, of which a model reads some twenty words
+
+_HALF = re.compile("[\ud800-\udbff](?![\udc00-\udfff])|(?<![\ud800-\udbff])[\udc00-\udfff]")
 
 
 class Reading(NamedTuple):
@@ -137,9 +140,9 @@ class ExpressionTokenizer(ABC):
     def _dropped(self, text: str) -> tuple[str, ...]:
         if text.isprintable() and "\ufffd" not in text:
             return ()
-        doubtful = [one for one in dict.fromkeys(text) if one == "\ufffd" or not (one.isprintable() or one.isspace())]
-        halves = set(text) - set(_joined_surrogates(text))
-        return tuple(one for one in doubtful if one in halves or not self._words(self._encode(one)[0]))
+        halves, rest = _HALF.findall(text), _joined_surrogates(_HALF.sub("", text))
+        doubtful = [one for one in dict.fromkeys(rest) if one == "\ufffd" or not (one.isprintable() or one.isspace())]
+        return *dict.fromkeys(halves), *(one for one in doubtful if not self._words(self._encode(one)[0]))
 
     @cached_property
     def _frame(self) -> set[int]:

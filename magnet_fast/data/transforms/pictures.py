@@ -174,7 +174,7 @@ def _from_array(pixels: np.ndarray) -> Image.Image:
     shape, dtype = pixels.shape, pixels.dtype
     expected = "expected uint8 or uint16, (H, W, 3) or (H, W)"
     fits = pixels.ndim == 2 or (pixels.ndim == 3 and shape[2] == 3)
-    if dtype not in (np.uint8, np.uint16):
+    if dtype.kind != "u" or dtype.itemsize > 2:
         raise ValueError(f"image has shape {shape} and dtype {dtype}; {expected}; {_CONVERT}")
     if not fits:
         cure = ""
