@@ -107,6 +107,7 @@ def test_orientation(name: str, tag: int, tmp_path: Path) -> None:
     assert np.array_equal(pixels(as_shown(as_shown(path))), upright)
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 @pytest.mark.parametrize(
     "block",
     [
