@@ -72,6 +72,11 @@ def test_nothing_left_is_refused(text: str) -> None:
     str(found.value).encode()  # it can be printed
 
 
+def test_halves_alone_are_nothing_to_any_tokenizer(tokenizer: ExpressionTokenizer) -> None:
+    with pytest.raises(ValueError, match="expression 0 leaves no word to read"):
+        tokenizer("\ud800 \udfff")
+
+
 def test_characters_that_are_dropped() -> None:
     reading = read(Tokenizer(), "the\u200b red\x00 circle\tleft \ufffd")
     assert reading.dropped == ("\u200b", "\x00", "\ufffd")

@@ -126,23 +126,23 @@ class ExpressionTokenizer(ABC):
             raise TypeError(f"{name} is a {type(text).__name__}; expected str")
         if not text.strip():
             raise ValueError(f"{name} is empty: {shortened(text)}")
-        kept = _joined_surrogates(text[:_LONGEST])
+        kept = _without_halves(text[:_LONGEST])
         ids, cut = self._encode(kept)
-        if not self._words(ids):
+        if not (kept.strip() and self._words(ids)):
             raise ValueError(f"{name} leaves no word to read: the tokenizer drops all of {shortened(text)}")
         unknown: tuple[str, ...] = ()
         if self.unknown_id in ids:
             words = dict.fromkeys(kept.split()[: self.max_tokens])
-            unknown = tuple(word for word in words if self.unknown_id in self._encode(word)[0])
+            unknown = tuple(word for word in words if self.unknown_id in self._encode(word)[0]) or (kept,)
         none_known = self._words(ids) == {self.unknown_id}
-        return Reading(ids, unknown, self._dropped(text[:_LONGEST]), cut or len(text) > _LONGEST, none_known)
+        dropped = (*dict.fromkeys(_HALF.findall(text[:_LONGEST])), *self._dropped(kept))
+        return Reading(ids, unknown, dropped, cut or len(text) > _LONGEST, none_known)
 
-    def _dropped(self, text: str) -> tuple[str, ...]:
+    def _dropped(self, text: str) -> list[str]:
         if text.isprintable() and "\ufffd" not in text:
-            return ()
-        halves, rest = _HALF.findall(text), _joined_surrogates(_HALF.sub("", text))
-        doubtful = [one for one in dict.fromkeys(rest) if one == "\ufffd" or not (one.isprintable() or one.isspace())]
-        return *dict.fromkeys(halves), *(one for one in doubtful if not self._words(self._encode(one)[0]))
+            return []
+        doubtful = [one for one in dict.fromkeys(text) if one == "\ufffd" or not (one.isprintable() or one.isspace())]
+        return [one for one in doubtful if not self._words(self._encode(one)[0])]
 
     @cached_property
     def _frame(self) -> set[int]:
@@ -207,10 +207,10 @@ def _listed(parts: tuple[str, ...]) -> str:
     return ", ".join(map(shortened, parts[:5])) + more
 
 
-def _joined_surrogates(text: str) -> str:
-    """Pairs of surrogates as the characters they stand for, what is left of them as U+FFFD."""
+def _without_halves(text: str) -> str:
+    """Pairs of surrogates as the characters they stand for; halves of a pair, which no tokenizer takes, left out."""
     try:
         text.encode()
     except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return _HALF.sub("", text).encode("utf-16", "surrogatepass").decode("utf-16")
     return text
