@@ -132,15 +132,20 @@ def probability(prediction: Prediction, size: tuple[int, int]) -> Tensor:
     The one decision: mask logits resized bilinearly with aligned corners, as this family of models releases it, then a
     sigmoid, then the presence (see `Prediction.presence_weighs`).
     """
-    logits = prediction.mask.float()
+    logits = _finite(prediction.mask)
     if logits.shape[-2:] != torch.Size(size):
         logits = F.interpolate(logits[:, None], size=tuple(size), mode="bilinear", align_corners=True)[:, 0]
     mask = logits.sigmoid()
     if prediction.presence is None:
         return mask
-    presence = prediction.presence.float()
+    presence = _finite(prediction.presence)
     if not prediction.presence_weighs:
         return mask * (presence >= 0)[:, None, None]
     # A softmax over two logits, to the last bit, which the sigmoid of their difference is not.
     named = torch.stack([torch.zeros_like(presence), presence], dim=-1).softmax(dim=-1)[..., 1]
     return named[:, None, None] * mask
+
+
+def _finite(logits: Tensor) -> Tensor:
+    """float32; an infinite logit as one that is as sure, for weights of 0 and differences would make NaN of it."""
+    return logits.float().nan_to_num(nan=torch.nan, posinf=1e4, neginf=-1e4)
