@@ -7,33 +7,37 @@ from typing import NamedTuple, overload
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from magnet_fast import checkpoints
-from magnet_fast.data.tokenizers import ExpressionTokenizer
-from magnet_fast.data.transforms import as_rgb, open_fit
+from magnet_fast.data.tokenizers import ExpressionTokenizer, Reading, shortened
+from magnet_fast.data.transforms import Picture, as_rgb, as_shown, open_fit
+from magnet_fast.evaluation.finite import nan_answers, where_nan_begins
 from magnet_fast.fast import accelerate
 from magnet_fast.models.contract import Text
 
 PRECISIONS = ("float32", "bfloat16", "float16")
 _EXPRESSIONS_AT_ONCE = 16
 
-ImageLike = str | os.PathLike | Image.Image | np.ndarray
+
+class _Answer(NamedTuple):
+    mask: np.ndarray
+    probability: np.ndarray
+    presence: float | None
 
 
-class Segmentation(NamedTuple):
-    """What a `Segmenter` finds, at the image's own size.
+class Segmentation(_Answer):
+    """What a `Segmenter` finds, at the image's own size and as the image is seen, upright: a tuple of three.
 
     Attributes:
         mask: (H, W) bool, what is named.
         probability: (H, W) float32 in [0, 1]; the mask is where it exceeds the model's threshold, one half mostly.
         presence: the probability that anything is named; None for a model that cannot say.
+        reading: what the model could read of the expression; not `complete` where words are unknown to it, characters
+            were dropped or the end was cut off. No part of the tuple.
     """
 
-    mask: np.ndarray
-    probability: np.ndarray
-    presence: float | None
+    reading: Reading | None = None
 
 
 class Segmenter:
@@ -53,6 +57,8 @@ class Segmenter:
         pack: with `fast` on a CPU, keep packed copies of the weights, as `magnet_fast.accelerate(model, pack=True)`
             does: every image after the first is faster, for the memory of the weights once more. False where a single
             image is asked about, or where weights are to be written through `.data`, which the copies do not see.
+        stored_pixels: take the pixels as stored, as data sets do: EXIF orientation ignored, transparency dropped.
+            Otherwise a picture is what a viewer shows: turned upright, its transparent parts on white.
     """
 
     def __init__(
@@ -65,6 +71,7 @@ class Segmenter:
         compile: bool = False,
         fast: bool = True,
         pack: bool = False,
+        stored_pixels: bool = False,
     ) -> None:
         model = model if device is None else model.to(device)
         self.model = (model if dtype is None else in_precision(model, dtype)).eval()
@@ -76,7 +83,7 @@ class Segmenter:
             )
         if fast:
             accelerate(self.model, pack=pack and self.device.type == "cpu")
-        self.compile = compile
+        self.compile, self.stored_pixels = compile, stored_pixels
         if compile:
             # The forward pass alone: the mask's way back to each image's own size stays outside of the graph.
             mode = "reduce-overhead" if self.device.type == "cuda" else None
@@ -93,6 +100,7 @@ class Segmenter:
         compile: bool = False,
         fast: bool = True,
         pack: bool = True,
+        stored_pixels: bool = False,
     ) -> Segmenter:
         """Load a segmenter.
 
@@ -104,7 +112,7 @@ class Segmenter:
                 shipped vocabulary, where the checkpoint was trained on it. Released checkpoints need BERT's.
             image_size: side of the square that images are brought to; default: what the checkpoint was trained at.
             dtype: as in `Segmenter`; default: float32.
-            compile, fast, pack: as in `Segmenter`.
+            compile, fast, pack, stored_pixels: as in `Segmenter`.
 
         Raises:
             FileNotFoundError: no such file.
@@ -116,29 +124,41 @@ class Segmenter:
         if image_size is not None:
             model.spec = model.spec._replace(size=image_size)
         chosen = loaded.tokenizer(tokenizer)
-        return cls(model, chosen, device=device, dtype=dtype, compile=compile, fast=fast, pack=pack)
+        return cls(
+            model,
+            chosen,
+            device=device,
+            dtype=dtype,
+            compile=compile,
+            fast=fast,
+            pack=pack,
+            stored_pixels=stored_pixels,
+        )
 
     @overload
-    def __call__(self, image: ImageLike, expression: str) -> Segmentation: ...
+    def __call__(self, image: Picture, expression: str) -> Segmentation: ...
 
     @overload
-    def __call__(self, image: ImageLike, expression: list[str]) -> list[Segmentation]: ...
+    def __call__(self, image: Picture, expression: list[str]) -> list[Segmentation]: ...
 
-    def __call__(self, image: ImageLike, expression: str | list[str]) -> Segmentation | list[Segmentation]:
+    def __call__(self, image: Picture, expression: str | list[str]) -> Segmentation | list[Segmentation]:
         """Find what an expression names in an image.
 
         Args:
-            image: a path, a PIL image, or an (H, W, 3) uint8 RGB array; pixels as stored, EXIF orientation is
-                ignored.
+            image: a path, a PIL image, or an array (H, W, 3) RGB or (H, W), uint8 or uint16 (see
+                `data.transforms.Picture`). A photo is turned upright by its EXIF orientation, unless `stored_pixels`:
+                masks are of the picture as a viewer shows it, whose height and width may be swapped against those
+                stored. `data.transforms.as_shown(image)` is that picture.
             expression: a sentence, or several about this image. What exceeds the tokenizer's length is cut
-                off.
+                off. A warning says once what the tokenizer could not read; `reading` says it of each.
 
         Returns:
             A `Segmentation`, or a list of them, in the order of the expressions.
 
         Raises:
             FileNotFoundError, ValueError, TypeError: the image cannot be read or has another layout; an
-                expression is empty or not a string.
+                expression is empty, not a string, or nothing of it is left to be read; the model answers NaN, naming
+                the first such expression and the layer where it begins.
         """
         single = isinstance(expression, str)
         if not single and not isinstance(expression, list | tuple):
@@ -150,25 +170,35 @@ class Segmenter:
             raise TypeError(f"expression: expected a string or a list of strings, got a list with {given}")
         if not expressions:
             return []
-        text = self.tokenizer(expressions)
-        picture = as_rgb(image)
+        readings = self.tokenizer.readings(expressions)
+        picture = as_rgb(image) if self.stored_pixels else as_shown(image)
+        for text, reading in zip(expressions, readings, strict=True):
+            self.tokenizer.tell(text, reading)
         pixels = self.fit.image(picture)[None].to(self.device)
         size = (picture.height, picture.width)
-        found = []
+        found: list[Segmentation] = []
         with torch.inference_mode():
             for start in range(0, len(expressions), _EXPRESSIONS_AT_ONCE):
-                found += self._segment(
-                    pixels, Text(*(part[start : start + _EXPRESSIONS_AT_ONCE] for part in text)), size
-                )
+                part = slice(start, start + _EXPRESSIONS_AT_ONCE)
+                found += self._segment(pixels, self.tokenizer.rows(readings[part]), size, expressions[part])
+        for one, reading in zip(found, readings, strict=True):
+            one.reading = reading
         return found[0] if single else found
 
-    def _segment(self, pixels: Tensor, text: Text, size: tuple[int, int]) -> list[Segmentation]:
+    def _segment(self, pixels: Tensor, text: Text, size: tuple[int, int], expressions: list[str]) -> list[Segmentation]:
         """One image (1, 3, S, S) and N expressions."""
         count = len(text.ids)
         # Repeated expressions fill the batch up to one of the sizes that are compiled.
         rows = torch.arange(1 << (count - 1).bit_length() if self.compile else count) % count
         same = pixels.expand(len(rows), -1, -1, -1)
         prediction = self.model(same, Text(*(part[rows].to(self.device) for part in text)))
+        if (nan := nan_answers(prediction)[:count].tolist()).count(True):
+            first = nan.index(True)
+            one = Text(*(part[first : first + 1].to(self.device) for part in text))
+            raise ValueError(
+                f"prediction: NaN in that of expression {shortened(expressions[first])}: "
+                f"{where_nan_begins(self.model, pixels, one)}"
+            )
         probability = self.fit.probability(prediction, size)[:count].float().cpu().numpy()
         presence: list[float | None] = [None] * count
         if prediction.presence is not None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import textwrap
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -24,13 +25,18 @@ def overlay(
     The fading shows a mask also on an object of the mask's own colour.
 
     Args:
-        image: RGB, (H, W, 3) uint8 if an array.
+        image: RGB, (H, W, 3) uint8 if an array, as the mask lies: `data.transforms.as_shown` of a photo.
         mask: (H, W), true at the referent. Where it is empty the whole image fades.
         colour: of the mask.
         opacity: of the tint, 0 … 1; the outline is opaque.
+
+    Raises:
+        ValueError: the mask has another size, or the image has pixels of more than 8 bits.
     """
-    pixels = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
+    pixels = np.asarray(_rgb(image) if isinstance(image, Image.Image) else image)
     mask = np.asarray(mask).astype(bool)
+    if pixels.dtype != np.uint8:
+        raise ValueError(f"image: expected uint8, got {pixels.dtype}; magnet_fast.data.transforms.as_rgb makes it so")
     if pixels.ndim != 3 or pixels.shape[2] != 3 or mask.shape != pixels.shape[:2]:
         raise ValueError(
             f"mask: expected the image's height and width, got {mask.shape} for an image of {pixels.shape}"
@@ -65,6 +71,9 @@ class Example:
 def contact_sheet(examples: Sequence[Example], columns: int = 1, cell: int = 192, title: str = "") -> Image.Image:
     """A sheet of rows image / expression / truth / prediction.
 
+    Text stays in its column: words that are longer are broken, and what exceeds the row ends in "…". A letter that
+    Pillow's font lacks is drawn as its code, \\u7ea2, and a warning says so.
+
     Args:
         examples: at least one.
         columns: rows beside each other.
@@ -74,14 +83,25 @@ def contact_sheet(examples: Sequence[Example], columns: int = 1, cell: int = 192
     if not examples:
         raise ValueError("examples: a contact sheet needs at least one")
     gap, text_width = 8, round(cell * 1.1)
-    font, small = ImageFont.load_default(size=round(cell / 12)), ImageFont.load_default(size=round(cell / 14))
+    font, small = _font(round(cell / 12)), _font(round(cell / 14))
     header = round(cell / 6) + (round(cell / 5) if title else 0)
     row_width = 3 * cell + text_width + 4 * gap
     rows = -(-len(examples) // columns)
     sheet = Image.new("RGB", (columns * row_width + gap, header + rows * (cell + gap) + gap), "white")
     draw = ImageDraw.Draw(sheet)
+    codes: set[str] = set()
+
+    def write(x: int, y: int, text: str, width: int, height: int, grey: bool = False) -> None:
+        chosen = small if grey else font
+        drawn = "".join(_drawable(letter, chosen, codes) for letter in " ".join(text.split()))
+        step = sum(chosen.getmetrics()) + 2
+        for line in _lines(drawn, chosen, width, max(1, height // step)):
+            draw.text((x, y), line, fill=(110, 110, 110) if grey else "black", font=chosen)
+            y += step
+
     if title:
-        draw.text((gap, gap), title, fill="black", font=font)
+        write(gap, gap, title, sheet.width - 2 * gap, 0)
+    note_height = round(cell / 9)
     for column in range(columns):
         left = gap + column * row_width
         places = (
@@ -91,21 +111,76 @@ def contact_sheet(examples: Sequence[Example], columns: int = 1, cell: int = 192
             left + 2 * cell + text_width + 3 * gap,
         )
         for x, name in zip(places, ("image", "expression", "truth", "prediction"), strict=True):
-            draw.text((x, header - round(cell / 9)), name, fill=(110, 110, 110), font=small)
+            write(x, header - note_height, name, cell, 0, grey=True)
         for row, example in enumerate(examples[column * rows : (column + 1) * rows]):
             top = header + gap + row * (cell + gap)
             pictures = (
-                example.image.convert("RGB"),
+                _rgb(example.image),
                 overlay(example.image, example.truth, TRUTH_COLOUR),
                 overlay(example.image, example.prediction, PREDICTION_COLOUR),
             )
             for x, picture in zip((places[0], places[2], places[3]), pictures, strict=True):
                 _paste_fitted(sheet, picture, (x, top), cell)
-            characters = max(8, int(text_width / (font.getlength("abcdefghij klmnop") / 17)))
-            lines = textwrap.wrap(example.expression, characters)[:8]
-            draw.multiline_text((places[1], top + gap), "\n".join(lines), fill="black", font=font, spacing=4)
-            draw.text((places[1], top + cell - round(cell / 9)), example.note, fill=(110, 110, 110), font=small)
+            write(places[1], top + gap, example.expression, text_width, cell - note_height - 2 * gap)
+            write(places[1], top + cell - note_height, example.note, text_width, 0, grey=True)
+    if codes:
+        shown = ", ".join(sorted(codes)[:5]) + (", …" if len(codes) > 5 else "")
+        warnings.warn(
+            f"contact sheet: the font lacks {len(codes)} letters, drawn as their codes: {shown}", stacklevel=2
+        )
     return sheet
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith(("I", "F")):  # Pillow would cut off what exceeds 255
+        raise ValueError(
+            f"image: expected 8 bits a pixel, got mode {image.mode}; magnet_fast.data.transforms.as_rgb makes it so"
+        )
+    return image.convert("RGB")
+
+
+@cache
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size=size)
+
+
+def _drawable(letter: str, font: ImageFont.FreeTypeFont, codes: set[str]) -> str:
+    """The letter, or its code where it cannot be seen or the font has none; the codes used are added to `codes`."""
+    if letter == " " or (letter.isprintable() and _glyph(font, letter) != _glyph(font, "\U0010ffff")):
+        return letter
+    code = letter.encode("unicode_escape").decode()
+    codes.add(code)
+    return code
+
+
+@cache
+def _glyph(font: ImageFont.FreeTypeFont, letter: str) -> tuple[tuple[int, int], bytes]:
+    mask = font.getmask(letter)
+    return mask.size, bytes(mask)
+
+
+def _lines(text: str, font: ImageFont.FreeTypeFont, width: int, most: int) -> list[str]:
+    """Text broken into lines of at most `width` pixels, at spaces where there are any; "…" ends what is too long."""
+    lines = []
+    while text:
+        fits = _fitting(text, font, width)
+        if len(lines) + 1 == most and fits < len(text):
+            return [*lines, text[: max(1, _fitting(text, font, width - font.getlength("…")))] + "…"]
+        space = text.rfind(" ", 0, fits + 1)
+        end = fits if fits == len(text) or space <= 0 else space
+        lines.append(text[:end])
+        text = text[end:].lstrip(" ")
+    return lines
+
+
+def _fitting(text: str, font: ImageFont.FreeTypeFont, width: float) -> int:
+    """How many of the first letters are at most `width` pixels wide; at least one."""
+    text = text[: max(1, int(width))]  # no letter is narrower than a pixel
+    low, high = 1, len(text)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if font.getlength(text[:middle]) <= width else (low, middle - 1)
+    return low
 
 
 def _outline(mask: np.ndarray, width: int) -> np.ndarray:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from magnet_fast import fast
+from magnet_fast import checkpoints, fast, models
 from magnet_fast.cli import app
 from magnet_fast.ops import _registry
 
@@ -237,3 +237,50 @@ def test_a_backend_without_all_kernels_is_refused_in_one_line(root, trained, mon
     image = next((root / "images").rglob("*.jpg"))
     message = refused("segment", image, "the red circle", "--checkpoint", checkpoint, "--backend", "cpu")
     assert "cross_modal_attention" in message and "no kernel for this operator yet" in message
+
+
+def test_segment_turns_a_phones_picture_upright_and_says_so(trained, picture, tmp_path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    stored = Image.open(picture).resize((40, 24))
+    stored.save(tmp_path / "photo.png", exif=exif)
+    stored.rotate(-90, expand=True).save(tmp_path / "upright.png")
+    stored.save(tmp_path / "stored.png")
+
+    def masked(name: str, *more: str) -> tuple[np.ndarray, np.ndarray, str]:
+        drawn = ["--out", tmp_path / "mask.png", "--overlay", tmp_path / "overlay.png"]
+        output = run("segment", tmp_path / name, "circle", *drawn, "--checkpoint", trained / "best.safetensors", *more)
+        return (*(np.asarray(Image.open(tmp_path / part)) for part in ("mask.png", "overlay.png")), output)
+
+    for name, more, same in (("photo.png", (), "upright.png"), ("photo.png", ("--stored-pixels",), "stored.png")):
+        mask, overlay, output = masked(name, *more)
+        expected = masked(same)
+        assert np.array_equal(mask, expected[0]) and np.array_equal(overlay, expected[1])
+        assert ("turned upright by its EXIF orientation, 6; --stored-pixels" in output) is (more == ())
+        assert "EXIF" not in expected[2]
+
+
+def test_what_is_not_read_is_a_line(trained, picture, tmp_path) -> None:
+    more = ["--checkpoint", trained / "best.safetensors", "--out", tmp_path / "mask.png"]
+    output = run("segment", picture, "the 東京 \ud800 circle", *more)
+    lines = [line for line in output.splitlines() if line.startswith("warning: ")]
+    assert len(lines) == 1 and "UserWarning" not in output
+    assert "the vocabulary lacks '東京'; characters are left out: '\\ud800'" in lines[0]
+    assert "leaves no word to read" in refused("segment", picture, "\u200b", *more)
+
+
+def test_a_model_that_answers_nan_is_refused(root, trained, picture, tmp_path) -> None:
+    loaded = checkpoints.load(trained / "best.safetensors")
+    with torch.no_grad():
+        loaded.model.get_submodule("image_encoder.stages.0.blocks.0.attention.qkv").weight[0, 0] = torch.nan
+    path = tmp_path / "nan.safetensors"
+    models.save(loaded.model, path, loaded.metadata)
+    more = ["--checkpoint", path, "--out", tmp_path / "out.png"]
+    layer = "a layer has NaN in its weights, image_encoder.stages.0.blocks.0.attention.qkv.weight"
+    sheet = refused("contact-sheet", "--data", root, "--rows", 2, *more)
+    assert ": ref_id " in sheet and ", sent_id " in sheet and layer in sheet
+    assert layer in refused("segment", picture, "circle", *more)
+    for dtype in ("float32", "bfloat16"):
+        said = refused("evaluate", "--data", root, "--checkpoint", path, "--limit", 3, "--dtype", dtype)
+        assert "NaN in that of sentence 0, and of 2 others (ref_id " in said and layer in said
+    assert not (tmp_path / "out.png").exists()

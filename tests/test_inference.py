@@ -1,21 +1,21 @@
-"""The segmenter: kinds of images, checkpoints, vocabularies; and pictures of its masks."""
+"""The segmenter: kinds of images, checkpoints, vocabularies, what it refuses."""
 
 from __future__ import annotations
 
-import io
+import pickle
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import nn
 
 from magnet_fast import Segmenter, checkpoints, models
 from magnet_fast.data import Tokenizer, prepare_image
 from magnet_fast.ops import _packed
 from magnet_fast.training.checkpoint import save_checkpoint
-from magnet_fast.visualize import Example, contact_sheet, overlay
 
 SIZE = 48
 
@@ -173,6 +173,74 @@ def test_bad_expressions(checkpoint, picture, expression, error) -> None:
         Segmenter.from_checkpoint(checkpoint)(picture, expression)
 
 
+@pytest.mark.parametrize("tag", [3, 5, 6, 8])
+def test_a_phones_picture_is_turned_upright(checkpoint, picture, tag: int, tmp_path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = tag
+    picture.save(tmp_path / "photo.png", exif=exif)
+    upright = ImageOps.exif_transpose(Image.open(tmp_path / "photo.png"))
+    segmenter = Segmenter.from_checkpoint(checkpoint)
+    expected = segmenter(np.asarray(upright), "circle")
+    for image in (tmp_path / "photo.png", Image.open(tmp_path / "photo.png"), upright):
+        found = segmenter(image, "circle")
+        assert found.mask.shape == (upright.height, upright.width)
+        assert np.array_equal(found.probability, expected.probability)
+    stored = Segmenter.from_checkpoint(checkpoint, stored_pixels=True)
+    found = stored(tmp_path / "photo.png", "circle").probability
+    assert np.array_equal(found, segmenter(picture, "circle").probability)
+    assert not np.array_equal(found, expected.probability)
+
+
+def test_transparent_parts_lie_on_white_unless_pixels_are_taken_as_stored(checkpoint, picture) -> None:
+    half = picture.copy()
+    half.putalpha(Image.new("L", half.size, 0))
+    segmenter = Segmenter.from_checkpoint(checkpoint)
+    white = segmenter(Image.new("RGB", half.size, "white"), "circle").probability
+    with pytest.warns(UserWarning, match="laid on white"):
+        assert np.array_equal(segmenter(half, "circle").probability, white)
+    segmenter.stored_pixels = True
+    with pytest.warns(UserWarning, match="the colours stored under them are read"):
+        found = segmenter(half, "circle").probability
+    assert np.array_equal(found, segmenter(picture, "circle").probability)
+
+
+def test_a_result_says_what_was_read(checkpoint, picture) -> None:
+    segmenter = Segmenter.from_checkpoint(checkpoint)
+    with pytest.warns(UserWarning, match="the vocabulary lacks all its words: '東京'; said once"):
+        whole, foreign = segmenter(picture, ["the red circle", "東京"])
+    assert whole.reading.complete and foreign.reading.unknown == ("東京",) and foreign.reading.none_known
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not segmenter(picture, "東京").reading.complete
+    mask, probability, presence = foreign  # three, as ever
+    assert mask is foreign.mask and probability is foreign.probability and presence == foreign.presence
+    copy = pickle.loads(pickle.dumps(foreign))
+    assert copy.reading == foreign.reading and np.array_equal(copy.mask, mask)
+    with pytest.raises(ValueError, match="expression 1 leaves no word to read"):
+        segmenter(picture, ["red", "\u200b"])
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_nan_is_refused_with_its_sentence_and_layer(picture, dtype: str | None, compile: bool, monkeypatch) -> None:
+    """In one sentence of three: where a word's vector overflows."""
+    monkeypatch.setattr(nn.Module, "compile", lambda module, **options: None)
+    model = models.create("magnet_tiny", input={"size": SIZE, "max_tokens": 16})
+    segmenter = Segmenter(model, Tokenizer(max_tokens=16), dtype=dtype, compile=compile)
+    expressions = ["the red circle", "the star", "the moon"]
+    star = segmenter.tokenizer.vocabulary["star"]
+
+    def overflow(module: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
+        return output.masked_fill((inputs[0] == star)[..., None], torch.inf)
+
+    embeddings = next(name for name, part in model.named_modules() if isinstance(part, nn.Embedding))
+    model.get_submodule(embeddings).register_forward_hook(overflow)
+    assert len(segmenter(picture, expressions[::2])) == 2
+    with pytest.raises(ValueError, match="NaN in that of expression 'the star': the first layer") as found:
+        segmenter(picture, expressions)
+    assert f"not finite is {embeddings} (Embedding); its weights are finite" in str(found.value)
+
+
 def test_missing_and_foreign_checkpoints(tmp_path, model) -> None:
     with pytest.raises(FileNotFoundError, match="none.safetensors"):
         Segmenter.from_checkpoint(tmp_path / "none.safetensors")
@@ -218,41 +286,6 @@ def test_released_checkpoints_need_berts_vocabulary(checkpoint, tmp_path) -> Non
     full = tmp_path / "full.txt"
     full.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"w{i}" for i in range(1276))]))
     assert released.tokenizer(full).vocab_size == 1280
-
-
-def test_overlay_tints_the_mask_and_fades_the_rest() -> None:
-    image = np.full((40, 50, 3), (200, 40, 40), dtype=np.uint8)
-    mask = np.zeros((40, 50), dtype=bool)
-    mask[10:30, 15:35] = True
-    drawn = np.asarray(overlay(image, mask, colour=(0, 0, 255)))
-    assert drawn.shape == image.shape
-    assert (drawn[10, 15:35] == (0, 0, 255)).all()  # the outline
-    assert drawn[20, 25, 2] > 100 and drawn[20, 25, 0] > 100  # a tint, not paint
-    outside = drawn[2, 2].astype(int)
-    assert outside.min() > 120 and np.ptp(outside) < 80  # faded
-    assert (image == (200, 40, 40)).all()
-    with pytest.raises(ValueError, match="image's height and width"):
-        overlay(image, mask.T)
-
-
-def test_contact_sheet_shows_every_example() -> None:
-    def example(width: int, height: int, colour: tuple) -> Example:
-        mask = np.zeros((height, width), dtype=bool)
-        mask[: height // 2] = True
-        return Example(Image.new("RGB", (width, height), colour), "the left one " * 6, mask, mask, "IoU 100 %")
-
-    colours = [(250, 10, 10), (10, 250, 10), (10, 10, 250)]
-    examples = [example(60, 40, colours[0]), example(40, 60, colours[1]), example(50, 50, colours[2])]
-    one, two = contact_sheet(examples, cell=96), contact_sheet(examples, columns=2, cell=96, title="a title")
-    assert two.width > 1.9 * one.width and two.height < one.height
-    for sheet in (one, two):
-        pixels = np.asarray(sheet).reshape(-1, 3)
-        for colour in colours:
-            assert (pixels == colour).all(axis=1).sum() > 96 * 50
-        buffer = io.BytesIO()
-        sheet.save(buffer, "PNG")
-    with pytest.raises(ValueError, match="at least one"):
-        contact_sheet([])
 
 
 def test_compiled_segmenter_fills_up_the_expressions(metadata, picture, monkeypatch) -> None:

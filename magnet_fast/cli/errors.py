@@ -1,8 +1,9 @@
-"""What a user can mend, as one clean line."""
+"""What a user can mend, and what a user should know, as one clean line."""
 
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -12,12 +13,17 @@ traceback_wanted = False  # --traceback
 
 
 def user_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Print what a user can mend as one clean message, exit status 2; other errors show their traceback."""
+    """Print what a user can mend as one clean message, exit status 2; other errors show their traceback.
+
+    Warnings are lines, too.
+    """
 
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> None:
         try:
-            command(*args, **kwargs)
+            with warnings.catch_warnings():
+                warnings.showwarning = _show
+                command(*args, **kwargs)
         except (ValueError, TypeError, OSError, RuntimeError) as error:
             mendable = not isinstance(error, RuntimeError) or type(error).__name__ in ("TrainingError", "BackendError")
             if traceback_wanted or not mendable:
@@ -25,6 +31,10 @@ def user_errors(command: Callable[..., None]) -> Callable[..., None]:
             _fail(error)
 
     return wrapped
+
+
+def _show(message: Warning | str, *_: Any) -> None:
+    typer.echo(f"warning: {' '.join(str(message).split())}", err=True)
 
 
 def _fail(error: BaseException) -> None:

@@ -42,19 +42,24 @@ def segment(
     device: DeviceOption = "auto",
     dtype: DtypeOption = Precision.float32,
     fast: FastOption = True,
+    stored_pixels: Annotated[
+        bool,
+        typer.Option("--stored-pixels", help="Pixels as stored: not turned upright, transparent parts not on white."),
+    ] = False,
     backend: BackendOption = None,
 ) -> None:
-    """Segment what a sentence names in a picture."""
+    """Segment what a sentence names in a picture, turned upright as viewers show it."""
     from PIL import Image
 
     from magnet_fast import visualize
-    from magnet_fast.data.transforms import open_image
+    from magnet_fast.data.transforms import as_rgb, as_shown, orientation
     from magnet_fast.inference import Segmenter
     from magnet_fast.training.distributed import pick_device
 
     check_picture_name(out)
     check_picture_name(overlay)
-    picture = open_image(image)
+    turned = 1 if stored_pixels else orientation(image)
+    picture = as_rgb(image) if stored_pixels else as_shown(image)
     segmenter = Segmenter.from_checkpoint(
         checkpoint, pick_device(device), tokenizer, image_size, dtype.value, fast=fast, pack=False
     )
@@ -65,6 +70,8 @@ def segment(
         save_picture(visualize.overlay(picture, found.mask), overlay)
     share, highest = 100 * found.mask.mean(), found.probability.max()
     typer.echo(f"{out}: {share:.1f} % of the image, highest probability {highest:.2f}")
+    if turned != 1:
+        typer.echo(f"turned upright by its EXIF orientation, {turned}; --stored-pixels leaves it as stored")
     if not found.mask.any():
         typer.echo(f"nothing found: no pixel's probability exceeds {segmenter.spec.threshold:g}")
 
@@ -99,14 +106,17 @@ def contact_sheet(
     sentences = open_dataset(
         loaded, data, dataset, split_by, split, tokenizer, image_size, images, format=format, original=True
     )
-    segmenter = Segmenter(loaded.model, sentences.tokenizer, device=pick_device(device))
+    segmenter = Segmenter(loaded.model, sentences.tokenizer, device=pick_device(device), stored_pixels=True)
     chosen = sorted(random.Random(seed).sample(range(len(sentences)), min(rows, len(sentences))))
     examples = []
     with chosen_backend(backend):
         for index in chosen:
-            expression, picture = sentences.record(index)["expression"], sentences.load_image(index)
-            truth = sentences[index]["original_mask"].numpy().astype(bool)
-            mask = segmenter(picture, expression).mask
+            record, picture = sentences.record(index), sentences.load_image(index)
+            expression, truth = record["expression"], sentences[index]["original_mask"].numpy().astype(bool)
+            try:
+                mask = segmenter(picture, expression).mask
+            except ValueError as error:
+                raise ValueError(f"{data}: ref_id {record['ref_id']}, sent_id {record['sent_id']}: {error}") from error
             union = (mask | truth).sum()
             note = f"IoU {100 * (mask & truth).sum() / union if union else 0:.0f} %"
             examples.append(visualize.Example(picture, expression, truth, mask, note))

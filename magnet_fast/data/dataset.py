@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from bisect import bisect_right
 from collections.abc import Collection, Iterable, Sequence
 from itertools import accumulate
@@ -12,17 +13,22 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from magnet_fast.data.cache import ArrayCache
 from magnet_fast.data.datasets.reader import Reader, Ref, Sentence
 from magnet_fast.data.sample import Sample, collate
-from magnet_fast.data.tokenizers.base import ExpressionTokenizer
+from magnet_fast.data.tokenizers.base import ExpressionTokenizer, Reading, shortened
 from magnet_fast.data.transforms import open_fit, open_image
 from magnet_fast.models.contract import InputSpec, Text
 
 MODES = ("sentences", "refs")
 TRUTHS = ("resized", "polygons")
+_UNREAD = {
+    "unknown": "have words that the tokenizer does not know",
+    "dropped": "have characters that it leaves out",
+    "cut": "are cut at its length",
+}
 
 
 class ExpressionDataset(Dataset):
@@ -52,9 +58,10 @@ class ExpressionDataset(Dataset):
         fit: made from it; its `back` and `probability` lead to the images' own size.
 
     Raises:
-        ValueError: an unknown split or mode, an empty sentence (naming ref and sentence), a cache for which there is no
-            memory. Getting an item raises FileNotFoundError or ValueError, naming file and ref, for an image that is
-            absent or unreadable.
+        ValueError: an unknown split or mode, an empty sentence or one of which the tokenizer reads nothing (naming ref
+            and sentence), a cache for which there is no memory. Getting an item raises FileNotFoundError or ValueError,
+            naming file and ref, for an image that is absent or unreadable. A warning says once of the first sentence
+            that the tokenizer cannot read as it is, or, after `tell_unread`, how many there are.
     """
 
     collate = staticmethod(collate)
@@ -86,16 +93,16 @@ class ExpressionDataset(Dataset):
         for ref in self._refs:
             for sentence in ref.sentences:
                 if not isinstance(sentence.raw, str) or not sentence.raw.strip():
-                    raise ValueError(
-                        f"{reader.source}: ref_id {ref.ref_id}, sent_id {sentence.sent_id}: "
-                        f"the sentence is empty ({sentence.raw!r})"
-                    )
+                    raise ValueError(f"{self._name(ref, sentence)}: the sentence is empty ({sentence.raw!r})")
+                if not any(map(str.isalnum, sentence.raw)):  # the tokenizer may leave nothing of it
+                    self._read(ref, sentence)
         # An item is (position of its ref, sentence or None for one drawn per epoch).
         if mode == "sentences":
             self._items = [(place, sentence) for place, ref in enumerate(self._refs) for sentence in ref.sentences]
         else:
             self._items = [(place, None) for place in range(len(self._refs))]
         self._epoch = 0
+        self._told = False
         self._swapped: list[int] | None = None  # index of the item that lends its sentence
         self._images = self._masks = None
         if cache:
@@ -110,7 +117,17 @@ class ExpressionDataset(Dataset):
         index = self._checked(index)
         place, sentence = self._own(index)
         ref, spoken = self._refs[place], self._spoken(index)
-        ids, mask = self.tokenizer(spoken.raw)
+        reading = self._read(ref, spoken)
+        if not (reading.complete or self._told):
+            self._told = True
+            worker = get_worker_info()
+            if worker is None or worker.id == 0:
+                notes = "; ".join(reading.notes.values())
+                warnings.warn(
+                    f"{self._name(ref, spoken)}: sentence {shortened(spoken.raw)}: {notes}; others are not told of",
+                    stacklevel=2,
+                )
+        ids, mask = self.tokenizer.rows([reading])
         size = self.reader.image_size(ref.image_id)
         sample = Sample(
             image=self.fit.normalise(self._pixels(index, ref, size)),
@@ -140,6 +157,25 @@ class ExpressionDataset(Dataset):
     def set_epoch(self, epoch: int) -> None:
         """Choose the sentences of mode "refs" anew; no effect in mode "sentences"."""
         self._epoch = epoch
+
+    def tell_unread(self, limit: int | None = None) -> None:
+        """Warn, once, how many sentences the tokenizer cannot read as they are, and name the first of each kind.
+
+        It reads the sentences of the first `limit` items, all by default: some 50 µs a sentence.
+        """
+        if self._told:
+            return
+        self._told = True
+        count, found = 0, {kind: [] for kind in _UNREAD}
+        for place, own in self._items[:limit]:
+            ref = self._refs[place]
+            for sentence in ref.sentences if own is None else (own,):
+                count += 1
+                for kind, note in self._read(ref, sentence).notes.items():
+                    found[kind].append(f"ref_id {ref.ref_id}, sent_id {sentence.sent_id}: {note}")
+        said = [f"{len(some)} {_UNREAD[kind]} (the first: {some[0]})" for kind, some in found.items() if some]
+        if said:
+            warnings.warn(f"{self.reader.source}, {self.split}: of {count} sentences {'; '.join(said)}", stacklevel=2)
 
     def record(self, index: int) -> dict[str, Any]:
         """What pictures and messages say of an item.
@@ -190,6 +226,15 @@ class ExpressionDataset(Dataset):
         more than half the items.
         """
         self._swapped = _derangement([self._refs[place].image_id for place, _ in self._items], seed)
+
+    def _name(self, ref: Ref, sentence: Sentence) -> str:
+        return f"{self.reader.source}: ref_id {ref.ref_id}, sent_id {sentence.sent_id}"
+
+    def _read(self, ref: Ref, sentence: Sentence) -> Reading:
+        try:
+            return self.tokenizer.readings([sentence.raw])[0]
+        except ValueError as error:
+            raise ValueError(f"{self._name(ref, sentence)}: {error}") from error
 
     def _checked(self, index: int) -> int:
         if not -len(self._items) <= index < len(self._items):
@@ -269,6 +314,13 @@ class MixedDataset(Dataset):
         """`ExpressionDataset.set_epoch` of every part."""
         for part in self.parts:
             part.set_epoch(epoch)
+
+    def tell_unread(self, limit: int | None = None) -> None:
+        """`ExpressionDataset.tell_unread` of every part that the first `limit` items reach into."""
+        for part in self.parts:
+            if limit is None or limit > 0:
+                part.tell_unread(limit)
+            limit = None if limit is None else limit - len(part)
 
     def record(self, index: int) -> dict[str, Any]:
         """`ExpressionDataset.record` of an item."""

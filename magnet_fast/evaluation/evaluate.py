@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from magnet_fast.data.sample import Batch, collate, to_device
+from magnet_fast.data.tokenizers import shortened
+from magnet_fast.evaluation.finite import nan_answers, where_nan_begins
 from magnet_fast.evaluation.protocol import find_protocol, probability_at_input, probability_at_original
-from magnet_fast.evaluation.table import Table
+from magnet_fast.evaluation.table import Table, nan_in
 from magnet_fast.evaluation.tasks import find_task, scores
 from magnet_fast.models.contract import Prediction
 
@@ -62,7 +64,7 @@ def evaluate(
 
     Raises:
         ValueError: for bad arguments, a dataset that does not fit the protocol or lacks what task or model need, and
-            a model that answers NaN.
+            a model that answers NaN, naming the first such sentence and the layer where it begins.
     """
     spec = getattr(model, "spec", None)
     prepared = getattr(dataset, "spec", spec)
@@ -91,27 +93,32 @@ def evaluate(
         generator=torch.Generator().manual_seed(0),
     )
 
+    if mine[:1] == [0] and hasattr(dataset, "tell_unread"):
+        dataset.tell_unread(count)
     table, done = Table(), 0
-    with _evaluation_mode(model), _accelerated(model) if fast else nullcontext():
-        for batch in loader:
-            truths = _truths(batch, resolution)
-            batch = to_device(batch, device)
-            with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-                prediction = model(batch["image"], batch["text"], _context(model, batch))
-            if resolution == "input":
-                found = probability_at_input(prediction, rules, batch["mask"].shape[-2:])
-                _add(table, batch, slice(None), prediction, found, batch["mask"], threshold)
-            else:
-                square = batch["image"].shape[-2:]
-                for i, truth in enumerate(truths):
-                    one = _one(prediction, i)
-                    found = probability_at_original(one, rules, way_back, square, truth.shape)[None]
-                    truth = truth[None].to(device, non_blocking=True)
-                    _add(table, batch, slice(i, i + 1), one, found, truth, threshold)
-            done += len(batch["index"])
-            if progress is not None:
-                progress(done, len(mine))
-    table.gather()
+    with _evaluation_mode(model):
+        with _accelerated(model) if fast else nullcontext():
+            for batch in loader:
+                truths = _truths(batch, resolution)
+                batch = to_device(batch, device)
+                with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+                    prediction = model(batch["image"], batch["text"], _context(model, batch))
+                if resolution == "input":
+                    found = probability_at_input(prediction, rules, batch["mask"].shape[-2:])
+                    _add(table, batch, slice(None), prediction, found, batch["mask"], threshold)
+                else:
+                    square = batch["image"].shape[-2:]
+                    for i, truth in enumerate(truths):
+                        one = _one(prediction, i)
+                        found = probability_at_original(one, rules, way_back, square, truth.shape)[None]
+                        truth = truth[None].to(device, non_blocking=True)
+                        _add(table, batch, slice(i, i + 1), one, found, truth, threshold)
+                done += len(batch["index"])
+                if progress is not None:
+                    progress(done, len(mine))
+        table.gather()
+        if nan := table.nan():  # on every process, so that none waits for another
+            raise ValueError(_nan_message(model, dataset, nan, device, autocast))
     return {
         "task": task,
         "protocol": protocol,
@@ -129,12 +136,29 @@ def _add(
     table: Table, batch: Batch, part: slice, prediction: Prediction, found: Tensor, truth: Tensor, threshold: float
 ) -> None:
     """The rows of a part of a batch: `prediction`, `found` and `truth` are of that part."""
+    # A presence of NaN claims nothing: where it is no answer, the mask must not pass for one.
+    found = found.masked_fill(nan_answers(prediction)[:, None, None], torch.nan)
     presence = prediction.presence
-    if presence is not None:  # NaN claims nothing; where it is no answer, the mask must not pass for one
-        found = found.masked_fill(presence.isnan()[:, None, None], torch.nan)
     columns = {name: batch[name][part] for name in ("index", "ref", "exists", "kind", "category") if name in batch}
     claimed = None if presence is None else presence >= 0
     table.add(found > threshold, truth, claimed=claimed, probability=found, **columns)
+
+
+def _nan_message(
+    model: nn.Module, dataset: Any, sentences: list[int], device: torch.device, autocast: torch.dtype | None
+) -> str:
+    """What is said of a model that answers NaN: the first sentence, how many others, the layer concerned."""
+    index = sentences[0]
+    batch = to_device(collate([dataset[index]]), device)
+    where = where_nan_begins(model, batch["image"], batch["text"], _context(model, batch), autocast)
+    named = ""
+    if hasattr(dataset, "record"):
+        said = dataset.record(index)
+        named = (
+            f" (ref_id {said['ref_id']}, sent_id {said['sent_id']}: {shortened(said['expression'])} "
+            f"in {said['image_path']})"
+        )
+    return f"{nan_in(sentences)}{named}: {where}"
 
 
 def _one(prediction: Prediction, i: int) -> Prediction:

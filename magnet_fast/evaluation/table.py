@@ -141,15 +141,15 @@ class Table:
         Raises:
             ValueError: where a prediction held NaN, naming the first such sentence.
         """
-        self._read()
-        ordered = [self._rows[index] for index in sorted(self._rows)]
-        nan = [row.index for row in ordered if row.nan]
+        nan = self.nan()
         if nan:
-            others = f", and of {len(nan) - 1} others" if len(nan) > 1 else ""
-            raise ValueError(
-                f"prediction: NaN in that of sentence {nan[0]}{others}; a model that answers NaN has no score"
-            )
-        return ordered
+            raise ValueError(f"{nan_in(nan)}; a model that answers NaN has no score")
+        return [self._rows[index] for index in sorted(self._rows)]
+
+    def nan(self) -> list[int]:
+        """The indices of the sentences whose prediction held NaN, in order."""
+        self._read()
+        return sorted(index for index, row in self._rows.items() if row.nan)
 
     def gather(self) -> None:
         """Under torch.distributed: bring the sentences of all processes together, on every process. Collective."""
@@ -164,6 +164,12 @@ class Table:
         pending, self._pending = self._pending, []
         for part in pending:
             self._rows.update((row.index, row) for row in part.rows())
+
+
+def nan_in(sentences: Sequence[int]) -> str:
+    """The beginning of a message: the predictions of these sentences, at least one, hold NaN."""
+    others = f", and of {len(sentences) - 1} others" if len(sentences) > 1 else ""
+    return f"prediction: NaN in that of sentence {sentences[0]}{others}"
 
 
 def _masks(name: str, masks: Tensor) -> Tensor:

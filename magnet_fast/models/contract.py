@@ -134,10 +134,10 @@ def probability(prediction: Prediction, size: tuple[int, int]) -> Tensor:
     The one decision: mask logits resized bilinearly (see `Prediction.aligned_corners`), then a sigmoid, then the
     presence (see `Prediction.presence_weighs`).
     """
-    mask = resized(prediction, size).sigmoid()
+    mask = resized(prediction._replace(mask=_finite(prediction.mask)), size).sigmoid()
     if prediction.presence is None:
         return mask
-    presence = prediction.presence.float()
+    presence = _finite(prediction.presence)
     if not prediction.presence_weighs:
         return mask * (presence >= 0)[:, None, None]
     # A softmax over two logits, to the last bit, which the sigmoid of their difference is not.
@@ -152,3 +152,8 @@ def resized(prediction: Prediction, size: tuple[int, int]) -> Tensor:
         return logits
     aligned = prediction.aligned_corners
     return F.interpolate(logits[:, None], size=tuple(size), mode="bilinear", align_corners=aligned)[:, 0]
+
+
+def _finite(logits: Tensor) -> Tensor:
+    """float32; an infinite logit as one that is as sure, for weights of 0 and differences would make NaN of it."""
+    return logits.float().nan_to_num(nan=torch.nan, posinf=1e4, neginf=-1e4)

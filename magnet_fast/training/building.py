@@ -34,6 +34,8 @@ def build_trainer(config: TrainConfig, out: Path, world: World) -> Trainer:
     training_set, validation_set = build_datasets(config, readers, tokenizer, model.spec)
     for dataset in filter(None, (training_set, validation_set)):
         require_context(dataset, model.needs)
+    if world.is_main:
+        training_set.tell_unread()
     terms = build_terms(config.terms, model, tokenizer)
     metadata = {"model_name": config.model.name, "tokenizer_vocab": tokenizer.digest()}
     return Trainer(config, model, terms, training_set, validation_set, out, world, metadata)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 
-from magnet_fast.data.tokenizers.base import ExpressionTokenizer
+from magnet_fast.data.tokenizers.base import ExpressionTokenizer, Reading, shortened
 from magnet_fast.data.tokenizers.clip import ClipTokenizer
 from magnet_fast.data.tokenizers.pretrained import PretrainedTokenizer
 from magnet_fast.data.tokenizers.wordpiece import Tokenizer
 
-__all__ = ["ClipTokenizer", "ExpressionTokenizer", "PretrainedTokenizer", "Tokenizer", "open_tokenizer"]
+__all__ = [
+    "ClipTokenizer", "ExpressionTokenizer", "PretrainedTokenizer", "Reading", "Tokenizer",
+    "open_tokenizer", "shortened",
+]  # fmt: skip
 
 
 def open_tokenizer(

@@ -1,14 +1,59 @@
-"""What every tokenizer of expressions does alike: checks, rows of one length, a digest of the vocabulary."""
+"""What every tokenizer of expressions does alike: checks, what it cannot read, rows of one length, a digest."""
 
 from __future__ import annotations
 
 import hashlib
+import re
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 
 from magnet_fast.models.contract import Text
+
+_LONGEST = 10_000  # characters; tokenizers take seconds for a million, of which a model reads some twenty words
+
+_HALF = re.compile("[\ud800-\udbff](?![\udc00-\udfff])|(?<![\ud800-\udbff])[\udc00-\udfff]")
+
+
+class Reading(NamedTuple):
+    """What a tokenizer makes of one sentence.
+
+    Attributes:
+        ids: at most `max_tokens`, special tokens included.
+        unknown: its words, told apart by white space, in which the vocabulary has no token for a part or the whole.
+        dropped: characters that are left out, each once: controls and characters of no width where the tokenizer drops
+            them, and halves of a surrogate pair, which are no text.
+        cut: whether it goes on behind the last token.
+        none_known: whether no part of what is read has a token: the model cannot tell this sentence from others.
+    """
+
+    ids: list[int]
+    unknown: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
+    cut: bool = False
+    none_known: bool = False
+
+    @property
+    def complete(self) -> bool:
+        """Whether the whole sentence is read."""
+        return not (self.unknown or self.dropped or self.cut)
+
+    @property
+    def notes(self) -> dict[str, str]:
+        """What is not read, in words, by the name of the attribute that says so; empty where all is."""
+        notes = {}
+        if self.unknown:
+            share = "all its words: " if self.none_known else ""
+            notes["unknown"] = f"the vocabulary lacks {share}{_listed(self.unknown)}"
+        if self.dropped:
+            notes["dropped"] = f"characters are left out: {_listed(self.dropped)}"
+        if self.cut:
+            notes["cut"] = f"it is cut after {len(self.ids)} tokens"
+        return notes
 
 
 class ExpressionTokenizer(ABC):
@@ -18,10 +63,12 @@ class ExpressionTokenizer(ABC):
         max_tokens: T, the special tokens included; what is longer is cut.
         padding_id: what fills a row behind its tokens.
         mask_id: the token that stands for a hidden word, BERT's [MASK]; None for a vocabulary without.
+        unknown_id: the token that stands for what the vocabulary lacks; None for one that lacks nothing.
     """
 
     padding_id: int = 0
     mask_id: int | None = None
+    unknown_id: int | None = None
 
     def __init__(self, max_tokens: int) -> None:
         if isinstance(max_tokens, bool) or not isinstance(max_tokens, int):
@@ -29,33 +76,85 @@ class ExpressionTokenizer(ABC):
         if max_tokens < 3:
             raise ValueError(f"max_tokens is {max_tokens}; expected at least 3 (start, a word, end)")
         self.max_tokens = max_tokens
+        self._told: set[str] = set()
 
     def __call__(self, expressions: str | Sequence[str]) -> Text:
         """One or N expressions -> ids (N, T) int64 and mask (N, T) bool.
 
+        A warning says once, for each kind of loss, that an expression cannot be read as it is (see `Reading`).
+
+        Raises:
+            TypeError, ValueError: as `readings`.
+        """
+        expressions = [expressions] if isinstance(expressions, str) else expressions
+        readings = self.readings(expressions)
+        for text, reading in zip(expressions, readings, strict=True):
+            self.tell(text, reading)
+        return self.rows(readings)
+
+    def readings(self, expressions: Sequence[str]) -> list[Reading]:
+        """What is read of each expression, without a warning.
+
         Raises:
             TypeError: an expression is no text.
-            ValueError: one is empty or blank. Both name its position.
+            ValueError: one is empty or blank, or nothing of it is left to be read. All name its position.
         """
-        if isinstance(expressions, str):
-            expressions = [expressions]
-        for position, text in enumerate(expressions):
-            if not isinstance(text, str):
-                raise TypeError(f"expression {position} is a {type(text).__name__}; expected str")
-            if not text.strip():
-                raise ValueError(f"expression {position} is empty: {text!r}")
-        ids = torch.full((len(expressions), self.max_tokens), self.padding_id, dtype=torch.int64)
+        # One by one: encoding a batch starts threads, after which forked data loader workers may lock up.
+        return [self._reading(text, f"expression {position}") for position, text in enumerate(expressions)]
+
+    def rows(self, readings: Sequence[Reading]) -> Text:
+        """N readings -> ids (N, T) int64 and mask (N, T) bool."""
+        ids = torch.full((len(readings), self.max_tokens), self.padding_id, dtype=torch.int64)
         mask = torch.zeros(ids.shape, dtype=torch.bool)
-        for row, text in enumerate(expressions):
-            # One by one: encoding a batch starts threads, after which forked data loader workers may lock up.
-            found = self._encode(text)
-            ids[row, : len(found)] = torch.tensor(found)
-            mask[row, : len(found)] = True
+        for row, reading in enumerate(readings):
+            ids[row, : len(reading.ids)] = torch.tensor(reading.ids)
+            mask[row, : len(reading.ids)] = True
         return Text(ids, mask)
 
+    def tell(self, text: str, reading: Reading) -> None:
+        """Warn of what is not read of a text, once for each kind of loss."""
+        fresh = {kind: note for kind, note in reading.notes.items() if kind not in self._told}
+        if fresh:
+            self._told.update(fresh)
+            warnings.warn(
+                f"expression {shortened(text)}: {'; '.join(fresh.values())}; said once for each kind of loss",
+                stacklevel=3,
+            )
+
+    def _reading(self, text: str, name: str) -> Reading:
+        if not isinstance(text, str):
+            raise TypeError(f"{name} is a {type(text).__name__}; expected str")
+        if not text.strip():
+            raise ValueError(f"{name} is empty: {shortened(text)}")
+        kept = _without_halves(text[:_LONGEST])
+        ids, cut = self._encode(kept)
+        if not (kept.strip() and self._words(ids)):
+            raise ValueError(f"{name} leaves no word to read: the tokenizer drops all of {shortened(text)}")
+        unknown: tuple[str, ...] = ()
+        if self.unknown_id in ids:
+            words = dict.fromkeys(kept.split()[: self.max_tokens])
+            unknown = tuple(word for word in words if self.unknown_id in self._encode(word)[0]) or (kept,)
+        none_known = self._words(ids) == {self.unknown_id}
+        dropped = (*dict.fromkeys(_HALF.findall(text[:_LONGEST])), *self._dropped(kept))
+        return Reading(ids, unknown, dropped, cut or len(text) > _LONGEST, none_known)
+
+    def _dropped(self, text: str) -> list[str]:
+        if text.isprintable() and "\ufffd" not in text:
+            return []
+        doubtful = [one for one in dict.fromkeys(text) if one == "\ufffd" or not (one.isprintable() or one.isspace())]
+        return [one for one in doubtful if not self._words(self._encode(one)[0])]
+
+    @cached_property
+    def _frame(self) -> set[int]:
+        return set(self.special_ids.values()) - {self.unknown_id}
+
+    def _words(self, ids: list[int]) -> set[int]:
+        """Those of the ids that stand for a part of a sentence, be it an unknown one."""
+        return set(ids) - self._frame
+
     @abstractmethod
-    def _encode(self, text: str) -> list[int]:
-        """At most `max_tokens` ids of one expression, special tokens included."""
+    def _encode(self, text: str) -> tuple[list[int], bool]:
+        """At most `max_tokens` ids of one expression, special tokens included, and whether there were more."""
 
     @property
     @abstractmethod
@@ -93,3 +192,25 @@ class ExpressionTokenizer(ABC):
 def digest_of(tokens: Sequence[str]) -> str:
     """SHA-256 of tokens, one a line."""
     return hashlib.sha256("\n".join(tokens).encode()).hexdigest()
+
+
+def shortened(text: str) -> str:
+    """A text as messages quote it: on one line, what cannot be printed escaped, and never long."""
+    kept = text[:80]
+    while len(repr(kept)) > 100:
+        kept = kept[: 3 * len(kept) // 4]
+    return repr(text if kept == text else f"{kept}…")
+
+
+def _listed(parts: tuple[str, ...]) -> str:
+    more = f" and {len(parts) - 5} more" if len(parts) > 5 else ""
+    return ", ".join(map(shortened, parts[:5])) + more
+
+
+def _without_halves(text: str) -> str:
+    """Pairs of surrogates as the characters they stand for; halves of a pair, which no tokenizer takes, left out."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return _HALF.sub("", text).encode("utf-16", "surrogatepass").decode("utf-16")
+    return text

@@ -6,13 +6,14 @@ import gzip
 import html
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 from tokenizers import normalizers, pre_tokenizers
 
-from magnet_fast.data.tokenizers.base import ExpressionTokenizer
+from magnet_fast.data.tokenizers.base import ExpressionTokenizer, Reading
 from magnet_fast.models.contract import Text
 
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -64,9 +65,9 @@ class ClipTokenizer(ExpressionTokenizer):
             ]
         )
 
-    def __call__(self, expressions: str | list[str]) -> Text:
+    def rows(self, readings: Sequence[Reading]) -> Text:
         """As every tokenizer, with mask = ids != 0."""
-        ids, _ = super().__call__(expressions)
+        ids, _ = super().rows(readings)
         return Text(ids, ids != self.padding_id)
 
     @property
@@ -84,10 +85,10 @@ class ClipTokenizer(ExpressionTokenizer):
         """Ids of the start and the end token."""
         return {START: self._start, END: self._end}
 
-    def _encode(self, text: str) -> list[int]:
+    def _encode(self, text: str) -> tuple[list[int], bool]:
         text = html.unescape(html.unescape(text)).strip()
         words = self._tokenizer.encode(text, add_special_tokens=False).ids
-        return [self._start, *words[: self.max_tokens - 2], self._end]
+        return [self._start, *words[: self.max_tokens - 2], self._end], len(words) > self.max_tokens - 2
 
 
 def _byte_tokens() -> list[str]:

@@ -33,6 +33,7 @@ class PretrainedTokenizer(ExpressionTokenizer):
         if tokenizer.pad_token_id is None:
             raise ValueError(f"tokenizer: {self._name!r} has no padding token; expected one of BERT's kind")
         self.padding_id, self.mask_id = tokenizer.pad_token_id, tokenizer.mask_token_id
+        self.unknown_id = tokenizer.unk_token_id
         self._special_ids = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
         self._vocabulary = tokenizer.get_vocab()
         self._tokenizer = tokenizer
@@ -56,7 +57,9 @@ class PretrainedTokenizer(ExpressionTokenizer):
         """Ids of the tokenizer's special tokens, by its own names for them."""
         return self._special_ids
 
-    def _encode(self, text: str) -> list[int]:
+    def _encode(self, text: str) -> tuple[list[int], bool]:
         if hasattr(self._tokenizer, "enable_truncation"):
-            return self._tokenizer.encode(text).ids
-        return self._tokenizer.encode(text, truncation=True, max_length=self.max_tokens)
+            found = self._tokenizer.encode(text)
+            return found.ids, bool(found.overflowing)
+        ids = self._tokenizer.encode(text, truncation=True, max_length=self.max_tokens)
+        return ids, len(ids) == self.max_tokens < len(self._tokenizer.encode(text))

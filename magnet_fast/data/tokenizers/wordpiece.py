@@ -40,7 +40,7 @@ class Tokenizer(ExpressionTokenizer):
         if ids["[PAD]"] != 0:
             raise ValueError(f"{self._path} gives [PAD] id {ids['[PAD]']}; expected 0")
         self._begin, self._end = ids["[CLS]"], ids["[SEP]"]
-        self.mask_id = self._tokenizer.token_to_id("[MASK]")
+        self.mask_id, self.unknown_id = self._tokenizer.token_to_id("[MASK]"), ids["[UNK]"]
 
     @property
     def source(self) -> str:
@@ -68,9 +68,9 @@ class Tokenizer(ExpressionTokenizer):
             [token.strip() for token in "\n".join(self._tokens()).splitlines()]
         )
 
-    def _encode(self, text: str) -> list[int]:
+    def _encode(self, text: str) -> tuple[list[int], bool]:
         ids = [self._begin, *self._tokenizer.encode(text, add_special_tokens=False).ids, self._end]
-        return ids[: self.max_tokens]
+        return ids[: self.max_tokens], len(ids) > self.max_tokens + 1  # the end token alone is no loss
 
 
 def _find_vocabulary(vocabulary: str | os.PathLike[str] | None) -> Path:

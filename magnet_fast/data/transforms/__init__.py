@@ -7,12 +7,12 @@ from torch import Tensor
 
 from magnet_fast.data.transforms.fit import Fit, Longest, Squash
 from magnet_fast.data.transforms.letterbox import Letterbox
-from magnet_fast.data.transforms.pictures import Picture, as_mask, as_rgb, open_image
+from magnet_fast.data.transforms.pictures import Picture, as_mask, as_rgb, as_shown, open_image, orientation
 from magnet_fast.models.contract import InputSpec
 
 __all__ = [
     "Fit", "Letterbox", "Longest", "Picture", "Squash",
-    "as_mask", "as_rgb", "open_fit", "open_image", "prepare_image", "prepare_mask",
+    "as_mask", "as_rgb", "as_shown", "open_fit", "open_image", "orientation", "prepare_image", "prepare_mask",
 ]  # fmt: skip
 
 

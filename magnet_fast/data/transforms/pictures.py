@@ -1,54 +1,102 @@
-"""Pictures from files, arrays and Pillow, always as RGB."""
+"""Pictures from files, arrays and Pillow, always as RGB of 8 bits: as stored, or as a viewer shows them."""
 
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 Picture = Image.Image | np.ndarray | str | os.PathLike[str]
-"""A PIL image of any mode, a uint8 array (H, W, 3) or (H, W), or a path."""
+"""A path, a PIL image, or an array (H, W, 3) RGB or (H, W) grey, uint8 or uint16.
+
+One rule for all of them. Pixels of 16 bits are divided by 257, the mode's range, and rounded, be most of the range
+unused. Pixels whose range nothing tells (float; 32-bit integers, but of PNG and PPM files) are refused. Of a file with
+several frames it is the first, of a PIL image the current one. Colour profiles are not applied.
+"""
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_BACK = _TURNS | {6: _TURNS[8], 8: _TURNS[6]}
+_SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
+_PREMULTIPLIED = {"La": "LA", "RGBa": "RGBA"}
+_CONVERT = "scale its pixels to 0 … 255 and give them as uint8"
 
 
 def open_image(path: str | os.PathLike[str]) -> Image.Image:
-    """Read an image file as RGB, fully decoded.
-
-    EXIF orientation is ignored: COCO's masks are drawn on the pixels as stored.
+    """Read an image file as stored, as data sets do; `as_rgb` of a path.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is empty, truncated or otherwise unreadable. Both name the path.
+        ValueError: it is empty, truncated or otherwise unreadable, or has pixels of a range that nothing tells. All
+            name the path.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"image {path} does not exist")
-    if path.stat().st_size == 0:
-        raise ValueError(f"image {path} is empty (0 bytes)")
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"image {path} cannot be read: {error}") from error
+    return as_rgb(path)
 
 
 def as_rgb(image: Picture) -> Image.Image:
-    """A PIL image in RGB.
+    """A picture's pixels as stored, RGB.
+
+    EXIF orientation is ignored: COCO's masks are drawn on the pixels as stored. Transparency is dropped, as the field's
+    code drops it: what is seen is the colour that is stored under it, and a warning says so once. The result says
+    nothing of either any more, so that `as_shown` leaves it as it is.
 
     Raises:
         TypeError: it is neither a PIL image nor an array nor a path.
-        ValueError: an array of another shape or dtype, or a file that `open_image` refuses.
+        ValueError: an array of another shape or dtype, pixels of a range that nothing tells, or a file that cannot be
+            read.
+        FileNotFoundError: there is no such file.
     """
-    if isinstance(image, Image.Image):
-        return image.convert("RGB")
-    if isinstance(image, (str, os.PathLike)):
-        return open_image(image)
-    if not isinstance(image, np.ndarray):
-        raise TypeError(f"image is a {type(image).__name__}; expected a PIL image, a uint8 array or a path")
-    if image.dtype != np.uint8 or not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3)):
-        raise ValueError(f"image has shape {image.shape} and dtype {image.dtype}; expected uint8 (H, W, 3) or (H, W)")
-    return Image.fromarray(image).convert("RGB")
+    stored, _, name = _stored(image)
+    if _is_transparent(stored):
+        warnings.warn("a picture has transparent parts: the colours stored under them are read", stacklevel=2)
+    return _rgb(stored, name)
+
+
+def as_shown(image: Picture) -> Image.Image:
+    """A picture as a viewer shows it, RGB: turned upright by its EXIF orientation, its transparent parts on white.
+
+    A broken EXIF block, or an orientation that is none, turns nothing. A PIL image that was turned by hand and still
+    carries the orientation of its file is turned again. A warning says once that something was laid on white.
+
+    Raises:
+        TypeError, ValueError, FileNotFoundError: as `as_rgb`.
+    """
+    stored, turn, name = _stored(image)
+    if _is_transparent(stored):
+        warnings.warn("a picture has transparent parts: they are laid on white", stacklevel=2)
+        white = Image.new("RGBA", stored.size, "white")
+        white.alpha_composite(_plain_alpha(stored).convert("RGBA"))
+        stored = white
+    shown = _rgb(stored, name)
+    return shown if turn == 1 else shown.transpose(_TURNS[turn])
+
+
+def orientation(image: Image.Image | str | os.PathLike[str]) -> int:
+    """The EXIF orientation of a file or a PIL image, 1 to 8; 1, upright, where there is none or a broken one.
+
+    Of a TIFF that Pillow has decoded it is 1: Pillow turns it upright as it decodes it.
+
+    Raises:
+        FileNotFoundError, ValueError: a file that is absent or no picture.
+    """
+    if not isinstance(image, Image.Image):
+        with _opened(Path(image)) as opened:
+            return orientation(opened)
+    try:
+        value = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # of a broken block, many kinds
+        return 1
+    return value if isinstance(value, int) and value in _TURNS else 1
 
 
 def as_mask(mask: np.ndarray) -> np.ndarray:
@@ -70,3 +118,105 @@ def resize_nearest(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     if mask.shape == size:
         return mask
     return np.array(Image.fromarray(mask).resize((size[1], size[0]), Image.Resampling.NEAREST))
+
+
+def _stored(image: Picture) -> tuple[Image.Image, int, str]:
+    """Pixels as stored, decoded, in whatever mode; the EXIF orientation; what messages call the picture."""
+    if isinstance(image, (str, os.PathLike)):
+        name = f"image {image}"
+        with _opened(Path(image)) as opened:
+            return *_decoded(opened, name), name
+    if isinstance(image, np.ndarray):
+        return _from_array(image), 1, "image"
+    if not isinstance(image, Image.Image):
+        raise TypeError(
+            f"image is a {type(image).__name__}; expected a path, a PIL image, or an array (H, W, 3) or (H, W), "
+            "uint8 or uint16"
+        )
+    if 0 in image.size:
+        raise ValueError(f"image is {image.width} x {image.height} pixels; expected at least 1 x 1")
+    return *_decoded(image, "image"), "image"
+
+
+def _opened(path: Path) -> Image.Image:
+    if path.is_dir():
+        raise ValueError(f"image {path} is a folder; expected a picture's file")
+    if not path.is_file():
+        raise FileNotFoundError(f"image {path} does not exist")
+    if path.stat().st_size == 0:
+        raise ValueError(f"image {path} is empty (0 bytes)")
+    try:
+        return Image.open(path)
+    except UnidentifiedImageError as error:
+        raise ValueError(
+            f"image {path} cannot be read: no format that Pillow knows (HEIC is none); convert it to JPEG or PNG"
+        ) from error
+    except Image.DecompressionBombError as error:
+        raise ValueError(
+            f"image {path} cannot be read: {_reason(error)}; scale it down, or raise PIL.Image.MAX_IMAGE_PIXELS"
+        ) from error
+    except Exception as error:  # of a broken file, many kinds
+        raise ValueError(f"image {path} cannot be read: {_reason(error)}; is the file whole?") from error
+
+
+def _decoded(image: Image.Image, name: str) -> tuple[Image.Image, int]:
+    turn = orientation(image)
+    try:
+        image.load()
+    except Exception as error:  # of a broken file, many kinds
+        raise ValueError(f"{name} cannot be read: {_reason(error)}; is the file whole?") from error
+    if turn != orientation(image):  # a TIFF, which Pillow turns upright as it decodes it
+        image = image.transpose(_BACK[turn])
+    return image, turn
+
+
+def _from_array(pixels: np.ndarray) -> Image.Image:
+    shape, dtype = pixels.shape, pixels.dtype
+    expected = "expected uint8 or uint16, (H, W, 3) or (H, W)"
+    fits = pixels.ndim == 2 or (pixels.ndim == 3 and shape[2] == 3)
+    if dtype.kind != "u" or dtype.itemsize > 2:
+        raise ValueError(f"image has shape {shape} and dtype {dtype}; {expected}; {_CONVERT}")
+    if not fits:
+        cure = ""
+        if pixels.ndim == 3 and shape[0] == 3:
+            cure = "; put the channels last, image.transpose(1, 2, 0)"
+        elif pixels.ndim == 3 and shape[2] == 4:
+            cure = "; for red, green, blue and opacity give PIL.Image.fromarray(image)"
+        raise ValueError(f"image has shape {shape} and dtype {dtype}; {expected}{cure}")
+    if 0 in shape:
+        raise ValueError(f"image has shape {shape}; expected at least 1 x 1 pixels")
+    return Image.fromarray(pixels if dtype == np.uint8 else _to_8_bits(pixels))
+
+
+def _rgb(image: Image.Image, name: str) -> Image.Image:
+    # Pillow's own conversion cuts what exceeds 255 off.
+    if image.mode in _SIXTEEN_BITS or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        image = Image.fromarray(_to_8_bits(np.asarray(image)))
+    elif image.mode.startswith(("I", "F")):
+        raise ValueError(f"{name} has pixels of mode {image.mode}, whose range is not known; {_CONVERT}")
+    try:
+        rgb = _plain_alpha(image).convert("RGB")
+    except (ValueError, ImportError, OSError) as error:
+        raise ValueError(f"{name} has mode {image.mode}, which Pillow cannot make RGB; convert it to RGB") from error
+    rgb.info = {}
+    return rgb
+
+
+def _to_8_bits(pixels: np.ndarray) -> np.ndarray:
+    """0 … 65535 to the nearest of 0 … 255."""
+    return ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
+
+
+def _plain_alpha(image: Image.Image) -> Image.Image:
+    return image.convert(_PREMULTIPLIED[image.mode]) if image.mode in _PREMULTIPLIED else image
+
+
+def _is_transparent(image: Image.Image) -> bool:
+    """Whether any pixel is not opaque."""
+    if image.mode in _SIXTEEN_BITS or not image.has_transparency_data:
+        return False
+    return _plain_alpha(image).convert("RGBA").getextrema()[3][0] < 255
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__

@@ -1,0 +1,204 @@
+"""Pictures of every mode, orientation and way in, against Pillow and plain formulas; what is refused, by name."""
+
+from __future__ import annotations
+
+import io
+import struct
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+
+from magnet_fast.data.transforms import as_rgb, as_shown, open_image, orientation
+
+RNG = np.random.default_rng(0)
+COLOURS = RNG.integers(0, 256, (11, 17, 3), dtype=np.uint8)
+SIXTEEN = RNG.integers(0, 65536, (11, 17), dtype=np.uint16)
+
+
+def pixels(image: Image.Image) -> np.ndarray:
+    assert image.mode == "RGB"
+    return np.asarray(image)
+
+
+def saved(image: Image.Image, name: str, **options: object) -> io.BytesIO:
+    file = io.BytesIO()
+    image.save(file, format=name, **options)
+    file.seek(0)
+    return file
+
+
+def test_grey_of_16_bits_is_scaled_by_its_range_whichever_way_it_comes(tmp_path: Path) -> None:
+    expected = np.round(SIXTEEN / 65535 * 255).astype(np.uint8)[..., None].repeat(3, axis=2)
+    for name in ("grey.png", "grey.tif"):
+        Image.fromarray(SIXTEEN).save(tmp_path / name)
+    (tmp_path / "grey.pgm").write_bytes(b"P5\n17 11\n65535\n" + SIXTEEN.astype(">u2").tobytes())
+    big_endian = Image.frombytes("I;16B", (17, 11), SIXTEEN.astype(">u2").tobytes())
+    ways = (*(tmp_path / name for name in ("grey.png", "grey.tif", "grey.pgm")), SIXTEEN, SIXTEEN.astype(">u2"))
+    for image in (*ways, Image.fromarray(SIXTEEN), big_endian):
+        for read in (as_rgb, as_shown):
+            assert np.array_equal(pixels(read(image)), expected)
+    assert np.array_equal(pixels(as_rgb(SIXTEEN[:, :15].reshape(11, 5, 3))).ravel(), expected[:, :15, 0].ravel())
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "1", "CMYK", "YCbCr", "HSV"])
+def test_8_bits_are_what_pillow_makes_of_them(mode: str) -> None:
+    """Data sets read these as the field's code does, to the byte."""
+    image = Image.fromarray(COLOURS).convert(mode)
+    for read in (as_rgb, as_shown):
+        assert np.array_equal(pixels(read(image)), np.asarray(image.convert("RGB")))
+
+
+@pytest.mark.parametrize("mode", ["F", "I"])
+def test_a_range_that_nothing_tells_is_refused(mode: str, tmp_path: Path) -> None:
+    image = Image.fromarray(SIXTEEN.astype(np.float32)).convert(mode)
+    image.save(tmp_path / "grey.tif")
+    with pytest.raises(ValueError, match=rf"^image has pixels of mode {mode}, whose range is not known; scale"):
+        as_rgb(image)
+    with pytest.raises(ValueError, match=rf"^image .*grey\.tif has pixels of mode {mode}"):
+        as_shown(tmp_path / "grey.tif")
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "RGBa", "La", "PA", "P"])
+def test_transparency(mode: str) -> None:
+    """Stored: the colour beneath, as the field reads it. Shown: on white. Either is said once."""
+    half = Image.new("RGBA", (4, 2), (40, 40, 40, 255))
+    half.paste((200, 200, 200, 0), (0, 0, 2, 2))
+    if mode == "P":
+        image = Image.new("P", (4, 2), 1)
+        image.putpalette([40, 40, 40, 200, 200, 200])
+        image.paste(0, (2, 0, 4, 2))
+        image.info["transparency"] = 1
+    else:
+        image = half.convert("LA").convert(mode) if mode == "La" else half.convert(mode)
+    with pytest.warns(UserWarning, match="transparent parts: they are laid on white") as said:
+        shown = pixels(as_shown(image))
+    assert len(said) == 1
+    assert (shown[:, :2] == 255).all() and (shown[:, 2:] == 40).all()
+    with pytest.warns(UserWarning, match="transparent parts: the colours stored under them are read"):
+        stored = pixels(as_rgb(image))
+    assert (stored[:, 2:] == 40).all()
+    assert mode in ("RGBa", "La") or (stored[:, :2] == 200).all()  # multiplied by the opacity, nothing is left of it
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert (pixels(as_shown(Image.new("RGBA", (3, 3), (1, 2, 3, 255)))) == (1, 2, 3)).all()
+
+
+@pytest.mark.parametrize("name", ["JPEG", "PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("tag", range(1, 9))
+def test_orientation(name: str, tag: int, tmp_path: Path) -> None:
+    exif, options = Image.Exif(), {"lossless": True} if name == "WEBP" else {}
+    exif[0x0112] = tag
+    path = tmp_path / "photo"
+    path.write_bytes(saved(Image.fromarray(COLOURS), name, exif=exif, **options).getvalue())
+    stored = np.asarray(Image.open(saved(Image.fromarray(COLOURS), name, **options)))
+    upright = np.asarray(ImageOps.exif_transpose(Image.open(path)))
+    assert tag == 1 or upright.shape != stored.shape or (upright != stored).any()
+    assert orientation(path) == tag
+    for image in (path, Image.open(path)):
+        assert np.array_equal(pixels(as_shown(image)), upright)
+    for image in (path, Image.open(path)):
+        assert np.array_equal(pixels(as_rgb(image)), stored)
+    # What was read as stored stays so, and what was turned is not turned again.
+    assert np.array_equal(pixels(as_shown(open_image(path))), stored)
+    assert np.array_equal(pixels(as_shown(as_shown(path))), upright)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+@pytest.mark.parametrize(
+    "block",
+    [
+        b"Exif\0\0" + junk
+        for junk in (b"", b"II*\0", b"MM\0*\0\0\0\x08\xff\xff", b"\xff" * 40, b"II*\0\xff\xff\xff\xff")
+    ],
+)
+def test_broken_exif_turns_nothing(block: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "photo.jpg"
+    Image.fromarray(COLOURS).save(path, exif=block)
+    assert orientation(path) == 1
+    assert np.array_equal(pixels(as_shown(path)), pixels(as_rgb(path)))
+
+
+@pytest.mark.parametrize(("kind", "value"), [("short", 0), ("short", 9), ("short", 65535), ("text", ord("6"))])
+def test_an_orientation_that_is_none_turns_nothing(kind: str, value: int, tmp_path: Path) -> None:
+    type_, count = (3, 1) if kind == "short" else (2, 2)
+    block = struct.pack("<4sIHHHIII", b"II*\0", 8, 1, 0x0112, type_, count, value, 0)
+    path = tmp_path / "photo.png"
+    Image.fromarray(COLOURS).save(path, exif=block)
+    assert orientation(path) == 1 and np.array_equal(pixels(as_shown(path)), COLOURS)
+
+
+def test_the_first_frame_is_read(tmp_path: Path) -> None:
+    other = Image.new("RGB", (17, 11), "red")
+    for name in ("frames.png", "frames.tif"):
+        Image.fromarray(COLOURS).save(tmp_path / name, save_all=True, append_images=[other])
+        assert np.array_equal(pixels(as_shown(tmp_path / name)), COLOURS)
+    Image.new("RGB", (17, 11), "blue").save(tmp_path / "frames.gif", save_all=True, append_images=[other])
+    assert (pixels(as_rgb(tmp_path / "frames.gif")) == (0, 0, 255)).all()
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (np.zeros((4, 5, 3), np.float32), r"shape \(4, 5, 3\) and dtype float32; expected uint8 or uint16.*; scale"),
+        (np.zeros((4, 5), bool), "dtype bool; .*give them as uint8"),
+        (np.zeros((4, 5), np.int64), "dtype int64"),
+        (np.zeros((3, 4, 5), np.uint8), r"put the channels last, image\.transpose\(1, 2, 0\)"),
+        (np.zeros((4, 5, 4), np.uint8), r"opacity give PIL\.Image\.fromarray\(image\)"),
+        (np.zeros((1, 4, 5, 3), np.uint8), r"shape \(1, 4, 5, 3\)"),
+        (np.zeros((0, 5, 3), np.uint8), "expected at least 1 x 1 pixels"),
+        (Image.new("RGB", (0, 5)), "image is 0 x 5 pixels; expected at least 1 x 1"),
+    ],
+)
+def test_what_is_no_picture(image: object, message: str) -> None:
+    for read in (as_rgb, as_shown):
+        with pytest.raises(ValueError, match=message):
+            read(image)
+
+
+def test_tensors_are_no_pictures() -> None:
+    with pytest.raises(TypeError, match=r"image is a Tensor; expected a path, a PIL image, or an array \(H, W, 3\)"):
+        as_rgb(torch.zeros(3, 4, 5))
+
+
+def test_unreadable_files(tmp_path: Path, monkeypatch) -> None:
+    def refused(error: type[Exception], message: str, content: bytes | None = None) -> None:
+        path = tmp_path / "picture.png"
+        if content is not None:
+            path.write_bytes(content)
+        for read in (open_image, as_shown):
+            with pytest.raises(error, match=message) as found:
+                read(path)
+            assert str(path) in str(found.value) and "\n" not in str(found.value)
+
+    refused(FileNotFoundError, "does not exist")
+    whole = saved(Image.fromarray(COLOURS), "PNG").getvalue()
+    refused(ValueError, r"is empty \(0 bytes\)", b"")
+    refused(ValueError, "cannot be read: .*; is the file whole", whole[: len(whole) // 2])
+    refused(ValueError, r"no format that Pillow knows \(HEIC is none\); convert it", b"\0\0\0\x18ftypheic" + bytes(40))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
+    refused(ValueError, r"exceeds limit of 100 pixels.*; scale it down, or raise PIL\.Image\.MAX_IMAGE_PIXELS", whole)
+    with pytest.raises(ValueError, match="is a folder"):
+        open_image(tmp_path)
+
+
+def test_damaged_files_are_read_or_refused_by_name(tmp_path: Path) -> None:
+    """Bytes changed at random: nothing but ValueError with the path comes out, whatever Pillow's readers raise."""
+    path, draw, refused = tmp_path / "picture", np.random.default_rng(1), 0
+    whole = [saved(Image.fromarray(COLOURS), name).getvalue() for name in ("PNG", "JPEG", "GIF", "BMP", "PPM", "TGA")]
+    for _ in range(300):
+        content = bytearray(whole[draw.integers(len(whole))])
+        for place in draw.integers(0, min(len(content), 300), 4):
+            content[place] = draw.integers(256)
+        path.write_bytes(content)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                as_shown(path)
+        except ValueError as error:
+            refused += 1
+            assert str(error).startswith(f"image {path} ")
+    assert 0 < refused < 300
