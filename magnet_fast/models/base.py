@@ -66,8 +66,18 @@ class TextEncoder(nn.Module):
         """(V, D): the vectors that ids stand for; Mask Grounding's predictor is tied to them."""
         raise NotImplementedError
 
-    def start(self, text: Text) -> Words:
-        """What stands before the first stage: embeddings, or, encoded whole, everything."""
+    @property
+    def sentence_width(self) -> int:
+        """Channels of `Words.sentence`."""
+        return self.width
+
+    def start(self, text: Text, embedded: Tensor | None = None) -> Words:
+        """What stands before the first stage: embeddings, or, encoded whole, everything.
+
+        Args:
+            text: the expressions.
+            embedded: (B, T, D), vectors to take in place of those that the ids stand for.
+        """
         raise NotImplementedError
 
     def advance(self, i: int, words: Words) -> Words:
@@ -157,11 +167,24 @@ class ReferringModel(nn.Module):
             prediction = prediction._replace(presence=self.presence(features, prediction))
         return prediction
 
-    def encode(self, image: Tensor, text: Text, context: Mapping[str, Tensor] | None = None) -> Features:
-        """What heads and training terms read: image and text encoded, and fused stage by stage."""
+    def encode(
+        self,
+        image: Tensor,
+        text: Text,
+        context: Mapping[str, Tensor] | None = None,
+        *,
+        embedded: Tensor | None = None,
+    ) -> Features:
+        """What heads and training terms read: image and text encoded, and fused stage by stage.
+
+        Args:
+            image, text, context: as for `forward`.
+            embedded: (B, T, D), vectors to take in place of those that `text.ids` stand for: some words' are hidden.
+        """
         self._check(image, text, context)
         image = image.to(next(self.image_encoder.parameters()).dtype)
-        stream, words, carry = self.image_encoder.start(image), self.text_encoder.start(text), None
+        given = (text,) if embedded is None else (text, embedded)
+        stream, words, carry = self.image_encoder.start(image), self.text_encoder.start(*given), None
         maps, tokens = [], []
         stages = len(self.image_encoder.channels)
         for i in range(stages):

@@ -75,8 +75,13 @@ class ClipText(TextEncoder):
     def word_embedding(self) -> Tensor:
         return self.token_embedding.weight
 
-    def start(self, text: Text) -> Words:
-        hidden = self.token_embedding(text.ids) + self.positions[: text.ids.shape[1]]
+    @property
+    def sentence_width(self) -> int:
+        return self.text_projection.shape[1]
+
+    def start(self, text: Text, embedded: Tensor | None = None) -> Words:
+        vectors = self.token_embedding(text.ids) if embedded is None else embedded
+        hidden = vectors + self.positions[: text.ids.shape[1]]
         for layer in self.layers:
             hidden = layer(hidden)
         words = self.norm(hidden)
