@@ -139,7 +139,7 @@ _TINY = {
     },
     "fusion": {"kind": "neck", "widths": (32, 64, 128)},
     "head": {"kind": "text_kernel", "layers": 2, "num_heads": 4, "feedforward": 128, "dropout": 0.0},
-    "input": {**_INPUT, "size": 128, "max_tokens": 20},
+    "input": {**_INPUT, "size": 128, "max_tokens": 20, "tokenizer": "wordpiece"},  # CLIP's vocabulary does not ship
 }
 
 

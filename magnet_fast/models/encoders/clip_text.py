@@ -56,9 +56,10 @@ class ClipTextConfig(TextConfig):
 
 
 class ClipText(TextEncoder):
-    """Words are the last norm's output; the sentence is that of the end token, the largest id, in the joint space.
+    """Words are the last norm's output; the sentence is that of the end token in the joint space.
 
-    No padding mask: what stands behind the end token is not seen by what stands before it.
+    The end token is the last that is read. CLIP finds it as the largest id, which with its vocabulary is the same. No
+    padding mask: what stands behind the end token is not seen by what stands before it.
     """
 
     def __init__(self, config: ClipTextConfig) -> None:
@@ -85,7 +86,7 @@ class ClipText(TextEncoder):
         for layer in self.layers:
             hidden = layer(hidden)
         words = self.norm(hidden)
-        end = text.ids.argmax(dim=1)
+        end = (text.mask * torch.arange(text.ids.shape[1], device=text.ids.device)).argmax(dim=1)
         last = words[torch.arange(len(end), device=end.device), end]
         return Words(words, text.mask, last @ self.text_projection)
 
