@@ -50,9 +50,14 @@ def build_model(config: TrainConfig) -> nn.Module:
     if config.model.weights is not None:
         start = checkpoints.load(config.model.weights).model
         spec = start.spec
-        if not model.config.same_model(start.config):
+        different = model.config.differences(start.config)
+        if different:
+            listed = "; ".join(f"{name}: file {there!r:.80}, here {here!r:.80}" for name, here, there in different[:4])
+            more = f" and {len(different) - 4} more" if len(different) > 4 else ""
+            name, _, there = different[0]
             raise ValueError(
-                f"model.weights: {config.model.weights} holds another model ({start.config}), expected {model.config}"
+                f"model.weights: {config.model.weights} holds another model than {config.model.name}: {listed}{more}; "
+                f"choose the file's: a model.name of its size, or --set model.overrides.{name}={there!r:.80}"
             )
         model.load_state_dict(start.state_dict())
     changes = {"size": config.data.image_size, "max_tokens": config.data.max_tokens}
