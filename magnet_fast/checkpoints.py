@@ -24,8 +24,8 @@ class Checkpoint:
     Attributes:
         model: on the CPU, in evaluation mode; `model.spec` says how images and expressions are prepared for it.
         source: the file, for messages.
-        vocabulary: digest of the vocabulary it was trained with; None where the file does not say (released ones, and those
-            of `models.save` without it).
+        vocabulary: digest of the vocabulary it was trained with; None where the file does not say (released ones,
+            those of `models.save` without it).
         metadata: everything else in the file.
     """
 
@@ -47,9 +47,9 @@ class Checkpoint:
         spec, known = self.model.spec, self.model.text_encoder.vocab_size
         if given is None and self.vocabulary is None and self.metadata:
             raise ValueError(
-                f"tokenizer: {self.source}: its metadata lack tokenizer_vocab, so its vocabulary of {known} entries is not "
-                "known; pass the one it was trained with, or write the file by models.save(…, extra={'tokenizer_vocab': "
-                "tokenizer.digest()})"
+                f"tokenizer: {self.source}: its metadata lack tokenizer_vocab, so which vocabulary of {known} entries it "
+                "was trained with is not known; pass it (vocab.txt), or write the file by training, or by "
+                "models.save(model, PATH, {'tokenizer_vocab': tokenizer.digest()})"
             )
         if given is None and self.vocabulary is None:
             raise ValueError(

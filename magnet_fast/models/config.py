@@ -207,6 +207,10 @@ class ModelConfig(Settings):
         defaults = {"mean": mean, "std": std, "tokenizer": self.text.tokenizer}
         return InputSpec(**{key: defaults[key] if value is None else value for key, value in given.items()})
 
+    def same_model(self, other: ModelConfig) -> bool:
+        """Whether both describe the same parts, however images and expressions are prepared."""
+        return not self.differences(other)
+
     def differences(self, other: ModelConfig) -> list[tuple[str, Any, Any]]:
         """Settings in which the parts of two models differ, however images and expressions are prepared.
 

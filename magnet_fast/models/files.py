@@ -63,7 +63,9 @@ def is_safetensors(path: str | os.PathLike[str]) -> bool:
     if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head", b"<body", b"<!--")):
         raise ValueError(f"{what} is a web page, not a checkpoint: its link leads to a page; {_AGAIN} from there")
     if head[257:262] == b"ustar":
-        raise ValueError(f"{what} is a tar archive; unpack it first (if torch.save wrote it, before 2017: save it again)")
+        raise ValueError(
+            f"{what} is a tar archive; unpack it first (if torch.save wrote it, before 2017: save it again)"
+        )
     if head[8:9] == b"{" and head[9:10] in (b'"', b"}", b" "):
         if int.from_bytes(head[:8], "little") + 8 > size:
             raise ValueError(f"{what} is cut short: {size} bytes do not hold its safetensors header; {_AGAIN}")
@@ -71,7 +73,9 @@ def is_safetensors(path: str | os.PathLike[str]) -> bool:
     if text.startswith((b"{", b"[")):
         raise ValueError(f"{what} {_described_json(path)}")
     if head[:1] == b"\x08" and (b"pytorch" in head or b"onnx" in head.lower()):
-        raise ValueError(f"{what} is an ONNX program; expected PyTorch's weights: the state_dict() it was exported from")
+        raise ValueError(
+            f"{what} is an ONNX program; expected PyTorch's weights: the state_dict() it was exported from"
+        )
     if head.startswith(b"PK\x03\x04") or head[:1] == b"\x80" or re.match(rb"[()\]}cdl]", head):
         return False
     raise ValueError(
@@ -257,7 +261,19 @@ def _runs_code(name: str) -> bool:
     module, _, rest = name.partition(".")
     if module == "builtins":
         return rest != "getattr" and not isinstance(getattr(builtins, rest, object), type)
-    return module in ("os", "posix", "nt", "sys", "subprocess", "shutil", "runpy", "importlib", "pty", "ctypes", "socket")
+    return module in (
+        "os",
+        "posix",
+        "nt",
+        "sys",
+        "subprocess",
+        "shutil",
+        "runpy",
+        "importlib",
+        "pty",
+        "ctypes",
+        "socket",
+    )
 
 
 def _unread(item: Any) -> bool:

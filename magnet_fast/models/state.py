@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -55,6 +56,16 @@ def load_strictly(model: nn.Module, state: Mapping[str, Tensor], what: str) -> N
         raise ValueError(f"{what} does not fit {type(model).__name__}: {'; '.join(problems)}{likely}")
     kept = {**expected, **{name: state[name] for name in both}}
     model.load_state_dict(kept)
+
+
+def check_complete(report: Mapping[str, Any], what: str) -> None:
+    """Raise a ValueError where transformers left weights random, as its loading report says."""
+    missing = sorted(name for name in report["missing_keys"] if not is_derived(name))
+    if missing:
+        raise ValueError(
+            f"{what} lack {len(missing)} weights of the encoder ({', '.join(missing[:3])}{', …' if missing[3:] else ''}): "
+            "they are of another model, or under other names"
+        )
 
 
 def unreachable(role: str, name: str, error: Exception) -> ValueError:

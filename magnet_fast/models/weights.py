@@ -24,13 +24,14 @@ _READ = (FORMAT, f"{_OURS}1")
 def save(model: nn.Module, path: str | os.PathLike[str], extra: dict[str, str] | None = None) -> None:
     """Write weights and configuration to `path` (.safetensors), atomically: a reader never sees half a file.
 
-    How images and expressions are prepared (`model.spec`) is part of the configuration.
+    How images and expressions are prepared (`model.spec`) is part of the configuration. Names are those of the plain
+    model, also where torch.compile wrapped it.
 
     Args:
         extra: more metadata, text to text (vocabulary, how it was trained).
     """
     metadata = {**(extra or {}), "format": FORMAT, "config": model.config.model_dump_json()}
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    tensors = {plain_name(name): tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     write_atomically(path, lambda file: file.write(to_bytes(tensors, metadata)))
 
 

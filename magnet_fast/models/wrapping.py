@@ -67,6 +67,12 @@ def plain_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPS)
 
 
+def part_of(state: Mapping[str, Tensor], entry: str) -> dict[str, Tensor]:
+    """What a larger model's weights hold of the part that has such an entry: "backbone.patch_embed.…", for one."""
+    prefix = next((name.removesuffix(entry) for name in state if name.endswith(f".{entry}")), "")
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+
+
 def without_shared_prefix(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Names without the parts that all of them begin with; a name's last two parts stay."""
     state = dict(state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -52,17 +53,22 @@ def build_model(config: TrainConfig) -> nn.Module:
         spec = start.spec
         different = model.config.differences(start.config)
         if different:
-            listed = "; ".join(f"{name}: file {there!r:.80}, here {here!r:.80}" for name, here, there in different[:4])
-            more = f" and {len(different) - 4} more" if len(different) > 4 else ""
-            name, _, there = different[0]
-            raise ValueError(
-                f"model.weights: {config.model.weights} holds another model than {config.model.name}: {listed}{more}; "
-                f"choose the file's: a model.name of its size, or --set model.overrides.{name}={there!r:.80}"
-            )
+            raise ValueError(f"model.weights: {config.model.weights} {_other_model(config.model.name, different)}")
         model.load_state_dict(start.state_dict())
     changes = {"size": config.data.image_size, "max_tokens": config.data.max_tokens}
     model.spec = spec._replace(**{key: value for key, value in changes.items() if value is not None})
     return model
+
+
+def _other_model(name: str, different: list[tuple[str, Any, Any]]) -> str:
+    """How a file's model differs from the configuration's, and what makes them the same."""
+    listed = "; ".join(f"{key}: file {there!r:.60}, here {here!r:.60}" for key, here, there in different[:4])
+    if len(different) > 4:
+        return (
+            f"is no {name}: {listed}; and {len(different) - 4} more; choose the model.name or the overrides of the file"
+        )
+    sets = " ".join(f"--set model.overrides.{key}={json.dumps(there)}" for key, _, there in different)
+    return f"is another {name}: {listed}; to start from it: {sets}"
 
 
 def build_tokenizer(config: TrainConfig, model: nn.Module) -> Any:

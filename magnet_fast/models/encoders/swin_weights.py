@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from magnet_fast.models.files import read_contents
 from magnet_fast.models.state import unreachable
-from magnet_fast.models.wrapping import unwrap
+from magnet_fast.models.wrapping import part_of, unwrap
 
 # The ImageNet-22k weights that the papers of this family start from, by (embed_dim, depth of stage 3).
 _NAMES = {
@@ -77,17 +77,10 @@ def _read(name: str) -> Mapping[str, Tensor]:
     if os.sep in name or Path(name).exists():
         if not Path(name).is_file():
             raise ValueError(f"image weights {name!r}: no such file")
-        return _swin_alone(unwrap(read_contents(name), f"image weights {name!r}"))
+        return part_of(unwrap(read_contents(name), f"image weights {name!r}"), "patch_embed.proj.weight")
     if not timm.is_model(name):
         raise ValueError(f"image weights {name!r}: neither a file nor a model that timm knows")
     try:
         return timm.create_model(name, pretrained=True).state_dict()
     except (OSError, RuntimeError, ValueError) as error:
         raise unreachable("image", name, error) from error
-
-
-def _swin_alone(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """The Swin in a larger model's weights, as detectors and segmenters keep one ("backbone.…")."""
-    end = "patch_embed.proj.weight"
-    prefix = next((name.removesuffix(end) for name in state if name.endswith(f".{end}")), "")
-    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
