@@ -47,8 +47,8 @@ class Checkpoint:
         spec, known = self.model.spec, self.model.text_encoder.vocab_size
         if given is None and self.vocabulary is None and self.metadata:
             raise ValueError(
-                f"tokenizer: {self.source}: its metadata lack tokenizer_vocab, so which vocabulary of {known} entries it "
-                "was trained with is not known; pass it (vocab.txt), or write the file by training, or by "
+                f"tokenizer: {self.source}: its metadata lack tokenizer_vocab, so which vocabulary of {known} entries "
+                "it was trained with is not known; pass it (vocab.txt), or write the file by training, or by "
                 "models.save(model, PATH, {'tokenizer_vocab': tokenizer.digest()})"
             )
         if given is None and self.vocabulary is None:

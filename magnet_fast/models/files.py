@@ -18,11 +18,11 @@ from typing import Any, BinaryIO
 import torch
 from safetensors import SafetensorError, safe_open
 
-from magnet_fast.inert import InertUnpickler, PickledArray, StandIn, paths, type_name
+from magnet_fast.inert import InertUnpickler, StandIn, paths, type_name
+from magnet_fast.models.wrapping import SAVE_WEIGHTS
 
 _TORCH_MAGIC = 0x1950A86A20F9469CFC6C  # the first object of a file that torch.save wrote before version 1.6
 _AGAIN = "download or copy it again"
-_STATE_DICT = "torch.save({'model': model.state_dict()}, PATH)"
 # Begins with -> what that is.
 _FOREIGN = (
     (b"version https://git-lfs", "is the pointer that Git LFS keeps in place of a file; fetch the file: git lfs pull"),
@@ -63,9 +63,7 @@ def is_safetensors(path: str | os.PathLike[str]) -> bool:
     if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head", b"<body", b"<!--")):
         raise ValueError(f"{what} is a web page, not a checkpoint: its link leads to a page; {_AGAIN} from there")
     if head[257:262] == b"ustar":
-        raise ValueError(
-            f"{what} is a tar archive; unpack it first (if torch.save wrote it, before 2017: save it again)"
-        )
+        raise ValueError(f"{what} is a tar archive; unpack it first (where torch.save wrote it, save it again)")
     if head[8:9] == b"{" and head[9:10] in (b'"', b"}", b" "):
         if int.from_bytes(head[:8], "little") + 8 > size:
             raise ValueError(f"{what} is cut short: {size} bytes do not hold its safetensors header; {_AGAIN}")
@@ -73,9 +71,7 @@ def is_safetensors(path: str | os.PathLike[str]) -> bool:
     if text.startswith((b"{", b"[")):
         raise ValueError(f"{what} {_described_json(path)}")
     if head[:1] == b"\x08" and (b"pytorch" in head or b"onnx" in head.lower()):
-        raise ValueError(
-            f"{what} is an ONNX program; expected PyTorch's weights: the state_dict() it was exported from"
-        )
+        raise ValueError(f"{what} is an ONNX program; expected the weights of the model it was made from")
     if head.startswith(b"PK\x03\x04") or head[:1] == b"\x80" or re.match(rb"[()\]}cdl]", head):
         return False
     raise ValueError(
@@ -103,10 +99,10 @@ def read_contents(path: str | os.PathLike[str]) -> Mapping[str, Any]:
     if isinstance(contents, StandIn):
         raise ValueError(
             f"{what} holds a whole {type_name(contents)} as an object, which is code as well; where its class is at "
-            f"hand, save its weights alone: {_STATE_DICT}"
+            f"hand, save its weights alone: {SAVE_WEIGHTS}"
         )
     if not isinstance(contents, Mapping):
-        raise ValueError(f"{what} holds a {type_name(contents)}, expected a dictionary of weights: {_STATE_DICT}")
+        raise ValueError(f"{what} holds a {type_name(contents)}, expected a dictionary of weights: {SAVE_WEIGHTS}")
     return contents
 
 
@@ -172,7 +168,7 @@ def _read_pickle(file: BinaryIO, what: str) -> Any:
             if isinstance(item, StandIn) and item.type_name.startswith("torch."):
                 raise ValueError(
                     f"{what} is a pickle of PyTorch's objects (under {place!r} {item.type_name}), not a file of "
-                    f"torch.save, and is not read; where you trust it, save its weights again: {_STATE_DICT}"
+                    f"torch.save, and is not read; where you trust it, save its weights again: {SAVE_WEIGHTS}"
                 )
         return first
     for _ in range(2):  # the protocol, and the machine that wrote it
@@ -221,7 +217,7 @@ def _load(file: BinaryIO, what: str, unpickler: InertUnpickler, inert: Any) -> A
         also = f"; it holds {', '.join(list(dict.fromkeys(unread))[:3])}" if unread else ""
         raise ValueError(
             f"{what} cannot be read safely: {_reason(error)}{also}; where you trust it, save its weights alone: "
-            f"{_STATE_DICT}"
+            f"{SAVE_WEIGHTS}"
         ) from error
 
 
@@ -244,6 +240,7 @@ class _Items(list):
         pass
 
 
+_CODE_MODULES = {"os", "posix", "nt", "sys", "subprocess", "shutil", "runpy", "importlib", "pty", "ctypes", "socket"}
 _DICTIONARIES = ("collections.defaultdict", "collections.Counter")
 
 
@@ -261,19 +258,7 @@ def _runs_code(name: str) -> bool:
     module, _, rest = name.partition(".")
     if module == "builtins":
         return rest != "getattr" and not isinstance(getattr(builtins, rest, object), type)
-    return module in (
-        "os",
-        "posix",
-        "nt",
-        "sys",
-        "subprocess",
-        "shutil",
-        "runpy",
-        "importlib",
-        "pty",
-        "ctypes",
-        "socket",
-    )
+    return module in _CODE_MODULES
 
 
 def _unread(item: Any) -> bool:
@@ -302,6 +287,3 @@ def _described_json(path: Path) -> str:
             "one file: load each, and safetensors.torch.save_file the union of their tensors"
         )
     return "is JSON, a configuration or a log; expected the file of weights beside it"
-
-
-__all__ = ["PickledArray", "is_safetensors", "read_contents", "read_safetensors", "safetensors_metadata"]

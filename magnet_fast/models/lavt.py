@@ -42,12 +42,10 @@ _RULES = [
 
 
 def _config(state: Mapping[str, Tensor], hints: Mapping[str, Any]) -> dict[str, Any]:
+    inside = any(name.startswith("text_encoder.") for name in state)  # "lavt_one": BERT in the model, not beside it
     return {
         "image": swin_sizes(state, "backbone."),
-        # Beside the model, or ("lavt_one") in it.
-        "text": bert_sizes(
-            state, "text_encoder." if any(n.startswith("text_encoder.") for n in state) else "bert_model."
-        ),
+        "text": bert_sizes(state, "text_encoder." if inside else "bert_model."),
         "fusion": {"kind": "pwam", "heads": hints.get("fusion_heads", 1)},
         "head": {"kind": "topdown"},
     }

@@ -63,7 +63,7 @@ def check_complete(report: Mapping[str, Any], what: str) -> None:
     missing = sorted(name for name in report["missing_keys"] if not is_derived(name))
     if missing:
         raise ValueError(
-            f"{what} lack {len(missing)} weights of the encoder ({', '.join(missing[:3])}{', …' if missing[3:] else ''}): "
+            f"{what} lack {len(missing)} of the encoder's ({', '.join(missing[:3])}{', …' if missing[3:] else ''}): "
             "they are of another model, or under other names"
         )
 

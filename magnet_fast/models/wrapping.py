@@ -18,6 +18,9 @@ WRAPPERS = ("model", "state_dict", "model_state_dict", "model_state", "module", 
 AVERAGED = ("model_ema", "ema", "ema_model", "ema_state_dict", "model_ema_state_dict", "state_dict_ema", "params_ema")
 """Entries of averaged weights: taken where there are no others."""
 
+SAVE_WEIGHTS = "torch.save({'model': model.state_dict()}, PATH)"
+"""What makes a file of weights alone, for messages."""
+
 # Kept beside the weights, and full of tensors.
 _BESIDE = ("optim", "sched", "scaler", "amp", "criterion", "loss", "rng", "queue", "teacher", "discriminator")
 
@@ -123,7 +126,7 @@ def _tensors(level: Mapping[str, Any], what: str, place: str) -> dict[str, Tenso
         if isinstance(value, StandIn):
             raise ValueError(
                 f"{what} holds a {type_name(value)} under {where!r}, not a tensor of weights: save the model's whole "
-                "state dict where that class is at hand: torch.save({'model': model.state_dict()}, PATH)"
+                f"state dict where that class is at hand: {SAVE_WEIGHTS}"
             )
         if not _is_tensor(value):
             continue  # numbers and text beside the weights
@@ -169,6 +172,6 @@ def _without_weights(contents: Mapping[str, Any], what: str) -> str:
         whole = type_name(contents[unread])
         return (
             f"{what} cannot be read safely: under {unread!r} it holds a whole {whole} as an object, which is code as "
-            "well; where its class is at hand, save its weights alone: torch.save({'model': model.state_dict()}, PATH)"
+            f"well; where its class is at hand, save its weights alone: {SAVE_WEIGHTS}"
         )
-    return f"{what} holds no weights, but {listed}; expected a state dict: torch.save({{'model': model.state_dict()}}, PATH)"
+    return f"{what} holds no weights, but {listed}; expected a state dict: {SAVE_WEIGHTS}"
