@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import pickle
 import re
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING  # Python 2's names, as pickle itself maps them
 from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO, ClassVar
 
@@ -159,6 +160,7 @@ class InertUnpickler(pickle.Unpickler):
         self.outside: list[Any] = []
 
     def find_class(self, module: str, name: str) -> type:
+        module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
         full = f"{module}.{name}"
         if full not in self.named:
             # A class of its own for every reading: a pickle can write attributes of the classes that it gets.

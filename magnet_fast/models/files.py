@@ -213,6 +213,13 @@ def _load(file: BinaryIO, what: str, unpickler: InertUnpickler, inert: Any) -> A
             warnings.simplefilter("ignore")  # of protocols, of storages
             return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # as of pickle
+        if isinstance(error, RuntimeError | EOFError):
+            raise ValueError(f"{what} is damaged or cut short ({_reason(error)}); {_AGAIN}") from error
+        if "Unsupported operand" in str(error):
+            raise ValueError(
+                f"{what} was written with a pickle protocol that is not read safely; where you trust the file, write it "
+                "again with the usual one: torch.save(torch.load(PATH, weights_only=False), OTHER)"
+            ) from error
         unread = [f"{type_name(item)} under {place!r}" for place, item in paths(inert) if _unread(item)]
         also = f"; it holds {', '.join(list(dict.fromkeys(unread))[:3])}" if unread else ""
         raise ValueError(
@@ -282,8 +289,9 @@ def _described_json(path: Path) -> str:
     shards = content.get("weight_map") if isinstance(content, dict) else None
     if isinstance(shards, dict):
         names = sorted(set(map(str, shards.values())))
+        listed = ", ".join(names[:2]) + (", …" if names[2:] else "")
         return (
-            f"is the index of {len(names)} shards ({', '.join(names[:2])}, …), which hold the weights; join them into "
-            "one file: load each, and safetensors.torch.save_file the union of their tensors"
+            f"is the index of {len(names)} shards ({listed}), which hold the weights; join them into one file: "
+            "safetensors.torch.save_file the union of what load_file gives of each"
         )
     return "is JSON, a configuration or a log; expected the file of weights beside it"

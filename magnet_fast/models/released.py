@@ -12,10 +12,10 @@ from typing import Any
 from torch import Tensor
 
 from magnet_fast.models.base import ReferringModel
-from magnet_fast.models.files import read_contents
+from magnet_fast.models.files import is_safetensors, read_contents, safetensors_metadata
 from magnet_fast.models.registry import System, from_config, parse_config, systems
 from magnet_fast.models.state import is_derived, load_strictly
-from magnet_fast.models.wrapping import unwrap
+from magnet_fast.models.wrapping import unwrap, without_shared_prefix
 
 Rule = tuple[re.Pattern[str], str]
 
@@ -61,12 +61,9 @@ def from_released(source: str | os.PathLike[str] | Mapping[str, Any], **hints: A
         ValueError: not such a checkpoint, a name that this system's files do not have, a parameter that is missing, or
             a hint that it does not know. Nothing in a file is run.
     """
-    contents = source if isinstance(source, Mapping) else read_contents(source)
+    contents = source if isinstance(source, Mapping) else _read(source)
     what = "the released checkpoint" if isinstance(source, Mapping) else f"checkpoint {os.fspath(source)!r}"
-    state = unwrap(contents, what, _beside())
-    found = next((s for s in _known() if any(name.startswith(s.released.mark) for name in state)), None)
-    if found is None:
-        raise ValueError(_unknown(state, what))
+    found, state = _recognised(unwrap(contents, what, _beside()), what)
     released = found.released
     unknown = sorted(set(hints) - set(released.hints))
     if unknown:
@@ -85,8 +82,9 @@ def from_released(source: str | os.PathLike[str] | Mapping[str, Any], **hints: A
 
 def dropped_names(source: Mapping[str, Any]) -> list[str]:
     """Names in a released file's contents that `from_released` leaves out, since no forward pass reads them."""
-    state = unwrap(source, "the released checkpoint", _beside())
-    return sorted(name for name in state if any(s.released.dropped.fullmatch(name) for s in _known()))
+    what = "the released checkpoint"
+    found, state = _recognised(unwrap(source, what, _beside()), what)
+    return sorted(name for name in state if found.released.dropped.fullmatch(name))
 
 
 _log = logging.getLogger("magnet_fast")
@@ -98,6 +96,26 @@ def _known() -> list[System]:
 
 def _beside() -> list[str]:
     return [name for system in _known() for name in system.released.beside]
+
+
+def _read(path: str | os.PathLike[str]) -> Mapping[str, Any]:
+    if is_safetensors(path) and safetensors_metadata(path).get("format", "").startswith("magnet_fast."):
+        raise ValueError(
+            f"checkpoint {os.fspath(path)!r} was written by magnet_fast: checkpoints.load reads it, and models.load where "
+            "models.save wrote it"
+        )
+    return read_contents(path)
+
+
+def _recognised(state: dict[str, Tensor], what: str) -> tuple[System, dict[str, Tensor]]:
+    """The system that has such names, and the state dict without what all of the model's begin with beside that."""
+    beside = {name: tensor for name, tensor in state.items() if name.partition(".")[0] in _beside()}
+    rest = {name: tensor for name, tensor in state.items() if name not in beside}
+    for names in (state, {**without_shared_prefix(rest), **beside}):
+        for system in _known():
+            if any(name.startswith(system.released.mark) for name in names):
+                return system, names
+    raise ValueError(_unknown(state, what))
 
 
 def _unknown(state: Mapping[str, Tensor], what: str) -> str:

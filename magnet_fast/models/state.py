@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from magnet_fast.models.wrapping import plain_name
+from magnet_fast.models.wrapping import plain_name, without_shared_prefix
 
 _DERIVED = (
     "relative_position_index",
@@ -27,12 +27,15 @@ def is_derived(name: str) -> bool:
 def load_strictly(model: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
     """Load all of `state`, in the model's dtype, or raise a ValueError that names the first differences.
 
-    Names may have what DDP, FSDP and torch.compile add, in the state or in the model; what `is_derived` may be absent
+    Names may have what DDP, FSDP and torch.compile add, in the state or in the model, and all of
+    them one more prefix; what `is_derived` may be absent
     or too many.
     """
     expected = model.state_dict()
     places = {plain_name(name): name for name in expected}
     state = {places.get(plain_name(name), name): tensor for name, tensor in state.items()}
+    if expected.keys().isdisjoint(state):
+        state = {places.get(name, name): tensor for name, tensor in without_shared_prefix(state).items()}
     missing = sorted(name for name in expected.keys() - state.keys() if not is_derived(name))
     unexpected = sorted(name for name in state.keys() - expected.keys() if not is_derived(name))
     both = sorted(expected.keys() & state.keys())

@@ -34,8 +34,8 @@ def unwrap(contents: Mapping[str, Any], what: str, beside: Iterable[str] = ()) -
     """The state dict in a checkpoint's contents, under plain names.
 
     Entries of `WRAPPERS` are opened, also within each other; the model's own weights go before averaged ones, of which
-    a warning tells. NumPy arrays become tensors. Of names, what DDP, FSDP and torch.compile add is taken off in any
-    place, and what all of them begin with, as Lightning's "model.".
+    a warning tells. NumPy arrays become tensors. What DDP, FSDP and torch.compile add to names is taken off, in any
+    place; what all of them begin with (Lightning's "model.") is left to `without_shared_prefix`.
 
     Args:
         contents: a state dict, or dictionaries with one somewhere inside.
@@ -49,6 +49,8 @@ def unwrap(contents: Mapping[str, Any], what: str, beside: Iterable[str] = ()) -
     level, place, parts = contents, "", {}
     for _ in range(_DEPTH):
         key = _wrapper(level)
+        if key not in (*WRAPPERS, *AVERAGED):
+            _refuse_whole(level, what)
         if key is None:
             break
         place = f"{place}/{key}" if place else key
@@ -56,7 +58,7 @@ def unwrap(contents: Mapping[str, Any], what: str, beside: Iterable[str] = ()) -
         level = level[key]
     if not set(AVERAGED).isdisjoint(place.split("/")):
         warnings.warn(f"{what} holds averaged weights alone ({place!r}): they are taken", stacklevel=3)
-    found = without_shared_prefix(_tensors(level, what, place))
+    found = _tensors(level, what, place)
     if not found:
         raise ValueError(_without_weights(contents, what))
     for name, inner in parts.items():
@@ -72,6 +74,8 @@ def plain_name(name: str) -> str:
 
 def part_of(state: Mapping[str, Tensor], entry: str) -> dict[str, Tensor]:
     """What a larger model's weights hold of the part that has such an entry: "backbone.patch_embed.…", for one."""
+    if entry in state:
+        return dict(state)
     prefix = next((name.removesuffix(entry) for name in state if name.endswith(f".{entry}")), "")
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
@@ -125,8 +129,8 @@ def _tensors(level: Mapping[str, Any], what: str, place: str) -> dict[str, Tenso
         where = f"{place}/{name}" if place else name
         if isinstance(value, StandIn):
             raise ValueError(
-                f"{what} holds a {type_name(value)} under {where!r}, not a tensor of weights: save the model's whole "
-                f"state dict where that class is at hand: {SAVE_WEIGHTS}"
+                f"{what} holds {type_name(value)} under {where!r}, not a tensor of weights; where that class is at "
+                f"hand, save the model's whole state dict: {SAVE_WEIGHTS}"
             )
         if not _is_tensor(value):
             continue  # numbers and text beside the weights
@@ -138,13 +142,12 @@ def _tensors(level: Mapping[str, Any], what: str, place: str) -> dict[str, Tenso
 
 
 def _leaves(level: Mapping[str, Any], depth: int = 1) -> Iterable[tuple[str, Any]]:
-    flat = any(map(_is_tensor, level.values()))
-    for name, value in level.items():
-        if flat or not isinstance(value, Mapping):
-            if isinstance(name, str):
-                yield name, value
-        elif depth and not str(name).lower().startswith(_BESIDE):
-            yield from ((f"{name}.{inner}", tensor) for inner, tensor in _leaves(value, depth - 1))
+    if any(map(_is_tensor, level.values())):
+        yield from ((name, value) for name, value in level.items() if isinstance(name, str))
+    elif depth:
+        for part, inner in level.items():
+            if isinstance(inner, Mapping) and not str(part).lower().startswith(_BESIDE):
+                yield from ((f"{part}.{name}", value) for name, value in _leaves(inner, depth - 1))
 
 
 def _as_tensor(value: Any, what: str, where: str) -> Tensor:
@@ -162,16 +165,19 @@ def _as_tensor(value: Any, what: str, where: str) -> Tensor:
     return value.detach()
 
 
+def _refuse_whole(level: Mapping[str, Any], what: str) -> None:
+    """Raise a ValueError where a model lies as an object in place of its weights."""
+    for key in WRAPPERS:
+        if isinstance(level.get(key), StandIn):
+            raise ValueError(
+                f"{what} cannot be read safely: under {key!r} it holds a whole {type_name(level[key])} as an object, "
+                f"which is code as well; where its class is at hand, save its weights alone: {SAVE_WEIGHTS}"
+            )
+
+
 def _without_weights(contents: Mapping[str, Any], what: str) -> str:
     if not contents:
         return f"{what} is an empty dictionary; expected one of weights"
     entries = [f"{key!r} ({type_name(value)})" for key, value in contents.items()]
     listed = ", ".join(entries[:5]) + (f" and {len(entries) - 5} more" if len(entries) > 5 else "")
-    unread = next((key for key in (*WRAPPERS, *AVERAGED) if isinstance(contents.get(key), StandIn)), None)
-    if unread is not None:
-        whole = type_name(contents[unread])
-        return (
-            f"{what} cannot be read safely: under {unread!r} it holds a whole {whole} as an object, which is code as "
-            f"well; where its class is at hand, save its weights alone: {SAVE_WEIGHTS}"
-        )
     return f"{what} holds no weights, but {listed}; expected a state dict: {SAVE_WEIGHTS}"
