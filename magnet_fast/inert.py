@@ -125,7 +125,7 @@ class _Bytes:
 
     type_name: ClassVar[str]
 
-    def __new__(cls, text: str, encoding: str = "latin1") -> bytes:
+    def __new__(cls, text: str = "", encoding: str = "latin1") -> bytes:
         if encoding not in ("latin1", "latin-1"):
             raise ValueError(f"bytes in the encoding {encoding!r:.40}")
         return text.encode("latin1")
@@ -133,6 +133,7 @@ class _Bytes:
 
 _REBUILT: dict[str, type] = {
     "_codecs.encode": _Bytes,
+    "builtins.bytes": _Bytes,  # of no bytes
     "numpy.dtype": _Dtype,
     **{f"numpy.{core}.multiarray.scalar": _Scalar for core in ("core", "_core")},
     **{f"numpy.{core}.multiarray._reconstruct": PickledArray for core in ("core", "_core")},

@@ -157,7 +157,7 @@ def _read_zip(file: BinaryIO, what: str) -> Any:
                 raise ValueError(f"{what} cannot be read safely: unpacked it is over a hundred times as large")
             data = archive.read(pickled)
     except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError) as error:
-        raise ValueError(f"{what} is damaged or cut short ({error}); {_AGAIN}") from error
+        raise ValueError(f"{what} is damaged or cut short; {_AGAIN}") from error
     return _load(file, what, *_inspected(io.BytesIO(data), what))
 
 
@@ -217,8 +217,8 @@ def _load(file: BinaryIO, what: str, unpickler: InertUnpickler, inert: Any) -> A
             raise ValueError(f"{what} is damaged or cut short ({_reason(error)}); {_AGAIN}") from error
         if "Unsupported operand" in str(error):
             raise ValueError(
-                f"{what} was written with a pickle protocol that is not read safely; where you trust the file, write it "
-                "again with the usual one: torch.save(torch.load(PATH, weights_only=False), OTHER)"
+                f"{what} was written with a pickle protocol that is not read safely; where you trust the file, write "
+                "it again with the usual one: torch.save(torch.load(PATH, weights_only=False), OTHER)"
             ) from error
         unread = [f"{type_name(item)} under {place!r}" for place, item in paths(inert) if _unread(item)]
         also = f"; it holds {', '.join(list(dict.fromkeys(unread))[:3])}" if unread else ""

@@ -101,8 +101,8 @@ def _beside() -> list[str]:
 def _read(path: str | os.PathLike[str]) -> Mapping[str, Any]:
     if is_safetensors(path) and safetensors_metadata(path).get("format", "").startswith("magnet_fast."):
         raise ValueError(
-            f"checkpoint {os.fspath(path)!r} was written by magnet_fast: checkpoints.load reads it, and models.load where "
-            "models.save wrote it"
+            f"checkpoint {os.fspath(path)!r} was written by magnet_fast: checkpoints.load reads it, and models.load "
+            "where models.save wrote it"
         )
     return read_contents(path)
 
