@@ -170,7 +170,8 @@ class InertUnpickler(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> Any:
         self.outside.append(pid)
-        return None
+        # Old files of whole modules give their classes so, ("module", class, source): ours, which does nothing.
+        return pid[1] if isinstance(pid, tuple) and len(pid) > 1 and isinstance(pid[1], type) else None
 
     @property
     def unknown(self) -> list[str]:

@@ -220,7 +220,8 @@ def _load(file: BinaryIO, what: str, unpickler: InertUnpickler, inert: Any) -> A
                 f"{what} was written with a pickle protocol that is not read safely; where you trust the file, write "
                 "it again with the usual one: torch.save(torch.load(PATH, weights_only=False), OTHER)"
             ) from error
-        unread = [f"{type_name(item)} under {place!r}" for place, item in paths(inert) if _unread(item)]
+        found = ((place, type_name(item)) for place, item in paths(inert) if _unread(item))
+        unread = [f"{name} under {place!r}" if place else name for place, name in found]
         also = f"; it holds {', '.join(list(dict.fromkeys(unread))[:3])}" if unread else ""
         raise ValueError(
             f"{what} cannot be read safely: {_reason(error)}{also}; where you trust it, save its weights alone: "

@@ -22,7 +22,7 @@ SAVE_WEIGHTS = "torch.save({'model': model.state_dict()}, PATH)"
 """What makes a file of weights alone, for messages."""
 
 # Kept beside the weights, and full of tensors.
-_BESIDE = ("optim", "sched", "scaler", "amp", "criterion", "loss", "rng", "queue", "teacher", "discriminator")
+_BESIDE = ("optim", "sched", "scaler", "criterion", "loss", "rng", "queue", "teacher", "discriminator")
 
 # Segments of a name that come from what a model was wrapped in: DDP, torch.compile, FSDP, activation checkpointing,
 # Fabric.
@@ -100,9 +100,13 @@ def _wrapper(level: Mapping[str, Any]) -> str | None:
     inner = [
         key
         for key, value in level.items()
-        if isinstance(value, Mapping) and not str(key).lower().startswith(_BESIDE) and _holds_tensors(value)
+        if isinstance(value, Mapping) and not _is_beside(key) and _holds_tensors(value)
     ]
     return inner[0] if len(inner) == 1 else None
+
+
+def _is_beside(key: Any) -> bool:
+    return any(word in str(key).lower() for word in _BESIDE)
 
 
 def _is_tensor(value: Any) -> bool:
@@ -146,7 +150,7 @@ def _leaves(level: Mapping[str, Any], depth: int = 1) -> Iterable[tuple[str, Any
         yield from ((name, value) for name, value in level.items() if isinstance(name, str))
     elif depth:
         for part, inner in level.items():
-            if isinstance(inner, Mapping) and not str(part).lower().startswith(_BESIDE):
+            if isinstance(inner, Mapping) and not _is_beside(part):
                 yield from ((f"{part}.{name}", value) for name, value in _leaves(inner, depth - 1))
 
 
