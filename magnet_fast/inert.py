@@ -107,17 +107,16 @@ class _Dtype:
         return np.dtype(code).newbyteorder(self._order if self._order in ("<", ">") else "=")
 
 
-class _Scalar:
-    """A NumPy scalar: the plain number or text that it is."""
+class _Scalar(StandIn):
+    """A NumPy scalar: the plain number or text that it is; a stand-in for dates and records."""
 
-    type_name: ClassVar[str]
-
-    def __new__(cls, dtype: Any, raw: Any = b"") -> Any:
-        found = dtype.dtype()
-        raw = raw.encode("latin1") if isinstance(raw, str) else raw
-        if len(raw) != found.itemsize:
-            raise ValueError(f"{len(raw)} bytes for a {found}")
-        return np.frombuffer(raw, found)[0].item() if raw else found.type().item()
+    def __new__(cls, dtype: Any = None, raw: Any = b"") -> Any:
+        try:
+            found = dtype.dtype()
+            raw = raw.encode("latin1") if isinstance(raw, str) else raw
+            return np.frombuffer(raw, found).reshape(()).item() if raw else found.type().item()
+        except (AttributeError, TypeError, ValueError):
+            return super().__new__(cls, dtype, raw)
 
 
 class _Bytes:

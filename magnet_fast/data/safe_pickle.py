@@ -56,7 +56,10 @@ def _unpack_arrays(content: Any, path: Path) -> None:
                     try:
                         item[key] = value.array().tolist()
                     except ValueError as error:
-                        raise UnsafePickleError(f"{path}: {place}/{key} holds a NumPy array {error}") from error
+                        where = _where(f"{place}/{key}" if place else f"{key}")
+                        raise UnsafePickleError(
+                            f"{path}: the pickle holds a numpy.ndarray{where}, {error}; {_EXPECTED}"
+                        ) from error
 
 
 def _check_types(content: Any, path: Path) -> None:
@@ -79,6 +82,10 @@ def _check_types(content: Any, path: Path) -> None:
 def _refusal(content: Any, path: Path) -> str:
     place, item = next((place, item) for place, item in paths(content) if type(item) not in _PLAIN_TYPES)
     asked = "asks for" if isinstance(item, StandIn | type) else "holds a"
+    why = "because anything else could run code"
+    return f"{path}: the pickle {asked} {type_name(item)}{_where(place)}; {_EXPECTED}, {why}"
+
+
+def _where(place: str) -> str:
     record, _, key = place.partition("/")
-    where = f" in record {record}" + (f", key {key!r}" if key else "") if place else ""
-    return f"{path}: the pickle {asked} {type_name(item)}{where}; {_EXPECTED}, because anything else could run code"
+    return f" in record {record}" + (f", key {key!r}" if key else "") if place else ""

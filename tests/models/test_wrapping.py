@@ -228,30 +228,44 @@ def test_each_reader_names_the_other(lavt: dict[str, State], tmp_path: Path) -> 
         models.load(tmp_path / "released.pth")
 
 
-def test_training_starts_from_released_weights(lavt: dict[str, State], expected: State, tmp_path: Path) -> None:
-    """Where the configuration is the file's; else the settings that differ are named, and how to set them."""
-    torch.save({**lavt, "args": Namespace(lr=1.0)}, tmp_path / "model_best.pth")
-    section = {"name": "lavt_tiny", "weights": str(tmp_path / "model_best.pth")}
+@pytest.fixture(scope="module")
+def best(lavt: dict[str, State], tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("released") / "model_best.pth"
+    torch.save({**lavt, "args": Namespace(lr=1.0)}, path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def config(lavt: dict[str, State]) -> dict[str, Any]:
+    return models.from_released(lavt).config.model_dump(exclude={"architecture", "input"})
+
+
+def start(weights: str | Path, overrides: dict[str, Any]) -> nn.Module:
+    section = {"name": "lavt_tiny", "weights": str(weights), "overrides": overrides}
+    return build_model(TrainConfig(model=section, max_steps=1))
+
+
+def test_training_starts_from_released_weights(
+    best: str, config: dict[str, Any], expected: State, tmp_path: Path
+) -> None:
+    """And from weights that were saved without their vocabulary."""
+    model = start(best, config)
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+    models.save(model, tmp_path / "own.safetensors")
+    again = start(tmp_path / "own.safetensors", config).state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in again.items())
+
+
+def test_training_names_what_differs(best: str, config: dict[str, Any]) -> None:
     with pytest.raises(ValueError) as caught:
-        build_model(TrainConfig(model=section, max_steps=1))
+        start(best, {})
     message = str(caught.value)
     assert "is no lavt_tiny: image.embed_dim: file 32, here 16; image.window_size: file 7, here 8" in message
     assert len(message) < 500 and "SwinConfig" not in message
-
-    config = models.from_released(lavt).config.model_dump(exclude={"architecture", "input"})
-    other = {**config, "fusion": {**config["fusion"], "heads": 2}}
     with pytest.raises(ValueError) as caught:
-        build_model(TrainConfig(model={**section, "overrides": other}, max_steps=1))
+        start(best, {**config, "fusion": {**config["fusion"], "heads": 2}})
     assert "model_best.pth is another lavt_tiny: fusion.heads: file 1, here 2" in str(caught.value)
     assert "--set model.overrides.fusion.heads=1" in str(caught.value)
-
-    model = build_model(TrainConfig(model={**section, "overrides": config}, max_steps=1))
-    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
-    models.save(model, tmp_path / "own.safetensors")  # without a vocabulary
-    again = build_model(
-        TrainConfig(model={**section, "weights": str(tmp_path / "own.safetensors"), "overrides": config})
-    )
-    assert all(torch.equal(value, expected[name]) for name, value in again.state_dict().items())
 
 
 def test_pretrained_encoders_in_other_wrappings(lavt: dict[str, State], tmp_path: Path) -> None:
