@@ -175,7 +175,7 @@ class InertUnpickler(pickle.Unpickler):
     @property
     def unknown(self) -> list[str]:
         """Names that only a `StandIn` answered."""
-        return [name for name, answer in self.named.items() if issubclass(answer, StandIn) and name not in _ONLY_NAMED]
+        return [name for name in self.named if name not in self._answers and name not in _ONLY_NAMED]
 
 
 def paths(content: Any) -> Iterator[tuple[str, Any]]:
