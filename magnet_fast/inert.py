@@ -161,7 +161,7 @@ class InertUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> type:
         module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
-        full = f"{module}.{name}"
+        full = printable(f"{module}.{name}")
         if full not in self.named:
             # A class of its own for every reading: a pickle can write attributes of the classes that it gets.
             self.named[full] = type(full, (self._answers.get(full, StandIn),), {"type_name": full})
@@ -191,13 +191,22 @@ def paths(content: Any) -> Iterator[tuple[str, Any]]:
             continue
         seen.add(id(item))
         if isinstance(item, dict):
-            inner = [(f"{place}/{key}" if place else f"{key}", value) for key, value in item.items()]
+            keys = [printable(str(key)) if isinstance(key, (str, int)) else type_name(key) for key in item]
+            inner = [
+                (f"{place}/{key}" if place else key, value) for key, value in zip(keys, item.values(), strict=True)
+            ]
             inner += [(place, key) for key in item if not isinstance(key, (str, int))]
         elif isinstance(item, StandIn):
             inner = [(place, part) for part in item.parts]
         else:
             inner = [(f"{place}/{index}" if place else f"{index}", value) for index, value in enumerate(item)]
         waiting.extend(reversed(inner))
+
+
+def printable(text: str, length: int = 120) -> str:
+    """Text of a file as a message can hold it: of no terminal codes and no great length."""
+    text = text if len(text) <= length else f"{text[:length]}…"
+    return text if text.isprintable() else text.encode("unicode_escape").decode()
 
 
 def type_name(item: Any) -> str:

@@ -15,7 +15,7 @@ from magnet_fast.models.base import ReferringModel
 from magnet_fast.models.files import is_safetensors, read_contents, safetensors_metadata
 from magnet_fast.models.registry import System, from_config, parse_config, systems
 from magnet_fast.models.state import is_derived, load_strictly
-from magnet_fast.models.wrapping import unwrap, without_shared_prefix
+from magnet_fast.models.wrapping import listed, unwrap, without_shared_prefix
 
 Rule = tuple[re.Pattern[str], str]
 
@@ -125,10 +125,8 @@ def _unknown(state: Mapping[str, Tensor], what: str) -> str:
             f"{what} holds weights of a model of this package without its configuration; load them into it, "
             "models.create(NAME).load_state_dict(…), and write both by models.save(model, PATH)"
         )
-    some = sorted(state)
-    listed = ", ".join(some[:3]) + (f" and {len(some) - 3} more" if len(some) > 3 else "")
     marks = " or ".join(f"{s.name} (names with {s.released.mark}…)" for s in _known())
-    return f"{what} is not a released checkpoint of {marks}: it holds {listed}"
+    return f"{what} is not a released checkpoint of {marks}: it holds {listed(sorted(state))}"
 
 
 # ---- for the systems ----
@@ -225,8 +223,7 @@ def _rename(state: Mapping[str, Tensor], known: list[Rule], what: str, system: s
         else:
             renamed[target] = _as_linear(target, tensor)
     if strange:
-        listed = ", ".join(map(repr, strange[:3])) + (f" and {len(strange) - 3} more" if len(strange) > 3 else "")
-        raise ValueError(f"{what} holds {listed}, which no released {system} has")
+        raise ValueError(f"{what} holds {listed(strange)}, which no released {system} has")
     return renamed
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from magnet_fast.models.wrapping import plain_name, without_shared_prefix
+from magnet_fast.models.wrapping import listed, plain_name, printable, without_shared_prefix
 
 _DERIVED = (
     "relative_position_index",
@@ -43,9 +43,9 @@ def load_strictly(model: nn.Module, state: Mapping[str, Tensor], what: str) -> N
     wrong = [name for name in both if expected[name].shape != state[name].shape]
     kinds = [name for name in both if expected[name].is_floating_point() != state[name].is_floating_point()]
     problems = [
-        f"{len(v)} {kind} ({', '.join(v[:3])}{', …' if len(v) > 3 else ''})"
-        for kind, v in (("missing", missing), ("unexpected", unexpected))
-        if v
+        f"{len(names)} {kind} ({listed(names)})"
+        for kind, names in (("missing", missing), ("unexpected", unexpected))
+        if names
     ]
     if wrong:
         first = wrong[0]
@@ -66,7 +66,7 @@ def check_complete(report: Mapping[str, Any], what: str) -> None:
     missing = sorted(name for name in report["missing_keys"] if not is_derived(name))
     if missing:
         raise ValueError(
-            f"{what} lack {len(missing)} of the encoder's ({', '.join(missing[:3])}{', …' if missing[3:] else ''}): "
+            f"{what} lack {len(missing)} of the encoder's ({listed(missing)}): "
             "they are of another model, or under other names"
         )
 
@@ -87,7 +87,7 @@ def _likely(model: nn.Module, missing: list[str], unexpected: list[str], wrong: 
     for name in unexpected[:1]:
         tail = next((name[i + 1 :] for i, c in enumerate(name) if c == "." and name[i + 1 :] in places), None)
         if tail is not None:
-            return f"; its names begin with {name.removesuffix(tail)!r}, take that off"
+            return f"; its names begin with {printable(name.removesuffix(tail))!r}, take that off"
     if wrong and not missing and not unexpected:
         return "; these are weights of a model of another size"
     if len(missing) == len(places):

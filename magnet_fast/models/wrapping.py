@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from magnet_fast.inert import PickledArray, StandIn, type_name
+from magnet_fast.inert import PickledArray, StandIn, printable, type_name
 
 WRAPPERS = ("model", "state_dict", "model_state_dict", "model_state", "module", "net", "network", "weights", "params")
 """Entries under which training scripts keep a model's weights, the first one with tensors in it is taken."""
@@ -72,6 +72,12 @@ def plain_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPS)
 
 
+def listed(names: Iterable[str]) -> str:
+    """The first three names and how many more there are, for a message."""
+    names = list(names)
+    return ", ".join(map(printable, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
 def part_of(state: Mapping[str, Tensor], entry: str) -> dict[str, Tensor]:
     """What a larger model's weights hold of the part that has such an entry: "backbone.patch_embed.…", for one."""
     if entry in state:
@@ -130,7 +136,7 @@ def _tensors(level: Mapping[str, Any], what: str, place: str) -> dict[str, Tenso
     """The tensors of one level, or of the parts that it keeps apart, under plain names."""
     found: dict[str, Tensor] = {}
     for name, value in _leaves(level):
-        where = f"{place}/{name}" if place else name
+        where = printable(f"{place}/{name}" if place else name)
         if isinstance(value, StandIn):
             raise ValueError(
                 f"{what} holds {type_name(value)} under {where!r}, not a tensor of weights; where that class is at "
@@ -140,7 +146,7 @@ def _tensors(level: Mapping[str, Any], what: str, place: str) -> dict[str, Tenso
             continue  # numbers and text beside the weights
         plain = plain_name(name)
         if plain in found:
-            raise ValueError(f"{what} holds {plain!r} twice, once as {name!r}: the weights of two models?")
+            raise ValueError(f"{what} holds {printable(plain)!r} twice, once as {where!r}: the weights of two models?")
         found[plain] = _as_tensor(value, what, where)
     return found
 
@@ -182,6 +188,6 @@ def _refuse_whole(level: Mapping[str, Any], what: str) -> None:
 def _without_weights(contents: Mapping[str, Any], what: str) -> str:
     if not contents:
         return f"{what} is an empty dictionary; expected one of weights"
-    entries = [f"{key!r} ({type_name(value)})" for key, value in contents.items()]
+    entries = [f"{printable(str(key))!r} ({type_name(value)})" for key, value in contents.items()]
     listed = ", ".join(entries[:5]) + (f" and {len(entries) - 5} more" if len(entries) > 5 else "")
     return f"{what} holds no weights, but {listed}; expected a state dict: {SAVE_WEIGHTS}"

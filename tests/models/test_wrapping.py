@@ -110,7 +110,10 @@ def test_differences_are_named_with_their_likely_reason() -> None:
         ({k: v for k, v in state.items() if k != "0.bias"}, r"1 missing \(0.bias\)$"),
         ({**state, "0.weight": torch.zeros(3, 4)}, r"1 of another shape \(0.weight: \(3, 4\), .*of another size$"),
         ({**state, "0.weight": torch.zeros(3, 2, dtype=torch.int8)}, r"1 of another kind .*torch.int8; quantised\?\)$"),
-        ({f"x{i}.y": torch.zeros(1) for i in range(9)}, r"6 missing .*, …\); 9 unexpected \(x0.y, x1.y, x2.y, …\)"),
+        (
+            {f"x{i}.y": torch.zeros(1) for i in range(9)},
+            r"6 missing .* and 3 more\); 9 unexpected \(x0.y, .* and 6 more\)",
+        ),
         ({**prefixed(state, "a.b."), "c": torch.zeros(1)}, r"begin with 'a.b.', take that off$"),
     ]
     for wrong, message in cases:
