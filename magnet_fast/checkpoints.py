@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
 from magnet_fast.data.tokenizers import ExpressionTokenizer, open_tokenizer
 from magnet_fast.models.base import ReferringModel
+from magnet_fast.models.files import is_safetensors, read_safetensors, safetensors_metadata
 from magnet_fast.models.released import from_released
 from magnet_fast.models.weights import load_with_metadata, restored
 
@@ -25,7 +24,8 @@ class Checkpoint:
     Attributes:
         model: on the CPU, in evaluation mode; `model.spec` says how images and expressions are prepared for it.
         source: the file, for messages.
-        vocabulary: digest of the vocabulary it was trained with; None where the file does not say (released ones).
+        vocabulary: digest of the vocabulary it was trained with; None where the file does not say (released ones,
+            those of `models.save` without it).
         metadata: everything else in the file.
     """
 
@@ -45,6 +45,12 @@ class Checkpoint:
             ValueError: a tokenizer is needed and none was given, or it is not the one that the model was trained with.
         """
         spec, known = self.model.spec, self.model.text_encoder.vocab_size
+        if given is None and self.vocabulary is None and self.metadata:
+            raise ValueError(
+                f"tokenizer: {self.source}: its metadata lack tokenizer_vocab, so which vocabulary of {known} entries "
+                "it was trained with is not known; pass it (vocab.txt), or write the file by training, or by "
+                "models.save(model, PATH, {'tokenizer_vocab': tokenizer.digest()})"
+            )
         if given is None and self.vocabulary is None:
             raise ValueError(
                 f"tokenizer: {self.source} was trained with a vocabulary of {known} entries, which does not ship with "
@@ -71,26 +77,21 @@ def load(path: str | os.PathLike[str] | None = None) -> Checkpoint:
     """Read a model from any file.
 
     Args:
-        path: our `.safetensors`, a run's weights or its `checkpoint.safetensors`; a released `.pth`; None for the
-            weights of the tiny model that ship with the package.
+        path: our `.safetensors`, a run's weights or its `checkpoint.safetensors`; what a system's authors released, in
+            any form that `models.from_released` reads; None for the weights of the tiny model that ship with the
+            package. Files are told by what is in them, not by their names.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: it holds no model of this package, or one that cannot be read safely.
     """
     path = Path(path) if path is not None else shipped_weights()
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such checkpoint")
-    if path.suffix != ".safetensors":
+    format = safetensors_metadata(path).get("format", "") if is_safetensors(path) else ""
+    if not format.startswith("magnet_fast."):
         # A released file, or something else: the reader of released files says what is missing.
         return Checkpoint(from_released(path), str(path), None, {})
-    model, metadata = _read_run(path) or load_with_metadata(path)
-    if "tokenizer_vocab" not in metadata:
-        raise ValueError(
-            f"{path}: its metadata lack tokenizer_vocab; checkpoints for inference are written by training, or by "
-            "models.save with the vocabulary's digest in extra"
-        )
-    return Checkpoint(model, str(path), metadata["tokenizer_vocab"], dict(metadata))
+    model, metadata = _read_run(path) if format.startswith(_RUN) else load_with_metadata(path)
+    return Checkpoint(model, str(path), metadata.get("tokenizer_vocab"), dict(metadata))
 
 
 def shipped_weights() -> Path:
@@ -101,17 +102,8 @@ def shipped_weights() -> Path:
     return path
 
 
-def _read_run(path: Path) -> tuple[ReferringModel, dict[str, str]] | None:
-    """The model of a run's checkpoint, with averaged weights where the run keeps them; None for another file."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            if not header.get("format", "").startswith(_RUN):
-                return None
-            run = json.loads(header["state"])
-            folder = "ema/weights/model." if run.get("ema") else "model/"
-            names = [key for key in file.keys() if key.startswith(folder)]  # noqa: SIM118 (not a dict)
-            weights = {name.removeprefix(folder): file.get_tensor(name) for name in names}
-    except SafetensorError:
-        return None  # the reader of models says what is wrong
+def _read_run(path: Path) -> tuple[ReferringModel, dict[str, str]]:
+    """The model of a run's checkpoint, with averaged weights where the run keeps them."""
+    run = json.loads(safetensors_metadata(path)["state"])
+    weights, _ = read_safetensors(path, "ema/weights/model." if run.get("ema") else "model/")
     return restored(run["model_config"], weights, run["metadata"], f"{path}"), run["metadata"]

@@ -19,7 +19,7 @@ LEVELS = [
     {"models"},
     {"ops"},
     {"kernels", "_cpu", "_cuda"},
-    {"atomic", "visualize"},
+    {"atomic", "inert", "visualize"},
 ]
 # `python -m magnet_fast` starts the command line.
 BESIDE = {("__main__", "cli")}

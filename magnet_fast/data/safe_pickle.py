@@ -7,11 +7,13 @@ runs whatever code it carries.
 from __future__ import annotations
 
 import os
-import pickle
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
+
+from magnet_fast.inert import InertUnpickler, PickledArray, StandIn, paths, type_name
 
 _PLAIN_TYPES = frozenset({dict, list, tuple, str, bytes, int, float, bool, type(None)})
+_EXPECTED = "expected dict, list, tuple, str, bytes, int, float, bool, None and NumPy's numbers only"
 
 
 class UnsafePickleError(ValueError):
@@ -21,47 +23,53 @@ class UnsafePickleError(ValueError):
 def load_plain_pickle(path: str | os.PathLike[str]) -> Any:
     """Read a pickle made of dict, list, tuple, str, bytes, int, float, bool and None only.
 
-    Python 2's str come back as str, decoded as Latin-1, as the field's code does. Raises UnsafePickleError (a
-    ValueError), naming the file and what it asked for, before anything of it is imported or called;
-    ValueError if the file is no whole pickle.
+    Python 2's str come back as str, decoded as Latin-1, as the field's code does; NumPy's scalars as plain numbers,
+    its arrays as lists. Raises UnsafePickleError (a ValueError), naming the file, what it asked for and where, without
+    importing or calling any of it; ValueError if the file is no whole pickle.
     """
     path = Path(path)
     with path.open("rb") as file:
+        unpickler = InertUnpickler(file)
         try:
-            content = _PlainUnpickler(file, path).load()
-        except UnsafePickleError:
-            raise
+            content = unpickler.load()
         except Exception as error:  # pickle raises nearly any exception for bytes that are no pickle
+            if unpickler.unknown:
+                raise UnsafePickleError(f"{path}: the pickle asks for {unpickler.unknown[0]}; {_EXPECTED}") from error
             raise ValueError(f"{path}: not a readable pickle ({type(error).__name__}: {error})") from error
+    if unpickler.outside:
+        pid = unpickler.outside[0]
+        raise UnsafePickleError(f"{path}: the pickle asks for the outside object {pid!r:.80}; {_EXPECTED}")
+    if unpickler.named:
+        _unpack_arrays(content, path)
     _check_types(content, path)
+    if unpickler.unknown:  # asked for and thrown away
+        raise UnsafePickleError(f"{path}: the pickle asks for {unpickler.unknown[0]}; {_EXPECTED}")
     return content
 
 
-class _PlainUnpickler(pickle.Unpickler):
-    """Python's unpickler with every way to name a global closed: REDUCE has nothing left to call."""
-
-    def __init__(self, file: BinaryIO, path: Path) -> None:
-        super().__init__(file, fix_imports=False, encoding="latin1")
-        self._path = path
-
-    def find_class(self, module: str, name: str) -> Any:
-        raise UnsafePickleError(
-            f"{self._path}: the pickle asks for {module}.{name}; only dict, list, tuple, str, bytes, int, "
-            "float, bool and None are read, because anything else could run code"
-        )
-
-    def persistent_load(self, pid: Any) -> Any:
-        raise UnsafePickleError(f"{self._path}: the pickle asks for the outside object {pid!r}; expected plain data")
+def _unpack_arrays(content: Any, path: Path) -> None:
+    """Put plain lists where dictionaries and lists hold arrays."""
+    for place, item in paths(content):
+        if isinstance(item, dict | list):
+            for key, value in item.items() if isinstance(item, dict) else enumerate(item):
+                if isinstance(value, PickledArray):
+                    try:
+                        item[key] = value.array().tolist()
+                    except ValueError as error:
+                        where = _where(f"{place}/{key}" if place else f"{key}")
+                        raise UnsafePickleError(
+                            f"{path}: the pickle holds a numpy.ndarray{where}, {error}; {_EXPECTED}"
+                        ) from error
 
 
 def _check_types(content: Any, path: Path) -> None:
-    """Refuse what needs no global but is not in the list: sets, bytearrays."""
+    """Refuse stand-ins, and what needs no name but is not in the list: sets, bytearrays."""
     waiting, seen = [content], set()
     while waiting:
         item = waiting.pop()
         kind = type(item)
         if kind not in _PLAIN_TYPES:
-            raise UnsafePickleError(f"{path}: the pickle holds a {kind.__name__}; expected plain data only")
+            raise UnsafePickleError(_refusal(content, path))
         if kind in (dict, list, tuple):
             if id(item) in seen:
                 continue
@@ -69,3 +77,15 @@ def _check_types(content: Any, path: Path) -> None:
             waiting.extend(item)
             if kind is dict:
                 waiting.extend(item.values())
+
+
+def _refusal(content: Any, path: Path) -> str:
+    place, item = next((place, item) for place, item in paths(content) if type(item) not in _PLAIN_TYPES)
+    asked = "asks for" if isinstance(item, StandIn | type) else "holds a"
+    why = "because anything else could run code"
+    return f"{path}: the pickle {asked} {type_name(item)}{_where(place)}; {_EXPECTED}, {why}"
+
+
+def _where(place: str) -> str:
+    record, _, key = place.partition("/")
+    return f" in record {record}" + (f", key {key!r}" if key else "") if place else ""

@@ -253,4 +253,26 @@ class ModelConfig(Settings):
 
     def same_model(self, other: ModelConfig) -> bool:
         """Whether both describe the same parts, however images and expressions are prepared."""
-        return self == other.model_copy(update={"input": self.input})
+        return not self.differences(other)
+
+    def differences(self, other: ModelConfig) -> list[tuple[str, Any, Any]]:
+        """Settings in which the parts of two models differ, however images and expressions are prepared.
+
+        Returns:
+            (name, here, there), in the configuration's order: ("image.embed_dim", 96, 128). A part of another kind is
+            one difference. Empty for the same model.
+        """
+        return _differences("", self.model_dump(exclude={"input"}), other.model_dump(exclude={"input"}))
+
+
+def _differences(name: str, here: Any, there: Any) -> list[tuple[str, Any, Any]]:
+    if not (isinstance(here, dict) and isinstance(there, dict)):
+        return [] if here == there else [(name, here, there)]
+    if here.get("kind") != there.get("kind"):
+        return [(f"{name}.kind", here.get("kind"), there.get("kind"))]
+    below = f"{name}." if name else ""
+    return [
+        difference
+        for key in [*here, *(key for key in there if key not in here)]
+        for difference in _differences(f"{below}{key}", here.get(key), there.get(key))
+    ]

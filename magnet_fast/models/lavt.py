@@ -34,29 +34,31 @@ _RULES = [
             (r"conv1_1\.(.*)", r"head.classify.\1"),
         ],
     ),
-    *rules(r"bert_model\.", BERT),
+    *rules(r"(?:bert_model|text_encoder)\.", BERT),
 ]
 
 
 def _config(state: Mapping[str, Tensor], hints: Mapping[str, Any]) -> dict[str, Any]:
+    inside = any(name.startswith("text_encoder.") for name in state)  # "lavt_one": BERT in the model, not beside it
     return {
         "image": swin_sizes(state, "backbone."),
-        "text": bert_sizes(state, "bert_model."),
+        "text": bert_sizes(state, "text_encoder." if inside else "bert_model."),
         "fusion": {"kind": "pwam", "heads": hints.get("fusion_heads", 1)},
         "head": {"kind": "topdown"},
     }
 
 
 _RELEASED = Released(
-    mark="classifier.conv1_1.",
+    mark="classifier.conv",
     config=_config,
     rules=_RULES,
     # Derived indices; BERT's pooler; the last stage's gate, whose stream nothing reads.
     dropped=re.compile(
-        r".*\.relative_position_index|.*\.embeddings\.position_ids|bert_model\.pooler\..*"
+        r".*\.relative_position_index|.*\.embeddings\.position_ids|(bert_model|text_encoder)\.pooler\..*"
         r"|backbone\.layers\.3\.res_gate\..*"
     ),
     hints=("fusion_heads",),
+    beside=("bert_model",),
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -11,8 +12,10 @@ from typing import Any
 from torch import Tensor
 
 from magnet_fast.models.base import ReferringModel
-from magnet_fast.models.registry import from_config, parse_config, systems
-from magnet_fast.models.state import load_strictly, read_checkpoint
+from magnet_fast.models.files import is_safetensors, read_contents, safetensors_metadata
+from magnet_fast.models.registry import System, from_config, parse_config, systems
+from magnet_fast.models.state import is_derived, load_strictly
+from magnet_fast.models.wrapping import listed, unwrap, without_shared_prefix
 
 Rule = tuple[re.Pattern[str], str]
 
@@ -22,11 +25,12 @@ class Released:
     """How one system's released files are read.
 
     Attributes:
-        mark: prefix of names that only this system's files have.
+        mark: what a name begins with that only this system's files have.
         config: state dict and hints to the configuration's parts.
         rules: released name -> ours, the first pattern that matches the whole name.
         dropped: names that no forward pass reads, or a function of state dict and hints that gives them.
         hints: what shapes do not tell and a caller may say.
+        beside: entries of the file with state dicts of their own; "bert_model" gives names "bert_model.…".
     """
 
     mark: str
@@ -34,6 +38,7 @@ class Released:
     rules: list[Rule]
     dropped: re.Pattern[str] | Callable[[Mapping[str, Tensor], Mapping[str, Any]], re.Pattern[str]]
     hints: tuple[str, ...]
+    beside: tuple[str, ...] = ()
 
     def unread(self, state: Mapping[str, Tensor], hints: Mapping[str, Any]) -> set[str]:
         """Names in a state dict that are dropped."""
@@ -44,41 +49,89 @@ class Released:
 def from_released(source: str | os.PathLike[str] | Mapping[str, Any], **hints: Any) -> ReferringModel:
     """Build the model of a file that a system's authors released, in evaluation mode, computing as released.
 
+    The file may be of torch.save or of safetensors, and its state dict wrapped as `wrapping.unwrap` tells: the model's
+    own weights are taken before averaged ones (`from_released(torch.load(…)["ema"])` takes those). Weights of less
+    precision become float32. What no forward pass reads is left out; the logger "magnet_fast" says how much (INFO) and
+    which (DEBUG).
+
     Args:
-        source: a `.pth` file saved by the released code, or its contents: {"model": …} or the flat state dict, for LAVT
-            with "bert_model" beside "model". Every size is read off the tensors' shapes.
+        source: a file saved by the released code, or its contents: {"model": …} or the flat state dict, for LAVT with
+            "bert_model" beside "model", or with BERT as "text_encoder" in it. Every size is read off the tensors'
+            shapes.
         **hints: what shapes do not tell: `fusion_heads`, attention heads of the stages' PWAM (1 in all published
             files); `masking` ("released" unless said).
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: not such a checkpoint, a name that this system's files do not have, a parameter that is missing, or
-            a hint that it does not know. Files are read with `weights_only=True`; nothing else in them is run.
+            a hint that it does not know. Nothing in a file is run.
     """
-    contents = source if isinstance(source, Mapping) else read_checkpoint(source)
-    state = _flatten(contents)
-    known = [system for system in systems() if system.released is not None]
-    found = next((s for s in known if any(name.startswith(s.released.mark) for name in state)), None)
-    if found is None:
-        some = ", ".join(sorted(state)[:3]) or "nothing"
-        raise ValueError(f"not a released checkpoint of {' or '.join(s.name for s in known)}: it holds {some}")
+    contents = source if isinstance(source, Mapping) else _read(source)
+    what = "the released checkpoint" if isinstance(source, Mapping) else f"checkpoint {os.fspath(source)!r}"
+    found, state = _recognised(unwrap(contents, what, _beside()), what)
     released = found.released
     unknown = sorted(set(hints) - set(released.hints))
     if unknown:
         raise ValueError(f"{unknown[0]}: not a hint for a released {found.name}; known: {', '.join(released.hints)}")
     unread = released.unread(state, hints)
     kept = {name: tensor for name, tensor in state.items() if name not in unread}
-    model = from_config(parse_config({"architecture": found.name, **released.config(kept, hints)}))
-    renamed = rename(kept, released.rules, found.name)
-    load_strictly(model, _as_linears(renamed, model), "the released checkpoint")
+    if unread:
+        _log.info("%s: left out %d of %d entries, which no forward pass reads", what, len(unread), len(state))
+        _log.debug("%s: left out %s", what, ", ".join(sorted(unread)))
+    config = {"architecture": found.name, **released.config(kept, hints)}
+    renamed = rename(kept, released.rules, what, found.name)
+    model = from_config(parse_config(config))
+    load_strictly(model, _as_linears(renamed, model), what)
     return model.eval()
 
 
 def dropped_names(source: Mapping[str, Any]) -> list[str]:
     """Names in a released file's contents that `from_released` leaves out, since no forward pass reads them."""
-    state = _flatten(source)
-    known = [system.released for system in systems() if system.released is not None]
-    return sorted(set().union(*(released.unread(state, {}) for released in known)))
+    what = "the released checkpoint"
+    found, state = _recognised(unwrap(source, what, _beside()), what)
+    return sorted(found.released.unread(state, {}))
+
+
+_log = logging.getLogger("magnet_fast")
+
+
+def _known() -> list[System]:
+    return [system for system in systems() if system.released is not None]
+
+
+def _beside() -> list[str]:
+    return [name for system in _known() for name in system.released.beside]
+
+
+def _read(path: str | os.PathLike[str]) -> Mapping[str, Any]:
+    if is_safetensors(path) and safetensors_metadata(path).get("format", "").startswith("magnet_fast."):
+        raise ValueError(
+            f"checkpoint {os.fspath(path)!r} was written by magnet_fast: checkpoints.load reads it, and models.load "
+            "where models.save wrote it"
+        )
+    return read_contents(path)
+
+
+def _recognised(state: dict[str, Tensor], what: str) -> tuple[System, dict[str, Tensor]]:
+    """The system that has such names, and the state dict without what all of the model's begin with beside that."""
+    beside = {name: tensor for name, tensor in state.items() if name.partition(".")[0] in _beside()}
+    rest = {name: tensor for name, tensor in state.items() if name not in beside}
+    for names in (state, {**without_shared_prefix(rest), **beside}):
+        for system in _known():
+            if any(name.startswith(system.released.mark) for name in names):
+                return system, names
+    raise ValueError(_unknown(state, what))
+
+
+def _unknown(state: Mapping[str, Tensor], what: str) -> str:
+    """Why a state dict is no released one: the package's own, or another model's."""
+    if {"image_encoder", "text_encoder", "fusion", "head"} <= {name.partition(".")[0] for name in state}:
+        return (
+            f"{what} holds weights of a model of this package without its configuration; load them into it, "
+            "models.create(NAME).load_state_dict(…), and write both by models.save(model, PATH)"
+        )
+    marks = " or ".join(f"{s.name} (names with {s.released.mark}…)" for s in _known())
+    return f"{what} is not a released checkpoint of {marks}: it holds {listed(sorted(state))}"
 
 
 # ---- for the systems ----
@@ -135,9 +188,8 @@ def shape(state: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
 
 
 def count(state: Mapping[str, Tensor], pattern: str) -> int:
-    """One more than the largest number that the pattern's group finds."""
-    indices = [int(m.group(1)) for name in state if (m := re.match(pattern, name))]
-    return 1 + max(indices, default=-1)
+    """How many different numbers the pattern's group finds: 0, 1, … in a whole file."""
+    return len({m.group(1) for name in state if (m := re.match(pattern, name))})
 
 
 def swin_sizes(state: Mapping[str, Tensor], prefix: str) -> dict[str, Any]:
@@ -166,17 +218,10 @@ def bert_sizes(state: Mapping[str, Tensor], prefix: str) -> dict[str, Any]:
     }
 
 
-def _flatten(contents: Mapping[str, Any]) -> dict[str, Tensor]:
-    state = dict(contents.get("model", contents))
-    for name, tensor in contents.get("bert_model", {}).items():
-        state[f"bert_model.{name}"] = tensor
-    state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
-    return {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
-
-
-def rename(state: Mapping[str, Tensor], known: list[Rule], system: str) -> dict[str, Tensor]:
-    """Released names to ours; ValueError for one that no rule knows."""
+def rename(state: Mapping[str, Tensor], known: list[Rule], what: str, system: str) -> dict[str, Tensor]:
+    """Released names to ours; ValueError for those that no rule knows."""
     renamed: dict[str, Tensor] = {}
+    strange: list[str] = []
     for name, tensor in state.items():
         for pattern, new in known:
             match = pattern.fullmatch(name)
@@ -184,12 +229,16 @@ def rename(state: Mapping[str, Tensor], known: list[Rule], system: str) -> dict[
                 target = match.expand(new)
                 break
         else:
-            raise ValueError(f"the checkpoint holds {name!r}, which no released {system} has")
+            if not is_derived(name):
+                strange.append(name)
+            continue
         if ".in_proj_" in target:  # torch.nn.MultiheadAttention stacks query, key and value
             for part, third in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
                 renamed[target.replace("in_proj_", f"{part}.")] = third
         else:
             renamed[target] = tensor
+    if strange:
+        raise ValueError(f"{what} holds {listed(strange)}, which no released {system} has")
     return renamed
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -52,14 +53,24 @@ def build_model(config: TrainConfig) -> nn.Module:
     if config.model.weights is not None:
         start = checkpoints.load(config.model.weights).model
         spec = start.spec
-        if not model.config.same_model(start.config):
-            raise ValueError(
-                f"model.weights: {config.model.weights} holds another model ({start.config}), expected {model.config}"
-            )
+        different = model.config.differences(start.config)
+        if different:
+            raise ValueError(f"model.weights: {config.model.weights} {_other_model(config.model.name, different)}")
         model.load_state_dict(start.state_dict())
     changes = {"size": config.data.image_size, "max_tokens": config.data.max_tokens}
     model.spec = spec._replace(**{key: value for key, value in changes.items() if value is not None})
     return model
+
+
+def _other_model(name: str, different: list[tuple[str, Any, Any]]) -> str:
+    """How a file's model differs from the configuration's, and what makes them the same."""
+    listed = "; ".join(f"{key}: file {there!r:.60}, here {here!r:.60}" for key, here, there in different[:4])
+    if len(different) > 4:
+        return (
+            f"is no {name}: {listed}; and {len(different) - 4} more; choose the model.name or the overrides of the file"
+        )
+    sets = " ".join(f"--set model.overrides.{key}={json.dumps(there)}" for key, _, there in different)
+    return f"is another {name}: {listed}; to start from it: {sets}"
 
 
 def build_tokenizer(config: TrainConfig, model: nn.Module) -> Any:

@@ -8,6 +8,7 @@ import pickle
 from collections import OrderedDict
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,6 +23,40 @@ plain = st.recursive(
     lambda inner: st.lists(inner) | st.dictionaries(st.text() | st.integers(), inner) | st.tuples(inner, inner),
     max_leaves=15,
 )
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_numpys_numbers_are_plain(tmp_path, protocol):
+    """As pandas and NumPy write records again: numbers and text alike, arrays as lists."""
+    numpys = [{"ref_id": np.int64(7), "area": np.float32(0.5), "exist": np.bool_(False), "split": np.str_("val")}]
+    numpys.append({"sent_ids": np.array([1, 2], np.int32), "box": [np.array([[0.5, 1.0]]), np.uint8(3)]})
+    path = tmp_path / "refs.p"
+    path.write_bytes(pickle.dumps(numpys, protocol=protocol))
+    found = load_plain_pickle(path)
+    assert found == [
+        {"ref_id": 7, "area": 0.5, "exist": False, "split": "val"},
+        {"sent_ids": [1, 2], "box": [[[0.5, 1.0]], 3]},
+    ]
+    assert [type(value) for value in found[0].values()] == [int, float, bool, str]
+
+
+@pytest.mark.parametrize(
+    ("value", "named"),
+    [
+        (Path("a.jpg"), "PosixPath"),
+        (OrderedDict(a=1), "collections.OrderedDict"),
+        ([{"deep": {1, 2}}], "set"),
+        (np.datetime64("2020-01-01"), "numpy"),
+        (np.array([Path("a")]), "numpy.ndarray"),
+    ],
+)
+def test_the_record_and_its_key_are_named(tmp_path, value, named):
+    path = tmp_path / "refs.p"
+    for protocol in (2, 5):
+        path.write_bytes(pickle.dumps([{"ref_id": 1}, {"ref_id": 2, "file": value}], protocol=protocol))
+        with pytest.raises(UnsafePickleError, match=rf"refs\.p: .*({named})") as caught:
+            load_plain_pickle(path)
+        assert "in record 1, key 'file" in str(caught.value) and str(caught.value).isprintable()
 
 
 class Call:

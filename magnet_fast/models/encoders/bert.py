@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -12,7 +14,9 @@ from transformers import BertModel
 from magnet_fast.models.base import TextEncoder
 from magnet_fast.models.config import ImageConfig, TextConfig, part
 from magnet_fast.models.contract import Text, Words
-from magnet_fast.models.state import load_strictly, unreachable
+from magnet_fast.models.files import read_contents
+from magnet_fast.models.state import check_complete, load_strictly, unreachable
+from magnet_fast.models.wrapping import part_of, unwrap
 
 # The released models add -10000 to padded keys; exp(-10000) is 0 in every dtype used here.
 MASKED = -10000.0
@@ -100,11 +104,16 @@ class BertEncoder(TextEncoder):
 
     def load_pretrained(self, source: str | None) -> None:
         name = source or _PUBLISHED
+        what = f"text weights {name!r}"
+        if Path(name).is_file():
+            load_strictly(self.bert, _bert_alone(unwrap(read_contents(name), what)), what)
+            return
         try:
-            bert = BertModel.from_pretrained(name, add_pooling_layer=False)
+            bert, report = BertModel.from_pretrained(name, add_pooling_layer=False, output_loading_info=True)
         except (OSError, ValueError) as error:
             raise unreachable("text", name, error) from error
-        load_strictly(self.bert, bert.state_dict(), f"text weights {name!r}")
+        check_complete(report, what)
+        load_strictly(self.bert, bert.state_dict(), what)
 
     def _run(self, layers: nn.ModuleList, words: Words) -> Words:
         hidden = words.features
@@ -119,3 +128,10 @@ class BertEncoder(TextEncoder):
 def additive_mask(mask: Tensor, like: Tensor) -> Tensor:
     """(B, T), 1 or True for a token, to (B, 1, 1, T): 0 for a token, -10000 for padding."""
     return ((1.0 - mask.to(like.dtype)) * MASKED)[:, None, None, :]
+
+
+def _bert_alone(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """BERT without pooler and heads; norms were named as in TensorFlow at first."""
+    found = part_of(state, "embeddings.word_embeddings.weight")
+    names = {name: name.replace(".gamma", ".weight").replace(".beta", ".bias") for name in found}
+    return {new: found[old] for old, new in names.items() if not new.startswith(("pooler.", "cls."))}

@@ -8,9 +8,12 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from magnet_fast.models.files import read_contents
 from magnet_fast.models.released import rename
-from magnet_fast.models.state import load_strictly, read_state
+from magnet_fast.models.state import load_strictly
+from magnet_fast.models.wrapping import unwrap, without_shared_prefix
 
+_EXAMPLES = {"image": "visual.conv1.weight", "text": "transformer.resblocks.0.ln_1.weight"}
 _ROOTS = {"image": r"visual\.", "text": r"(?:text\.)?"}
 
 
@@ -34,10 +37,12 @@ def load_clip(encoder: nn.Module, source: str | None, role: str, names: Callable
             f"pretrained={{'{role}': PATH}}, or build with pretrained=False"
         )
     rules = [(re.compile(old), new) for old, new in names(_ROOTS[role])]
-    known = {name: value for name, value in read_state(source).items() if any(p.fullmatch(name) for p, _ in rules)}
+    what = f"pretrained {role} weights {source!r}"
+    found = without_shared_prefix(unwrap(read_contents(source), what))
+    known = {name: value for name, value in found.items() if any(pattern.fullmatch(name) for pattern, _ in rules)}
     if not known:
-        raise ValueError(f"pretrained {role} weights {source!r}: it holds no {role} encoder of CLIP's")
-    state = rename(known, rules, "CLIP")
-    ours = encoder.state_dict()
-    kept: dict[str, Tensor] = {name: value for name, value in ours.items() if name.startswith("pool.connect.")}
-    load_strictly(encoder, {**kept, **state}, f"{role} weights {source!r}")
+        raise ValueError(f"{what} hold no {role} encoder of CLIP's: expected names such as {_EXAMPLES[role]}")
+    kept: dict[str, Tensor] = {
+        name: value for name, value in encoder.state_dict().items() if name.startswith("pool.connect.")
+    }
+    load_strictly(encoder, {**kept, **rename(known, rules, what, "CLIP")}, what)

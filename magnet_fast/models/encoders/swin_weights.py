@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import timm
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from magnet_fast.models.state import read_checkpoint, unreachable
+from magnet_fast.models.files import read_contents
+from magnet_fast.models.state import unreachable
+from magnet_fast.models.wrapping import part_of, unwrap
 
 # The ImageNet-22k weights that the papers of this family start from, by (embed_dim, depth of stage 3).
 _NAMES = {
@@ -33,7 +34,7 @@ def published_swin(embed_dim: int, depths: tuple[int, ...]) -> str:
 
 
 def read_swin(name: str, window_size: int) -> dict[str, Tensor]:
-    """Weights for a `SwinEncoder` of a window from a timm name, a .safetensors or a .pth file.
+    """Weights for a `SwinEncoder` of a window from a timm name, or a file of safetensors or torch.save.
 
     Raises:
         ValueError: neither a file nor a name that timm knows, or weights that cannot be had.
@@ -76,8 +77,7 @@ def _read(name: str) -> Mapping[str, Tensor]:
     if os.sep in name or Path(name).exists():
         if not Path(name).is_file():
             raise ValueError(f"image weights {name!r}: no such file")
-        contents = load_file(name) if name.endswith(".safetensors") else read_checkpoint(name)
-        return contents.get("model", contents)
+        return part_of(unwrap(read_contents(name), f"image weights {name!r}"), "patch_embed.proj.weight")
     if not timm.is_model(name):
         raise ValueError(f"image weights {name!r}: neither a file nor a model that timm knows")
     try:

@@ -19,7 +19,7 @@ from transformers import (
 from magnet_fast.models.base import TextEncoder
 from magnet_fast.models.config import TextConfig, part
 from magnet_fast.models.contract import Text, Words
-from magnet_fast.models.state import load_strictly, unreachable
+from magnet_fast.models.state import check_complete, load_strictly, unreachable
 
 
 @part
@@ -96,9 +96,11 @@ class TransformersEncoder(TextEncoder):
     def load_pretrained(self, source: str | None) -> None:
         name = source or self.name
         try:
-            found = AutoModel.from_pretrained(name, **_arguments(self.encoder.config))
+            arguments = _arguments(self.encoder.config)
+            found, report = AutoModel.from_pretrained(name, output_loading_info=True, **arguments)
         except (OSError, ValueError) as error:
             raise unreachable("text", name, error) from error
+        check_complete(report, f"text weights {name!r}")
         load_strictly(self.encoder, found.state_dict(), f"text weights {name!r}")
 
 
