@@ -107,17 +107,19 @@ def join_points(points: list) -> list | None:
 
 
 def _unnest(part: list | dict, deepest: int) -> Iterator[list | dict]:
-    if isinstance(part, dict) or not part or not isinstance(part[0], (list, dict)):
+    kinds = set() if isinstance(part, dict) else set(map(type, part))
+    if not kinds & {list, dict}:
         yield part
         return
+    if not kinds <= {list, dict}:
+        odd = next(inner for inner in part if not isinstance(inner, (list, dict)))
+        raise ValueError(f"segmentation holds {shown(odd)} beside lists; {_EXPECTED}")
     if len(part) > 2 and (joined := join_points(part)) is not None:
         yield joined
         return
     if deepest == 1:
         raise ValueError(f"segmentation is nested too deep, {shown(part)}; {_EXPECTED}")
     for inner in part:
-        if not isinstance(inner, (list, dict)):
-            raise ValueError(f"segmentation holds {shown(inner)} beside lists; {_EXPECTED}")
         yield from _unnest(inner, deepest - 1)
 
 
