@@ -68,7 +68,7 @@ def usable_parts(segmentation: Any) -> list[list | dict]:
     return [
         part
         for part in _unnest(segmentation, _DEEPEST)
-        if (part.get("counts") if isinstance(part, dict) else len(part) >= 6 and len(part) % 2 == 0)
+        if (part.get("counts") if isinstance(part, dict) else _is_whole(part))
     ]
 
 
@@ -106,8 +106,15 @@ def join_points(points: list) -> list | None:
     return None if any(isinstance(value, (list, dict)) for value in joined) else joined
 
 
+def _is_whole(polygon: list) -> bool:
+    return len(polygon) >= 6 and len(polygon) % 2 == 0
+
+
 def _unnest(part: list | dict, deepest: int) -> Iterator[list | dict]:
-    kinds = set() if isinstance(part, dict) else set(map(type, part))
+    if isinstance(part, dict) or (_is_whole(part) and type(part[0]) in (int, float)):  # its values are checked later
+        yield part
+        return
+    kinds = set(map(type, part))
     if not kinds & {list, dict}:
         yield part
         return

@@ -31,7 +31,7 @@ def test_opening_names_the_first_of_each_kind_and_check_the_first_twenty(tmp_pat
     message = str(caught.value)
     assert "25 records: absent annotation (" in message and "ann_id 902" in message and "ann_id 903" not in message
     assert "; and 22 more" in message and "1 record: absent image" in message and "ref_id 201 lacks ann_id" in message
-    assert message.endswith("`magnet-fast data check` names more of them") and "\n" not in message
+    assert message.endswith("`data check` names more of them") and "\n" not in message
     assert [len(caught.value.reader.refs(split)) for split in ("train", "val")] == [2, 1]
     (tmp_path / "images/mscoco/images/train2014/b.jpg").unlink()
     told = problems(tmp_path)

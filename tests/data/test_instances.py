@@ -192,7 +192,7 @@ def test_nestings_of_plain_meaning(tmp_path: Path, segmentation: Any) -> None:
     assert np.array_equal(reader.mask(reader.refs("train")[0]), expected)
 
 
-@pytest.mark.parametrize("segmentation", ["x", 5, [{"x": 1}, 5], [[2, 3, [10], 3, 10, 9]], [[[[[[2, 3]]]]]]])
+@pytest.mark.parametrize("segmentation", ["x", 5, [{"x": 1}, 5], [[2, 3, [10], 3, 10]], [[[[[[2, 3]]]]]]])
 def test_nestings_of_no_meaning(tmp_path: Path, segmentation: Any) -> None:
     root = write(tmp_path, lambda content: content["annotations"][0].update(segmentation=segmentation))
     refused(root, "instances.json: annotation 70 cannot be decoded", "expected [[x1, y1, x2, y2, ...], ...]")

@@ -110,7 +110,7 @@ BAD = [
     ([[2, 3, 10, 3, 10, "x" * 10**7]], "expected numbers"),
     ([[2, 3, 10, "3", 10, 9]], "expected numbers"),
     ([[2, 3, 10, None, 10, 9]], "expected numbers"),
-    ([[2, 3, 10, [1], 10, 9]], "segmentation holds 2 beside lists"),
+    ([[2, 3, 10, [1], 10, 9]], r"polygon holds \[1\]; expected numbers"),
     ([True, SQUARE], "segmentation holds true beside lists"),
     ([[True, False, True, True, False, False]], "expected numbers"),
     ([[2, 3, 10, math.nan, 10, 9]], "not finite"),

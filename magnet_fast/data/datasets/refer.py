@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from magnet_fast.data.datasets.base import BaseReader, Folders, RecordError, choose_folders, read_json
+from magnet_fast.data.datasets.base import BaseReader, Folders, RecordError, choose_folders, read_json, uncollected
 from magnet_fast.data.datasets.instances import Instances, Picture
 from magnet_fast.data.datasets.reader import Ref, Sentence
 from magnet_fast.data.safe_pickle import load_plain_pickle
@@ -76,23 +76,15 @@ class Refer(BaseReader):
             raise FileNotFoundError(f"{folder} does not exist; expected a folder with instances.json and refs")
         super().__init__(folder, SPLITS)
         self.instances_path = folder / "instances.json"
-        instances, records = None, []
         self._image_folders: list[Path] = []
         with self._file():
             self._image_folders = _image_folders(self.root, images)
-        with self._file():
-            instances = Instances(self.instances_path, self.skipped, self.doubtful)
-        with self._file():
-            self.source = _find_refs(folder, split_by)
-            records = _read_refs(self.source)
-        self._without_crowds = self.source.name.startswith("grefs")
         self._images: dict[int, Picture] = {}
         self.categories: dict[int, str] = {}
         self._parts: dict[int, list[list | dict]] = {}  # of each annotation that a ref names
         self._numbered = 0
-        if instances is not None:
-            self._images, self.categories = instances.images, instances.categories
-            self._read(records, instances)
+        with uncollected():
+            self._read(folder)
         self._close()
 
     def image_size(self, image_id: int) -> tuple[int, int]:
@@ -130,7 +122,17 @@ class Refer(BaseReader):
             raise ValueError(f"image_id is {image_id!r}; {self.instances_path} does not hold it")
         return self._images[image_id]
 
-    def _read(self, records: list[Any], instances: Instances) -> None:
+    def _read(self, folder: Path) -> None:
+        instances, records = None, []
+        with self._file():
+            instances = Instances(self.instances_path, self.skipped, self.doubtful)
+        with self._file():
+            self.source = _find_refs(folder, self.split_by)
+            records = _read_refs(self.source)
+        if instances is None:
+            return
+        self._images, self.categories = instances.images, instances.categories
+        self._without_crowds = self.source.name.startswith("grefs")
         first: dict[int, Any] = {}
         for position, record in enumerate(records):
             with self._record():
