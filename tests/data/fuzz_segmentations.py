@@ -3,8 +3,8 @@
     python -m tests.data.fuzz_segmentations COUNT [SEED]
 
 ends with a line of JSON. It fails by an exception for a mask that is not the independent one, for anything but a
-ValueError on the way, for a record that takes over `SECONDS` and for data memory of `MEMORY` over that of the start, of
-this process or of the worker.
+ValueError on the way, for a record that takes over `SECONDS` of work, and for data memory of `MEMORY` over that of the
+start, of this process or of the worker.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Fuzz:
 
     def segmentation(self, height: Any, width: Any) -> Any:
         """A sound segmentation for an image of this size, mutated up to four times."""
-        sound = type(height) is type(width) is int and 0 < height * width < 1e6
+        sound = type(height) is type(width) is int and min(height, width) > 0 and height * width < 1e6
         found: Any = self._sound(*((height, width) if sound else (HEIGHT, WIDTH)))
         for _ in range(self.draw.choice([0, 0, 1, 1, 1, 2, 3, 4])):
             found = self._mutated(found)
@@ -191,6 +191,7 @@ class Outcomes(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> tuple[int, Any]:
+        watch()
         try:
             sample = self.dataset[index]
         except ValueError as error:
@@ -205,7 +206,7 @@ def data_memory(process: int | str = "self") -> int:
 
 def watch() -> None:
     """Let the system end this process, whatever it is busy with, unless this is called again in time."""
-    signal.alarm(SECONDS)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)  # of its own work: other processes do not count
 
 
 def run_chunk(root: Path, fuzz: Fuzz, count: int, totals: dict[str, int]) -> None:
@@ -231,7 +232,7 @@ def run_chunk(root: Path, fuzz: Fuzz, count: int, totals: dict[str, int]) -> Non
         reader = error.reader
     dataset = ExpressionDataset(reader, "train", Tokenizer(), 16, original=True)
     totals["left out or broken"] += count - len(dataset)
-    loader = DataLoader(Outcomes(dataset), batch_size=25, num_workers=1, timeout=SECONDS, collate_fn=list)
+    loader = DataLoader(Outcomes(dataset), batch_size=25, num_workers=1, timeout=20 * SECONDS, collate_fn=list)
     for ref_id, outcome in chain.from_iterable(loader):
         watch()
         if isinstance(outcome, str):
@@ -241,7 +242,7 @@ def run_chunk(root: Path, fuzz: Fuzz, count: int, totals: dict[str, int]) -> Non
         totals["accepted"] += 1
         expected = independent_mask(segmentations[int(ref_id)]["segmentation"], HEIGHT, WIDTH)
         assert np.array_equal(outcome, expected), segmentations[int(ref_id)]
-    signal.alarm(0)
+    signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 def main(count: int, seed: int) -> None:
