@@ -11,12 +11,13 @@ from pathlib import Path
 from PIL import Image
 
 from magnet_fast.data.datasets import open_reader
-from magnet_fast.data.datasets.base import Folders
+from magnet_fast.data.datasets.base import BrokenRecordsError, Folders
 from magnet_fast.data.datasets.published import IMAGES_SOURCE, PUBLISHED_REFS, SOURCES
-from magnet_fast.data.datasets.reader import Reader, Ref
-from magnet_fast.data.datasets.refer import IMAGE_FOLDERS
+from magnet_fast.data.datasets.reader import Reader, Ref, Tally
+from magnet_fast.data.datasets.refer import IMAGE_FOLDERS, SPLITS, Refer
+from magnet_fast.data.transforms import orientation
 
-_EXAMPLES = 5  # of each kind of problem that are named
+_STATES = ("absent", "unreadable", "of another size")  # of images, in the order in which they are told
 
 
 @dataclass
@@ -26,8 +27,8 @@ class DataReport:
     Attributes:
         where: the file that the refs come from, or the folder where there is none.
         counts: split -> (refs, sentences, images).
-        problems: sentences, each with what is wrong, where, and what helps; empty for complete data.
-        notes: what the reader leaves out, as the field's own readers do; no problem.
+        problems: sentences, each with what is wrong, how often, where first, and what helps; empty for complete data.
+        notes: what the reader leaves out, as the field's own readers do, and what may surprise; no problem.
     """
 
     where: str
@@ -60,7 +61,9 @@ def check_data(
         with warnings.catch_warnings():  # what is left out stands in the notes
             warnings.simplefilter("ignore", UserWarning)
             reader = open_reader(root, dataset, split_by, format=format, images=images)
-    except (FileNotFoundError, ValueError) as error:
+    except BrokenRecordsError as error:
+        reader = error.reader
+    except (OSError, ValueError) as error:
         report = DataReport(f"{root}/{dataset}")
         report.problems.append(f"{error}{_advice(str(error), dataset)}")
         return report
@@ -75,6 +78,8 @@ def check_data(
     )
     if not (Path(root) / "scenes.json").exists():  # embedded scenes carry RefCOCO's names, not its contents
         report.problems[:0] = _count_problems(report, dataset, split_by)
+        if isinstance(reader, Refer) and (dataset, split_by) not in PUBLISHED_REFS:
+            (report.problems if of_coco else report.notes)[:0] = _other_splits(reader)
     return report
 
 
@@ -95,9 +100,9 @@ def check_reader(
         images_advice, masks_advice: what helps, said behind such a problem.
     """
     report = DataReport(str(reader.source))
-    skipped = getattr(reader, "skipped", None)
-    for reason, count in (skipped.reasons if skipped else {}).items():
-        report.notes.append(f"{count} records left out: {reason} ({', '.join(skipped.examples[reason])} ...)")
+    told = {name: getattr(reader, name).told() for name in ("skipped", "broken", "doubtful") if hasattr(reader, name)}
+    report.notes += [f"left out {one}" for one in told.get("skipped", [])]
+    report.problems += told.get("broken", []) + told.get("doubtful", [])
     refs_of: dict[int, list[Ref]] = {}
     for split in reader.splits:
         refs = reader.refs(split)
@@ -107,30 +112,65 @@ def check_reader(
         for ref in refs:
             refs_of.setdefault(ref.image_id, []).append(ref)
 
-    sizes_from = getattr(reader, "instances_path", reader.source).name
-    absent, damaged, other_size, bad_masks = [], [], [], []
+    images, bad_masks, turned = Tally(dict.fromkeys(_STATES, 0)), Tally(), Tally()
     for done, (image_id, refs) in enumerate(refs_of.items(), start=1):
-        try:
-            path = reader.image_path(image_id)
-            with Image.open(path) as picture:
-                width, height = picture.size  # the header only
-        except FileNotFoundError as error:
-            absent.append(str(error))
-        except OSError as error:  # Pillow's errors, too
-            damaged.append(f"{path}: {error}")
-        else:
-            if (height, width) != reader.image_size(image_id):
-                expected = "x".join(map(str, reader.image_size(image_id)))
-                other_size.append(f"{path} is {height}x{width}, {sizes_from} says {expected} (height x width)")
+        _check_image(reader, image_id, images, turned)
         if masks:
-            bad_masks += _mask_problems(reader, refs)
+            _check_masks(reader, refs, bad_masks)
         if progress:
             progress(done, len(refs_of))
-    report.problems += _summary(absent, "image", "absent", images_advice)
-    report.problems += _summary(damaged, "image", "unreadable", images_advice)
-    report.problems += _summary(other_size, "image", "of another size", images_advice)
-    report.problems += _summary(bad_masks, "mask", "unusable", masks_advice)
+    report.problems += _summary(images, "image", images_advice) + _summary(bad_masks, "mask", masks_advice)
+    if turned.reasons:
+        report.notes += _summary(turned, "image", "; pixels are used as stored, on which COCO's masks are drawn")
     return report
+
+
+def _check_image(reader: Reader, image_id: int, found: Tally, turned: Tally) -> None:
+    """Count what is wrong with an image, and whether viewers turn it."""
+    try:
+        path = reader.image_path(image_id)
+        size, turn = _header(path)
+        expected = reader.image_size(image_id)
+    except FileNotFoundError as error:
+        found.add("absent", str(error))
+        return
+    except (OSError, ValueError) as error:
+        found.add("unreadable", str(error))
+        return
+    if turn != 1:
+        turned.add("with an EXIF orientation other than 1", f"{path}: {turn}")
+    if size != expected:
+        sizes_from = getattr(reader, "instances_path", reader.source).name
+        more = ""
+        if turn >= 5 and size == expected[::-1]:
+            more = (
+                f"; its EXIF orientation is {turn}, and {sizes_from} seems to be of the picture turned "
+                "upright: save the picture turned, without the tag"
+            )
+        found.add(
+            "of another size",
+            f"{path} is {size[0]}x{size[1]}, {sizes_from} says {expected[0]}x{expected[1]} (height x width){more}",
+        )
+
+
+def _header(path: Path) -> tuple[tuple[int, int], int]:
+    """Height and width, and the EXIF orientation, from a picture's header. Raises ValueError if it is unreadable."""
+    try:
+        with Image.open(path) as picture:
+            return (picture.height, picture.width), orientation(picture)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: not a readable picture ({error})") from error
+
+
+def _check_masks(reader: Reader, refs: list[Ref], found: Tally) -> None:
+    for ref in refs:
+        try:
+            named = ref.ann_ids or any(sentence.exists for sentence in ref.sentences)
+            if named and not reader.mask(ref).any():
+                raise ValueError(f"ref_id {ref.ref_id}: its annotation covers no pixel of the image")
+            reader.extra(ref, ref.sentences[0])
+        except (OSError, ValueError) as error:
+            found.add("unusable", str(error))
 
 
 def _count_problems(report: DataReport, dataset: str, split_by: str) -> list[str]:
@@ -147,26 +187,22 @@ def _count_problems(report: DataReport, dataset: str, split_by: str) -> list[str
     return problems
 
 
-def _mask_problems(reader: Reader, refs: list[Ref]) -> list[str]:
-    problems = []
-    for ref in refs:
-        try:
-            named = ref.ann_ids or any(sentence.exists for sentence in ref.sentences)
-            empty = named and not reader.mask(ref).any()
-        except ValueError as error:
-            problems.append(str(error))
-        else:
-            if empty:
-                problems.append(f"ref_id {ref.ref_id}: its annotation covers no pixel of the image")
-    return problems
+def _other_splits(reader: Refer) -> list[str]:
+    """A sentence on splits whose names are not the field's: whoever asks for its own does not get them."""
+    own = [split for split in reader.splits if split not in SPLITS]
+    named = ", ".join(f"{split!r} ({len(reader.refs(split))} refs)" for split in own)
+    return [f"{reader.source}: the field does not know split {named}; its names are {', '.join(SPLITS)}"] if own else []
 
 
-def _summary(found: list[str], noun: str, state: str, advice: str) -> list[str]:
-    if not found:
-        return []
-    more = f"; and {len(found) - _EXAMPLES} more" if len(found) > _EXAMPLES else ""
-    plural = noun if len(found) == 1 else f"{noun}s"
-    return [f"{len(found)} {plural} {state}: {'; '.join(found[:_EXAMPLES])}{more}{advice}"]
+def _summary(found: Tally, noun: str, advice: str) -> list[str]:
+    told = []
+    for state, count in found.reasons.items():
+        if not count:
+            continue
+        first = found.examples[state]
+        more = f"; and {count - len(first)} more" if count > len(first) else ""
+        told.append(f"{count} {noun}{'s' * (count != 1)} {state}: {'; '.join(first)}{more}{advice}")
+    return told
 
 
 def _advice(error: str, dataset: str) -> str:

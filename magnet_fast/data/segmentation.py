@@ -6,14 +6,22 @@ that do not fit the mask are written past its end. So everything here is checked
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 import numpy as np
 
 from magnet_fast.data.transforms.pictures import resize_nearest
+from magnet_fast.data.values import MAX_PIXELS, MAX_SIDE, shown
 
 MARGIN = 3  # image sides by which a coordinate may lie outside: annotators slip off an edge, not that far
+MAX_OUTLINE = 1 << 21  # pixels, all polygons together: pycocotools keeps some 100 bytes for each
+MAX_DRAWN = 1 << 32  # pixels, the image's times the parts: seconds of work
+MAX_CHARACTERS = 1 << 22  # of compressed counts: more than a mask of noise has
 _DIGITS = 7  # of 5 bits each, for one run: 35 bits, more than any image has pixels
+_DEEPEST = 4  # levels of lists, those of GeoJSON's MultiPolygon
+_EXPECTED = "expected [[x1, y1, x2, y2, ...], ...] or RLE"
 
 
 def decode_segmentation(segmentation: Any, height: int, width: int) -> np.ndarray:
@@ -21,8 +29,8 @@ def decode_segmentation(segmentation: Any, height: int, width: int) -> np.ndarra
 
     Args:
         segmentation: a list of polygons [x0, y0, x1, y1, ...] in pixels (their union), an RLE dict of `size` and
-            `counts`, compressed (str or bytes) or not (list), or a list of RLEs (their union). Polygons of fewer
-            than three points cover nothing and are passed by, as in COCO's own files.
+            `counts`, compressed (str or bytes) or not (list), or a list of RLEs (their union); or what
+            `usable_parts` makes these of.
         height, width: of the image, in pixels.
 
     Raises ValueError as `check_segmentation` does; ImportError where polygons meet no pycocotools.
@@ -65,73 +73,138 @@ def check_segmentation(segmentation: Any, height: int, width: int) -> None:
     _parts(segmentation, height, width)
 
 
-def check_points(points: Any, height: int, width: int, what: str = "polygon") -> np.ndarray:
-    """Coordinates of one polygon, nested as they come, as float64 of the same shape, all of them usable.
+def usable_parts(segmentation: Any) -> list[list | dict]:
+    """Polygons and RLEs of a segmentation, nested as COCO nests them; their values are not looked at.
 
-    The last axis alternates x and y. Raises ValueError for what are no numbers, not finite or far outside.
+    Polygons may also come flat ([x0, y0, ...] alone), in points ([[x0, y0], ...]) or in lists too many. Left out are
+    polygons of fewer than three points or of an odd number of values, as the field's readers do, and empty RLEs.
+
+    Raises ValueError for what is nested in no such way.
     """
+    if segmentation is None:
+        return []
+    if not isinstance(segmentation, (list, dict)):
+        raise ValueError(f"segmentation is {shown(segmentation)}; {_EXPECTED}")
+    return [
+        part
+        for part in _unnest(segmentation, _DEEPEST)
+        if (part.get("counts") if isinstance(part, dict) else _is_whole(part))
+    ]
+
+
+def check_points(points: list, height: int, width: int) -> np.ndarray:
+    """Coordinates [x0, y0, x1, y1, ...] of one polygon as float64 (2 N,), all of them usable.
+
+    Raises ValueError for what are no numbers, an odd number of them, not finite or far outside.
+    """
+    if not set(map(type, points)) <= {int, float}:  # NumPy would make text of all where one is text
+        odd = next(value for value in points if type(value) not in (int, float))
+        raise ValueError(f"polygon holds {shown(odd)}; expected numbers")
+    if len(points) % 2:
+        raise ValueError(f"polygon has {len(points)} numbers; expected x and y in turn")
     try:
-        found = np.asarray(points)
-    except ValueError as error:  # lists of different lengths
-        raise ValueError(f"{what} is no even list of coordinates: {points!r:.80}") from error
-    if found.size and found.dtype.kind not in "iuf":
-        raise ValueError(f"{what} holds {points!r:.80}; expected numbers")
-    if found.ndim == 0 or found.shape[-1] % 2:
-        raise ValueError(f"{what} has shape {found.shape}; expected x and y in turn")
-    found = found.astype(np.float64)
+        found = np.array(points, dtype=np.float64)
+    except OverflowError:
+        found = np.full(len(points), np.inf)
     if not np.isfinite(found).all():
-        raise ValueError(f"{what} holds a coordinate that is not finite")
+        raise ValueError("polygon holds a coordinate that is not finite")
     for axis, side in enumerate((width, height)):
-        values = found[..., axis::2]
+        values = found[axis::2]
         if values.size and (values.min() < -MARGIN * side or values.max() > (1 + MARGIN) * side):
             raise ValueError(
-                f"{what} reaches from {values.min():g} to {values.max():g} in {'xy'[axis]}, "
+                f"polygon reaches from {values.min():g} to {values.max():g} in {'xy'[axis]}, "
                 f"the image from 0 to {side}: more than {MARGIN} sides outside"
             )
     return found
 
 
+def join_points(points: list) -> list | None:
+    """[[x0, y0], [x1, y1], ...] as [x0, y0, x1, y1, ...]; None for what is no list of points."""
+    if not all(isinstance(point, list) and len(point) == 2 for point in points):
+        return None
+    joined = list(chain.from_iterable(points))
+    return None if any(isinstance(value, (list, dict)) for value in joined) else joined
+
+
+def _is_whole(polygon: list) -> bool:
+    return len(polygon) >= 6 and len(polygon) % 2 == 0
+
+
+def _unnest(part: list | dict, deepest: int) -> Iterator[list | dict]:
+    if isinstance(part, dict) or (_is_whole(part) and type(part[0]) in (int, float)):  # its values are checked later
+        yield part
+        return
+    kinds = set(map(type, part))
+    if not kinds & {list, dict}:
+        yield part
+        return
+    if not kinds <= {list, dict}:
+        odd = next(inner for inner in part if not isinstance(inner, (list, dict)))
+        raise ValueError(f"segmentation holds {shown(odd)} beside lists; {_EXPECTED}")
+    if len(part) > 2 and (joined := join_points(part)) is not None:
+        yield joined
+        return
+    if deepest == 1:
+        raise ValueError(f"segmentation is nested too deep, {shown(part)}; {_EXPECTED}")
+    for inner in part:
+        yield from _unnest(inner, deepest - 1)
+
+
 def _parts(segmentation: Any, height: int, width: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Polygons (2 N,) float64 and runs (N,) int64 of a segmentation, all checked."""
-    if not isinstance(segmentation, (list, dict)):
-        raise ValueError(f"segmentation is a {type(segmentation).__name__}; expected polygons or RLE")
-    parts = [segmentation] if isinstance(segmentation, dict) else segmentation
-    polygons, runs = [], []
-    for part in parts:
-        if isinstance(part, dict):
-            runs.append(_runs(part, height, width))
-        elif isinstance(part, list):
-            polygon = check_points(part, height, width)
-            if polygon.ndim != 1:
-                raise ValueError(f"polygon has shape {polygon.shape}; expected [x0, y0, x1, y1, ...]")
-            if polygon.size >= 6:
-                polygons.append(polygon)
-        else:
-            raise ValueError(f"segmentation holds a {type(part).__name__}; expected polygons (lists) or RLEs (dicts)")
-    if not polygons and not runs:
-        raise ValueError("segmentation has no polygon of three points and no RLE")
-    return polygons, runs
+    if max(height, width) > MAX_SIDE or height * width > MAX_PIXELS:
+        raise ValueError(f"the image has {height} x {width} pixels; expected at most {MAX_PIXELS} to draw on")
+    parts = usable_parts(segmentation)
+    if not parts:
+        raise ValueError("segmentation has no polygon of three points (x and y in turn) and no RLE")
+    if len(parts) * height * width > MAX_DRAWN:
+        raise ValueError(
+            f"segmentation has {len(parts)} parts; on {height} x {width} pixels expected at most "
+            f"{MAX_DRAWN // (height * width)}"
+        )
+    polygons = [check_points(part, height, width) for part in parts if isinstance(part, list)]
+    outline = sum(map(_outline, polygons))
+    if outline > MAX_OUTLINE:
+        raise ValueError(f"polygons have an outline of {outline:.0f} pixels; expected at most {MAX_OUTLINE}")
+    return polygons, [_runs(part, height, width) for part in parts if isinstance(part, dict)]
+
+
+def _outline(polygon: np.ndarray) -> float:
+    """Length in pixels, a diagonal step counted as one: what pycocotools samples."""
+    steps = np.abs(polygon.reshape(-1, 2) - np.roll(polygon, -2).reshape(-1, 2))
+    return float(steps.max(axis=1).sum())
 
 
 def _runs(rle: dict, height: int, width: int) -> np.ndarray:
     size, counts = rle.get("size"), rle.get("counts")
     if not isinstance(size, (list, tuple)) or list(size) != [height, width]:
-        raise ValueError(f"RLE has size {size!r}; the image has [{height}, {width}]")
+        raise ValueError(f"RLE has size {shown(size)}; the image has [{height}, {width}]")
     if isinstance(counts, (str, bytes)):
         runs = _uncompress(counts)
     elif isinstance(counts, list):
-        runs = np.asarray(counts)
-        if runs.ndim != 1 or (runs.size and runs.dtype.kind not in "iu"):
-            raise ValueError(f"RLE has counts {counts!r:.80}; expected whole numbers")
+        runs = _whole_numbers(counts)
     else:
-        raise ValueError(f"RLE has counts of {type(counts).__name__}; expected a list, str or bytes")
-    if runs.size and (runs.min() < 0 or runs.max() > height * width):  # before the sum: it could wrap around
+        raise ValueError(f"RLE has counts {shown(counts)}; expected a list, str or bytes")
+    if runs.min() < 0 or runs.max() > height * width:  # before the sum: it could wrap around
         worst = runs.min() if runs.min() < 0 else runs.max()
-        raise ValueError(f"RLE has a run of {worst}; expected 0 to {height * width}, the pixels of the image")
+        raise ValueError(f"RLE has a run of {worst:.0f}; expected 0 to {height * width}, the pixels of the image")
+    runs = runs.astype(np.int64)
     total = int(runs.sum())
     if total != height * width:
         raise ValueError(f"RLE fills {total} pixels; the image has {height} x {width} = {height * width}")
     return runs
+
+
+def _whole_numbers(counts: list) -> np.ndarray:
+    """Runs as float64, which holds every number of pixels exactly."""
+    if set(map(type, counts)) <= {int, float}:
+        try:
+            runs = np.array(counts, dtype=np.float64)
+        except OverflowError:
+            runs = np.array([np.inf])
+        if not np.isnan(runs).any() and (runs == np.floor(runs)).all():
+            return runs
+    raise ValueError(f"RLE has counts {shown(counts)}; expected whole numbers")
 
 
 def _uncompress(counts: str | bytes) -> np.ndarray:
@@ -140,10 +213,12 @@ def _uncompress(counts: str | bytes) -> np.ndarray:
     A number is little-endian digits of 5 bits, each a character from "0" on, bit 5 saying that another follows; bit 4
     of the last is the sign. From the fourth run on they are differences to the run two before.
     """
+    if len(counts) > MAX_CHARACTERS:
+        raise ValueError(f"RLE has counts of {len(counts)} characters; expected at most {MAX_CHARACTERS}")
     try:
         codes = np.frombuffer(counts.encode("ascii") if isinstance(counts, str) else counts, dtype=np.uint8)
     except UnicodeEncodeError as error:
-        raise ValueError(f"RLE has counts {counts!r:.40}; expected COCO's characters") from error
+        raise ValueError(f"RLE has counts {shown(counts)}; expected COCO's characters") from error
     codes = codes.astype(np.int64) - 48
     if not codes.size:
         raise ValueError("RLE has no counts")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from magnet_fast.data import ExpressionDataset, Tokenizer
 from magnet_fast.data.check import check_reader
-from magnet_fast.data.datasets.reader import Ref, Sentence, Skipped
+from magnet_fast.data.datasets.reader import Ref, Sentence, Tally
 
 
 class Pictures:
@@ -22,7 +22,7 @@ class Pictures:
         self.source = folder
         for image_id in (1, 2):
             Image.new("RGB", (12, 8), (image_id, 0, 0)).save(folder / f"{image_id}.png")
-        self.skipped = Skipped({"no phrase": 2}, {"no phrase": ["record 4"]})
+        self.skipped = Tally({"no phrase": 2}, {"no phrase": ["record 4"]})
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -63,11 +63,20 @@ def test_samples(tmp_path: Path, cache: bool) -> None:
     assert dataset.context == ("edges",)
 
 
+@pytest.mark.parametrize("text", ["", "  \t", None])
+def test_a_sentence_without_words_names_ref_and_sentence(tmp_path: Path, text: str) -> None:
+    reader = Pictures(tmp_path)
+    ref = Ref(3, (), 1, None, "all", (Sentence(10, "red", "red", ()), Sentence(11, text, text, ())))
+    reader.refs = lambda split: [ref]
+    with pytest.raises(ValueError, match="ref_id 3, sent_id 11: the sentence is empty"):
+        ExpressionDataset(reader, "all", Tokenizer(), 24)
+
+
 def test_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reader, seen = Pictures(tmp_path), []
     report = check_reader(reader, progress=lambda done, total: seen.append((done, total)))
     assert report.problems == [] and report.counts == {"all": (2, 3, 2)} and seen == [(1, 2), (2, 2)]
-    assert report.where == str(tmp_path) and report.notes == ["2 records left out: no phrase (record 4 ...)"]
+    assert report.where == str(tmp_path) and report.notes == ["left out 2 records: no phrase (record 4; and 1 more)"]
     Image.new("RGB", (8, 8)).save(tmp_path / "1.png")
     (tmp_path / "2.png").unlink()
     monkeypatch.setattr(reader, "mask", lambda ref, sentence=None: np.zeros((8, 12), dtype=np.uint8))

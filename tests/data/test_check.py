@@ -90,15 +90,16 @@ def test_masks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_long_lists_are_cut(tmp_path: Path) -> None:
     instances = small_instances()
-    instances["images"] += [{"id": 100 + i, "file_name": f"{i}.jpg", "height": 20, "width": 30} for i in range(9)]
+    instances["images"] += [{"id": 100 + i, "file_name": f"{i}.jpg", "height": 20, "width": 30} for i in range(25)]
     polygon = [[2, 3, 10, 3, 10, 9, 2, 9]]
     instances["annotations"] += [
-        {"id": 200 + i, "image_id": 100 + i, "category_id": 1, "segmentation": polygon} for i in range(9)
+        {"id": 200 + i, "image_id": 100 + i, "category_id": 1, "segmentation": polygon} for i in range(25)
     ]
-    refs = [*small_refs(), *(small_ref(50 + i, 200 + i, 100 + i, "thing") for i in range(9))]
+    refs = [*small_refs(), *(small_ref(50 + i, 200 + i, 100 + i, "thing") for i in range(25))]
     root = write_root(tmp_path, instances=instances, refs=refs, dataset="mine")
     message = only_problem(root, dataset="mine")
-    assert message.startswith("9 images absent: image 0.jpg") and "; and 4 more" in message
+    assert message.startswith("25 images absent: image 0.jpg") and "image 19.jpg" in message
+    assert "image 20.jpg" not in message and "; and 5 more" in message
 
 
 def test_command(root: Path) -> None:

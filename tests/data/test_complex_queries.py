@@ -131,9 +131,9 @@ def test_panoptic_pngs_that_cannot_be_used_are_named(tmp_path):
         ({"id": 0}, "sub_ris.json: record 1 has id 0; expected 1 to 16777215"),
         ({"id": 1 << 24}, "record 1 has id 16777216"),
         ({"id": "7"}, "record 1 has id '7'; expected int"),
-        ({"id": True}, "record 1 has id True; expected int"),
+        ({"id": True}, "record 1 has id true; expected int"),
         ({"sentence": "\n"}, "record 1 has sentence .*; expected text"),
-        ({"file_name": None}, "record 1 has file_name None; expected text"),
+        ({"file_name": None}, "record 1 has file_name null; expected text"),
         ({"file_name": "train2017/cat.jpg"}, "expected COCO's number"),
         ({"file_name": "../000000000005.jpg"}, "names the file '../000000000005.jpg'; expected a path within"),
         (
@@ -207,7 +207,7 @@ def test_predicted_nodes_come_first_and_have_features(tmp_path):
 
 def test_records_of_images_without_nodes_are_counted_and_said(tmp_path):
     write(tmp_path, [scene(5, (1, 0))], name="for_pan_seg.json")
-    with pytest.warns(UserWarning, match="left out 1 records: no nodes for its image .*record 1: .*000000000031.jpg"):
+    with pytest.warns(UserWarning, match="left out 1 record: no nodes for its image .*record 1: .*000000000031.jpg"):
         reader = ComplexQueries(write(tmp_path))
     assert reader.skipped.reasons == {"no nodes for its image": 1} and len(reader.refs("sub_ris")) == 2
 
@@ -216,7 +216,7 @@ def test_records_of_images_without_nodes_are_counted_and_said(tmp_path):
     ("content", "message"),
     [
         ([], "expected OpenPSG's dict, whose 'data' is a list"),
-        ({"data": [3]}, "expected OpenPSG's dict"),
+        ({"data": [3]}, "psg.json: record 0 is 3; expected a dict"),
         ({"data": [{"file_name": "a.jpg"}]}, "psg.json: record 0 lacks 'pan_seg_file_name'"),
         ({"data": [{**scene(5, (1,)), "segments_info": [3]}]}, "segments_info holds 3; expected dicts with an id"),
         ({"data": [{**scene(5, (1,)), "segments_info": [{"id": -1}]}]}, "record 0: segments_info has id -1"),

@@ -149,7 +149,7 @@ def test_what_is_left_out_is_counted_and_said(tmp_path):
         task("7__1", 7, "again", [[SQUARE]]),
         task("7__5", 7, "a line and a square", [[[[3, 30], [9, 30]]], [SQUARE, [[1, 1]]]]),
     ]
-    with pytest.warns(UserWarning, match=r"left out 2 records: no polygon \(.*7__3, .*7__4\).*occurred before.*7__1"):
+    with pytest.warns(UserWarning, match=r"left out 2 records: no polygon \(.*7__3; .*7__4\).*occurred before.*7__1"):
         reader = PhraseCut(write(tmp_path, tasks))
     assert reader.skipped.reasons == {
         "no polygon": 2,
@@ -162,21 +162,21 @@ def test_what_is_left_out_is_counted_and_said(tmp_path):
     mask = reader.mask(last)
     assert mask[30, 3:10].all() and mask[10, 10] and not mask[1, 1]
     only = {"val": [task("7__3", 7, "nothing", [])]}
-    with pytest.raises(ValueError, match="no record can be used; left out 1 records: no polygon"):
+    with pytest.raises(ValueError, match="no record can be used; left out 1 record: no polygon"):
         PhraseCut(write(tmp_path / "only", only))
 
 
 BAD_TASKS = [
-    ("task_id", None, r"refer_train.json: task_id None has task_id None; expected text"),
-    ("image_id", "7", "task_id 7__2 has image_id '7'; expected int"),
+    ("task_id", None, r"refer_train.json: task_id .record 1. has task_id null; expected text"),
+    ("image_id", "7", "task_id 7__2 has image_id '7'; expected a whole number, without quotes"),
     ("image_id", 70, "task_id 7__2 names image_id 70, which image_data_split.json does not hold"),
     ("phrase", "  ", "task_id 7__2 has phrase '  '; expected text"),
-    ("Polygons", None, "has Polygons None; expected list"),
-    ("Polygons", [SQUARE], r"Polygons: shape \(2,\); expected a polygon's points"),
+    ("Polygons", None, "has Polygons null; expected list"),
+    ("Polygons", [SQUARE], r"Polygons hold \[5, 4\]; expected a polygon's points"),
     ("Polygons", [7], "Polygons hold 7; expected a list of polygons per instance"),
-    ("Polygons", [[[[1, 2], [3]]]], "no even list"),
+    ("Polygons", [[[[1, 2], [3]]]], "expected a polygon's points"),
     ("Polygons", [[[[1, 2], [3, "4"], [5, 6]]]], "expected numbers"),
-    ("Polygons", [[[[1, 2, 3], [3, 4, 5]]]], "expected x and y in turn"),
+    ("Polygons", [[[[1, 2, 3], [3, 4, 5]]]], "expected a polygon's points"),
     ("Polygons", [[[[1, 2], [3, math.nan], [5, 6]]]], "not finite"),
     ("Polygons", [[[[1, 2], [3, 1e12], [5, 6]]]], "more than 3 sides outside"),
     ("phrase_structure", "name", "phrase_structure is 'name'; expected a dict"),
@@ -206,9 +206,9 @@ def test_bad_records_are_named(tmp_path, key, value, message):
     ("text", "message"),
     [
         ("{}", "expected a JSON list"),
-        ("", "expected a JSON list"),
+        ("", "it is empty"),
         ("[{}", r"not valid JSON \(after record 0|lacks 'task_id'"),
-        ("[3]", "record 0 is a int; expected a dict"),
+        ("[3]", "record 0. is 3; expected a dict"),
         ('[{"a": }]', r"not valid JSON \(record 0"),
         ("[] []", "something follows the list"),
         ("[]", None),
@@ -228,8 +228,8 @@ def test_broken_json_is_named(tmp_path, text, message):
     ("change", "message"),
     [
         ({"height": 0}, "image_id 7 has height 0"),
-        ({"width": 3.5}, "image_id 7 has width 3.5; expected int"),
-        ({"image_id": True}, "has image_id True; expected int"),
+        ({"width": 3.5}, "image_id 7 has width 3.5; expected a whole number of pixels"),
+        ({"image_id": True}, "has image_id true; expected a whole number"),
     ],
 )
 def test_bad_image_records_are_named(tmp_path, change, message):

@@ -92,15 +92,28 @@ def test_absent_split_names_those_present(tmp_path):
         refer.refs("testA")
 
 
-@pytest.mark.parametrize("segmentation", [None, [], [[]], [[1, 2, 3, 4]], {}, {"counts": [], "size": [20, 30]}, "x"])
-def test_annotation_without_polygon_is_named(tmp_path, segmentation):
+@pytest.mark.parametrize(
+    "segmentation",
+    [..., None, [], [[]], [[1, 2, 3, 4]], [[1, 2, 3, 4, 5, 6, 7]], {}, {"counts": [], "size": [20, 30]}],
+)
+def test_annotation_without_polygon_is_left_out_and_named(tmp_path, segmentation):
     instances = small_instances()
     instances["annotations"][1]["segmentation"] = segmentation
-    with pytest.raises(ValueError, match=r"instances\.json: annotation 71 .*ref_id 2.* has no polygon and no RLE"):
-        Refer(write_root(tmp_path / "root", instances=instances))
-    del instances["annotations"][1]["segmentation"]
-    with pytest.raises(ValueError, match="annotation 71"):
-        Refer(write_root(tmp_path / "other", instances=instances))
+    if segmentation is ...:
+        del instances["annotations"][1]["segmentation"]
+    with pytest.warns(UserWarning, match=r"in doubt: 1 record: no polygon .*json: annotation 71 \(.*ref_id 2\)"):
+        refer = Refer(write_root(tmp_path / "root", instances=instances))
+    assert [ref.ref_id for ref in refer.refs("train")] == [1]
+
+
+def test_a_ref_keeps_those_of_its_annotations_that_have_a_polygon(tmp_path):
+    instances, refs = small_instances(), small_refs()
+    instances["annotations"][1]["segmentation"] = []
+    refs[0]["ann_id"] = [70, 71]
+    with pytest.warns(UserWarning, match=r"2 records: no polygon .*annotation 71 \(.*ref_id 1\)"):
+        refer = Refer(write_root(tmp_path, instances=instances, refs=refs))
+    assert [ref.ann_ids for ref in refer.refs("train")] == [(70,)]
+    assert np.array_equal(refer.mask(refer.refs("train")[0]), rectangle(3, 9, 2, 10))
 
 
 def test_unused_annotation_without_polygon_does_not_matter(tmp_path):
@@ -115,18 +128,27 @@ def test_unused_annotation_without_polygon_does_not_matter(tmp_path):
         ({"ann_id": 99}, r"refs\(unc\)\.p: ref_id 2 names ann_id 99, which instances\.json does not hold"),
         ({"ann_id": [70, 99]}, "ref_id 2 names ann_id 99"),
         ({"image_id": 99}, "ref_id 2 names image_id 99, which instances.json does not hold"),
-        ({"split": ""}, "ref_id 2 names split ''; expected text"),
-        ({"split": None}, "ref_id 2 names split None; expected text"),
-        ({"ref_id": "2"}, "ref_id 2 has ref_id '2'; expected an int"),
-        ({"image_id": 7.5}, "ref_id 2 has image_id 7.5; expected an int"),
+        ({"split": ""}, "ref_id 2 has split ''; expected text"),
+        ({"split": None}, "ref_id 2 has split null; expected text"),
+        ({"ref_id": "2"}, "has ref_id '2'; expected a whole number, without quotes"),
+        ({"image_id": 7.5}, "ref_id 2 has image_id 7.5; expected a whole number"),
         ({"ann_id": [70, -1]}, r"ref_id 2 has ann_id \[70, -1\]; expected annotations, or \[-1\] alone"),
         (
             {"sentences": [{"sent_id": 3, "raw": "woman", "exist": "no"}]},
             "ref_id 2: sent_id 3 has exist 'no'; expected true or false",
         ),
-        ({"sentences": []}, "ref_id 2 has no sentences"),
-        ({"sentences": [{"sent_id": 3}]}, "ref_id 2: sentence .* lacks sent_id or raw"),
-        ({"sentences": ["woman"]}, "ref_id 2: sentence 'woman' lacks"),
+        ({"sentences": "woman"}, "ref_id 2 has sentences 'woman'; expected a list"),
+        ({"sentences": [{"sent_id": 3}]}, "ref_id 2: sentence .* lacks raw"),
+        ({"sentences": [{"sent_id": 3, "raw": 5}]}, "ref_id 2: sent_id 3 has raw 5; expected text"),
+        ({"sentences": [None]}, "ref_id 2: sentence null lacks raw"),
+        ({"ref_id": True}, "has ref_id true; expected a whole number"),
+        ({"image_id": 2**63}, f"ref_id 2 has image_id {2**63}; expected a whole number"),
+        ({"ann_id": "71"}, "ref_id 2 has ann_id '71'; expected a whole number, without quotes, in every file"),
+        ({"ann_id": None}, "ref_id 2 has ann_id null; expected a whole number"),
+        ({"ann_id": []}, r"ref_id 2 has ann_id \[\]; expected annotations, or \[-1\] alone"),
+        ({"ann_id": [[71]]}, r"ref_id 2 has ann_id \[71\]; expected a whole number"),
+        ({"ann_id": 80}, "ref_id 2 of image_id 7 names ann_id 80; instances.json says image_id 8 of it"),
+        ({"category_id": {}}, r"ref_id 2 has category_id \{\}; expected a whole number"),
     ],
 )
 def test_broken_ref_is_named(tmp_path, change, message):
@@ -167,8 +189,11 @@ def test_broken_json_is_named(tmp_path):
     [
         (lambda content: content.pop("annotations"), "lacks the list 'annotations'"),
         (lambda content: content.update(images={}), "lacks the list 'images'"),
-        (lambda content: content["images"][1].pop("height"), "image record .*b.jpg.* lacks one of"),
-        (lambda content: content["annotations"][0].pop("id"), "a record of 'annotations' has no id"),
+        (lambda content: content["images"][1].pop("height"), "image 8 lacks 'height'"),
+        (
+            lambda content: content["annotations"][0].pop("id"),
+            "annotation record 0 has id null; expected a whole number",
+        ),
     ],
 )
 def test_instances_of_another_form(tmp_path, change, message):

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
-from magnet_fast.data.segmentation import MARGIN, check_segmentation, decode_segmentation
+from magnet_fast.data.segmentation import MARGIN, MAX_CHARACTERS, check_segmentation, decode_segmentation
 
 HEIGHT, WIDTH = 20, 30
 
@@ -97,24 +97,32 @@ def test_whole_pixels_are_exact_and_parts_are_united():
 
 SQUARE = [2, 3, 10, 3, 10, 9, 2, 9]
 BAD = [
-    (None, "is a NoneType; expected polygons or RLE"),
-    ("polygon", "is a str"),
-    ([], "no polygon of three points and no RLE"),
+    (None, "no polygon of three points"),
+    ("polygon", r"segmentation is 'polygon'; expected \[\[x1, y1,"),
+    ([], r"no polygon of three points \(x and y in turn\) and no RLE"),
     ([[0, 0, 5, 5]], "no polygon of three points"),
-    ([3, 4, 5, 6, 7, 8], "segmentation holds a int"),
-    ([[2, 3, 10, 3, 10, 9, 2]], "expected x and y in turn"),
+    ([3, 4, 5, 6], "no polygon of three points"),
+    (7, "segmentation is 7; expected"),
+    ([[2, 3, 10, 3, 10, 9, 2]], "no polygon of three points"),
+    ([[2, 3, 10, 3, 10, 9], 3], "segmentation holds 3 beside lists"),
+    ([[[[[2, 3, 10, 3, 10, 9]]]]], "nested too deep"),
+    ([["2"] * 100_000], "expected numbers"),
+    ([[2, 3, 10, 3, 10, "x" * 10**7]], "expected numbers"),
     ([[2, 3, 10, "3", 10, 9]], "expected numbers"),
     ([[2, 3, 10, None, 10, 9]], "expected numbers"),
-    ([[2, 3, 10, [1], 10, 9]], "no even list"),
-    ([[[2, 3], [10, 3], [10, 9]]], r"has shape \(3, 2\)"),
+    ([[2, 3, 10, [1], 10, 9]], r"polygon holds \[1\]; expected numbers"),
+    ([True, SQUARE], "segmentation holds true beside lists"),
     ([[True, False, True, True, False, False]], "expected numbers"),
     ([[2, 3, 10, math.nan, 10, 9]], "not finite"),
     ([SQUARE, [2, 3, math.inf, 3, 10, 9]], "not finite"),
     ([[2, 3, 1e9, 3, 10, 9]], "more than 3 sides outside"),
     ([[2, 3, 10, 3, 10, -(MARGIN * HEIGHT) - 1]], "in y, the image from 0 to 20"),
-    ([[2, 3, 10**30, 3, 10, 9]], "expected numbers"),
-    ({"size": [HEIGHT, WIDTH]}, "counts of NoneType"),
-    ({"counts": [600]}, "RLE has size None"),
+    ([[2, 3, 10**30, 3, 10, 9]], "more than 3 sides outside"),
+    ([[2, 3, 10**400, 3, 10, 9]], "not finite"),
+    ([[0, 0, 120, 79] * 100_000], "an outline of .* pixels; expected at most"),
+    ([SQUARE] * 7_200_000, "7200000 parts; on 20 x 30 pixels expected at most 7158278"),
+    ({"size": [HEIGHT, WIDTH]}, "no RLE"),
+    ({"counts": [600]}, "RLE has size null"),
     ({"size": [WIDTH, HEIGHT], "counts": [600]}, r"RLE has size \[30, 20\]; the image has \[20, 30\]"),
     ({"size": [HEIGHT, WIDTH], "counts": [599]}, "RLE fills 599 pixels"),
     ({"size": [HEIGHT, WIDTH], "counts": [590, 11]}, "RLE fills 601 pixels"),
@@ -122,8 +130,16 @@ BAD = [
     ({"size": [HEIGHT, WIDTH], "counts": [-10, 300, 310]}, "a run of -10"),
     ({"size": [HEIGHT, WIDTH], "counts": [1.5, 598.5]}, "expected whole numbers"),
     ({"size": [HEIGHT, WIDTH], "counts": [2**62, 2**62, 2**62, 2**62, 600]}, f"a run of {2**62}"),
-    ({"size": [HEIGHT, WIDTH], "counts": []}, "RLE fills 0 pixels"),
-    ({"size": [HEIGHT, WIDTH], "counts": ""}, "RLE has no counts"),
+    ({"size": [HEIGHT, WIDTH], "counts": []}, "no RLE"),
+    ({"size": [HEIGHT, WIDTH], "counts": ""}, "no RLE"),
+    ({"size": [HEIGHT, WIDTH], "counts": [0]}, "RLE fills 0 pixels"),
+    ({"size": [HEIGHT, WIDTH], "counts": 600}, "RLE has counts 600; expected a list, str or bytes"),
+    ({"size": [HEIGHT, WIDTH], "counts": [math.nan, 600]}, "expected whole numbers"),
+    ({"size": [HEIGHT, WIDTH], "counts": [True, 599]}, "expected whole numbers"),
+    ({"size": [HEIGHT, WIDTH], "counts": ["600"]}, "expected whole numbers"),
+    ({"size": [HEIGHT, WIDTH], "counts": [10**400]}, "a run of inf"),
+    ({"size": ["20", "30"], "counts": [600]}, "RLE has size"),
+    ({"size": [HEIGHT, WIDTH], "counts": "0" * (MAX_CHARACTERS + 1)}, "characters; expected at most"),
     ({"size": [HEIGHT, WIDTH], "counts": "hel lo"}, "character that is not between"),
     ({"size": [HEIGHT, WIDTH], "counts": "hé"}, "COCO's characters"),
     ({"size": [HEIGHT, WIDTH], "counts": "0P"}, "break off within a number"),
@@ -132,12 +148,41 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("segmentation", "message"), BAD)
+@pytest.mark.parametrize(("segmentation", "message"), BAD, ids=[message for _, message in BAD])
 def test_bad_segmentations_are_refused_in_words(segmentation, message):
     with pytest.raises(ValueError, match=message):
         check_segmentation(segmentation, HEIGHT, WIDTH)
     with pytest.raises(ValueError, match=message):
         decode_segmentation(segmentation, HEIGHT, WIDTH)
+
+
+@pytest.mark.parametrize(
+    "nested",
+    [
+        SQUARE,
+        [[2, 3], [10, 3], [10, 9], [2, 9]],
+        [[[2, 3], [10, 3], [10, 9], [2, 9]]],
+        [[[2, 3, 10, 3, 10, 9, 2, 9]]],
+        [[[[2, 3], [10, 3], [10, 9], [2, 9]]]],
+        [SQUARE, [], [1, 2], [1, 2, 3, 4, 5]],
+        {"size": [20.0, 30.0], "counts": [43.0, *([6.0, 14.0] * 7), 6.0, 411.0]},
+    ],
+)
+def test_other_nestings_of_plain_meaning(nested):
+    expected = np.zeros((HEIGHT, WIDTH), dtype=np.uint8)
+    expected[3:9, 2:10] = 1
+    assert np.array_equal(decode_segmentation(nested, HEIGHT, WIDTH), expected)
+
+
+def test_two_polygons_in_points_are_two():
+    mask = decode_segmentation([[[2, 3], [10, 3], [10, 9], [2, 9]], [[20, 10], [25, 10], [25, 15], [20, 15]]], 20, 30)
+    assert mask.sum() == 8 * 6 + 5 * 5
+
+
+def test_an_image_too_large_to_draw_on_is_refused_before_memory_is_taken():
+    for height, width in ((2**31, 2**31), (13_378, 13_378), (1, 1_000_001)):
+        with pytest.raises(ValueError, match=f"the image has {height} x {width} pixels; expected at most"):
+            decode_segmentation([SQUARE], height, width)
 
 
 @settings(max_examples=200, deadline=None)

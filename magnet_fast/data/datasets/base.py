@@ -2,39 +2,60 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
 import warnings
 from collections.abc import Iterator, Sequence
-from pathlib import Path, PurePosixPath
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from magnet_fast.data.datasets.reader import Ref, Sentence, Skipped
+from magnet_fast.data.datasets.reader import Ref, Sentence, Tally
 
 Folders = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 """Option `images`: one folder or several, looked through in order."""
 
-_EXAMPLES = 3  # of the records left out for one reason that are named
+_NAMED = 3  # of the records of one reason, where a reader is opened; `data check` names more
 _SPACE = re.compile(r"[ \t\r\n]*")
+
+
+class RecordError(ValueError):
+    """A record that cannot be used, and what kind of fault it has."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+class BrokenRecordsError(ValueError):
+    """Some records cannot be used. `reader` reads the others: `data check` looks at them, too."""
+
+    reader: BaseReader
 
 
 class BaseReader:
     """Refs in lists by split. A reader adds sizes, paths and masks, and calls `_close` when it has read everything.
 
+    Faults are collected, so that none hides the next: what is read under `_file` or `_record` does not stop the rest.
+
     Attributes:
         source: the file that the refs come from, for messages; a folder where there are several.
-        skipped: records left out.
+        skipped: records left out, as the field's own readers do.
+        doubtful: what is left out or unclear, and hardly meant so.
+        broken: records that cannot be used; where there are any, opening ends in `BrokenRecordsError`.
     """
 
     def __init__(self, source: Path, customary: Sequence[str]) -> None:
-        self.source, self.skipped = source, Skipped()
+        self.source, self.skipped, self.doubtful, self.broken = source, Tally(), Tally(), Tally()
         self._customary = customary
         self._refs: dict[str, list[Ref]] = {}
+        self._unread: list[OSError | ValueError] = []
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -55,46 +76,81 @@ class BaseReader:
     def _keep(self, ref: Ref) -> None:
         self._refs.setdefault(ref.split, []).append(ref)
 
-    def _skip(self, reason: str, record: str) -> None:
-        self.skipped.reasons[reason] = self.skipped.reasons.get(reason, 0) + 1
-        examples = self.skipped.examples.setdefault(reason, [])
-        if len(examples) < _EXAMPLES:
-            examples.append(record)
+    @contextmanager
+    def _file(self) -> Iterator[None]:
+        """Keep the error of a file or folder for `_close`."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            self._unread.append(error)
+
+    @contextmanager
+    def _record(self) -> Iterator[None]:
+        """Count a record that raises ValueError among the broken ones."""
+        try:
+            yield
+        except ValueError as error:
+            self.broken.add(error.kind if isinstance(error, RecordError) else "unexpected form", str(error))
 
     def _close(self) -> None:
-        """Say what was left out; raise ValueError if nothing is left."""
-        reasons = "; ".join(
-            f"{count} records: {reason} ({', '.join(self.skipped.examples[reason])}{', ...' * (count > _EXAMPLES)})"
-            for reason, count in self.skipped.reasons.items()
-        )
+        """Raise what cannot be used, or that nothing is left; say what was left out or is doubtful."""
+        broken, doubtful = self.broken.told(_NAMED), self.doubtful.told(_NAMED)
+        if self._unread:
+            if len(self._unread) == 1 and not broken and not doubtful:
+                raise self._unread[0]
+            absent = all(isinstance(error, FileNotFoundError) for error in self._unread)
+            kind = FileNotFoundError if absent else ValueError
+            raise kind("; ".join([*map(str, self._unread), *broken, *doubtful])) from self._unread[0]
+        if broken:
+            several = sum(self.broken.reasons.values()) > _NAMED
+            more = "; `data check` names more of them" * several
+            error = BrokenRecordsError(f"{self.source}: cannot use {'; '.join(broken + doubtful)}{more}")
+            error.reader = self
+            raise error
         if not self._refs:
-            raise ValueError(f"{self.source}: no record can be used{f'; left out {reasons}' if reasons else ''}")
-        if reasons:
-            warnings.warn(f"{self.source}: left out {reasons}", stacklevel=3)
+            left_out = "; ".join(self.skipped.told(_NAMED) + doubtful)
+            raise ValueError(f"{self.source}: no record can be used{f'; left out {left_out}' if left_out else ''}")
+        if self.skipped.reasons:
+            warnings.warn(f"{self.source}: left out {'; '.join(self.skipped.told(_NAMED))}", stacklevel=3)
+        if doubtful:
+            warnings.warn(f"{self.source}: in doubt: {'; '.join(doubtful)}", stacklevel=3)
 
 
-def read_json(path: Path) -> Any:
-    """A JSON file. Raises FileNotFoundError, or ValueError for what is no JSON, with the path."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist")
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Without Python's search for cycles, which takes a third of the time where millions of lists come into being."""
+    enabled = gc.isenabled()
+    gc.disable()
     try:
-        return json.loads(path.read_bytes())
-    except ValueError as error:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def read_json(path: Path, *, unique: bool = False) -> Any:
+    """A JSON file, in any encoding of Unicode.
+
+    Raises FileNotFoundError, or ValueError for what is no JSON, with the path; with `unique`, also for a key that
+    stands twice in one dict, of which Python would keep the later.
+    """
+    text = _read_text(path)
+    try:
+        return json.loads(text, object_pairs_hook=_unique if unique else None)
+    except json.JSONDecodeError as error:
+        lines = "; more than one value, one after the other: expected one list" if error.msg == "Extra data" else ""
+        raise ValueError(f"{path}: not valid JSON ({error}{lines})") from error
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from error
 
 
-def each_record(path: Path) -> Iterator[dict[str, Any]]:
-    """The dicts of a JSON list, one after the other.
+def each_record(path: Path) -> Iterator[Any]:
+    """The entries of a JSON list, one after the other.
 
     A data set's polygons take gigabytes as Python's numbers; one at a time, only what is kept of them stays. Raises
-    FileNotFoundError, or ValueError with path and place for what is no JSON, no list, or no dict within it.
+    FileNotFoundError, or ValueError with path and place for what is no JSON or no list.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from error
+    text = _read_text(path)
     place = _after_space(text, 0)
     if text[place : place + 1] != "[":
         raise ValueError(f"{path}: starts with {text[place : place + 20]!r}; expected a JSON list of records")
@@ -107,10 +163,8 @@ def each_record(path: Path) -> Iterator[dict[str, Any]]:
             place = _after_space(text, place + 1)
         try:
             record, place = decode(text, place)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: not valid JSON (record {number}: {error})") from error
-        if not isinstance(record, dict):
-            raise ValueError(f"{path}: record {number} is a {type(record).__name__}; expected a dict")
         yield record
         number += 1
         place = _after_space(text, place)
@@ -118,21 +172,11 @@ def each_record(path: Path) -> Iterator[dict[str, Any]]:
         raise ValueError(f"{path}: not valid JSON (something follows the list, at character {place + 1})")
 
 
-def require(record: dict[str, Any], kinds: dict[str, type], where: str) -> None:
-    """Raise ValueError unless a record has these keys with values of these kinds; text must not be blank."""
-    for key, kind in kinds.items():
-        if key not in record:
-            raise ValueError(f"{where} lacks {key!r}; it has {', '.join(map(repr, record))}")
-        value = record[key]
-        if not isinstance(value, kind) or isinstance(value, bool) or (kind is str and not value.strip()):
-            raise ValueError(f"{where} has {key} {value!r:.80}; expected {'text' if kind is str else kind.__name__}")
-
-
-def require_inside(name: str, where: str) -> str:
-    """A file's name from the data, refused with ValueError if it leads out of the folder it is looked for in."""
-    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-        raise ValueError(f"{where} names the file {name!r}; expected a path within the data's folders")
-    return name
+def begins_with(path: Path, sign: str) -> bool:
+    """Whether the first character of a JSON file is this one, in any encoding that `read_json` reads."""
+    with path.open("rb") as file:
+        start = file.read(1024)
+    return start.decode(json.detect_encoding(start), errors="ignore").lstrip().startswith(sign)
 
 
 def choose_folders(root: Path, images: Folders | None, usual: Sequence[Path], what: str = "images") -> list[Path]:
@@ -189,6 +233,27 @@ def one_sentence(sent_id: int, raw: str, kind: str | None = None) -> tuple[Sente
     """The only sentence of a ref whose data neither clean nor split it: spaces set right, words at spaces."""
     words = raw.split()
     return (Sentence(sent_id=sent_id, raw=raw, sent=" ".join(words), tokens=tuple(words), kind=kind),)
+
+
+def _read_text(path: Path) -> str:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    content = path.read_bytes()
+    if not content:
+        raise ValueError(f"{path}: not valid JSON (it is empty)")
+    encoding = json.detect_encoding(content)
+    try:
+        return content.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not valid JSON ({error}; expected UTF-8)") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"a dict holds the key {next(key for key in keys if keys.count(key) > 1)!r} twice")
+    return found
 
 
 def _after_space(text: str, place: int) -> int:

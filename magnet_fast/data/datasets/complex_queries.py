@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -11,19 +12,21 @@ from torch import Tensor
 from magnet_fast.data.datasets.base import (
     BaseReader,
     Folders,
+    RecordError,
+    begins_with,
     choose_folders,
     each_record,
     find_file,
     one_sentence,
     picture_size,
-    require,
-    require_inside,
 )
 from magnet_fast.data.datasets.panoptic import read_segments, require_segment
 from magnet_fast.data.datasets.reader import Ref, Sentence
 from magnet_fast.data.datasets.scene_nodes import NODE_FILES, SceneNodes
+from magnet_fast.data.values import require, require_inside, shown
 
 SPLITS = ("train", "val", "test")
+_DIGITS = 18  # of an image's number, which travels as int64
 PLACES = (".", "images", "images/coco", "images/mscoco", "images/mscoco/images")  # in the data's folder and in the root
 
 
@@ -57,16 +60,21 @@ class ComplexQueries(BaseReader):
             )
         super().__init__(folder if len(files) > 1 else files[0], SPLITS)
         usual = [base / place for base in (folder, root) for place in PLACES]
-        self._image_folders = choose_folders(root, images, usual)
+        self._image_folders: list[Path] = []
+        with self._file():
+            self._image_folders = choose_folders(root, images, usual)
         places = [*self._image_folders, folder, root]
         self._panoptic_folders = [*places, *(place / "annotations" for place in places)]
         self._image_names: dict[int, str] = {}
         self._panoptic_names: dict[int, str] = {}
         self._sizes: dict[int, tuple[int, int]] = {}
-        self._nodes = SceneNodes.find(folder, self._panoptic_folders)
+        self._nodes = None
+        with self._file():
+            self._nodes = SceneNodes.find(folder, self._panoptic_folders, self._record)
         self._count = 0
         for path in files:
-            self._read(path)
+            with self._file():
+                self._read(path)
         self._close()
 
     def image_size(self, image_id: int) -> tuple[int, int]:
@@ -105,35 +113,41 @@ class ComplexQueries(BaseReader):
 
     def _read(self, path: Path) -> None:
         for number, record in enumerate(each_record(path)):
-            where = f"{path}: record {number}"
-            require(record, {"file_name": str, "sentence": str, "pan_seg_file": str, "id": int}, where)
-            segment = require_segment(record["id"], where)
-            image, panoptic = (require_inside(record[key], where) for key in ("file_name", "pan_seg_file"))
-            image_id = self._image_id(image, panoptic, where)
-            if self._nodes is not None and image not in self._nodes:
-                self._skip("no nodes for its image", f"{where}: {image}")
-                continue
-            self._image_names[image_id], self._panoptic_names[image_id] = image, panoptic
-            self._keep(
-                Ref(
-                    ref_id=self._count,
-                    ann_ids=(segment,),
-                    image_id=image_id,
-                    category_id=None,
-                    split=path.stem,
-                    sentences=one_sentence(self._count, record["sentence"]),
-                )
+            with self._record():
+                self._parse(record, f"{path}: record {number}", path.stem)
+
+    def _parse(self, record: Any, where: str, split: str) -> None:
+        require(record, {"file_name": str, "sentence": str, "pan_seg_file": str, "id": int}, where)
+        segment = require_segment(record["id"], where)
+        image, panoptic = (require_inside(record[key], where) for key in ("file_name", "pan_seg_file"))
+        image_id = self._image_id(image, panoptic, where)
+        if self._nodes is not None and image not in self._nodes:
+            self.skipped.add("no nodes for its image", f"{where}: {image}")
+            return
+        self._image_names[image_id], self._panoptic_names[image_id] = image, panoptic
+        self._keep(
+            Ref(
+                ref_id=self._count,
+                ann_ids=(segment,),
+                image_id=image_id,
+                category_id=None,
+                split=split,
+                sentences=one_sentence(self._count, record["sentence"]),
             )
-            self._count += 1
+        )
+        self._count += 1
 
     def _image_id(self, image: str, panoptic: str, where: str) -> int:
         stem = Path(image).stem
-        if not (stem.isascii() and stem.isdigit()):
-            raise ValueError(f"{where} has file_name {image!r}; expected COCO's number, such as 000000417720.jpg")
+        if not (stem.isascii() and stem.isdigit() and len(stem) <= _DIGITS):
+            raise ValueError(f"{where} has file_name {shown(image)}; expected COCO's number, such as 000000417720.jpg")
         image_id = int(stem)
         known = (self._image_names.get(image_id, image), self._panoptic_names.get(image_id, panoptic))
         if known != (image, panoptic):
-            raise ValueError(f"{where} names {image} and {panoptic}; a record before names {known[0]} and {known[1]}")
+            raise RecordError(
+                "number of another image",
+                f"{where} names {image} and {panoptic}; a record before names {known[0]} and {known[1]}",
+            )
         return image_id
 
 
@@ -143,10 +157,7 @@ def query_files(folder: Path) -> list[Path]:
     for path in sorted(folder.glob("*.json")):
         if path.name in NODE_FILES:
             continue
-        with path.open("rb") as file:
-            if not file.read(1024).lstrip().startswith(b"["):
-                continue
-        first = next(each_record(path), {})
-        if "sentence" in first or "pan_seg_file" in first:
+        first = next(each_record(path), None) if begins_with(path, "[") else None
+        if isinstance(first, dict) and ("sentence" in first or "pan_seg_file" in first):
             found.append(path)
     return found

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from magnet_fast.data.datasets.base import read_picture
+from magnet_fast.data.values import shown
 
 LARGEST = (1 << 24) - 1  # id that a colour can hold; 0 is no segment
 
@@ -20,5 +21,5 @@ def read_segments(path: Path) -> np.ndarray:
 def require_segment(value: object, where: str) -> int:
     """The id of a segment. Raises ValueError for what no colour can hold."""
     if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= LARGEST:
-        raise ValueError(f"{where} has id {value!r}; expected 1 to {LARGEST}, a colour of the panoptic PNG")
+        raise ValueError(f"{where} has id {shown(value)}; expected 1 to {LARGEST}, a colour of the panoptic PNG")
     return value

@@ -12,14 +12,15 @@ from PIL import Image, ImageDraw
 from magnet_fast.data.datasets.base import (
     BaseReader,
     Folders,
+    RecordError,
     choose_folders,
     each_record,
     find_file,
     one_sentence,
-    require,
 )
 from magnet_fast.data.datasets.reader import Ref, Sentence
-from magnet_fast.data.segmentation import check_points
+from magnet_fast.data.segmentation import check_points, join_points
+from magnet_fast.data.values import require, require_id, require_size, shown
 
 IMAGE_RECORDS = ("image_data_split.json", "image_data_split3000.json")  # by the loader's name, by the page's
 SPLITS = ("train", "val", "miniv", "test")
@@ -48,7 +49,7 @@ class PhraseCut(BaseReader):
             `VG_100K_2`, in the folder, in `<root>` and in `<root>/images`.
 
     Raises FileNotFoundError for absent files and folders; ValueError, naming file and record, for broken JSON, missing
-    or wrong values, and images that the list of images does not hold.
+    or wrong values, images that the list of images does not hold, and ids that it gives to several.
     """
 
     def __init__(
@@ -62,15 +63,20 @@ class PhraseCut(BaseReader):
             raise FileNotFoundError(f"{folder} lacks {' or '.join(IMAGE_RECORDS)}, or any refer_<split>.json")
         super().__init__(folder if len(files) > 1 else next(iter(files.values())), SPLITS)
         places = [base / name for base in (folder, root, root / "images") for name in ("VG_100K", "VG_100K_2")]
-        self._image_folders = choose_folders(root, images, [folder / "images", *places])
-        self._sizes = _read_sizes(records)
+        self._image_folders: list[Path] = []
+        with self._file():
+            self._image_folders = choose_folders(root, images, [folder / "images", *places])
+        self._sizes: dict[int, tuple[int, int]] = {}
+        with self._file():
+            self._read_sizes(records)
         self._image_records = records
         self.task_ids: list[str] = []
         """PhraseCut's name of each ref, by ref_id: what its evaluation names prediction files by."""
         self._polygons: list[list[np.ndarray]] = []  # of each ref, whole pixels (N, 2)
         self._instances = 0
         for split in sorted(files, key=lambda name: (SPLITS.index(name) if name in SPLITS else len(SPLITS), name)):
-            self._read(files[split], split)
+            with self._file():
+                self._read(files[split], split)
         self._close()
 
     def image_size(self, image_id: int) -> tuple[int, int]:
@@ -95,54 +101,74 @@ class PhraseCut(BaseReader):
     def _read(self, path: Path, split: str) -> None:
         known = set(self.task_ids)
         for number, record in enumerate(each_record(path)):
-            where = f"{path}: task_id {record.get('task_id', f'(record {number})')}"
-            require(record, {"task_id": str, "image_id": int, "phrase": str, "Polygons": list}, where)
-            task_id, image_id = record["task_id"], record["image_id"]
-            if image_id not in self._sizes:
-                raise ValueError(f"{where} names image_id {image_id}, which {self._image_records.name} does not hold")
-            instances = self._parse_polygons(record["Polygons"], *self._sizes[image_id], where)
-            if task_id in known:
-                self._skip("task_id occurred before", where)
-                continue
-            known.add(task_id)
-            if not instances:
-                self._skip("no polygon", where)
-                continue
-            ref_id, last = len(self.task_ids), self._instances + len(instances)
-            self.task_ids.append(task_id)
-            self._polygons.append([polygon for instance in instances for polygon in instance])
-            self._keep(
-                Ref(
-                    ref_id=ref_id,
-                    ann_ids=tuple(range(self._instances, last)),
-                    image_id=image_id,
-                    category_id=None,
-                    split=split,
-                    sentences=one_sentence(ref_id, record["phrase"], _kind(record, where)),
-                )
+            with self._record():
+                self._parse(record, _where(path, "task_id", record, number), split, known)
+
+    def _parse(self, record: Any, where: str, split: str, known: set[str]) -> None:
+        require(record, {"task_id": str, "image_id": object, "phrase": str, "Polygons": list}, where)
+        task_id, image_id = record["task_id"], require_id(record["image_id"], "image_id", where)
+        if image_id not in self._sizes:
+            raise RecordError(
+                "absent image",
+                f"{where} names image_id {image_id}, which {self._image_records.name} does not hold",
             )
-            self._instances = last
+        instances = self._parse_polygons(record["Polygons"], *self._sizes[image_id], where)
+        if task_id in known:
+            self.skipped.add("task_id occurred before", where)
+            return
+        known.add(task_id)
+        if not instances:
+            self.skipped.add("no polygon", where)
+            return
+        ref_id, last = len(self.task_ids), self._instances + len(instances)
+        self._keep(
+            Ref(
+                ref_id=ref_id,
+                ann_ids=tuple(range(self._instances, last)),
+                image_id=image_id,
+                category_id=None,
+                split=split,
+                sentences=one_sentence(ref_id, record["phrase"], _kind(record, where)),
+            )
+        )
+        self.task_ids.append(task_id)
+        self._polygons.append([polygon for instance in instances for polygon in instance])
+        self._instances = last
 
     def _parse_polygons(self, instances: list, height: int, width: int, where: str) -> list[list[np.ndarray]]:
         parsed = []
         for instance in instances:
             if not isinstance(instance, list):
-                raise ValueError(f"{where}: Polygons hold {instance!r:.80}; expected a list of polygons per instance")
+                raise ValueError(f"{where}: Polygons hold {shown(instance)}; expected a list of polygons per instance")
             drawn = []
             for polygon in instance:
+                joined = join_points(polygon) if isinstance(polygon, list) else None
+                if joined is None:
+                    raise ValueError(f"{where}: Polygons hold {shown(polygon)}; expected a polygon's points [x, y]")
                 try:
-                    points = check_points(polygon, height, width)
+                    points = check_points(joined, height, width)
                 except ValueError as error:
                     raise ValueError(f"{where}: Polygons: {error}") from error
-                if points.size and (points.ndim != 2 or points.shape[1] != 2):
-                    raise ValueError(f"{where}: Polygons: shape {points.shape}; expected a polygon's points [x, y]")
-                if len(points) < 2:
-                    self._skip("polygon of fewer than two points", where)
+                if len(polygon) < 2:
+                    self.skipped.add("polygon of fewer than two points", where)
                 else:
                     drawn.append(points.astype(np.int32))  # towards 0, as int() does in PhraseCut's loader
             if drawn:
                 parsed.append(drawn)
         return parsed
+
+    def _read_sizes(self, path: Path) -> None:
+        broken = set()
+        for number, record in enumerate(each_record(path)):
+            with self._record():
+                where = _where(path, "image_id", record, number)
+                require(record, {}, where)
+                image_id, size = require_id(record.get("image_id"), "image_id", where), require_size(record, where)
+                if self._sizes.setdefault(image_id, size) != size:
+                    broken.add(image_id)
+                    raise RecordError("id that stands twice", f"{where} stands twice, with other sizes")
+        for image_id in broken:
+            del self._sizes[image_id]
 
 
 def split_files(folder: Path) -> dict[str, Path]:
@@ -151,20 +177,15 @@ def split_files(folder: Path) -> dict[str, Path]:
     return {split: path for split, path in paths.items() if not split.startswith("input_")}
 
 
-def _read_sizes(path: Path) -> dict[int, tuple[int, int]]:
-    sizes = {}
-    for number, record in enumerate(each_record(path)):
-        where = f"{path}: image_id {record.get('image_id', f'(record {number})')}"
-        require(record, {"image_id": int, "height": int, "width": int}, where)
-        if record["height"] < 1 or record["width"] < 1:
-            raise ValueError(f"{where} has height {record['height']} and width {record['width']}; expected at least 1")
-        sizes[record["image_id"]] = (record["height"], record["width"])
-    return sizes
+def _where(path: Path, key: str, record: Any, number: int) -> str:
+    name = record.get(key) if isinstance(record, dict) else None
+    plain = isinstance(name, str) and name.isprintable() and len(name) < 60
+    return f"{path}: {key} {name if plain else f'(record {number})' if name is None else shown(name)}"
 
 
 def _kind(record: dict[str, Any], where: str) -> str | None:
     structure = record.get("phrase_structure") or {}
     kind = structure.get("type") if isinstance(structure, dict) else structure
     if not isinstance(structure, dict) or not isinstance(kind, (str, type(None))):
-        raise ValueError(f"{where}: phrase_structure is {structure!r:.80}; expected a dict whose type is text")
+        raise ValueError(f"{where}: phrase_structure is {shown(structure)}; expected a dict whose type is text")
     return kind

@@ -79,13 +79,31 @@ class Reader(Protocol):
 
 
 @dataclass
-class Skipped:
-    """Records that a reader leaves out, as the field's own readers do; said once on opening and told by `data check`.
+class Tally:
+    """Records that share a reason, counted, the first of them named.
 
     Attributes:
         reasons: reason -> how many.
-        examples: reason -> the first few, named.
+        examples: reason -> the first `NAMED`, in words.
     """
+
+    NAMED = 20
 
     reasons: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, reason: str, record: str) -> None:
+        """Count one more."""
+        self.reasons[reason] = self.reasons.get(reason, 0) + 1
+        examples = self.examples.setdefault(reason, [])
+        if len(examples) < self.NAMED:
+            examples.append(record)
+
+    def told(self, named: int = NAMED) -> list[str]:
+        """A sentence for each reason: how many, why, and which are the first."""
+        told = []
+        for reason, count in self.reasons.items():
+            first = self.examples[reason][:named]
+            more = f"; and {count - len(first)} more" if count > len(first) else ""
+            told.append(f"{count} record{'s' * (count != 1)}: {reason} ({'; '.join(first)}{more})")
+        return told

@@ -10,10 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from magnet_fast.data.datasets.base import BaseReader, Folders, choose_folders, read_json
+from magnet_fast.data.datasets.base import BaseReader, Folders, RecordError, choose_folders, read_json, uncollected
+from magnet_fast.data.datasets.instances import Instances, Picture
 from magnet_fast.data.datasets.reader import Ref, Sentence
 from magnet_fast.data.safe_pickle import load_plain_pickle
 from magnet_fast.data.segmentation import decode_segmentation, draw_segmentation
+from magnet_fast.data.values import require, require_id, shown, whole
 
 IMAGE_FOLDERS = (
     "images/mscoco/images/train2014",  # LAVT's
@@ -25,6 +27,8 @@ IMAGE_FOLDERS = (
 
 SPLITS = ("train", "val", "test", "testA", "testB", "testC")
 """The field's splits in their customary order; data may name others."""
+
+_DEEPEST = 3  # levels of folders below `images` that are looked into
 
 NO_TARGET = -1  # gRefCOCO's ann_id of a ref without target
 
@@ -39,6 +43,9 @@ class Refer(BaseReader):
     Annotations with `iscrowd` are left out, as in the released reader; a ref with nothing else is left out with them
     [our choice]. R-RefCOCO: a sentence's `exist` (bool or 0/1, absent = true) says whether it names anything.
 
+    Left out and counted: refs without sentences, sentences without words, annotations without a polygon and refs of
+    nothing else, and what stands twice, word for word. Sentences may be plain text, and need no `sent_id`.
+
     Args:
         root: folder of data sets and images.
         dataset: the data set's folder below.
@@ -52,8 +59,9 @@ class Refer(BaseReader):
 
     Raises:
         FileNotFoundError: absent files and folders.
-        ValueError: broken JSON, refs that name an image or annotation that instances.json does not hold, annotations
-            without a polygon; named are file and record.
+        ValueError: broken files. BrokenRecordsError, a ValueError, after everything is read: values of another form,
+            refs that name an absent image or annotation or one of another image, ids that stand twice; named are file
+            and record.
     """
 
     def __init__(
@@ -68,35 +76,27 @@ class Refer(BaseReader):
         folder = self.root / dataset
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder} does not exist; expected a folder with instances.json and refs")
-        super().__init__(_find_refs(folder, split_by), SPLITS)
+        super().__init__(folder, SPLITS)
         self.instances_path = folder / "instances.json"
-        self._image_folders = _image_folders(self.root, images)
-        instances = _read_instances(self.instances_path)
-        self._images = _by_id(instances, "images", self.instances_path)
-        self.categories: dict[int, str] = {
-            key: record.get("name", "") for key, record in _by_id(instances, "categories", self.instances_path).items()
-        }
-        annotations = _by_id(instances, "annotations", self.instances_path)
-        records = load_plain_pickle(self.source) if self.source.suffix == ".p" else read_json(self.source)
-        if not isinstance(records, list) or not records:
-            raise ValueError(f"{self.source}: holds {type(records).__name__}; expected a list of refs, not empty")
-        self._without_crowds = self.source.name.startswith("grefs")
-        for position, record in enumerate(records):
-            ref = self._parse(position, record, annotations)
-            if ref is not None:
-                self._keep(ref)
-        used = {ann_id for refs in self._refs.values() for ref in refs for ann_id in ref.ann_ids}
-        self._annotations = {ann_id: annotations[ann_id] for ann_id in used}  # COCO's others would fill memory
+        self._image_folders: list[Path] = []
+        with self._file():
+            self._image_folders = _image_folders(self.root, images)
+        self._images: dict[int, Picture] = {}
+        self.categories: dict[int, str] = {}
+        self._parts: dict[int, list[list | dict]] = {}  # of each annotation that a ref names
+        self._numbered = 0
+        with uncollected():
+            self._read(folder)
         self._close()
 
     def image_size(self, image_id: int) -> tuple[int, int]:
         """Height and width that instances.json gives, in pixels."""
-        record = self._image(image_id)
-        return record["height"], record["width"]
+        picture = self._image(image_id)
+        return picture.height, picture.width
 
     def image_path(self, image_id: int) -> Path:
         """The image's file. Raises FileNotFoundError if no image folder holds it."""
-        name = self._image(image_id)["file_name"]
+        name = self._image(image_id).file_name
         for folder in self._image_folders:
             if (folder / name).is_file():
                 return folder / name
@@ -125,59 +125,126 @@ class Refer(BaseReader):
             return mask
         for ann_id in ref.ann_ids:
             try:
-                mask |= decode(_usable(self._annotations[ann_id]["segmentation"]), *self.image_size(ref.image_id))
-            except (TypeError, ValueError, KeyError) as error:
+                mask |= decode(self._parts[ann_id], *self.image_size(ref.image_id))
+            except ValueError as error:
                 raise ValueError(f"{self.instances_path}: annotation {ann_id} cannot be decoded: {error}") from error
         return mask
 
-    def _image(self, image_id: int) -> dict:
+    def _image(self, image_id: int) -> Picture:
         if image_id not in self._images:
             raise ValueError(f"image_id is {image_id!r}; {self.instances_path} does not hold it")
         return self._images[image_id]
 
-    def _parse(self, position: int, record: Any, annotations: dict[int, dict]) -> Ref | None:
-        """A ref; None for one that is left out."""
+    def _read(self, folder: Path) -> None:
+        instances, records = None, []
+        with self._file():
+            instances = Instances(self.instances_path, self.skipped, self.doubtful)
+        with self._file():
+            self.source = _find_refs(folder, self.split_by)
+            records = _read_refs(self.source)
+        if instances is None:
+            return
+        self._images, self.categories = instances.images, instances.categories
+        self._without_crowds = self.source.name.startswith("grefs")
+        first: dict[int, Any] = {}
+        for position, record in enumerate(records):
+            with self._record():
+                where, ref_id = self._require_form(position, record)
+                if ref_id in first:
+                    if record != first[ref_id]:
+                        raise RecordError("id that stands twice", f"{where} stands more than once, with other contents")
+                    self.skipped.add("the same record once more", where)
+                    continue
+                first[ref_id] = record
+                ref = self._parse(ref_id, record, where, instances)
+                if ref is not None:
+                    self._keep(ref)
+        instances.close()
+
+    def _require_form(self, position: int, record: Any) -> tuple[str, int]:
+        """What messages call a record, and its ref_id."""
         name = self.source.name
         if not isinstance(record, dict):
-            raise ValueError(f"{name}: record {position} is a {type(record).__name__}; expected a dict")
+            raise ValueError(f"{name}: record {position} is {shown(record)}; expected a dict")
+        where = f"{name}: ref_id {shown(record['ref_id']) if 'ref_id' in record else f'(record {position})'}"
         missing = [key for key in ("ref_id", "ann_id", "image_id", "split", "sentences") if key not in record]
-        where = f"{name}: ref_id {record.get('ref_id', f'(record {position})')}"
         if missing:
             raise ValueError(f"{where} lacks {', '.join(missing)}")
-        for key in ("ref_id", "image_id"):  # they travel in tensors
-            if not isinstance(record[key], int) or isinstance(record[key], bool):
-                raise ValueError(f"{where} has {key} {record[key]!r:.80}; expected an int")
-        image_id, split = record["image_id"], record["split"]
-        if image_id not in self._images:
-            raise ValueError(f"{where} names image_id {image_id}, which instances.json does not hold")
-        if not isinstance(split, str) or not split.strip():
-            raise ValueError(f"{where} names split {split!r}; expected text")
-        ann_ids = _as_tuple(record["ann_id"])
-        targets = tuple(one for one in ann_ids if one != NO_TARGET)
-        if len(targets) not in (0, len(ann_ids)):
-            raise ValueError(f"{where} has ann_id {list(ann_ids)}; expected annotations, or [-1] alone for no target")
-        for one in targets:
-            if one not in annotations:
-                raise ValueError(f"{where} names ann_id {one}, which instances.json does not hold")
-            if not _has_region(annotations[one].get("segmentation")):
-                raise ValueError(f"{self.instances_path}: annotation {one} ({where}) has no polygon and no RLE")
-        sentences = record["sentences"]
-        if not isinstance(sentences, (list, tuple)) or not sentences:
-            raise ValueError(f"{where} has no sentences")
-        named = bool(targets)
-        if named and self._without_crowds:
-            targets = tuple(one for one in targets if not annotations[one].get("iscrowd"))
-            if not targets:
-                self._skip("its annotations are all crowds", f"ref_id {record['ref_id']}")
-                return None
+        return where, require_id(record["ref_id"], "ref_id", where)
+
+    def _parse(self, ref_id: int, record: dict[str, Any], where: str, instances: Instances) -> Ref | None:
+        """A ref; None for one that is left out."""
+        image_id = require_id(record["image_id"], "image_id", where)
+        require(record, {"split": str}, where)
+        instances.require_image(image_id, where)
+        named = [require_id(one, "ann_id", where) for one in _as_tuple(record["ann_id"])]
+        targets = [one for one in named if one != NO_TARGET]
+        if not named or len(targets) not in (0, len(named)):
+            raise ValueError(f"{where} has ann_id {named}; expected annotations, or [-1] alone for no target")
+        kept = self._targets(targets, image_id, where, instances)
+        sentences = self._sentences(record["sentences"], where, bool(targets))
+        if not sentences:
+            self.skipped.add("no sentences", where)
+        if not sentences or (targets and not kept):
+            return None
         return Ref(
-            ref_id=record["ref_id"],
-            ann_ids=targets,
+            ref_id=ref_id,
+            ann_ids=kept,
             image_id=image_id,
-            category_id=_category(record.get("category_id")),
-            split=split,
-            sentences=tuple(_parse_sentence(one, where, named) for one in sentences),
+            category_id=_category(record.get("category_id"), where),
+            split=record["split"],
+            sentences=sentences,
         )
+
+    def _targets(self, ann_ids: list[int], image_id: int, where: str, instances: Instances) -> tuple[int, ...]:
+        """Those of a ref's annotations that are used; what is left out is counted."""
+        kept, crowds = [], 0
+        for ann_id in ann_ids:
+            annotation = instances.require_annotation(ann_id, image_id, where)
+            crowd = self._without_crowds and instances.is_crowd(ann_id, annotation)
+            crowds += crowd
+            if crowd:
+                continue
+            if ann_id not in self._parts:
+                self._parts[ann_id] = instances.parts(ann_id, annotation)
+            if self._parts[ann_id]:
+                kept.append(ann_id)
+            else:
+                self.doubtful.add(
+                    "no polygon and no RLE, left out", f"{self.instances_path.name}: annotation {ann_id} ({where})"
+                )
+        if crowds and crowds == len(ann_ids):
+            self.skipped.add("its annotations are all crowds", where)
+        return tuple(kept)
+
+    def _sentences(self, records: Any, where: str, named: bool) -> tuple[Sentence, ...]:
+        """A ref's sentences, those without words left out; `named` says whether the ref has a target."""
+        if records is not None and not isinstance(records, (list, tuple)):
+            raise ValueError(f"{where} has sentences {shown(records)}; expected a list")
+        sentences = []
+        for record in records or ():
+            if isinstance(record, str):
+                record = {"raw": record}
+            if not isinstance(record, dict) or not ("raw" in record or "sent" in record):
+                raise ValueError(f"{where}: sentence {shown(record)} lacks raw")
+            sent_id = whole(record.get("sent_id"))
+            if sent_id is None:
+                sent_id, self._numbered = self._numbered, self._numbered + 1
+            sentence = _parse_sentence(record, sent_id, where, named)
+            if sentence is None:
+                self.skipped.add("a sentence without words", f"{where}, sent_id {sent_id}")
+            else:
+                sentences.append(sentence)
+        return tuple(sentences)
+
+
+def _read_refs(path: Path) -> list[Any]:
+    content = load_plain_pickle(path) if path.suffix == ".p" else read_json(path)
+    if isinstance(content, dict) and isinstance(content.get("refs"), (list, tuple)):
+        content = content["refs"]
+    if not isinstance(content, (list, tuple)) or not content:
+        raise ValueError(f"{path}: holds {shown(content)}; expected a list of refs, not empty")
+    return list(content)
 
 
 def _find_refs(folder: Path, split_by: str) -> Path:
@@ -193,84 +260,61 @@ def _image_folders(root: Path, images: Folders | None) -> list[Path]:
     if images is not None:
         return choose_folders(root, images, ())
     found = [root / name for name in IMAGE_FOLDERS if (root / name).is_dir()]
-    above = root / "images"
-    if above.is_dir():
-        own = [above, *sorted(entry for entry in above.iterdir() if entry.is_dir())]
-        found += [folder for folder in own if folder not in found and _holds_files(folder)]
+    levels = 1 if found else _DEEPEST  # a look into deeper ones costs time where folders are large
+    own = _with_files(root / "images", levels) if (root / "images").is_dir() else []
+    found += [folder for folder in own if folder not in found]
     if not found:
         looked = " nor ".join(str(root / name) for name in (*IMAGE_FOLDERS, "images"))
         raise FileNotFoundError(f"no image folder: neither {looked} exists and holds files; name it by images=")
     return found
 
 
-def _holds_files(folder: Path) -> bool:
+def _with_files(folder: Path, levels: int) -> list[Path]:
+    """A folder and those in it, down to so many levels, that hold files."""
+    inner, has_files = [], False
     with os.scandir(folder) as entries:
-        return any(entry.is_file() for entry in entries)
-
-
-def _read_instances(path: Path) -> dict:
-    content = read_json(path)
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: holds a {type(content).__name__}; expected COCO's dict of images and annotations")
-    for key in ("images", "annotations", "categories"):
-        if not isinstance(content.get(key), list):
-            raise ValueError(f"{path}: lacks the list {key!r}; expected COCO's images, annotations and categories")
-    for image in content["images"]:
-        if not isinstance(image, dict) or not {"id", "file_name", "height", "width"} <= image.keys():
-            raise ValueError(f"{path}: image record {image!r:.200} lacks one of id, file_name, height, width")
-    return content
-
-
-def _by_id(content: dict, key: str, path: Path) -> dict[int, dict]:
-    try:
-        return {record["id"]: record for record in content[key]}
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path}: a record of {key!r} has no id") from error
+        for entry in entries:
+            if not entry.is_dir():
+                has_files = True
+                if not levels:
+                    break
+            elif levels:
+                inner.append(Path(entry.path))
+    return [folder] * has_files + [found for one in sorted(inner) for found in _with_files(one, levels - 1)]
 
 
 def _as_tuple(value: Any) -> tuple:
     return tuple(value) if isinstance(value, (list, tuple)) else (value,)
 
 
-def _category(value: Any) -> int | None:
+def _category(value: Any, where: str) -> int | None:
     """One category; None where there is none, and where a ref's targets are of several."""
-    different = set(_as_tuple(value)) - {None, NO_TARGET}
+    if value is None:
+        return None
+    different = {require_id(one, "category_id", where) for one in _as_tuple(value) if one is not None} - {NO_TARGET}
     return different.pop() if len(different) == 1 else None
 
 
-def _parse_sentence(record: Any, where: str, named: bool) -> Sentence:
-    """A sentence; `named` says whether its ref has a target."""
-    if not isinstance(record, dict) or "sent_id" not in record or not ("raw" in record or "sent" in record):
-        raise ValueError(f"{where}: sentence {record!r:.200} lacks sent_id or raw")
+def _parse_sentence(record: dict[str, Any], sent_id: int, where: str, named: bool) -> Sentence | None:
+    """A sentence; None for one without words."""
+    where = f"{where}: sent_id {sent_id}"
     exist = record.get("exist", True)
     if exist not in (True, False):  # 1 and 0, too
-        raise ValueError(f"{where}: sent_id {record['sent_id']} has exist {exist!r:.80}; expected true or false")
-    sent = record.get("sent", record.get("raw"))
+        raise ValueError(f"{where} has exist {shown(exist)}; expected true or false")
+    raw, sent = (record[key] if record.get(key) is not None else "" for key in ("raw", "sent"))
+    for key, text in (("raw", raw), ("sent", sent)):
+        if not isinstance(text, str):
+            raise ValueError(f"{where} has {key} {shown(text)}; expected text")
+    if not raw.strip() and not sent.strip():
+        return None
+    raw = raw if raw.strip() else sent
+    sent = sent if sent.strip() else raw
+    tokens = record.get("tokens")
     return Sentence(
-        sent_id=record["sent_id"],
-        raw=record.get("raw", sent),
+        sent_id=sent_id,
+        raw=raw,
         sent=sent,
-        tokens=tuple(record.get("tokens", ())),
-        kind=record.get("kind"),
+        tokens=tuple(tokens) if isinstance(tokens, (list, tuple)) else tuple(sent.split()),
+        kind=record["kind"] if isinstance(record.get("kind"), str) else None,
         exists=named and bool(exist),
     )
-
-
-def _has_region(segmentation: Any) -> bool:
-    """Whether there is something to decode, as far as can be told at a glance."""
-    if isinstance(segmentation, dict):
-        return bool(segmentation.get("counts")) and bool(segmentation.get("size"))
-    if not isinstance(segmentation, list):
-        return False
-    return any(_has_region(part) if isinstance(part, dict) else _is_polygon(part) for part in segmentation)
-
-
-def _is_polygon(part: Any) -> bool:
-    return isinstance(part, list) and len(part) >= 6 and len(part) % 2 == 0
-
-
-def _usable(segmentation: Any) -> Any:
-    """A segmentation without its degenerate polygons, which the field's readers leave out."""
-    if not isinstance(segmentation, list):
-        return segmentation
-    return [part for part in segmentation if not isinstance(part, list) or _is_polygon(part)]

@@ -11,18 +11,19 @@ import numpy as np
 from magnet_fast.data.datasets.base import (
     BaseReader,
     Folders,
+    begins_with,
     choose_folders,
     find_file,
     one_sentence,
     picture_size,
     read_json,
     read_picture,
-    require,
-    require_inside,
 )
 from magnet_fast.data.datasets.reader import Ref, Sentence
+from magnet_fast.data.values import require, require_inside, shown
 
 SPLITS = ("train", "val", "test")
+_DIGITS = 18  # of an index, which travels as int64
 IMAGE_FOLDERS = ("imgs", "new_images", "images")  # Talk2Car's, that of the split of short commands, a plain name
 MASK_FOLDERS = ("mask_image_bin", "val_masks_new", "new_masks", "masks", ".")  # in use by the released code, then plain
 
@@ -53,7 +54,9 @@ class Regions(BaseReader):
         if not files:
             raise FileNotFoundError(f"{folder} holds no JSON file of the form {{split: {{index: {{command, img}}}}}}")
         super().__init__(folder if len(files) > 1 else next(iter(files)), SPLITS)
-        self._image_folders = choose_folders(root, images, [folder / name for name in IMAGE_FOLDERS])
+        self._image_folders: list[Path] = []
+        with self._file():
+            self._image_folders = choose_folders(root, images, [folder / name for name in IMAGE_FOLDERS])
         self._mask_folders = [folder / name for name in MASK_FOLDERS if (folder / name).is_dir()]
         self._masks = {
             entry.name: Path(entry.path)
@@ -66,11 +69,13 @@ class Regions(BaseReader):
         origin: dict[str, Path] = {}
         for path, splits in files.items():
             for split, commands in splits.items():
-                if split in origin:
-                    raise ValueError(f"{path} holds split {split!r}, which {origin[split]} holds, too")
-                origin[split] = path
-                for index, record in commands.items():
-                    self._read(path, split, index, record, numbers)
+                with self._file():
+                    if split in origin:
+                        raise ValueError(f"{path} holds split {split!r}, which {origin[split]} holds, too")
+                    origin[split] = path
+                    for index, record in commands.items():
+                        with self._record():
+                            self._read(path, split, index, record, numbers)
         self._sizes: dict[int, tuple[int, int]] = {}
         self._first = {ref.image_id: ref for refs in reversed(self._refs.values()) for ref in reversed(refs)}
         self._close()
@@ -105,14 +110,12 @@ class Regions(BaseReader):
 
     def _read(self, path: Path, split: str, index: str, record: Any, numbers: dict[str, int]) -> None:
         where = f"{path}: command {index} of {split}"
-        if not isinstance(record, dict):
-            raise ValueError(f"{where} is a {type(record).__name__}; expected a dict")
-        if not (index.isascii() and index.isdigit()):
-            raise ValueError(f"{where}: the index is {index!r}; expected a whole number from 0")
+        if not (index.isascii() and index.isdigit() and str(int(index[:_DIGITS])) == index):
+            raise ValueError(f"{where}: the index is {shown(index)}; expected a whole number from 0 as JSON writes it")
         require(record, {"command": str, "img": str}, where)
         name = require_inside(record["img"], where)
         if _mask_name(split, int(index)) not in self._masks:
-            self._skip("no mask file", f"{where}: {_mask_name(split, int(index))}")
+            self.skipped.add("no mask file", f"{where}: {_mask_name(split, int(index))}")
             return
         if name not in numbers:
             numbers[name] = len(numbers)
@@ -133,10 +136,9 @@ def command_files(folder: Path) -> dict[Path, dict[str, dict[str, Any]]]:
     """JSON files of commands in a folder, with what they hold."""
     found = {}
     for path in sorted(folder.glob("*.json")):
-        with path.open("rb") as file:
-            if not file.read(1024).lstrip().startswith(b"{"):
-                continue
-        content = read_json(path)
+        if not begins_with(path, "{"):
+            continue
+        content = read_json(path, unique=True)
         splits = list(content.values())
         if all(isinstance(split, dict) for split in splits) and any(map(_holds_commands, splits)):
             found[path] = content

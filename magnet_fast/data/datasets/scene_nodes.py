@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,8 +12,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from magnet_fast.data.datasets.base import each_record, find_file, read_json, require, require_inside
+from magnet_fast.data.datasets.base import each_record, find_file, read_json
 from magnet_fast.data.datasets.panoptic import read_segments, require_segment
+from magnet_fast.data.values import require, require_inside, shown
 
 PREDICTED = ("for_pan_seg.json", "for_pan_seg_val.json")  # segments that a scene graph model found
 TRUE = "psg.json"  # OpenPSG's scene graphs
@@ -40,23 +42,40 @@ class SceneNodes:
     """
 
     @classmethod
-    def find(cls, folder: Path, panoptic_folders: Sequence[Path]) -> SceneNodes | None:
-        """The nodes that a data set's folder holds; None without any of `NODE_FILES`."""
+    def find(
+        cls,
+        folder: Path,
+        panoptic_folders: Sequence[Path],
+        one_record: Callable[[], AbstractContextManager] = nullcontext,
+    ) -> SceneNodes | None:
+        """The nodes that a data set's folder holds; None without any of `NODE_FILES`.
+
+        Each record is read within a context `one_record`, which may keep its ValueError from stopping the rest.
+        """
         predicted = [folder / name for name in PREDICTED if (folder / name).is_file()]
         if predicted:
-            return cls(folder, predicted, panoptic_folders)
-        return cls(folder, [folder / TRUE], panoptic_folders) if (folder / TRUE).is_file() else None
+            return cls(folder, predicted, panoptic_folders, one_record)
+        return cls(folder, [folder / TRUE], panoptic_folders, one_record) if (folder / TRUE).is_file() else None
 
-    def __init__(self, folder: Path, files: Sequence[Path], panoptic_folders: Sequence[Path]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        files: Sequence[Path],
+        panoptic_folders: Sequence[Path],
+        one_record: Callable[[], AbstractContextManager],
+    ) -> None:
         self._panoptic_folders = [*(folder / place for place in PLACES), *panoptic_folders]
         self._scenes: dict[str, _Scene] = {}
         with_edges: set[bool] = set()
         for path in files:
             for number, record in enumerate(_records(path)):
-                where = f"{path}: record {number}"
-                require(record, {"file_name": str, "pan_seg_file_name": str, "segments_info": list}, where)
-                self._scenes[record["file_name"]] = _parse(record, where)
-                with_edges.add("relations" in record)
+                with one_record():
+                    where = f"{path}: record {number}"
+                    require(record, {"file_name": str, "pan_seg_file_name": str, "segments_info": list}, where)
+                    scene = _parse(record, where)
+                    if self._scenes.setdefault(record["file_name"], scene) != scene:
+                        raise ValueError(f"{where} is a second scene of {shown(record['file_name'])}, another one")
+                    with_edges.add("relations" in record)
         self._with_edges = with_edges == {True}  # a batch needs them of every sample
         self._features: dict[str, Path] = {}
         if files[0].name != TRUE:  # features belong to predicted boxes
@@ -113,7 +132,7 @@ def _records(path: Path) -> Iterable[dict[str, Any]]:
         return each_record(path)
     content = read_json(path)
     records = content.get("data") if isinstance(content, dict) else None
-    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
+    if not isinstance(records, list):
         raise ValueError(f"{path}: expected OpenPSG's dict, whose 'data' is a list of scenes")
     return records
 
@@ -122,7 +141,7 @@ def _parse(record: dict[str, Any], where: str) -> _Scene:
     segments = []
     for segment in record["segments_info"]:
         if not isinstance(segment, dict):
-            raise ValueError(f"{where}: segments_info holds {segment!r:.80}; expected dicts with an id")
+            raise ValueError(f"{where}: segments_info holds {shown(segment)}; expected dicts with an id")
         segments.append(require_segment(segment.get("id"), f"{where}: segments_info"))
     relations = record.get("relations", [])
     edges = []
@@ -130,7 +149,7 @@ def _parse(record: dict[str, Any], where: str) -> _Scene:
         ends = relation[:2] if isinstance(relation, list) else ()
         if len(ends) != 2 or not all(type(end) is int and 0 <= end < len(segments) for end in ends):
             raise ValueError(
-                f"{where} has relation {relation!r:.80}; expected [subject, object, predicate], "
+                f"{where} has relation {shown(relation)}; expected [subject, object, predicate], "
                 f"places of its {len(segments)} segments"
             )
         edges.append((ends[0], ends[1]))
