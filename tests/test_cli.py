@@ -237,6 +237,7 @@ def test_a_backend_without_all_kernels_is_refused_in_one_line(root, trained, mon
     image = next((root / "images").rglob("*.jpg"))
     message = refused("segment", image, "the red circle", "--checkpoint", checkpoint, "--backend", "cpu")
     assert "cross_modal_attention" in message and "no kernel for this operator yet" in message
+    assert len(message.splitlines()) == 1
 
 
 def test_segment_turns_a_phones_picture_upright_and_says_so(trained, picture, tmp_path) -> None:

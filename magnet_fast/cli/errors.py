@@ -41,5 +41,6 @@ def _fail(error: BaseException) -> None:
     message = str(error)
     if isinstance(error, OSError) and error.strerror:
         message = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    typer.echo(f"error: {message}", err=True)
+    lines = [line.strip() for line in message.splitlines()]  # a reason each, of backends
+    typer.echo(f"error: {'; '.join(line for line in lines if line)}", err=True)
     raise typer.Exit(2)

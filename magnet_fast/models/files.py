@@ -154,7 +154,10 @@ def _read_zip(file: BinaryIO, what: str) -> Any:
                 raise ValueError(f"{what} is a zip archive that torch.save did not write (in it: {inside}); unpack it")
             size = os.fstat(file.fileno()).st_size
             if sum(entry.file_size for entry in entries.values()) > 100 * size:
-                raise ValueError(f"{what} cannot be read safely: unpacked it is over a hundred times as large")
+                raise ValueError(
+                    f"{what} cannot be read safely: unpacked it is over a hundred times as large, which weights never "
+                    "are; do not load it by other means either"
+                )
             data = archive.read(pickled)
     except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError) as error:
         raise ValueError(f"{what} is damaged or cut short; {_AGAIN}") from error

@@ -114,7 +114,7 @@ def preset_config(name: str, **overrides: Any) -> ModelConfig:
     if name not in known:
         near = get_close_matches(name, known, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"name: unknown model {name!r}{hint} Known: {', '.join(sorted(known))}")
+        raise ValueError(f"name: unknown model {name!r}{hint}; known: {', '.join(sorted(known))}")
     entries = known[name].preset(name).model_dump()
     for key, value in overrides.items():
         _override(entries, key.split("__"), value, key)

@@ -72,11 +72,10 @@ def check_complete(report: Mapping[str, Any], what: str) -> None:
 
 def unreachable(role: str, name: str, error: Exception) -> ValueError:
     """What to say where published weights cannot be had."""
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    reason = str(error).splitlines()[0].rstrip(". ") if str(error) else type(error).__name__
     return ValueError(
-        f"pretrained {role} weights {name!r} could not be loaded: {reason} "
-        f"Neither network nor cache has them, or the name is wrong: give a local path "
-        f"(pretrained={{'{role}': PATH}}) or build with pretrained=False."
+        f"pretrained {role} weights {name!r} could not be loaded: {reason}; neither network nor cache has them, or "
+        f"the name is wrong: give a local path (pretrained={{'{role}': PATH}}) or build with pretrained=False"
     )
 
 

@@ -169,7 +169,7 @@ def _read_with_base(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not a YAML file: {error}") from error
+        raise ValueError(f"{path}: not a YAML file: {_on_one_line(error)}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected a mapping of sections, got {type(values).__name__}")
     base = values.pop("base", None)
@@ -188,6 +188,10 @@ def _read_with_base(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     if any(key in values for key in _LENGTHS):
         entries = {key: value for key, value in entries.items() if key not in _LENGTHS}
     return _laid_over(entries, values, depth=2)
+
+
+def _on_one_line(error: Exception) -> str:
+    return "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
 
 
 def _laid_over(below: dict[str, Any], above: dict[str, Any], depth: int) -> dict[str, Any]:
@@ -211,7 +215,7 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ValueError(f"--set {override}: the value is not YAML: {error}") from error
+        raise ValueError(f"--set {override}: the value is not YAML: {_on_one_line(error)}") from error
     if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
         value = float(value)  # YAML 1.1 takes 1e-4, having no dot, for a string
     if key in _LENGTHS and value is not None:

@@ -76,7 +76,7 @@ def test_mapping_of_the_same_kind_changes_settings_and_another_replaces_the_part
     ("name", "overrides", "message"),
     [
         ("magnet_tin", {}, "did you mean 'magnet_tiny'"),
-        ("no such", {}, "unknown model 'no such'.* Known: .*lavt_swin_b"),
+        ("no such", {}, "unknown model 'no such'; known: .*lavt_swin_b"),
         ("magnet_tiny", {"windowsize": 3}, "unknown model setting 'windowsize'"),
         ("magnet_tiny", {"heat__width": 3}, "unknown model setting 'heat__width'"),
         ("magnet_tiny", {"head__width__more": 3}, "unknown model setting 'head__width__more'"),
