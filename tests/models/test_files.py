@@ -123,6 +123,7 @@ BESIDE = {
     "class": Stated,
     "random generator": np.random.RandomState(0).get_state(),
     "slice": slice(1, 2),
+    "Python's constants": [..., NotImplemented],
 }
 
 

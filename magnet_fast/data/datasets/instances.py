@@ -39,7 +39,7 @@ class Instances:
 
     def __init__(self, path: Path, skipped: Tally, doubtful: Tally) -> None:
         self._name, self._skipped, self._doubtful = path.name, skipped, doubtful
-        content = read_json(path)
+        content = read_json(path, unique=True)
         if not isinstance(content, dict):
             raise ValueError(f"{path}: holds {shown(content)}; expected COCO's dict of images and annotations")
         for key in ("images", "annotations"):
@@ -103,8 +103,9 @@ class Instances:
 
     def close(self) -> None:
         """Count the faults of what nothing names: they do no harm, and may be part of one that does."""
-        for key in self._faults.keys() - self._named:
-            self._doubtful.add("broken, but no ref names it", self._faults[key])
+        for key, fault in self._faults.items():
+            if key not in self._named:
+                self._doubtful.add("broken, but no ref names it", fault)
         self._faults, self._annotations = {}, {}  # COCO's others would fill memory
 
     def _refuse(self, kind: str, one: int, where: str) -> None:
