@@ -41,7 +41,7 @@ _BLANK = b"\xef\xbb\xbf \t\r\n"
 
 
 def foreign(head: bytes) -> str | None:
-    """What a file that begins so is instead of weights or data, and what helps: "is compressed (gzip); …"; else None."""
+    """What a file that begins so is instead of weights or data, and what helps; None for what may be either."""
     if head.lstrip(_BLANK).lower().startswith((b"<!doctype", b"<html", b"<?xml", b"<head", b"<body", b"<!--")):
         return f"is a web page: the link that it came from leads to a page; {_AGAIN} from there"
     return next((meaning for start, meaning in _FOREIGN if head.startswith(start)), None)

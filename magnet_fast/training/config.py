@@ -169,7 +169,7 @@ def _read_with_base(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not a YAML file: {error}") from error
+        raise ValueError(f"{path}: not a YAML file: {_one_line(error)}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected a mapping of sections, got {type(values).__name__}")
     base = values.pop("base", None)
@@ -202,6 +202,11 @@ def _laid_over(below: dict[str, Any], above: dict[str, Any], depth: int) -> dict
     return merged
 
 
+def _one_line(error: Exception) -> str:
+    """YAML's errors are a picture of several lines."""
+    return " ".join(str(error).split())
+
+
 def apply_override(values: dict[str, Any], override: str) -> None:
     """Write `section.key=value` into nested entries, the value read as YAML; ValueError where it cannot be read."""
     key, equals, text = override.partition("=")
@@ -211,7 +216,7 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ValueError(f"--set {override}: the value is not YAML: {error}") from error
+        raise ValueError(f"--set {override}: the value is not YAML: {_one_line(error)}") from error
     if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
         value = float(value)  # YAML 1.1 takes 1e-4, having no dot, for a string
     if key in _LENGTHS and value is not None:

@@ -124,7 +124,7 @@ BAD = [
     ([[2, 3, 10**400, 3, 10, 9]], "not finite"),
     ([[0, 0, 120, 79] * 100_000], "an outline of .* pixels; expected at most"),
     ([SQUARE] * 7_200_000, "7200000 parts; on 20 x 30 pixels expected at most 7158278"),
-    ({"size": [HEIGHT, WIDTH]}, "no RLE"),
+    ({"size": [HEIGHT, WIDTH]}, "without counts"),
     ({"counts": [600]}, "RLE has size null"),
     ({"size": [WIDTH, HEIGHT], "counts": [600]}, r"RLE has size \[30, 20\]; the image has \[20, 30\]"),
     ({"size": [HEIGHT, WIDTH], "counts": [599]}, "RLE fills 599 pixels"),

@@ -73,14 +73,16 @@ def test_bad_values_are_named(values: dict, message: str) -> None:
 def test_files_that_are_no_configuration(tmp_path, text: str, message: str) -> None:
     path = tmp_path / "bad.yaml"
     path.write_text(text)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as caught:
         load_config(path)
+    assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("override", ["optimiser.lr", "=3", "epochs.a=3"])
+@pytest.mark.parametrize("override", ["optimiser.lr", "=3", "epochs.a=3", "epochs=[1"])
 def test_malformed_overrides(override: str) -> None:
-    with pytest.raises(ValueError, match="--set"):
+    with pytest.raises(ValueError, match="--set") as caught:
         load_config(None, ["epochs=1", override])
+    assert "\n" not in str(caught.value)
 
 
 def test_the_task_says_which_score_is_best() -> None:
