@@ -135,7 +135,7 @@ def test_an_annotation_of_another_image(tmp_path: Path) -> None:
     root = write(tmp_path, refs=[*small_refs(), small_ref(9, [70, 80], 7, "both")])
     refused(root, "ref_id 9 of image_id 7 names ann_id 80; instances.json says image_id 8 of it")
     root = write(tmp_path / "text", lambda content: content["annotations"][0].update(image_id="7"))
-    refused(root, "ref_id 1 of image_id 7 names ann_id 70; instances.json says image_id '7' of it")
+    refused(root, "ref_id 1 of image_id 7 names ann_id 70; instances.json says image_id '7' of it; write ids without")
 
 
 @pytest.mark.parametrize(

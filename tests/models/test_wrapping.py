@@ -296,11 +296,9 @@ def test_training_names_what_differs(best: str, config: dict[str, Any]) -> None:
 def test_weights_of_another_system_are_no_matter_of_overrides(tmp_path: Path) -> None:
     models.save(models.create("lavt_tiny"), tmp_path / "lavt.safetensors")
     section = {"name": "magnet_tiny", "weights": str(tmp_path / "lavt.safetensors")}
-    with pytest.raises(
-        ValueError, match=r"is no magnet_tiny: architecture: file 'lavt', here 'magnet'.*model\.name"
-    ) as caught:
+    with pytest.raises(ValueError, match="is no magnet_tiny: architecture: file 'lavt', here 'magnet'") as caught:
         build_model(TrainConfig(model=section, max_steps=1))
-    assert "--set" not in str(caught.value)
+    assert "choose the model.name" in str(caught.value) and "--set" not in str(caught.value)
 
 
 def test_pretrained_encoders_in_other_wrappings(lavt: dict[str, State], tmp_path: Path) -> None:

@@ -75,9 +75,11 @@ class Instances:
         annotation = self._annotations[ann_id]
         of = annotation.get("image_id", image_id)
         if type(of) is bool or of != image_id:
+            cure = "; write ids without quotes in both files" if of == str(image_id) else ""
             raise RecordError(
                 "annotation of another image",
-                f"{where} of image_id {image_id} names ann_id {ann_id}; {self._name} says image_id {shown(of)} of it",
+                f"{where} of image_id {image_id} names ann_id {ann_id}; {self._name} says image_id {shown(of)} of it"
+                f"{cure}",
             )
         return annotation
 
