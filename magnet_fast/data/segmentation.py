@@ -132,6 +132,8 @@ def _is_whole(polygon: list) -> bool:
 
 
 def _unnest(part: list | dict, deepest: int) -> Iterator[list | dict]:
+    if isinstance(part, dict) and part and "counts" not in part:
+        raise ValueError(f"segmentation holds {shown(part)}, without counts; {_EXPECTED}")
     if isinstance(part, dict) or (_is_whole(part) and type(part[0]) in (int, float)):  # its values are checked later
         yield part
         return

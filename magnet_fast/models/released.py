@@ -73,7 +73,10 @@ def from_released(source: str | os.PathLike[str] | Mapping[str, Any], **hints: A
     if dropped:
         _log.info("%s: left out %d of %d entries, which no forward pass reads", what, len(dropped), len(state))
         _log.debug("%s: left out %s", what, ", ".join(dropped))
-    config = {"architecture": found.name, **released.config(kept, hints)}
+    try:
+        config = {"architecture": found.name, **released.config(kept, hints)}
+    except KeyError as error:  # of `shape`
+        raise ValueError(f"{what} lacks {error}, which the released models have") from error
     renamed = _rename(kept, released.rules, what, found.name)
     model = from_config(parse_config(config))
     load_strictly(model, renamed, what)
@@ -167,9 +170,9 @@ def pwam_rules(old: str, new: str) -> list[tuple[str, str]]:
 
 
 def shape(state: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
-    """The shape of an entry; ValueError where a released file should have it and does not."""
+    """The shape of an entry; KeyError where a released file should have it and does not."""
     if name not in state:
-        raise ValueError(f"the checkpoint lacks {name!r}, which the released models have")
+        raise KeyError(name)
     return tuple(state[name].shape)
 
 
