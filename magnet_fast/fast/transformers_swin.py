@@ -44,6 +44,8 @@ class _SwinLayer:
     def forward(
         self, hidden_states: Tensor, input_dimensions: tuple[int, int], always_partition: bool = False, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
+        if parts_changed(self):
+            return super().forward(hidden_states, input_dimensions, always_partition=always_partition, **kwargs)
         attention = self.attention
         bias = attention.relative_position_bias
         if not always_partition:
@@ -51,8 +53,7 @@ class _SwinLayer:
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
         if (
             (self.training and attention.attention_dropout > 0)
-            or parts_changed(self)
-            or must_run_original(attention, bias, *projections)
+            or must_run_original(self, attention, bias, *projections)
             or not plain_linear(*projections)
             or kwargs.get("output_attentions", attention.config.output_attentions)
             or attention.config._attn_implementation not in _KNOWN_ATTENTION
@@ -109,12 +110,13 @@ class _ClampedSwinLayer:
 
 
 def _older_unfit_now(layer: nn.Module) -> bool:
+    if parts_changed(layer):
+        return True
     attention = layer.attention.self
     projections = (attention.query, attention.key, attention.value)
     return (
-        parts_changed(layer)
-        or (attention.dropout.training and attention.dropout.p > 0)
-        or must_run_original(layer.attention, attention, attention.dropout, layer.attention.output, *projections)
+        (attention.dropout.training and attention.dropout.p > 0)
+        or must_run_original(layer, layer.attention, attention, attention.dropout, layer.attention.output, *projections)
         or not plain_linear(*projections)
         or (layer.window_size, layer.window_size) != tuple(attention.window_size)
     )
