@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from magnet_fast.ops import _registry
-from magnet_fast.ops._observed import transformed
+from magnet_fast.ops import _autocast, _registry
+from magnet_fast.ops._observed import batched
 
 _NAMESPACE = "magnet_fast"
 
@@ -110,7 +110,7 @@ def bind(
         grad_outputs: Sequence[Tensor | None], given: Sequence[Tensor | None], rest: Sequence[Any], wanted: list[bool]
     ) -> list[Tensor | None]:
         create_graph = torch.is_grad_enabled()
-        with torch.enable_grad():
+        with torch.enable_grad(), _autocast.disabled(_present(given)):
             # Views: a tensor that is given twice (keys that are values too) has a gradient for each mention.
             views = [None if tensor is None else tensor.view_as(tensor) for tensor in given]
             results = reference(*views, *rest)
@@ -119,7 +119,11 @@ def bind(
         asked = [views[index] for index, want in zip(differentiable, wanted, strict=True) if want]
         found = iter(
             torch.autograd.grad(
-                [out for out, _ in pairs], asked, [g for _, g in pairs], create_graph=create_graph, allow_unused=True
+                [out for out, _ in pairs],
+                asked,
+                [g for _, g in pairs],
+                create_graph=create_graph,
+                materialize_grads=True,
             )
         )
         return [next(found) if want else None for want in wanted]
@@ -137,7 +141,7 @@ def bind(
         def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple:
             given, (*rest, backend) = ctx.saved_tensors, ctx.rest
             wanted = [ctx.needs_input_grad[index] for index in differentiable]
-            if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or transformed()):
+            if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or batched(*grad_outputs)):
                 found = reference_backward(grad_outputs, given[:count], rest, wanted)
             else:
                 found = backward_operator(*grad_outputs, *given, *rest, wanted, backend)

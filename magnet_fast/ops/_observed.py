@@ -11,7 +11,7 @@ from types import FunctionType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as module_hooks
 from torch.overrides import _get_current_function_mode_stack
@@ -73,22 +73,34 @@ def transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
+def batched(*tensors: Tensor | None) -> bool:
+    """Whether some stand for many tensors at once, which a kernel cannot read: those of `is_grads_batched`, too."""
+    return transformed() or any(
+        tensor is not None and torch._C._functorch.is_legacy_batchedtensor(tensor) for tensor in tensors
+    )
+
+
 def _overridden(module: nn.Module, more: tuple[str, ...]) -> bool:
     if torch.compiler.is_compiling():  # a compiler would trace the search; it makes a new graph of a new class
         return False
-    held, methods = module.__dict__, _methods(type(module))
-    if methods is None:
+    held = module.__dict__
+    try:
+        names, written = _methods(type(module))
+    except _NotTheAuthors:
         return True
-    names, written = methods
     if not held.keys().isdisjoint(names) or not held.keys().isdisjoint(more):
         return True
     return any(space.get(name) is not method for space, name, method in written)
 
 
+class _NotTheAuthors(Exception):
+    """A method in a class is of another package; raised so that the answer is not kept: it may be put back."""
+
+
 @lru_cache(maxsize=1024)
-def _methods(cls: type) -> tuple[tuple[str, ...], tuple[tuple[Any, str, Any], ...]] | None:
+def _methods(cls: type) -> tuple[tuple[str, ...], tuple[tuple[Any, str, Any], ...]]:
     """Names of the methods that a class and its bases add to `nn.Module`, without `forward`; and where each method
-    stands, as it was when first asked. None where one is already another package's."""
+    stands, as it was when first asked."""
     names, written = set(), []
     for base in cls.__mro__:
         if base is nn.Module:
@@ -98,7 +110,7 @@ def _methods(cls: type) -> tuple[tuple[str, ...], tuple[tuple[Any, str, Any], ..
             if name != "forward" and (not isinstance(function, FunctionType) or hasattr(nn.Module, name)):
                 continue
             if not _of_the_package_of(base, function):
-                return None
+                raise _NotTheAuthors
             names.add(name)
             written.append((vars(base), name, method))
     return tuple(names - {"forward"}), tuple(written)
