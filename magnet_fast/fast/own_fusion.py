@@ -81,7 +81,7 @@ class TextPWAM:
     def read(self, query: Tensor, pixels: Tensor, word_mask: Tensor | None) -> Tensor:
         key, value, norm = self.key, self.value, self.norm
         if (
-            not self._absorbing_pays(pixels)
+            not self._absorbing_pays(pixels, query.shape[2])
             or not plain_linear(key, value)
             or key.bias is None
             or value.bias is None
@@ -110,11 +110,11 @@ class TextPWAM:
         )
         return with_zero_gradients(F.linear(attended, value.weight) * value_scale, key.bias, value.bias)
 
-    def _absorbing_pays(self, pixels: Tensor) -> bool:
+    def _absorbing_pays(self, pixels: Tensor, width: int) -> bool:
         # Products a pixel: 2·C·D for projected keys and values; C² for the covariance, and 2·C²·D/P for its diagonals,
         # both in float32, which takes twice as long where all else is of 16 bits.
         # Queries of -10000 (released masking) would amplify the other order of rounding, so that form stays as it is.
-        count, channels, width = pixels.shape[1], pixels.shape[2], self.query.out_features
+        count, channels = pixels.shape[1:]
         dearer = 2 if pixels.dtype.itemsize == 2 else 1
         return self.masking == "correct" and dearer * channels * (1 + 2 * width / count) < 2 * width
 

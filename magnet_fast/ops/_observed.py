@@ -105,6 +105,8 @@ def _methods(cls: type) -> tuple[tuple[str, ...], tuple[tuple[Any, str, Any], ..
     for base in cls.__mro__:
         if base is nn.Module:
             break
+        if "_upstream_class" in vars(base):  # made here, of no methods of its own but what a base wraps
+            continue
         for name, method in vars(base).items():
             function = getattr(method, "__func__", method)
             if name != "forward" and (not isinstance(function, FunctionType) or hasattr(nn.Module, name)):
