@@ -25,6 +25,8 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_commands_take_what_the_old_launcher_adds(command: list[str], flag: list[str], tmp_path) -> None:
     done = CliRunner().invoke(cli.app, [*command, "--data", str(tmp_path / "none"), *flag])
     assert done.exit_code == 2 and str(tmp_path / "none") in done.output  # what is wrong is the data
+    first = CliRunner().invoke(cli.app, [*flag, *command, "--data", str(tmp_path / "none")])
+    assert first.output == done.output
     assert "local" not in CliRunner().invoke(cli.app, [command[0], "--help"]).output
 
 
