@@ -17,23 +17,23 @@ from torch.nn.modules import module as module_hooks
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
-_CALLED = ("forward", "_call_impl", "_compiled_call_impl", "_hf_hook")  # the last is Hugging Face's, for offloading
-
 
 def observed(*modules: nn.Module) -> bool:
     """Whether these modules have to be called as modules, in this call: one has a hook, or computes by other methods
     than those that its class was written with, or `watched` says so."""
     if watched():
         return True
+    compiling = torch.compiler.is_compiling()  # it would trace the search, and makes a new graph of a new class
     for module in modules:
+        held = module.__dict__
         if (
             module._forward_hooks
             or module._forward_pre_hooks
             or module._backward_hooks
             or module._backward_pre_hooks
-            or "forward" in module.__dict__
-            or "_hf_hook" in module.__dict__
-            or _overridden(module, _CALLED)
+            or "forward" in held
+            or "_hf_hook" in held  # Hugging Face's, for offloading
+            or (not compiling and ("_call_impl" in held or "_compiled_call_impl" in held or _overridden(module)))
         ):
             return True
     return False
@@ -42,7 +42,7 @@ def observed(*modules: nn.Module) -> bool:
 def altered(module: nn.Module) -> bool:
     """Whether methods of a module that is being called were replaced since its class was written: any but `forward`
     on the module itself, which whoever put it there has called already; and any in the class."""
-    return _overridden(module, ())
+    return not torch.compiler.is_compiling() and _overridden(module)
 
 
 def watched() -> bool:
@@ -80,17 +80,19 @@ def batched(*tensors: Tensor | None) -> bool:
     )
 
 
-def _overridden(module: nn.Module, more: tuple[str, ...]) -> bool:
-    if torch.compiler.is_compiling():  # a compiler would trace the search; it makes a new graph of a new class
-        return False
-    held = module.__dict__
+def _overridden(module: nn.Module) -> bool:
     try:
         names, written = _methods(type(module))
     except _NotTheAuthors:
         return True
-    if not held.keys().isdisjoint(names) or not held.keys().isdisjoint(more):
-        return True
-    return any(space.get(name) is not method for space, name, method in written)
+    held = module.__dict__
+    for name in names:
+        if name in held:
+            return True
+    for space, name, method in written:  # noqa: SIM110 (a generator takes longer than all of this)
+        if space.get(name) is not method:
+            return True
+    return False
 
 
 class _NotTheAuthors(Exception):
@@ -100,16 +102,17 @@ class _NotTheAuthors(Exception):
 @lru_cache(maxsize=1024)
 def _methods(cls: type) -> tuple[tuple[str, ...], tuple[tuple[Any, str, Any], ...]]:
     """Names of the methods that a class and its bases add to `nn.Module`, without `forward`; and where each method
-    stands, as it was when first asked."""
+    stands, as it was when first asked. Of PyTorch's own classes `forward` alone: the others compute nothing."""
     names, written = set(), []
     for base in cls.__mro__:
         if base is nn.Module:
             break
-        if "_upstream_class" in vars(base):  # made here, of no methods of its own but what a base wraps
+        if base.__module__.startswith("magnet_fast.fast"):  # the fast forms themselves
             continue
         for name, method in vars(base).items():
             function = getattr(method, "__func__", method)
-            if name != "forward" and (not isinstance(function, FunctionType) or hasattr(nn.Module, name)):
+            helper = isinstance(function, FunctionType) and not hasattr(nn.Module, name)
+            if name != "forward" and (not helper or base.__module__.startswith("torch.nn.modules")):
                 continue
             if not _of_the_package_of(base, function):
                 raise _NotTheAuthors

@@ -24,7 +24,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from magnet_fast.ops import _cpu_backend
 from magnet_fast.ops._view import DTYPE_CODES
 
-_COMPARED = 128  # values of a weight in every call
+_COMPARED = 64  # values of a weight in every call
 
 
 @dataclass

@@ -88,7 +88,7 @@ def test_exported_with_any_batch_saved_and_loaded(kind: str, accelerated: bool, 
     torch.export.save(program, file)
     file.seek(0)
     loaded = torch.export.load(file).module()
-    assert caplog.text == ""  # it was read as data alone
+    assert "weights_only" not in caplog.text  # it was read as data alone
     with torch.no_grad():
         for batch in (2, 5):
             same(loaded(*inputs(batch)), model(*inputs(batch)))
