@@ -1,4 +1,4 @@
-"""Whole models under transforms of `torch.func` and other derivatives: the accelerated one does what the plain one does.
+"""Whole models under transforms of `torch.func` and other derivatives: accelerated ones do what plain ones do.
 
 Where PyTorch has no such derivative (of its attention on a CPU, of `grid_sample`), both say so in the same words.
 """
