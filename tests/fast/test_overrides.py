@@ -274,9 +274,9 @@ def test_a_class_that_is_changed_already(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_nothing_plain_counts_as_replaced(name: str) -> None:
     """Or the fast forms would never run, and nobody would notice."""
     model = zoo.FAMILIES[name].model() if name in zoo.FAMILIES else subject(name).build()
-    assert not any(_observed.observed(module) for module in model.modules())
+    assert not any(_observed._overridden(module) for module in model.modules())
     magnet_fast.accelerate(model, pack=True)
-    assert not any(_observed.observed(module) for module in model.modules())
+    assert not any(_observed._overridden(module) for module in model.modules())
 
 
 # ---- Around the model ---------------------------------------------------------------------------------------------
