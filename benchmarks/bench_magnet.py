@@ -29,7 +29,7 @@ import magnet_fast
 from benchmarks import PACKED, plain
 from benchmarks.machine import peak_bytes
 from magnet_fast import models, ops
-from magnet_fast.ops import _linear
+from magnet_fast.ops import _observed
 from magnet_fast.training.terms import build_terms
 
 
@@ -92,7 +92,7 @@ def prepare(model: nn.Module, path: str) -> None:
 
 def operations(run: Callable[[], Any]) -> int:
     """Of the accelerated model, which otherwise runs as it was built where its operations are counted."""
-    watched = patch.object(_linear, "watched", lambda: False)
+    watched = patch.object(_observed, "watched", lambda: False)
     with watched, ops.backend("reference"), FlopCounterMode(display=False) as counter:
         run()
     return counter.get_total_flops()

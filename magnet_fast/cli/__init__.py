@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from magnet_fast.cli import errors
+from magnet_fast.cli.common import LocalRankOption
 from magnet_fast.cli.data import data_app
 from magnet_fast.cli.evaluate import evaluate
 from magnet_fast.cli.info import info
@@ -37,8 +38,14 @@ def main() -> None:
 
 
 @app.callback()
+@errors.user_errors
 def options(
     traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error came from.")] = False,
+    local_rank: LocalRankOption = None,
 ) -> None:
     """Referring image segmentation on fused operators: train, evaluate, segment."""
     errors.traceback_wanted = traceback
+    if local_rank is not None:  # the launcher puts it before the command
+        from magnet_fast.training.distributed import take_local_rank
+
+        take_local_rank(local_rank)

@@ -39,6 +39,10 @@ BackendOption = Annotated[str | None, typer.Option(help="Operators' backend: ref
 DtypeOption = Annotated[
     Precision, typer.Option(help="Of weights and features; float16 on a GPU only. Masks are float32 in any case.")
 ]
+LocalRankOption = Annotated[
+    int | None,
+    typer.Option("--local-rank", "--local_rank", hidden=True, help="Added by python -m torch.distributed.launch."),
+]
 FastOption = Annotated[bool, typer.Option(help="Accelerate the model; --no-fast runs it as its paper writes it.")]
 DataRoot = Annotated[Path, typer.Option("--data", help="Folder of the data.")]
 DatasetOption = Annotated[str, typer.Option(help="Folder below the root: refcoco, refcoco+, refcocog, grefcoco, ….")]

@@ -20,6 +20,7 @@ from magnet_fast.cli.common import (
     FormatOption,
     ImageSizeOption,
     ImagesOption,
+    LocalRankOption,
     Precision,
     SplitByOption,
     SplitOption,
@@ -82,6 +83,7 @@ def evaluate(
     dtype: DtypeOption = Precision.float32,
     fast: FastOption = True,
     backend: BackendOption = None,
+    local_rank: LocalRankOption = None,
 ) -> None:
     """Score a checkpoint by a task's own scores and protocol; under torchrun, on several processes."""
     from rich.console import Console
@@ -89,8 +91,9 @@ def evaluate(
     from magnet_fast import checkpoints, evaluation
     from magnet_fast.fast import accelerate
     from magnet_fast.inference import in_precision
-    from magnet_fast.training.distributed import distributed_world
+    from magnet_fast.training.distributed import distributed_world, take_local_rank
 
+    take_local_rank(local_rank)
     loaded = checkpoints.load(checkpoint)
     sentences = open_dataset(
         loaded,

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from magnet_fast.cli.common import BackendOption, chosen_backend
+from magnet_fast.cli.common import BackendOption, LocalRankOption, chosen_backend
 from magnet_fast.cli.errors import user_errors
 
 
@@ -30,13 +30,16 @@ def train(
         bool, typer.Option("--dry-run", help="Take a few steps; report memory, speed and time; write nothing.")
     ] = False,
     backend: BackendOption = None,
+    local_rank: LocalRankOption = None,
 ) -> None:
     """Train a model; under torchrun, on several processes. Exit status 75: stopped by SIGTERM, --resume goes on."""
     from magnet_fast.training import TrainingStopped, load_config
     from magnet_fast.training import train as run_training
+    from magnet_fast.training.distributed import take_local_rank
     from magnet_fast.training.dry_run import dry_run
     from magnet_fast.training.stopping import EXIT_STATUS
 
+    take_local_rank(local_rank)
     overrides = [*([f"data.root={json.dumps(str(data))}"] if data is not None else []), *(set_ or [])]
     settings = load_config(config, overrides)
     if out is None and not rehearse:

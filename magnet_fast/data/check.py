@@ -8,14 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from PIL import Image
-
 from magnet_fast.data.datasets import open_reader
 from magnet_fast.data.datasets.base import BrokenRecordsError, Folders
 from magnet_fast.data.datasets.published import IMAGES_SOURCE, PUBLISHED_REFS, SOURCES
 from magnet_fast.data.datasets.reader import Reader, Ref, Tally
 from magnet_fast.data.datasets.refer import IMAGE_FOLDERS, SPLITS, Refer
-from magnet_fast.data.transforms import orientation
+from magnet_fast.data.transforms.pictures import check_range, opened, orientation
 
 _STATES = ("absent", "unreadable", "of another size")  # of images, in the order in which they are told
 
@@ -154,12 +152,13 @@ def _check_image(reader: Reader, image_id: int, found: Tally, turned: Tally) -> 
 
 
 def _header(path: Path) -> tuple[tuple[int, int], int]:
-    """Height and width, and the EXIF orientation, from a picture's header. Raises ValueError if it is unreadable."""
-    try:
-        with Image.open(path) as picture:
-            return (picture.height, picture.width), orientation(picture)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: not a readable picture ({error})") from error
+    """Height and width, and the EXIF orientation, from a picture's header.
+
+    Raises FileNotFoundError or ValueError if it is absent, unreadable, or of pixels that `as_rgb` refuses.
+    """
+    with opened(path) as picture:
+        check_range(picture, f"image {path}")
+        return (picture.height, picture.width), orientation(picture)
 
 
 def _check_masks(reader: Reader, refs: list[Ref], found: Tally) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from magnet_fast.inert import InertUnpickler, PickledArray, StandIn, paths, type_name
+from magnet_fast.models.files import foreign
 
 _PLAIN_TYPES = frozenset({dict, list, tuple, str, bytes, int, float, bool, type(None)})
 _EXPECTED = "expected dict, list, tuple, str, bytes, int, float, bool, None and NumPy's numbers only"
@@ -32,10 +33,16 @@ def load_plain_pickle(path: str | os.PathLike[str]) -> Any:
         unpickler = InertUnpickler(file)
         try:
             content = unpickler.load()
+            rest = file.read(1)
         except Exception as error:  # pickle raises nearly any exception for bytes that are no pickle
             if unpickler.unknown:
                 raise UnsafePickleError(f"{path}: the pickle asks for {unpickler.unknown[0]}; {_EXPECTED}") from error
-            raise ValueError(f"{path}: not a readable pickle ({type(error).__name__}: {error})") from error
+            file.seek(0)
+            meaning = foreign(file.read(1024))
+            reason = f"not a readable pickle ({type(error).__name__}: {error})" if meaning is None else meaning
+            raise ValueError(f"{path}: {reason}") from error
+    if rest:
+        raise ValueError(f"{path}: something follows the pickle, more refs it may be; expected one list in one pickle")
     if unpickler.outside:
         pid = unpickler.outside[0]
         raise UnsafePickleError(f"{path}: the pickle asks for the outside object {pid!r:.80}; {_EXPECTED}")

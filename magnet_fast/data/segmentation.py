@@ -17,6 +17,7 @@ from magnet_fast.data.values import MAX_PIXELS, MAX_SIDE, shown
 
 MARGIN = 3  # image sides by which a coordinate may lie outside: annotators slip off an edge, not that far
 MAX_OUTLINE = 1 << 21  # pixels, all polygons together: pycocotools keeps some 100 bytes for each
+MAX_PARTS = 1 << 16  # polygons and RLEs of one segmentation: a second of work, whatever they hold
 MAX_DRAWN = 1 << 32  # pixels, the image's times the parts: seconds of work
 MAX_CHARACTERS = 1 << 22  # of compressed counts: more than a mask of noise has
 _DIGITS = 7  # of 5 bits each, for one run: 35 bits, more than any image has pixels
@@ -131,6 +132,8 @@ def _is_whole(polygon: list) -> bool:
 
 
 def _unnest(part: list | dict, deepest: int) -> Iterator[list | dict]:
+    if isinstance(part, dict) and part and "counts" not in part:
+        raise ValueError(f"segmentation holds {shown(part)}, without counts; {_EXPECTED}")
     if isinstance(part, dict) or (_is_whole(part) and type(part[0]) in (int, float)):  # its values are checked later
         yield part
         return
@@ -157,11 +160,9 @@ def _parts(segmentation: Any, height: int, width: int) -> tuple[list[np.ndarray]
     parts = usable_parts(segmentation)
     if not parts:
         raise ValueError("segmentation has no polygon of three points (x and y in turn) and no RLE")
-    if len(parts) * height * width > MAX_DRAWN:
-        raise ValueError(
-            f"segmentation has {len(parts)} parts; on {height} x {width} pixels expected at most "
-            f"{MAX_DRAWN // (height * width)}"
-        )
+    most = min(MAX_PARTS, MAX_DRAWN // (height * width))
+    if len(parts) > most:
+        raise ValueError(f"segmentation has {len(parts)} parts; on {height} x {width} pixels expected at most {most}")
     polygons = [check_points(part, height, width) for part in parts if isinstance(part, list)]
     outline = sum(map(_outline, polygons))
     if outline > MAX_OUTLINE:

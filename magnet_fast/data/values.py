@@ -11,6 +11,7 @@ MAX_SIDE = 1_000_000
 MAX_PIXELS = 178_956_970
 """Of an image: Pillow opens none that is larger, and masks are allocated by what a file says."""
 
+_LONGEST = 300  # characters of a value in a message
 _WHOLE = re.compile(r"\s*([+-]?\d{1,18})(?:\.0*)?\s*", re.ASCII)
 _JSON = {None: "null", True: "true", False: "false"}
 
@@ -29,9 +30,10 @@ def shown(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return _JSON[value]
     try:
-        return _SHORT.repr(value)
+        text = _SHORT.repr(value)
     except ValueError:  # Python prints no int of thousands of digits
         return f"a {type(value).__name__} too long to print"
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."  # of lists in lists, each is short
 
 
 def whole(value: Any) -> int | None:
@@ -58,7 +60,7 @@ def require_size(record: dict[str, Any], where: str) -> tuple[int, int]:
     size = []
     for key in ("height", "width"):
         if key not in record:
-            raise ValueError(f"{where} lacks {key!r}; it has {_names(record)}")
+            raise ValueError(f"{where} lacks {key!r}; it has {key_names(record)}")
         number = whole(record[key])
         if number is None:
             raise ValueError(f"{where} has {key} {shown(record[key])}; expected a whole number of pixels")
@@ -76,7 +78,7 @@ def require(record: Any, kinds: dict[str, type], where: str) -> None:
         raise ValueError(f"{where} is {shown(record)}; expected a dict")
     for key, kind in kinds.items():
         if key not in record:
-            raise ValueError(f"{where} lacks {key!r}; it has {_names(record)}")
+            raise ValueError(f"{where} lacks {key!r}; it has {key_names(record)}")
         value = record[key]
         if kind is object:  # anything: its own check follows
             continue
@@ -97,5 +99,6 @@ def require_inside(name: Any, where: str) -> str:
     return name
 
 
-def _names(record: dict[str, Any]) -> str:
+def key_names(record: dict[Any, Any]) -> str:
+    """The first keys of a record, for a message."""
     return ", ".join(map(shown, list(record)[:12])) + (", ..." if len(record) > 12 else "") if record else "no key"

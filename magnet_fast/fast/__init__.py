@@ -47,8 +47,9 @@ def accelerate(model: nn.Module, *, pack: bool = False, freeze: bool | None = No
         pack: a promise that the weights stay as they are while the model is used for inference on a CPU. Every plain
             Linear of the model, also beside attention, then runs on oneDNN with a second copy of its weight, packed in
             the first call; that takes the memory of the weights once more. Changes that PyTorch counts (loading,
-            optimisers, casts) are seen nevertheless, what is written through `.data` is not. Training, gradients, other
-            devices and processors that oneDNN is not used on are as without it. Our choice.
+            optimisers, casts) are seen nevertheless, and what changes a weight as a whole (a merged adapter); a few
+            values written through `.data` are not. Training, gradients, other devices and processors that oneDNN is
+            not used on are as without it. Our choice.
         freeze: the former name of `pack`.
 
     Returns:

@@ -46,7 +46,7 @@ def runs_whole(block: nn.Module, x: Tensor, parts: Mapping[str, tuple[str, ...]]
         and all(class_path(type(module)) in parts[name] for name, module in found.items())
         and all(_exact(module) for module in found.values() if class_path(type(module)) in GELU)
         and all(plain_weight(module) and not module.training for module in found.values())
-        and not must_run_original(*found.values())
+        and not must_run_original(block, *found.values())
     )
 
 

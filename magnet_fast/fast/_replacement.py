@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from magnet_fast.ops._linear import observed
+from magnet_fast.ops._observed import altered, observed
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +73,8 @@ class Replacement:
                 found = getattr(found, part)
             if class_path(type(found)) != self.bypassed.get(name, class_path(type(found))):
                 return f"its {name} is a {class_path(type(found))}, not a {self.bypassed[name]}"
+        if altered(module):
+            return "a method was replaced, on the module itself or in its class"
         return self.unfit(module)
 
 
@@ -103,19 +105,27 @@ def upstream_class(module: nn.Module) -> type | None:
     return type(module).__dict__.get("_upstream_class")
 
 
-def must_run_original(*bypassed: nn.Module) -> bool:
+def must_run_original(module: nn.Module, *bypassed: nn.Module) -> bool:
     """Whether a call has to take the upstream way although its module is replaced: one rule for all families.
 
     It has to where a graph is taken for use elsewhere (`torch.jit.trace`, `torch.export`, ONNX): that graph must not
-    ask for this package. Where something wants to see every module or every operator: hooks for all modules, a dispatch
-    mode, a transform of `torch.func`. And where a submodule that the fused way does not call has a hook to be called,
-    or a `forward` of its own.
+    ask for this package. Where something wants to see every module or every function: hooks for all modules, a mode, a
+    transform of `torch.func`, forward-mode differentiation. Where a submodule that the fused way does not call has a
+    hook to be called, or a `forward` of its own. And where another method of the module was replaced, or one of its
+    class.
+
+    Args:
+        module: the replaced one.
+        bypassed: what the fused way does not call.
     """
-    return torch.jit.is_tracing() or torch.compiler.is_exporting() or observed(*bypassed)
+    return torch.jit.is_tracing() or torch.compiler.is_exporting() or altered(module) or observed(*bypassed)
 
 
 def parts_changed(module: nn.Module) -> bool:
-    """Whether a submodule that the fused way does not call got another class, or another module its place, since."""
+    """Whether a submodule that the fused way does not call got another class, or another module its place, since.
+
+    Asked first: what the fused way reads of a part, another class may not have.
+    """
     for path, expected in type(module)._bypassed:
         part = module
         for name in path:

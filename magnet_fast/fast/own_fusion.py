@@ -6,23 +6,27 @@ The absorbed forms serve training, too; every parameter gets the gradient of the
 from __future__ import annotations
 
 import math
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from magnet_fast import ops
 from magnet_fast.fast._replacement import must_run_original, upstream_class
 from magnet_fast.fast.own_parts import kept, project, with_zero_gradients
 from magnet_fast.models.fusion import exchange, pixel_word
 from magnet_fast.ops._linear import linear, plain_linear
+from magnet_fast.ops._observed import observed
 
 
 class PooledLevel:
     """GELU in the product."""
 
     def forward(self, feature: Tensor) -> Tensor:
+        if must_run_original(self):
+            return super().forward(feature)
         pooled = exchange._average(feature, self.side)
         return self.reduce(project(self.contract, self.norm(self.expand(pooled)), activation="gelu"))
 
@@ -33,7 +37,7 @@ class Mixer:
 
     def forward(self, levels: list[Tensor], full: Tensor, size: tuple[int, int]) -> Tensor:
         first, norm, last = self
-        if not levels or not plain_linear(first) or must_run_original(first):
+        if not levels or not plain_linear(first) or must_run_original(self, first):
             return super().forward(levels, full, size)
         *narrow, wide = first.weight.split([*(level.shape[2] for level in levels), full.shape[2]], dim=1)
         tokens = torch.cat([F.linear(level, weight) for level, weight in zip(levels, narrow, strict=True)], dim=1)
@@ -47,11 +51,11 @@ class PWAM:
     """With one head W Σ p v = Σ p (W v): the few words' values are projected instead of the many pixels."""
 
     def forward(self, pixels: Tensor, words: Tensor, word_mask: Tensor) -> Tensor:
-        if must_run_original():
+        if must_run_original(self):
             return super().forward(pixels, words, word_mask)
         output = self.output
         absorbed = self.num_heads == 1 and words.shape[1] < pixels.shape[1]
-        absorbed = absorbed and plain_linear(output) and not must_run_original(output)
+        absorbed = absorbed and plain_linear(output) and output.bias is not None and not observed(output)
         vision = self.dropout(project(self.vision, pixels, activation="gelu"))
         value = self.value(words)
         attended, _ = ops.cross_modal_attention(
@@ -77,10 +81,12 @@ class TextPWAM:
     def read(self, query: Tensor, pixels: Tensor, word_mask: Tensor | None) -> Tensor:
         key, value, norm = self.key, self.value, self.norm
         if (
-            not self._absorbing_pays(pixels)
+            not self._absorbing_pays(pixels, query.shape[2])
             or not plain_linear(key, value)
+            or key.bias is None
+            or value.bias is None
             or upstream_class_or_own(norm) is not pixel_word.PixelInstanceNorm
-            or must_run_original(key, value, norm)
+            or must_run_original(self, key, value, norm)
         ):
             return super().read(query, pixels, word_mask)
         dtype = pixels.dtype
@@ -104,11 +110,11 @@ class TextPWAM:
         )
         return with_zero_gradients(F.linear(attended, value.weight) * value_scale, key.bias, value.bias)
 
-    def _absorbing_pays(self, pixels: Tensor) -> bool:
+    def _absorbing_pays(self, pixels: Tensor, width: int) -> bool:
         # Products a pixel: 2·C·D for projected keys and values; C² for the covariance, and 2·C²·D/P for its diagonals,
         # both in float32, which takes twice as long where all else is of 16 bits.
         # Queries of -10000 (released masking) would amplify the other order of rounding, so that form stays as it is.
-        count, channels, width = pixels.shape[1], pixels.shape[2], self.query.out_features
+        count, channels = pixels.shape[1:]
         dearer = 2 if pixels.dtype.itemsize == 2 else 1
         return self.masking == "correct" and dearer * channels * (1 + 2 * width / count) < 2 * width
 
@@ -117,16 +123,18 @@ class Gate:
     """The activation in the product."""
 
     def forward(self, stream: Tensor, residual: Tensor) -> Tensor:
+        if must_run_original(self):
+            return super().forward(stream, residual)
         hidden = project(self.first, residual, activation=self.activation)
         return stream + torch.tanh(project(self.last, hidden)) * residual
 
     def train(self, mode: bool = True) -> nn.Module:
-        _known.pop(self.last.weight, None)  # what was written to the weights behind autograd's back is seen now
+        _known.pop(self, None)  # what was written to the weights behind autograd's back is seen now
         return super().train(mode)
 
 
-_known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-"""Off the CPU: (address, version) of a gate's last weight, and whether all of it is zero."""
+_known: WeakKeyDictionary[nn.Module, tuple[tuple[object, ...], bool]] = WeakKeyDictionary()
+"""Off the CPU: memory and version of a gate's last weight, and whether all of it is zero."""
 
 
 def closed(gate: nn.Module) -> bool:
@@ -145,10 +153,10 @@ def closed(gate: nn.Module) -> bool:
         return False
     if weight.device.type == "cpu":
         return not (weight[0].any() or weight.any())  # most open gates show it in their first row
-    state = (weight.data_ptr(), weight._version)
-    found = _known.get(weight)
+    state = (StorageWeakRef(weight.untyped_storage()), weight.storage_offset(), weight._version)
+    found = _known.get(gate)
     if found is None or found[0] != state:
-        found = _known[weight] = state, not bool(weight.any())
+        found = _known[gate] = state, not bool(weight.any())
     return found[1]
 
 
@@ -168,11 +176,13 @@ class _ExchangeStage:
 
     def _deaf(self) -> bool:
         """Whether the words hear nothing, and nothing on the way to them wants to be called."""
-        if must_run_original() or not closed(self.text_gate):
-            return False
         text_fusion = getattr(self, "text_fusion", None)
         parts = () if text_fusion is None else text_fusion.modules()
-        return not must_run_original(*self.text_gate.modules(), *parts)
+        return (
+            not must_run_original(self, *self.text_gate.modules())  # first: an offloaded weight cannot be looked at
+            and closed(self.text_gate)
+            and not observed(*parts)
+        )
 
 
 class PWAMExchange(_ExchangeStage):

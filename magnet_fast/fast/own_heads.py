@@ -29,7 +29,7 @@ class PixelDecoder:
 
     def forward(self, maps: list[Tensor]) -> tuple[list[Level], Tensor]:
         convolutions = (*self.input_proj, self.mask_features)
-        if must_run_original(*convolutions) or not all(plain_pointwise(layer) for layer in convolutions):
+        if must_run_original(self, *convolutions) or not all(plain_pointwise(layer) for layer in convolutions):
             return super().forward(maps)
         coarse_first = maps[::-1]
         shapes = [(feature.shape[1], feature.shape[2]) for feature in coarse_first]
@@ -73,7 +73,7 @@ class DeformableLayer:
             and plain_linear(attention.output_proj, self.linear1, self.linear2)
             and type(self.norm1) is type(self.norm2) is nn.LayerNorm
             and not must_run_original(
-                attention, attention.output_proj, self.norm1, self.linear1, self.linear2, self.norm2
+                self, attention, attention.output_proj, self.norm1, self.linear1, self.linear2, self.norm2
             )
         )
 
@@ -87,6 +87,8 @@ class DeformableAttention:
     """Its projections are products; what lies before the last one is a method, for the layer."""
 
     def forward(self, tokens: Tensor, position: Tensor, reference: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
+        if must_run_original(self):
+            return super().forward(tokens, position, reference, shapes)
         return project(self.output_proj, self.attend(tokens, position, reference, shapes))
 
     def attend(self, tokens: Tensor, position: Tensor, reference: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
@@ -107,7 +109,9 @@ class MaskDecoder:
     are resized once a level, and the encoding of places is kept."""
 
     def forward(self, levels: list[Level], mask_features: Tensor) -> list[tuple[Tensor, Tensor]]:
-        if must_run_original(self.norm, self.class_head, *self.mask_head.modules()):
+        if not self._plain_parts() or must_run_original(
+            self, self.norm, self.class_head, self.mask_head, *self.mask_head
+        ):
             return super().forward(levels, mask_features)
         batch = mask_features.shape[0]
         memories, keys, resized = [], [], []
@@ -130,6 +134,14 @@ class MaskDecoder:
         presences = presence_of(self.class_head(stacked))
         return list(zip(masks.unbind(dim=1), presences.unbind(dim=1), strict=True))
 
+    def _plain_parts(self) -> bool:
+        """Whether what is called once for all predictions treats every query alone, and is called for nothing else."""
+        return (
+            type(self.norm) is nn.LayerNorm
+            and type(self.mask_head) is nn.Sequential
+            and all(type(layer) is nn.ReLU or plain_linear(layer) for layer in (self.class_head, *self.mask_head))
+        )
+
 
 class QueryAttention:
     """One query and many pixels: no pixel is projected.
@@ -141,7 +153,7 @@ class QueryAttention:
 
     def forward(self, x: Tensor, query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None = None) -> Tensor:
         projections = (self.query, self.key, self.value)
-        if query.shape[1] != 1 or not plain_linear(*projections) or must_run_original(*projections):
+        if query.shape[1] != 1 or not self._absorbable() or must_run_original(self, *projections):
             return super().forward(x, query, key, value, allowed)
         if key.shape[1] == 1 and allowed is None:
             unread = (parameter for layer in (self.query, self.key) for parameter in layer.parameters())
@@ -156,6 +168,10 @@ class QueryAttention:
         values = torch.einsum("bhc,hdc->bhd", read, self.value.weight.unflatten(0, heads))
         attended = with_zero_gradients(values.flatten(1) + self.value.bias, self.key.bias)
         return self.norm(x + self.output(attended)[:, None])
+
+    def _absorbable(self) -> bool:
+        projections = (self.query, self.key, self.value)
+        return plain_linear(*projections) and all(layer.bias is not None for layer in projections)
 
 
 def pixels_last(features: Tensor) -> Tensor:

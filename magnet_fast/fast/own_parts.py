@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from magnet_fast.models.position import sine_position
-from magnet_fast.ops._linear import Activation, linear, observed, plain_linear, then, transformed
+from magnet_fast.ops._linear import Activation, linear, plain_linear, then
+from magnet_fast.ops._observed import moded, observed
 
 # The allocator keeps smaller memory than this for the next result; larger results are fresh pages every time.
 _WORTH_SLICING = 16 << 20
@@ -82,7 +83,7 @@ def kept(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _outlives_call(device: torch.device) -> bool:
-    if torch.compiler.is_compiling() or device.type not in ("cpu", "cuda") or transformed():
+    if torch.compiler.is_compiling() or device.type not in ("cpu", "cuda") or moded():
         return False
     return device.type == "cpu" or not torch.cuda.is_current_stream_capturing()
 

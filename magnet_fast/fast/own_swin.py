@@ -33,7 +33,7 @@ class SwinEncoder:
             x.shape[0] > 1
             and x.stride(0) == 0
             and not any(module.training for module in self.modules())  # stochastic depth draws for each item
-            and not must_run_original()
+            and not must_run_original(self, *self.patch_embed.modules(), *self.stages[0].modules())
         )
 
 
@@ -61,6 +61,7 @@ class SwinBlock:
             and type(self.norm1) is type(self.norm2) is nn.LayerNorm
             and plain_linear(attention.qkv, attention.proj, mlp.fc1, mlp.fc2)
             and not must_run_original(
+                self,
                 *(self.norm1, attention, attention.qkv, attention.proj),
                 *(self.norm2, mlp, mlp.fc1, mlp.fc2, drop_path),
             )
@@ -84,7 +85,7 @@ class WindowAttention:
     """The map is not padded: a token of padding has exactly the projection's bias as query, key and value."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not plain_linear(self.qkv) or must_run_original(self.qkv):
+        if not plain_linear(self.qkv) or must_run_original(self, self.qkv):
             return super().forward(x)
         return project(self.proj, self.attend(project(self.qkv, x)))
 
@@ -104,7 +105,7 @@ class Mlp:
     """GELU, and a block's residual, in the products."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.run(x, None)
+        return super().forward(x) if must_run_original(self) else self.run(x, None)
 
     def run(self, x: Tensor, residual: Tensor | None) -> Tensor:
         return project(self.fc2, project(self.fc1, x, activation="gelu"), residual=residual)
@@ -114,6 +115,8 @@ class PatchEmbed:
     """The encoding of places is kept."""
 
     def position(self, x: Tensor) -> Tensor:
+        if must_run_original(self):
+            return super().position(x)
         rows, columns, channels = x.shape[1:]
         return kept_sine_position(rows, columns, channels, x.device, x.dtype).view(1, rows, columns, channels)
 
@@ -122,4 +125,6 @@ class PatchMerging:
     """Its Linear is a product."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if must_run_original(self):
+            return super().forward(x)
         return project(self.reduction, self.norm(self.neighbours(x)))

@@ -47,13 +47,14 @@ class _Block:
         return _block.forward(x, attend, self.attn.proj, self.norm2, self.mlp.fc1, self.mlp.fc2)
 
     def _attn(self, x: Tensor) -> Tensor:
+        if parts_changed(self):
+            return super()._attn(x)
         attn = self.attn
         dropped = attn.attn_drop.p > 0 and attn.attn_drop.training
         if (
             dropped
-            or parts_changed(self)
             or not plain_linear(attn.qkv)
-            or must_run_original(attn, attn.qkv, attn.softmax, attn.attn_drop)
+            or must_run_original(self, attn, attn.qkv, attn.softmax, attn.attn_drop)
         ):
             return super()._attn(x)
         return attn.proj_drop(attn.proj(self._attend(attn.qkv(x))))

@@ -16,7 +16,7 @@ class _Attention:
 
     def forward(self, x: Tensor) -> Tensor:
         dropped = self.attention_dropout > 0 and self.training
-        if dropped or must_run_original(self.qkv, self.proj) or not plain_linear(self.qkv, self.proj):
+        if dropped or must_run_original(self, self.qkv, self.proj) or not plain_linear(self.qkv, self.proj):
             return super().forward(x)
         attended = _attend(
             self.qkv(x),

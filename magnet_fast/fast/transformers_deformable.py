@@ -38,7 +38,7 @@ class _DeformableAttention:
         shapes = _python_shapes(kwargs.get("spatial_shapes_list"), kwargs.get("spatial_shapes"))
         points = self._points(reference_points)
         bypassed = [self.attn] if hasattr(self, "attn") else []
-        if args or shapes is None or points is None or parts_changed(self) or must_run_original(*bypassed):
+        if args or shapes is None or points is None or parts_changed(self) or must_run_original(self, *bypassed):
             return super().forward(
                 hidden_states,
                 attention_mask,

@@ -44,19 +44,18 @@ class _SwinLayer:
     def forward(
         self, hidden_states: Tensor, input_dimensions: tuple[int, int], always_partition: bool = False, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
+        if parts_changed(self):
+            return super().forward(hidden_states, input_dimensions, always_partition=always_partition, **kwargs)
         attention = self.attention
         bias = attention.relative_position_bias
-        if not always_partition:
-            self.set_shift_and_window_size(input_dimensions)  # as the original does; twice changes nothing
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
         if (
             (self.training and attention.attention_dropout > 0)
-            or parts_changed(self)
-            or must_run_original(attention, bias, *projections)
+            or must_run_original(self, attention, bias, *projections)
             or not plain_linear(*projections)
             or kwargs.get("output_attentions", attention.config.output_attentions)
             or attention.config._attn_implementation not in _KNOWN_ATTENTION
-            or self.window_size != bias.window_size[0]
+            or _other_window(self, input_dimensions, always_partition, (bias.window_size[0],))
         ):
             return super().forward(hidden_states, input_dimensions, always_partition=always_partition, **kwargs)
 
@@ -86,7 +85,7 @@ class _MaskFormerSwinLayer:
     def forward(
         self, hidden_states: Tensor, input_dimensions: tuple[int, int], output_attentions: bool | None = False
     ) -> tuple[Tensor, ...]:
-        if output_attentions or _older_unfit_now(self):
+        if output_attentions or _older_unfit_now(self) or _other_window(self, None, True, _window_sides(self)):
             return super().forward(hidden_states, input_dimensions, output_attentions)
         return _older_forward(self, hidden_states, input_dimensions)
 
@@ -101,23 +100,39 @@ class _ClampedSwinLayer:
         output_attentions: bool | None = False,
         always_partition: bool | None = False,
     ) -> tuple[Tensor, ...]:
-        if not always_partition:
-            self.set_shift_and_window_size(input_dimensions)
-        if output_attentions or _older_unfit_now(self):
+        if (
+            output_attentions
+            or _older_unfit_now(self)
+            or _other_window(self, input_dimensions, always_partition, _window_sides(self))
+        ):
             return super().forward(hidden_states, input_dimensions, output_attentions, always_partition)
         return _older_forward(self, hidden_states, input_dimensions)
 
 
 def _older_unfit_now(layer: nn.Module) -> bool:
+    if parts_changed(layer):
+        return True
     attention = layer.attention.self
     projections = (attention.query, attention.key, attention.value)
     return (
-        parts_changed(layer)
-        or (attention.dropout.training and attention.dropout.p > 0)
-        or must_run_original(layer.attention, attention, attention.dropout, layer.attention.output, *projections)
+        (attention.dropout.training and attention.dropout.p > 0)
+        or must_run_original(layer, layer.attention, attention, attention.dropout, layer.attention.output, *projections)
         or not plain_linear(*projections)
-        or (layer.window_size, layer.window_size) != tuple(attention.window_size)
     )
+
+
+def _window_sides(layer: nn.Module) -> tuple[int, ...]:
+    return tuple(layer.attention.self.window_size)
+
+
+def _other_window(
+    layer: nn.Module, size: tuple[int, int] | None, always_partition: bool | None, sides: tuple[int, ...]
+) -> bool:
+    """Whether the layer's window for a map of this size is another than its attention's. Asked last: as the original
+    does, it lets the layer choose its window and its shift, once a call."""
+    if not always_partition:
+        layer.set_shift_and_window_size(size)
+    return any(side != layer.window_size for side in sides)
 
 
 def _older_forward(layer: nn.Module, hidden_states: Tensor, input_dimensions: tuple[int, int]) -> tuple[Tensor]:
@@ -212,6 +227,7 @@ def _older(path: str, mixin: type, more_parameters: str) -> Replacement:
         bypassed={
             "attention": attention + "Attention",
             "attention.self": attention + "SelfAttention",
+            "attention.self.dropout": "torch.nn.modules.dropout.Dropout",
             "attention.output": attention + "SelfOutput",
         },
         unfit=_older_unfit,

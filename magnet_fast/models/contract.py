@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import _register_namedtuple
 
 
 class Text(NamedTuple):
@@ -126,6 +127,12 @@ class InputSpec(NamedTuple):
     tokenizer: str = "wordpiece"
     max_tokens: int = 20
     threshold: float = 0.5
+
+
+# So that `torch.export.save` can write a program that takes and returns them, and `load` reads it safely.
+for _contract in (Text, Words, Prediction):
+    _register_namedtuple(_contract, serialized_type_name=f"magnet_fast.models.{_contract.__name__}")
+torch.serialization.add_safe_globals([Text, Words, Prediction])
 
 
 def probability(prediction: Prediction, size: tuple[int, int]) -> Tensor:

@@ -37,6 +37,14 @@ _FOREIGN = (
     (b"GGUF", "is a GGUF file; expected PyTorch's weights"),
     (b"%PDF", f"is a PDF, not a checkpoint; {_AGAIN}"),
 )
+_BLANK = b"\xef\xbb\xbf \t\r\n"
+
+
+def foreign(head: bytes) -> str | None:
+    """What a file that begins so is instead of weights or data, and what helps; None for what may be either."""
+    if head.lstrip(_BLANK).lower().startswith((b"<!doctype", b"<html", b"<?xml", b"<head", b"<body", b"<!--")):
+        return f"is a web page: the link that it came from leads to a page; {_AGAIN} from there"
+    return next((meaning for start, meaning in _FOREIGN if head.startswith(start)), None)
 
 
 def is_safetensors(path: str | os.PathLike[str]) -> bool:
@@ -56,19 +64,15 @@ def is_safetensors(path: str | os.PathLike[str]) -> bool:
         head = file.read(1024)
     if not head:
         raise ValueError(f"{what} is empty; {_AGAIN}")
-    for start, meaning in _FOREIGN:
-        if head.startswith(start):
-            raise ValueError(f"{what} {meaning}")
-    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head", b"<body", b"<!--")):
-        raise ValueError(f"{what} is a web page, not a checkpoint: its link leads to a page; {_AGAIN} from there")
+    if (meaning := foreign(head)) is not None:
+        raise ValueError(f"{what} {meaning}")
     if head[257:262] == b"ustar":
         raise ValueError(f"{what} is a tar archive; unpack it first (where torch.save wrote it, save it again)")
     if head[8:9] == b"{" and head[9:10] in (b'"', b"}", b" "):
         if int.from_bytes(head[:8], "little") + 8 > size:
             raise ValueError(f"{what} is cut short: {size} bytes do not hold its safetensors header; {_AGAIN}")
         return True
-    if text.startswith((b"{", b"[")):
+    if head.lstrip(_BLANK).startswith((b"{", b"[")):
         raise ValueError(f"{what} {_described_json(path)}")
     if head[:1] == b"\x08" and (b"pytorch" in head or b"onnx" in head.lower()):
         raise ValueError(f"{what} is an ONNX program; expected the weights of the model it was made from")
@@ -268,7 +272,8 @@ def _runs_code(name: str) -> bool:
     """Whether a name is a way to run code that no data need. What is not told so is not run either, only unread."""
     module, _, rest = name.partition(".")
     if module == "builtins":
-        return rest != "getattr" and not isinstance(getattr(builtins, rest, object), type)
+        known = getattr(builtins, rest, object)
+        return rest != "getattr" and callable(known) and not isinstance(known, type)
     return module in _CODE_MODULES
 
 
@@ -281,7 +286,7 @@ def _reason(error: Exception) -> str:
     text = str(error) or type(error).__name__
     told = re.search(r"(?:WeightsUnpickler error|Error): (.*?)(?:\.? Please |\n|$)", text)
     line = told.group(1) if told else text.splitlines()[0]
-    return re.sub(r"\x1b\[[0-9;]*m|[^\x20-\x7e]", "", line).rstrip(". ")
+    return re.sub(r"\x1b\[[0-9;]*m|[^\x20-\x7e]", "", line).rstrip(". ") or "an object that torch does not build"
 
 
 def _described_json(path: Path) -> str:

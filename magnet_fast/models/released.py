@@ -78,7 +78,10 @@ def from_released(source: str | os.PathLike[str] | Mapping[str, Any], **hints: A
     if unread:
         _log.info("%s: left out %d of %d entries, which no forward pass reads", what, len(unread), len(state))
         _log.debug("%s: left out %s", what, ", ".join(sorted(unread)))
-    config = {"architecture": found.name, **released.config(kept, hints)}
+    try:
+        config = {"architecture": found.name, **released.config(kept, hints)}
+    except KeyError as error:  # of `shape`
+        raise ValueError(f"{what} lacks {error}, which the released models have") from error
     renamed = rename(kept, released.rules, what, found.name)
     model = from_config(parse_config(config))
     load_strictly(model, _as_linears(renamed, model), what)
@@ -181,9 +184,9 @@ def rules(prefix: str, pairs: list[tuple[str, str]]) -> list[Rule]:
 
 
 def shape(state: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
-    """The shape of an entry; ValueError where a released file should have it and does not."""
+    """The shape of an entry; KeyError where a released file should have it and does not."""
     if name not in state:
-        raise ValueError(f"the checkpoint lacks {name!r}, which the released models have")
+        raise KeyError(name)
     return tuple(state[name].shape)
 
 

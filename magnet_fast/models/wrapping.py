@@ -27,6 +27,7 @@ _BESIDE = ("optim", "sched", "scaler", "criterion", "loss", "rng", "queue", "tea
 # Segments of a name that come from what a model was wrapped in: DDP, torch.compile, FSDP, activation checkpointing,
 # Fabric.
 _WRAPS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
+_COUNTERS = ("n_averaged",)  # of torch.optim.swa_utils.AveragedModel, a tensor beside the weights
 _DEPTH = 8
 
 
@@ -136,6 +137,14 @@ def _tensors(level: Mapping[str, Any], what: str, place: str) -> dict[str, Tenso
     """The tensors of one level, or of the parts that it keeps apart, under plain names."""
     found: dict[str, Tensor] = {}
     for name, value in _leaves(level):
+        if not isinstance(name, str):
+            if _is_tensor(value):
+                under = f" under {place!r}" if place else ""
+                raise ValueError(
+                    f"{what} holds a tensor{under} whose name is of type {type_name(name)}; expected names as text: "
+                    f"{SAVE_WEIGHTS}"
+                )
+            continue
         where = printable(f"{place}/{name}" if place else name)
         if isinstance(value, StandIn):
             raise ValueError(
@@ -145,15 +154,17 @@ def _tensors(level: Mapping[str, Any], what: str, place: str) -> dict[str, Tenso
         if not _is_tensor(value):
             continue  # numbers and text beside the weights
         plain = plain_name(name)
+        if plain in _COUNTERS:
+            continue
         if plain in found:
             raise ValueError(f"{what} holds {printable(plain)!r} twice, once as {where!r}: the weights of two models?")
         found[plain] = _as_tensor(value, what, where)
     return found
 
 
-def _leaves(level: Mapping[str, Any], depth: int = 1) -> Iterable[tuple[str, Any]]:
+def _leaves(level: Mapping[Any, Any], depth: int = 1) -> Iterable[tuple[Any, Any]]:
     if any(map(_is_tensor, level.values())):
-        yield from ((name, value) for name, value in level.items() if isinstance(name, str))
+        yield from level.items()
     elif depth:
         for part, inner in level.items():
             if isinstance(inner, Mapping) and not _is_beside(part):
@@ -168,6 +179,8 @@ def _as_tensor(value: Any, what: str, where: str) -> Tensor:
             value = torch.from_numpy(value)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{what} holds a NumPy array under {where!r} that is no tensor: {error}") from error
+    if value.layout is not torch.strided:
+        raise ValueError(f"{what} holds {where!r} as a sparse tensor; save it dense: tensor.to_dense()")
     if value.is_meta:
         raise ValueError(
             f"{what} holds {where!r} on the meta device, a shape without values: load the model before it is saved"

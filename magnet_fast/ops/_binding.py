@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from magnet_fast.ops import _registry
+from magnet_fast.ops import _autocast, _registry
+from magnet_fast.ops._observed import batched
 
 _NAMESPACE = "magnet_fast"
 
@@ -25,6 +26,7 @@ def bind(
     outputs: int,
     fake: Callable[..., Tensor | tuple[Tensor, ...]],
     differentiable: Sequence[int],
+    reference: Callable[..., Any],
     keeps: bool = False,
 ) -> Callable[..., Any]:
     """Register `magnet_fast::<operator>` and its `_backward`; return a function that runs them.
@@ -33,6 +35,9 @@ def bind(
     `(*grad_outputs, *tensors, *settings, bool[] wanted, str backend) -> Tensor[]`: one gradient for each
     index in `differentiable`, an empty tensor of shape (0,) where `wanted` is false. Missing output
     gradients are None.
+
+    Kernels know one derivative. Where the backward pass is itself to be differentiated (`create_graph`), or gets many
+    gradients at once (`is_grads_batched`), it is that of the reference, computed from the inputs.
 
     With `keeps` the registered forward returns one more tensor, `kept`, which the registered backward takes after its
     tensors: what an implementation has computed anyway and would have to compute again. Its shape and meaning are the
@@ -45,6 +50,8 @@ def bind(
         outputs: number of results; a result that a call does not have is an empty tensor of shape (0,).
         fake: `(*tensors, *settings) -> ` empty results of the right shape and dtype.
         differentiable: indices into `tensors` of the arguments that get a gradient.
+        reference: the operator in plain PyTorch, as `(*tensors, *settings) -> ` the outputs, None for one that a call
+            does not have.
         keeps: whether the forward can keep a tensor for the backward.
     """
     name, count = f"{_NAMESPACE}::{operator}", len(tensors)
@@ -99,6 +106,28 @@ def bind(
             return found, ()
         return found[0] if outputs == 1 else found[:-1], found[-1:]
 
+    def reference_backward(
+        grad_outputs: Sequence[Tensor | None], given: Sequence[Tensor | None], rest: Sequence[Any], wanted: list[bool]
+    ) -> list[Tensor | None]:
+        create_graph = torch.is_grad_enabled()
+        with torch.enable_grad(), _autocast.disabled(_present(given)):
+            # Views: a tensor that is given twice (keys that are values too) has a gradient for each mention.
+            views = [None if tensor is None else tensor.view_as(tensor) for tensor in given]
+            results = reference(*views, *rest)
+        results = results if isinstance(results, tuple) else (results,)
+        pairs = [(out, g) for out, g in zip(results, grad_outputs, strict=True) if out is not None and g is not None]
+        asked = [views[index] for index, want in zip(differentiable, wanted, strict=True) if want]
+        found = iter(
+            torch.autograd.grad(
+                [out for out, _ in pairs],
+                asked,
+                [g for _, g in pairs],
+                create_graph=create_graph,
+                materialize_grads=True,
+            )
+        )
+        return [next(found) if want else None for want in wanted]
+
     class Bound(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *arguments: Any) -> Any:
@@ -109,11 +138,13 @@ def bind(
             return results
 
         @staticmethod
-        @torch.autograd.function.once_differentiable
         def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple:
             given, (*rest, backend) = ctx.saved_tensors, ctx.rest
             wanted = [ctx.needs_input_grad[index] for index in differentiable]
-            found = backward_operator(*grad_outputs, *given, *rest, wanted, backend)
+            if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or batched(*grad_outputs)):
+                found = reference_backward(grad_outputs, given[:count], rest, wanted)
+            else:
+                found = backward_operator(*grad_outputs, *given, *rest, wanted, backend)
             grads: list[Tensor | None] = [None] * (count + len(ctx.rest))
             for index, want, grad in zip(differentiable, wanted, found, strict=True):
                 if want:

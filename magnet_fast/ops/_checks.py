@@ -66,6 +66,8 @@ def int_pair(value: Any, name: str, minimum: int) -> tuple[int, int]:
     pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
     if len(pair) != 2:
         raise ValueError(f"{name}: expected an int or a (height, width) pair, got {value!r}")
+    if torch.jit.is_tracing():  # where the sizes of a tensor are tensors themselves; the trace is of this size
+        pair = tuple(int(item) if isinstance(item, Tensor) else item for item in pair)
     for item in pair:
         if isinstance(item, bool) or not isinstance(item, (Integral, torch.SymInt)):
             raise TypeError(f"{name}: expected an int or a (height, width) pair of ints, got {value!r}")

@@ -269,6 +269,7 @@ _run = bind(
     outputs=2,
     fake=_fake,
     differentiable=_DIFFERENTIABLE,
+    reference=cross_modal_attention_reference,
 )
 
 _registry.register_operator(_NAME, _prepare)

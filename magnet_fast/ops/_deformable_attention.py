@@ -156,6 +156,7 @@ _run = bind(
         (value.shape[0], locations.shape[1], value.shape[2] * value.shape[3])
     ),
     differentiable=_DIFFERENTIABLE,
+    reference=deformable_attention_reference,
 )
 
 _registry.register_operator(_NAME, _prepare)

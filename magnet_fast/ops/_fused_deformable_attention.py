@@ -151,6 +151,7 @@ _run = bind(
         (value.shape[0], offsets.shape[1], value.shape[2] * value.shape[3])
     ),
     differentiable=_DIFFERENTIABLE,
+    reference=fused_deformable_attention_reference,
 )
 
 _registry.register_operator(_NAME, _prepare)

@@ -16,9 +16,9 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules import module as module_hooks
 
 from magnet_fast.ops import _autocast, _packed
+from magnet_fast.ops._observed import altered, moded
 from magnet_fast.ops._registry import NO_KERNEL, Explanation, Layer, register_layer, requested_backend
 
 Activation = Literal["gelu", "relu"]
@@ -77,6 +77,8 @@ class PackedLinear(nn.Linear):
     _upstream_class = nn.Linear
 
     def forward(self, input: Tensor) -> Tensor:
+        if altered(self):
+            return super().forward(input)
         return linear(input, self.weight, self.bias)
 
 
@@ -91,51 +93,15 @@ def plain_weight(layer: nn.Module) -> bool:
     return weight is None or type(weight) in (nn.Parameter, Tensor)
 
 
-def observed(*modules: nn.Module) -> bool:
-    """Whether these modules have to be called as modules, in this call: one has a hook or a `forward` of its own, or
-    `watched` says so."""
-    if watched():
-        return True
-    for module in modules:
-        if (
-            module._forward_hooks
-            or module._forward_pre_hooks
-            or module._backward_hooks
-            or module._backward_pre_hooks
-            or "forward" in module.__dict__
-            or "_hf_hook" in module.__dict__
-        ):
-            return True
-    return False
-
-
-def watched() -> bool:
-    """Whether something around wants to see every module or every operator of PyTorch's: a hook for all modules, a
-    dispatch mode (a counter of operations, fake tensors), a transform of `torch.func`."""
-    if (
-        module_hooks._global_forward_hooks
-        or module_hooks._global_forward_pre_hooks
-        or module_hooks._global_backward_hooks
-        or module_hooks._global_backward_pre_hooks
-    ):
-        return True
-    return not torch.compiler.is_compiling() and transformed()  # a compiler traces in a mode of its own
-
-
-def transformed() -> bool:
-    """Whether a dispatch mode or a transform of `torch.func` is active."""
-    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.peek_interpreter_stack() is not None
-
-
 def pack_linear(layer: nn.Linear) -> None:
     """Give a plain Linear a packed copy of its weight."""
-    _packed.pack(layer.weight)
+    _packed.pack(layer)
     layer.__class__ = PackedLinear
 
 
 def unpack_linear(layer: PackedLinear) -> None:
     """Undo `pack_linear`; the copy is gone."""
-    _packed.unpack(layer.weight)
+    _packed.unpack(layer)
     layer.__class__ = nn.Linear
 
 
@@ -172,7 +138,7 @@ def _check_form(activation: Activation | None, residual: Tensor | None) -> None:
 
 def _recorded() -> bool:
     """Whether what is called is written down, for gradients, in a graph or by a mode."""
-    return torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing() or transformed()
+    return torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing() or moded()
 
 
 def _takes_onednn(x: Tensor, weight: Tensor, *others: Tensor | None) -> bool:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from magnet_fast.ops import _cpu_backend, _packed
-from magnet_fast.ops._linear import Activation, PackedLinear, inference_on_cpu, observed
+from magnet_fast.ops._linear import Activation, PackedLinear, inference_on_cpu
+from magnet_fast.ops._observed import observed
 from magnet_fast.ops._view import DTYPE_CODES, view
 
 _ACTIVATIONS = {None: 0, "gelu": 1, "relu": 2}

@@ -2,22 +2,29 @@
 
 Otherwise every call brings the weight into that layout first, which costs a product of few rows most. The copy
 is made in the first call, and again when the weight is seen to have changed: loaded, stepped by an optimiser, moved,
-cast. What is written through `.data`, or by a program that shares the memory, PyTorch does not count; hence the
-promise.
+cast. What is written through `.data`, or by a program that shares the memory, PyTorch does not count; so a few hundred
+values, spread over rows and columns, are compared in every call. That sees what changes a weight as a whole (an adapter
+merged, an average copied), and not a write to a few values; hence the promise.
 """
 
 from __future__ import annotations
 
+import math
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
+from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from magnet_fast.ops import _cpu_backend
 from magnet_fast.ops._view import DTYPE_CODES
+
+_COMPARED = 64  # values of a weight in every call
 
 
 @dataclass
@@ -27,25 +34,37 @@ class _Copy:
     packed: Tensor
     storage: StorageWeakRef
     state: tuple[object, ...]
+    compared: (
+        np.ndarray
+    )  # a view of some of the weight's values: it keeps no memory alive, so only `state` makes it valid
+    values: bytes
 
 
-_copies: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # by identity; a copy of a weight is not packed
+_copies: WeakKeyDictionary[nn.Module, dict[str, _Copy]] = WeakKeyDictionary()
+"""Of each layer whose weight is packed, by layout; a copy of a layer is not packed."""
+
+_layers: dict[int, weakref.ref[nn.Module]] = {}
+"""By the id of the weight. A weak reference to the weight itself would forbid PyTorch's `swap_tensors`."""
 
 
-def pack(weight: Tensor) -> None:
-    """From now on `in_products` and `in_chains` give packed copies of `weight`, while the weight lives."""
-    if weight not in _copies:
-        _copies[weight] = {}
+def pack(layer: nn.Module) -> None:
+    """From now on `in_products` and `in_chains` give packed copies of the layer's weight, while it has this weight."""
+    if _found(layer.weight) is not None:
+        return
+    key = id(layer.weight)
+    _layers[key] = weakref.ref(layer, lambda gone: _layers.pop(key) if _layers.get(key) is gone else None)
+    _copies[layer] = {}
 
 
-def unpack(weight: Tensor) -> None:
+def unpack(layer: nn.Module) -> None:
     """The way back; the copies are gone."""
-    _copies.pop(weight, None)
+    _copies.pop(layer, None)
 
 
 def keeps(weight: Tensor) -> bool:
-    """Whether `weight` is packed, and its changes would be seen: a tensor made in inference mode counts none."""
-    return len(_copies) > 0 and weight in _copies and not weight.is_inference()
+    """Whether `weight` is packed, and its changes would be seen: a tensor made in inference mode counts none, and a
+    slice of a wider one is not compared."""
+    return _found(weight) is not None and not weight.is_inference() and weight.is_contiguous()
 
 
 def in_products(weight: Tensor, rows: int) -> Tensor:
@@ -70,15 +89,40 @@ def in_chains(weight: Tensor) -> Tensor:
     return _current(weight, _cpu_backend.extension.simd_level(), _pack_for_chain)
 
 
+def _found(weight: Tensor) -> dict[str, _Copy] | None:
+    layer = reference() if (reference := _layers.get(id(weight))) is not None else None
+    if layer is None or layer._parameters.get("weight") is not weight:
+        return None
+    return _copies.get(layer)
+
+
 def _current(weight: Tensor, layout: str, make: Callable[[Tensor], Tensor]) -> Tensor:
-    copies = _copies[weight]
+    copies = _found(weight)
     storage = StorageWeakRef(weight.untyped_storage())
     state = (weight.dtype, weight.shape, weight.stride(), weight.data_ptr(), weight._version)
     copy = copies.get(layout)
     # The reference keeps the storage's place from being taken by another, not its memory.
-    if copy is None or copy.state != state or copy.storage != storage:
-        copy = copies[layout] = _Copy(make(weight.detach().contiguous()), storage, state)
+    if copy is None or copy.state != state or copy.storage != storage or copy.compared.tobytes() != copy.values:
+        compared = _compared(weight)
+        values = compared.tobytes()
+        copy = copies[layout] = _Copy(make(weight.detach()), storage, state, compared, values)
     return copy.packed
+
+
+def _compared(weight: Tensor) -> np.ndarray:
+    """A view of about `_COMPARED` of a contiguous weight's values, as integers, in as many rows and columns."""
+    outputs, inputs = weight.shape
+    size, apart = weight.element_size(), max(1, outputs * inputs // _COMPARED)
+    while math.gcd(apart, inputs) > 1:  # else they would stand in few columns
+        apart -= 1
+    memory = {
+        "version": 3,
+        "data": (weight.data_ptr(), True),
+        "typestr": f"<i{size}",
+        "shape": (-(-outputs * inputs // apart),),
+        "strides": (apart * size,),
+    }
+    return np.asarray(SimpleNamespace(__array_interface__=memory))
 
 
 def _pack_for_chain(weight: Tensor) -> Tensor:

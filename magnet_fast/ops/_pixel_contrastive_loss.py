@@ -139,6 +139,7 @@ _run = bind(
     outputs=1,
     fake=_fake,
     differentiable=_DIFFERENTIABLE,
+    reference=pixel_contrastive_loss_reference,
     keeps=True,
 )
 

@@ -17,6 +17,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
+from magnet_fast.ops._observed import transformed
+
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 """What an operator can run on: the reference, plain PyTorch, or kernels; `auto` picks one of them."""
 
@@ -227,10 +231,14 @@ def why_not(operator: str, name: str, arguments: tuple) -> str | None:
         return NO_KERNEL
     if item.missing is not None:
         return item.missing
+    if not torch.compiler.is_compiling() and transformed():
+        return "a transform of torch.func or forward-mode differentiation is active: the reference alone knows them"
     return item.supports(*arguments)
 
 
 def _why_passed_over(operator: str, name: str, arguments: tuple) -> str | None:
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        return "a graph is being taken for use elsewhere, where this package may not be"
     return None if name == "reference" else _implementations[operator, name].passed_over(*arguments)
 
 

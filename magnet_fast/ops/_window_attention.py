@@ -264,6 +264,7 @@ _run = bind(
     outputs=1,
     fake=lambda qkv, *rest: qkv.new_empty((*qkv.shape[:3], qkv.shape[3] // 3)),
     differentiable=_DIFFERENTIABLE,
+    reference=window_attention_reference,
 )
 
 _registry.register_operator(_NAME, _prepare)

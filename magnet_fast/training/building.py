@@ -65,10 +65,10 @@ def build_model(config: TrainConfig) -> nn.Module:
 def _other_model(name: str, different: list[tuple[str, Any, Any]]) -> str:
     """How a file's model differs from the configuration's, and what makes them the same."""
     listed = "; ".join(f"{key}: file {there!r:.60}, here {here!r:.60}" for key, here, there in different[:4])
-    if len(different) > 4:
-        return (
-            f"is no {name}: {listed}; and {len(different) - 4} more; choose the model.name or the overrides of the file"
-        )
+    more = f"; and {len(different) - 4} more" if len(different) > 4 else ""
+    # Parts of another kind have other entries as well: such overrides would not fit.
+    if more or any(key.rpartition(".")[2] in ("architecture", "kind") for key, _, _ in different):
+        return f"is no {name}: {listed}{more}; choose the model.name or the overrides of the file"
     sets = " ".join(f"--set model.overrides.{key}={json.dumps(there)}" for key, _, there in different)
     return f"is another {name}: {listed}; to start from it: {sets}"
 

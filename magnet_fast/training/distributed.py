@@ -14,6 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+_LAUNCHED = ("RANK", "WORLD_SIZE")
+
 
 @dataclass(frozen=True)
 class World:
@@ -36,11 +38,14 @@ def distributed_world(device: str = "auto") -> Iterator[World]:
     Args:
         device: "auto" takes a GPU where there is one (the one of LOCAL_RANK under torchrun), else the CPU.
 
+    Raises:
+        ValueError: the environment is set in part, or a device is not to be had.
+
     A process group that exists already is used and left alone. Tensors on a GPU travel by NCCL, those on the
     CPU (RNG states, per-sentence results) by Gloo.
     """
-    launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
-    chosen = pick_device(device, int(os.environ.get("LOCAL_RANK", "0")) if launched else 0)
+    launched, local_rank = _launched()
+    chosen = pick_device(device, local_rank)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     owned = launched and not dist.is_initialized()
@@ -52,6 +57,38 @@ def distributed_world(device: str = "auto") -> Iterator[World]:
     finally:
         if owned:
             dist.destroy_process_group()
+
+
+def take_local_rank(local_rank: int | None) -> None:
+    """The `--local-rank` that `python -m torch.distributed.launch` adds, as torchrun's LOCAL_RANK where that is unset.
+
+    Raises:
+        ValueError: it says that there are other processes, and nothing says how many.
+    """
+    if local_rank is None:
+        return
+    if all(name in os.environ for name in _LAUNCHED):
+        os.environ.setdefault("LOCAL_RANK", str(local_rank))
+    elif local_rank != 0:
+        raise ValueError(
+            f"--local-rank: {local_rank} was given, but {' and '.join(_LAUNCHED)} are not set in the environment; "
+            "start the processes with torchrun"
+        )
+
+
+def _launched() -> tuple[bool, int]:
+    """Whether a launcher started this process as one of several, and its number on this machine."""
+    given = [name for name in (*_LAUNCHED, "LOCAL_RANK") if name in os.environ]
+    missing = [name for name in _LAUNCHED if name not in os.environ]
+    if given and missing:
+        raise ValueError(
+            f"{', '.join(given)}: set in the environment, where {' and '.join(missing)} is missing; "
+            f"start with torchrun, which sets all of them, or unset {'it' if len(given) == 1 else 'them'}"
+        )
+    for name in given:
+        if not os.environ[name].isdecimal():
+            raise ValueError(f"{name}: expected a whole number in the environment, got {os.environ[name]!r}")
+    return bool(given), int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def pick_device(name: str = "auto", local_rank: int = 0) -> torch.device:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import warnings
 from pathlib import Path
@@ -103,6 +104,38 @@ def test_json_that_python_cannot_take(tmp_path: Path) -> None:
     (root / "refcoco/instances.json").write_bytes('{"images": "é"}'.encode("latin-1"))
     with pytest.raises(ValueError, match=r"instances\.json: not valid JSON .*expected UTF-8"):
         Refer(root)
+
+
+@pytest.mark.parametrize("name", ["instances.json", "refs(unc).p"])
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (gzip.compress(b"[]"), "is compressed (gzip); unpack it first"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+        (b"\n<!DOCTYPE html>", "is a web page"),
+    ],
+)
+def test_other_files_under_the_name_of_data(tmp_path: Path, name: str, content: bytes, said: str) -> None:
+    root = write_root(tmp_path, dataset="mine")
+    (root / "mine" / name).write_bytes(content)
+    told = problems(root)
+    assert f"mine/{name}: is " in told and said in told and "invalid" not in told
+
+
+def test_keys_that_are_bytes(tmp_path: Path) -> None:
+    refs = small_refs()
+    refs[0] = {key.encode(): value for key, value in refs[0].items()}
+    assert "lacks ref_id, ann_id, image_id, split, sentences; it has b'ref_id'" in problems(
+        write_root(tmp_path, refs=refs, dataset="mine")
+    )
+
+
+def test_a_value_is_shown_in_bounded_length(tmp_path: Path) -> None:
+    deep: list[Any] = []
+    for _ in range(40):
+        deep = [deep] * 6
+    told = problems(write_root(tmp_path, refs=[deep, *small_refs()], name="refs(unc).p", dataset="mine"))
+    assert "record 0 is [[[[" in told and len(told) < 500
 
 
 def test_every_absent_or_broken_file_is_named(tmp_path: Path) -> None:

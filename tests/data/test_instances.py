@@ -135,7 +135,7 @@ def test_an_annotation_of_another_image(tmp_path: Path) -> None:
     root = write(tmp_path, refs=[*small_refs(), small_ref(9, [70, 80], 7, "both")])
     refused(root, "ref_id 9 of image_id 7 names ann_id 80; instances.json says image_id 8 of it")
     root = write(tmp_path / "text", lambda content: content["annotations"][0].update(image_id="7"))
-    refused(root, "ref_id 1 of image_id 7 names ann_id 70; instances.json says image_id '7' of it")
+    refused(root, "ref_id 1 of image_id 7 names ann_id 70; instances.json says image_id '7' of it; write ids without")
 
 
 @pytest.mark.parametrize(
@@ -198,6 +198,32 @@ def test_nestings_of_no_meaning(tmp_path: Path, segmentation: Any) -> None:
     refused(root, "instances.json: annotation 70 cannot be decoded", "expected [[x1, y1, x2, y2, ...], ...]")
 
 
+def test_a_key_that_stands_twice_in_a_record(tmp_path: Path) -> None:
+    root = write(tmp_path)
+    path = root / "mine/instances.json"
+    path.write_text(path.read_text().replace('"width": 30', '"width": 40, "width": 30', 1))
+    with pytest.raises(ValueError, match=r"instances\.json: not valid JSON \(a dict holds the key 'width' twice\)"):
+        Refer(root, "mine")
+
+
+def test_a_link_that_leads_to_itself_hides_no_other_fault(tmp_path: Path) -> None:
+    root = write(tmp_path)
+    folder = root / "images/mscoco/images/train2014"
+    (folder / "a.jpg").unlink()
+    (folder / "a.jpg").symlink_to("a.jpg")
+    (root / "images/loop").symlink_to("loop")
+    (folder / "b.jpg").write_bytes(b"")
+    absent, unreadable = check_data(root, "mine").problems
+    assert absent.startswith("1 image absent: image a.jpg") and unreadable.endswith("b.jpg is empty (0 bytes)")
+
+
+def test_check_names_pictures_that_training_would_refuse(tmp_path: Path) -> None:
+    root = write(tmp_path, lambda content: content["images"][0].update(file_name="a.tif"))
+    Image.new("F", (30, 20)).save(root / "images/mscoco/images/train2014/a.tif")
+    (problem,) = check_data(root, "mine").problems
+    assert problem.startswith("1 image unreadable: ") and "a.tif has pixels of mode F, whose range is not" in problem
+
+
 @pytest.mark.parametrize("folder", ["images/a/b", "images/mscoco/images/train2017", "images/flowers/2024/may"])
 def test_images_in_folders_within_folders(tmp_path: Path, folder: str) -> None:
     root = write_root(tmp_path, image_folder=folder, dataset="flowers")
@@ -235,4 +261,4 @@ def test_a_broken_exif_block_or_a_huge_picture_does_not_stop_check(tmp_path: Pat
     Image.new("RGB", (30, 20)).save(folder / "a.jpg", exif=b"Exif\x00\x00MM\x00*\xff\xff\xff\xff")
     (folder / "b.jpg").write_bytes(b"P6 60000 60000 255\n")
     (problem,) = check_data(root, "mine").problems
-    assert problem.startswith("1 image unreadable: ") and "b.jpg: not a readable picture" in problem
+    assert problem.startswith("1 image unreadable: ") and "b.jpg cannot be read: Image size" in problem

@@ -148,6 +148,7 @@ def test_unused_annotation_without_polygon_does_not_matter(tmp_path):
         ({"ann_id": []}, r"ref_id 2 has ann_id \[\]; expected annotations, or \[-1\] alone"),
         ({"ann_id": [[71]]}, r"ref_id 2 has ann_id \[71\]; expected a whole number"),
         ({"ann_id": 80}, "ref_id 2 of image_id 7 names ann_id 80; instances.json says image_id 8 of it"),
+        ({"split": "v\x1b[31mal"}, r"ref_id 2 has split 'v\\x1b\[31mal'; expected text without control characters"),
         ({"category_id": {}}, r"ref_id 2 has category_id \{\}; expected a whole number"),
     ],
 )

@@ -152,6 +152,13 @@ def test_broken_pickle_names_the_file(tmp_path, content):
         load_plain_pickle(tmp_path / "refs.p")
 
 
+@pytest.mark.parametrize("behind", [pickle.dumps([{"ref_id": 2}]), b"junk"])
+def test_what_follows_a_pickle_is_not_lost_without_a_word(tmp_path, behind):
+    (tmp_path / "refs.p").write_bytes(pickle.dumps([{"ref_id": 1}]) + behind)
+    with pytest.raises(ValueError, match=r"refs\.p: something follows the pickle.*expected one list in one pickle"):
+        load_plain_pickle(tmp_path / "refs.p")
+
+
 def test_python_2_pickles(tmp_path):
     # What Python 2.7 writes for [{'raw': 'caf\xe9', 'n': 5L, 'u': u'\u20ac', 'ok': True}] at protocols 0 and 2.
     protocol_0 = (

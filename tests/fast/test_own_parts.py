@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import magnet_fast
 from magnet_fast.fast import own_fusion, own_heads, own_parts
@@ -242,12 +243,13 @@ def test_a_gate_keeps_its_answer_off_the_cpu_until_its_weights_change() -> None:
     gate = Gate(4, "relu").to("meta")
     magnet_fast.accelerate(gate)
     weight = gate.last.weight
-    own_fusion._known[weight] = (weight.data_ptr(), weight._version), True  # as if asked before: nothing is read back
+    state = (StorageWeakRef(weight.untyped_storage()), 0, weight._version)
+    own_fusion._known[gate] = state, True  # as if asked before: nothing is read back
     with torch.no_grad():
         assert own_fusion.closed(gate)
         weight.add_(1)
         with pytest.raises(RuntimeError, match="meta"):  # it asks again
             own_fusion.closed(gate)
-    own_fusion._known[weight] = (weight.data_ptr(), weight._version), True
+    own_fusion._known[gate] = state, True
     gate.train()
-    assert weight not in own_fusion._known
+    assert gate not in own_fusion._known

@@ -29,7 +29,7 @@ def linears(model: nn.Module) -> list[nn.Module]:
 
 
 def packed(model: nn.Module) -> list[Tensor]:
-    copies = (_packed._copies.get(layer.weight) or {} for layer in linears(model))
+    copies = (_packed._copies.get(layer) or {} for layer in linears(model))
     return [copy.packed for layouts in copies for copy in layouts.values()]
 
 

@@ -123,6 +123,7 @@ BESIDE = {
     "class": Stated,
     "random generator": np.random.RandomState(0).get_state(),
     "slice": slice(1, 2),
+    "Python's constants": [..., NotImplemented],
 }
 
 
@@ -236,6 +237,13 @@ def test_names_that_are_called_and_built_do_nothing(tmp_path: Path) -> None:
         assert found["class"] is not Payload and not Payload.ran
 
 
+class Both:
+    """Filled like a list and like a dictionary."""
+
+    def __reduce__(self) -> tuple:
+        return Stated, (), None, iter([1]), iter([("a", 1)])
+
+
 # What weights are not: how it is made, and what is said of it.
 OTHERS = {
     "whole module": (lambda: torch_bytes(Whole()), "holds a whole lib.parts.Whole as an object"),
@@ -254,6 +262,10 @@ OTHERS = {
     "object among weights": (
         lambda: torch_bytes({"model": {**WEIGHTS, "c": Stated()}}),
         "holds lib.parts.Stated under 'model/c', not a tensor",
+    ),
+    "object with items and entries": (
+        lambda: torch_bytes({"model": WEIGHTS, "a": Both()}),
+        "cannot be read safely: an object that torch does not build; it holds lib.parts.Stated under 'a'",
     ),
     "array of objects": (
         lambda: torch_bytes({"model": {**WEIGHTS, "c": np.array([Stated()])}}),

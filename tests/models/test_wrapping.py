@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 from argparse import Namespace
 from collections import OrderedDict
@@ -47,6 +48,7 @@ WRAPPED = {
     "arguments that are called model": {"model": "lavt_one", "state_dict": A},
     "in parts": {"body": {"weight": A["body.weight"]}, "head": {"bias": A["head.bias"]}, "optimizer": MOMENTS},
     "parameters": {"model": {name: nn.Parameter(value) for name, value in A.items()}},
+    "AveragedModel of swa_utils": {"n_averaged": torch.tensor(3), **prefixed(A, "module.")},
     "extra state": {"model": {**A, "head._extra_state": None, "version": 2}},
     **{
         f"prefix {prefix}": {"model": prefixed(A, prefix)}
@@ -79,6 +81,19 @@ def test_averaged_weights_alone_are_taken_and_said(contents: dict[str, Any]) -> 
 def test_two_weights_of_one_name_are_named() -> None:
     with pytest.raises(ValueError, match="the file holds 'body.weight' twice, once as 'module.body.weight'"):
         unwrap({**A, **prefixed(A, "module.")}, "the file")
+
+
+@pytest.mark.parametrize(
+    ("contents", "said"),
+    [
+        ({"model": {b"a.weight": torch.ones(2)}}, "holds a tensor under 'model' whose name is of type bytes"),
+        ({"model": {0: torch.ones(2)}}, "holds a tensor under 'model' whose name is of type int; expected names as"),
+        ({"a.weight": torch.ones(2).to_sparse()}, "holds 'a.weight' as a sparse tensor; save it dense"),
+    ],
+)
+def test_tensors_that_are_no_weights_as_they_are(contents: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match="^" + re.escape(f"the file {said}")):
+        unwrap(contents, "the file")
 
 
 def test_dictionaries_in_each_other_end() -> None:
@@ -200,6 +215,13 @@ def test_what_is_left_out_of_a_released_file_is_logged(lavt: dict, caplog: pytes
     assert all(name in named for name in dropped_names(lavt)) and "backbone.layers.3.res_gate" in named
 
 
+def test_what_a_released_file_lacks_is_named_with_the_file(lavt: dict[str, State], tmp_path: Path) -> None:
+    state = {name: value for name, value in in_one(lavt).items() if name != "backbone.patch_embed.proj.weight"}
+    torch.save({"model": state}, tmp_path / "half.bin")
+    with pytest.raises(ValueError, match=r"half\.bin' lacks 'backbone\.patch_embed\.proj\.weight', which the released"):
+        checkpoints.load(tmp_path / "half.bin")
+
+
 def test_blocks_that_a_file_counts_but_lacks(lavt: dict[str, State]) -> None:
     """A name with a large number does not make a model of that many blocks."""
     with pytest.raises(ValueError, match=r"1 unexpected \(image_encoder.stages.0.blocks.999999999.norm1.weight\)"):
@@ -269,6 +291,14 @@ def test_training_names_what_differs(best: str, config: dict[str, Any]) -> None:
         start(best, {**config, "fusion": {**config["fusion"], "heads": 2}})
     assert "model_best.pth is another lavt_tiny: fusion.heads: file 1, here 2" in str(caught.value)
     assert "--set model.overrides.fusion.heads=1" in str(caught.value)
+
+
+def test_weights_of_another_system_are_no_matter_of_overrides(tmp_path: Path) -> None:
+    models.save(models.create("lavt_tiny"), tmp_path / "lavt.safetensors")
+    section = {"name": "magnet_tiny", "weights": str(tmp_path / "lavt.safetensors")}
+    with pytest.raises(ValueError, match="is no magnet_tiny: architecture: file 'lavt', here 'magnet'") as caught:
+        build_model(TrainConfig(model=section, max_steps=1))
+    assert "choose the model.name" in str(caught.value) and "--set" not in str(caught.value)
 
 
 def test_pretrained_encoders_in_other_wrappings(lavt: dict[str, State], tmp_path: Path) -> None:

@@ -242,7 +242,7 @@ def packed_layer() -> Iterator[nn.Linear]:
     layer = nn.Linear(INNER, OUTER)
     pack_linear(layer)
     yield layer
-    _packed.unpack(layer.weight)
+    _packed.unpack(layer)
 
 
 @pytest.fixture
@@ -268,7 +268,9 @@ def test_packed_against_float64(dtype: torch.dtype, form: str, packings: list[Te
     double = [None if tensor is None else tensor.double() for tensor in (x, weight, bias, residual)]
     truth = plain(*double[:3], activation, double[3])
     expected = plain(x, weight, bias, activation, residual)
-    _packed.pack(weight)
+    layer = nn.Linear(*weight.shape[::-1], dtype=dtype)
+    layer.weight = weight = nn.Parameter(weight)
+    pack_linear(layer)
     with torch.no_grad():
         found = linear(x, weight, bias, activation=activation, residual=residual)
         fewer = linear(x[:3], weight, bias)  # the layout of the first call serves any number of rows
@@ -338,10 +340,10 @@ def test_packed_layers_unpacked_copied_and_made_in_inference_mode(
     unpack_linear(packed_layer)
     with torch.no_grad():
         torch.testing.assert_close(packed_layer(x), F.linear(x, packed_layer.weight, packed_layer.bias))
-    assert type(packed_layer) is nn.Linear and len(packings) == 1 and packed_layer.weight not in _packed._copies
+    assert type(packed_layer) is nn.Linear and len(packings) == 1 and packed_layer not in _packed._copies
 
 
-def test_packed_layer_lives_no_longer_than_its_weight() -> None:
+def test_packed_copies_live_no_longer_than_their_layer() -> None:
     gc.collect()  # of other tests
     count = len(_packed._copies)
     layer = nn.Linear(INNER, OUTER)

@@ -51,18 +51,6 @@ def test_second_derivatives_of_the_reference():
         assert torch.autograd.gradgradcheck(case, case.leaves)
 
 
-def test_kernels_refuse_second_derivatives():
-    case = window_case()
-    with ops.backend("reference"):
-        first = torch.autograd.grad(weighted_sum(case()).sin(), case.leaves, create_graph=True)
-    assert first[0].requires_grad
-    first = torch.autograd.grad(
-        weighted_sum(case.registered("cpu")(*case.leaves)).sin(), case.leaves, create_graph=True
-    )
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        first[0].sum().backward()
-
-
 def test_schemas_and_fake_kernels(case):
     forward, backward = operators(case.operator)
     arguments = [a.detach() if isinstance(a, torch.Tensor) else a for a in case.normalised()]

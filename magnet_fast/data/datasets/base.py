@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from magnet_fast.data.datasets.reader import Ref, Sentence, Tally
+from magnet_fast.models.files import foreign
 
 Folders = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 """Option `images`: one folder or several, looked through in order."""
@@ -241,6 +242,8 @@ def _read_text(path: Path) -> str:
     content = path.read_bytes()
     if not content:
         raise ValueError(f"{path}: not valid JSON (it is empty)")
+    if (meaning := foreign(content[:1024])) is not None:
+        raise ValueError(f"{path}: {meaning}")
     encoding = json.detect_encoding(content)
     try:
         return content.decode(encoding)
@@ -252,7 +255,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f"a dict holds the key {next(key for key in keys if keys.count(key) > 1)!r} twice")
+        raise ValueError(f"a dict holds the key {next(key for key in keys if keys.count(key) > 1)!r:.100} twice")
     return found
 
 

@@ -39,7 +39,7 @@ class Instances:
 
     def __init__(self, path: Path, skipped: Tally, doubtful: Tally) -> None:
         self._name, self._skipped, self._doubtful = path.name, skipped, doubtful
-        content = read_json(path)
+        content = read_json(path, unique=True)
         if not isinstance(content, dict):
             raise ValueError(f"{path}: holds {shown(content)}; expected COCO's dict of images and annotations")
         for key in ("images", "annotations"):
@@ -75,9 +75,11 @@ class Instances:
         annotation = self._annotations[ann_id]
         of = annotation.get("image_id", image_id)
         if type(of) is bool or of != image_id:
+            cure = "; write ids without quotes in both files" if of == str(image_id) else ""
             raise RecordError(
                 "annotation of another image",
-                f"{where} of image_id {image_id} names ann_id {ann_id}; {self._name} says image_id {shown(of)} of it",
+                f"{where} of image_id {image_id} names ann_id {ann_id}; {self._name} says image_id {shown(of)} of it"
+                f"{cure}",
             )
         return annotation
 
@@ -103,8 +105,9 @@ class Instances:
 
     def close(self) -> None:
         """Count the faults of what nothing names: they do no harm, and may be part of one that does."""
-        for key in self._faults.keys() - self._named:
-            self._doubtful.add("broken, but no ref names it", self._faults[key])
+        for key, fault in self._faults.items():
+            if key not in self._named:
+                self._doubtful.add("broken, but no ref names it", fault)
         self._faults, self._annotations = {}, {}  # COCO's others would fill memory
 
     def _refuse(self, kind: str, one: int, where: str) -> None:

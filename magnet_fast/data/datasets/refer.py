@@ -15,7 +15,7 @@ from magnet_fast.data.datasets.instances import Instances, Picture
 from magnet_fast.data.datasets.reader import Ref, Sentence
 from magnet_fast.data.safe_pickle import load_plain_pickle
 from magnet_fast.data.segmentation import decode_segmentation, draw_segmentation
-from magnet_fast.data.values import require, require_id, shown, whole
+from magnet_fast.data.values import key_names, require, require_id, shown, whole
 
 IMAGE_FOLDERS = (
     "images/mscoco/images/train2014",  # LAVT's
@@ -169,13 +169,15 @@ class Refer(BaseReader):
         where = f"{name}: ref_id {shown(record['ref_id']) if 'ref_id' in record else f'(record {position})'}"
         missing = [key for key in ("ref_id", "ann_id", "image_id", "split", "sentences") if key not in record]
         if missing:
-            raise ValueError(f"{where} lacks {', '.join(missing)}")
+            raise ValueError(f"{where} lacks {', '.join(missing)}; it has {key_names(record)}")
         return where, require_id(record["ref_id"], "ref_id", where)
 
     def _parse(self, ref_id: int, record: dict[str, Any], where: str, instances: Instances) -> Ref | None:
         """A ref; None for one that is left out."""
         image_id = require_id(record["image_id"], "image_id", where)
         require(record, {"split": str}, where)
+        if not record["split"].isprintable():
+            raise ValueError(f"{where} has split {shown(record['split'])}; expected text without control characters")
         instances.require_image(image_id, where)
         named = [require_id(one, "ann_id", where) for one in _as_tuple(record["ann_id"])]
         targets = [one for one in named if one != NO_TARGET]
@@ -239,7 +241,7 @@ class Refer(BaseReader):
 
 
 def _read_refs(path: Path) -> list[Any]:
-    content = load_plain_pickle(path) if path.suffix == ".p" else read_json(path)
+    content = load_plain_pickle(path) if path.suffix == ".p" else read_json(path, unique=True)
     if isinstance(content, dict) and isinstance(content.get("refs"), (list, tuple)):
         content = content["refs"]
     if not isinstance(content, (list, tuple)) or not content:
@@ -274,13 +276,20 @@ def _with_files(folder: Path, levels: int) -> list[Path]:
     inner, has_files = [], False
     with os.scandir(folder) as entries:
         for entry in entries:
-            if not entry.is_dir():
+            if not _is_folder(entry):
                 has_files = True
                 if not levels:
                     break
             elif levels:
                 inner.append(Path(entry.path))
     return [folder] * has_files + [found for one in sorted(inner) for found in _with_files(one, levels - 1)]
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself
+        return False
 
 
 def _as_tuple(value: Any) -> tuple:

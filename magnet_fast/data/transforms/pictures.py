@@ -90,8 +90,8 @@ def orientation(image: Image.Image | str | os.PathLike[str]) -> int:
         FileNotFoundError, ValueError: a file that is absent or no picture.
     """
     if not isinstance(image, Image.Image):
-        with _opened(Path(image)) as opened:
-            return orientation(opened)
+        with opened(Path(image)) as file:
+            return orientation(file)
     try:
         value = image.getexif().get(ExifTags.Base.Orientation)
     except Exception:  # of a broken block, many kinds
@@ -124,8 +124,8 @@ def _stored(image: Picture) -> tuple[Image.Image, int, str]:
     """Pixels as stored, decoded, in whatever mode; the EXIF orientation; what messages call the picture."""
     if isinstance(image, (str, os.PathLike)):
         name = f"image {image}"
-        with _opened(Path(image)) as opened:
-            return *_decoded(opened, name), name
+        with opened(Path(image)) as file:
+            return *_decoded(file, name), name
     if isinstance(image, np.ndarray):
         return _from_array(image), 1, "image"
     if not isinstance(image, Image.Image):
@@ -138,7 +138,12 @@ def _stored(image: Picture) -> tuple[Image.Image, int, str]:
     return *_decoded(image, "image"), "image"
 
 
-def _opened(path: Path) -> Image.Image:
+def opened(path: Path) -> Image.Image:
+    """A picture's file of which the header alone is read.
+
+    Raises:
+        FileNotFoundError, ValueError: it is absent, or no picture that Pillow reads; both name the path.
+    """
     if path.is_dir():
         raise ValueError(f"image {path} is a folder; expected a picture's file")
     if not path.is_file():
@@ -188,12 +193,18 @@ def _from_array(pixels: np.ndarray) -> Image.Image:
     return Image.fromarray(pixels if dtype == np.uint8 else _to_8_bits(pixels))
 
 
+def check_range(image: Image.Image, name: str) -> None:
+    """ValueError, with the picture's name, for a mode whose pixels are of a range that nothing tells."""
+    of_16_bits = image.mode in _SIXTEEN_BITS or (image.mode == "I" and image.format in ("PNG", "PPM"))
+    if image.mode.startswith(("I", "F")) and not of_16_bits:
+        raise ValueError(f"{name} has pixels of mode {image.mode}, whose range is not known; {_CONVERT}")
+
+
 def _rgb(image: Image.Image, name: str) -> Image.Image:
     # Pillow's own conversion cuts what exceeds 255 off.
-    if image.mode in _SIXTEEN_BITS or (image.mode == "I" and image.format in ("PNG", "PPM")):
+    check_range(image, name)
+    if image.mode.startswith("I"):
         image = Image.fromarray(_to_8_bits(np.asarray(image)))
-    elif image.mode.startswith(("I", "F")):
-        raise ValueError(f"{name} has pixels of mode {image.mode}, whose range is not known; {_CONVERT}")
     try:
         rgb = _plain_alpha(image).convert("RGB")
     except (ValueError, ImportError, OSError) as error:
