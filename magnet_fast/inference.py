@@ -33,11 +33,16 @@ class Segmentation(_Answer):
         mask: (H, W) bool, what is named.
         probability: (H, W) float32 in [0, 1]; the mask is where it exceeds the model's threshold, one half mostly.
         presence: the probability that anything is named; None for a model that cannot say.
+        present: whether anything is, a presence of at least one half; None likewise. No part of the tuple.
         reading: what the model could read of the expression; not `complete` where words are unknown to it, characters
             were dropped or the end was cut off. No part of the tuple.
     """
 
     reading: Reading | None = None
+
+    @property
+    def present(self) -> bool | None:
+        return None if self.presence is None else self.presence >= 0.5
 
 
 class Segmenter:
@@ -59,6 +64,8 @@ class Segmenter:
             image is asked about, or where weights are to be written through `.data`, which the copies do not see.
         stored_pixels: take the pixels as stored, as data sets do: EXIF orientation ignored, transparency dropped.
             Otherwise a picture is what a viewer shows: turned upright, its transparent parts on white.
+        keep_masks: masks as the model draws them, also where it says that nothing is named. Otherwise they are empty
+            there (weighed by the presence in models such as MagNet, see `models.Prediction`).
     """
 
     def __init__(
@@ -72,6 +79,7 @@ class Segmenter:
         fast: bool = True,
         pack: bool = False,
         stored_pixels: bool = False,
+        keep_masks: bool = False,
     ) -> None:
         model = model if device is None else model.to(device)
         self.model = (model if dtype is None else in_precision(model, dtype)).eval()
@@ -83,7 +91,7 @@ class Segmenter:
             )
         if fast:
             accelerate(self.model, pack=pack and self.device.type == "cpu")
-        self.compile, self.stored_pixels = compile, stored_pixels
+        self.compile, self.stored_pixels, self.keep_masks = compile, stored_pixels, keep_masks
         if compile:
             # The forward pass alone: the mask's way back to each image's own size stays outside of the graph.
             mode = "reduce-overhead" if self.device.type == "cuda" else None
@@ -101,6 +109,7 @@ class Segmenter:
         fast: bool = True,
         pack: bool = True,
         stored_pixels: bool = False,
+        keep_masks: bool = False,
     ) -> Segmenter:
         """Load a segmenter.
 
@@ -112,7 +121,7 @@ class Segmenter:
                 shipped vocabulary, where the checkpoint was trained on it. Released checkpoints need BERT's.
             image_size: side of the square that images are brought to; default: what the checkpoint was trained at.
             dtype: as in `Segmenter`; default: float32.
-            compile, fast, pack, stored_pixels: as in `Segmenter`.
+            compile, fast, pack, stored_pixels, keep_masks: as in `Segmenter`.
 
         Raises:
             FileNotFoundError: no such file.
@@ -133,6 +142,7 @@ class Segmenter:
             fast=fast,
             pack=pack,
             stored_pixels=stored_pixels,
+            keep_masks=keep_masks,
         )
 
     @overload
@@ -199,7 +209,8 @@ class Segmenter:
                 f"prediction: NaN in that of expression {shortened(expressions[first])}: "
                 f"{where_nan_begins(self.model, pixels, one)}"
             )
-        probability = self.fit.probability(prediction, size)[:count].float().cpu().numpy()
+        drawn = prediction._replace(presence=None) if self.keep_masks else prediction
+        probability = self.fit.probability(drawn, size)[:count].float().cpu().numpy()
         presence: list[float | None] = [None] * count
         if prediction.presence is not None:
             presence = prediction.presence[:count].float().sigmoid().tolist()

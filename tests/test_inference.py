@@ -11,8 +11,10 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 from torch import nn
+from typer.testing import CliRunner
 
 from magnet_fast import Segmenter, checkpoints, models
+from magnet_fast.cli import app
 from magnet_fast.data import Tokenizer, prepare_image
 from magnet_fast.ops import _packed
 from magnet_fast.training.checkpoint import save_checkpoint
@@ -64,6 +66,40 @@ def test_mask_and_probability_at_the_images_own_size(checkpoint, model, picture)
 def test_a_model_that_cannot_say_whether_anything_is_named(picture) -> None:
     segmenter = Segmenter(models.create("lavt_tiny", input={"size": SIZE}), Tokenizer())
     assert segmenter(picture, "circle").presence is None
+
+
+def test_a_model_that_says_nothing_is_named(metadata, picture, tmp_path) -> None:
+    """Its mask is empty, unless it is to be kept; the command line says so with its probability."""
+    torch.manual_seed(0)
+    model = models.create("refsegformer_tiny", input={"size": SIZE, "max_tokens": 16}).eval()
+    with torch.no_grad():
+        model.head.classify.bias.copy_(torch.tensor([-5.0, 5.0]))
+        model.presence.classify.bias.fill_(-4.0)
+    path = tmp_path / "absent.safetensors"
+    models.save(model, path, metadata)
+    denied = Segmenter.from_checkpoint(path)(picture, "the red circle")
+    kept = Segmenter.from_checkpoint(path, keep_masks=True)(picture, "the red circle")
+    assert denied.present is kept.present is False and denied.presence == pytest.approx(kept.presence)
+    assert not denied.mask.any() and kept.mask.all()
+    picture.save(tmp_path / "p.png")
+    command = [
+        "segment",
+        str(tmp_path / "p.png"),
+        "the red circle",
+        "--checkpoint",
+        str(path),
+        "--out",
+        str(tmp_path / "m.png"),
+    ]
+    said = CliRunner().invoke(app, command).output
+    assert f"nothing of that kind is in the picture ({1 - denied.presence:.2f})" in said
+    CliRunner().invoke(app, [*command, "--keep-mask"])
+    assert np.asarray(Image.open(tmp_path / "m.png")).all()
+    with torch.no_grad():
+        model.presence.classify.bias.fill_(4.0)
+    models.save(model, path, metadata)
+    found = Segmenter.from_checkpoint(path)(picture, "the red circle")
+    assert found.present is True and found.mask.all()
 
 
 @pytest.mark.parametrize("fit", ["letterbox", "longest"])

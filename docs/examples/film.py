@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from magnet_fast.models import Features, Prediction, Step, Words, register
 from magnet_fast.models.base import Fusion, Head, ReferringModel
-from magnet_fast.models.config import FusionConfig, HeadConfig, ImageConfig, TextConfig, part
+from magnet_fast.models.config import FusionConfig, HeadConfig, ImageConfig, Shapes, TextConfig, part
 from magnet_fast.models.sizes import SWIN_SIZES, TINY_BERT, TINY_SWIN
 
 
@@ -53,8 +53,11 @@ class PyramidConfig(HeadConfig):
     kind: Literal["pyramid"] = "pyramid"
     width: int = Field(128, gt=0, description="channels of the sum")
 
-    def build(self, channels: tuple[int, ...], strides: tuple[int, ...], text_width: int) -> Pyramid:
-        return Pyramid(channels, self.width)
+    def pixel_channels(self, shapes: Shapes) -> int:
+        return self.width
+
+    def build(self, shapes: Shapes) -> Pyramid:
+        return Pyramid(shapes.channels, self.width)
 
 
 class Pyramid(Head):

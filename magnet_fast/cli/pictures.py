@@ -46,6 +46,9 @@ def segment(
         bool,
         typer.Option("--stored-pixels", help="Pixels as stored: not turned upright, transparent parts not on white."),
     ] = False,
+    keep_mask: Annotated[
+        bool, typer.Option("--keep-mask", help="The mask as drawn, also where the model says that nothing is named.")
+    ] = False,
     backend: BackendOption = None,
 ) -> None:
     """Segment what a sentence names in a picture, turned upright as viewers show it."""
@@ -61,7 +64,7 @@ def segment(
     turned = 1 if stored_pixels else orientation(image)
     picture = as_rgb(image) if stored_pixels else as_shown(image)
     segmenter = Segmenter.from_checkpoint(
-        checkpoint, pick_device(device), tokenizer, image_size, dtype.value, fast=fast, pack=False
+        checkpoint, pick_device(device), tokenizer, image_size, dtype.value, fast=fast, pack=False, keep_masks=keep_mask
     )
     with chosen_backend(backend):
         found = segmenter(picture, expression)
@@ -72,7 +75,9 @@ def segment(
     typer.echo(f"{out}: {share:.1f} % of the image, highest probability {highest:.2f}")
     if turned != 1:
         typer.echo(f"turned upright by its EXIF orientation, {turned}; --stored-pixels leaves it as stored")
-    if not found.mask.any():
+    if found.present is False:
+        typer.echo(f"nothing of that kind is in the picture ({1 - found.presence:.2f})")
+    elif not found.mask.any():
         typer.echo(f"nothing found: no pixel's probability exceeds {segmenter.spec.threshold:g}")
 
 

@@ -20,12 +20,15 @@ class HiddenTokens(NamedTuple):
 
     Attributes:
         text: ids (B, T), the chosen tokens replaced, and the sentences' own mask.
+        covered: (B, T) bool, where a word is hidden. There stands [MASK]; the word's own id in a vocabulary without,
+            and who encodes the sentence puts a vector of their own in its place.
         positions: (B, K) int64, where the chosen tokens stand; K is the most that a sentence of T can have.
         targets: (B, K) int64, what stood there.
         valid: (B, K) bool; a sentence of few words fills fewer than K places.
     """
 
     text: Text
+    covered: Tensor
     positions: Tensor
     targets: Tensor
     valid: Tensor
@@ -39,13 +42,13 @@ class TokenHider:
     the device.
 
     Args:
-        tokenizer: whose special tokens are never chosen; it needs a token that stands for a hidden one.
+        tokenizer: whose special tokens are never chosen.
         share: of the tokens, above 0 and at most 1.
         scheme: "90/10" (ovr-cnn's, whose masking MagNet took: [MASK] or unchanged) or "80/10/10" (BERT's: [MASK], a
             random token, or unchanged).
 
     Raises:
-        ValueError: an unknown scheme, a share out of range, or a vocabulary without [MASK].
+        ValueError: an unknown scheme, or a share out of range.
     """
 
     def __init__(self, tokenizer: ExpressionTokenizer, share: float = 0.15, scheme: str = "90/10") -> None:
@@ -53,8 +56,6 @@ class TokenHider:
             raise ValueError(f"scheme: expected one of {', '.join(SCHEMES)}, got {scheme!r}")
         if not 0 < share <= 1:
             raise ValueError(f"share: expected a number above 0 and at most 1, got {share}")
-        if tokenizer.mask_id is None:
-            raise ValueError(f"tokenizer: {tokenizer.source} lacks [MASK], which hiding tokens needs")
         self.mask_id, self.share, self.scheme = tokenizer.mask_id, share, scheme
         ordinary = torch.zeros(tokenizer.vocab_size, dtype=torch.bool)
         ordinary[list(tokenizer.vocabulary.values())] = True
@@ -92,7 +93,9 @@ class TokenHider:
         masked, randomised = SCHEMES[self.scheme]
         fate = torch.rand(positions.shape, device=device, generator=generator)
         other = torch.randint(len(self._ordinary_ids), positions.shape, device=device, generator=generator)
-        replaced = torch.where(fate < masked, self.mask_id, targets)
+        behind = valid & (fate < masked)
+        covered = torch.zeros_like(text.mask).scatter(1, positions, behind)
+        replaced = targets if self.mask_id is None else torch.where(fate < masked, self.mask_id, targets)
         replaced = torch.where((fate >= masked) & (fate < masked + randomised), self._ordinary_ids[other], replaced)
         hidden = ids.scatter(1, positions, torch.where(valid, replaced, targets))
-        return HiddenTokens(Text(hidden, text.mask), positions, targets, valid)
+        return HiddenTokens(Text(hidden, text.mask), covered, positions, targets, valid)

@@ -167,6 +167,7 @@ def _one(prediction: Prediction, i: int) -> Prediction:
         prediction.mask[i : i + 1],
         presence if presence is None else presence[i : i + 1],
         presence_weighs=prediction.presence_weighs,
+        aligned_corners=prediction.aligned_corners,
     )
 
 

@@ -66,8 +66,18 @@ class TextEncoder(nn.Module):
         """(V, D): the vectors that ids stand for; Mask Grounding's predictor is tied to them."""
         raise NotImplementedError
 
-    def start(self, text: Text) -> Words:
-        """What stands before the first stage: embeddings, or, encoded whole, everything."""
+    @property
+    def sentence_width(self) -> int:
+        """Channels of `Words.sentence`."""
+        return self.width
+
+    def start(self, text: Text, embedded: Tensor | None = None) -> Words:
+        """What stands before the first stage: embeddings, or, encoded whole, everything.
+
+        Args:
+            text: the expressions.
+            embedded: (B, T, D), vectors to take in place of those that the ids stand for.
+        """
         raise NotImplementedError
 
     def advance(self, i: int, words: Words) -> Words:
@@ -133,14 +143,14 @@ class ReferringModel(nn.Module):
         super().__init__()
         self.config = config
         image, text = config.image, config.text
-        channels = config.fusion.channels(image)
+        shapes = config.shapes
         self.image_encoder: ImageEncoder = image.build()
         self.text_encoder: TextEncoder = text.build()
         self.fusion: Fusion = config.fusion.build(image, text)
-        self.head: Head = config.head.build(channels, image.strides, text.width)
+        self.head: Head = config.head.build(shapes)
         self.presence: Presence | None = None
         if config.presence is not None:
-            self.presence = config.presence.build(channels, image.strides, text.width)
+            self.presence = config.presence.build(shapes._replace(pixels=config.head.pixel_channels(shapes)))
 
     def forward(self, image: Tensor, text: Text, context: Mapping[str, Tensor] | None = None) -> Prediction:
         """Predict masks.
@@ -157,11 +167,24 @@ class ReferringModel(nn.Module):
             prediction = prediction._replace(presence=self.presence(features, prediction))
         return prediction
 
-    def encode(self, image: Tensor, text: Text, context: Mapping[str, Tensor] | None = None) -> Features:
-        """What heads and training terms read: image and text encoded, and fused stage by stage."""
+    def encode(
+        self,
+        image: Tensor,
+        text: Text,
+        context: Mapping[str, Tensor] | None = None,
+        *,
+        embedded: Tensor | None = None,
+    ) -> Features:
+        """What heads and training terms read: image and text encoded, and fused stage by stage.
+
+        Args:
+            image, text, context: as for `forward`.
+            embedded: (B, T, D), vectors to take in place of those that `text.ids` stand for: some words' are hidden.
+        """
         self._check(image, text, context)
         image = image.to(next(self.image_encoder.parameters()).dtype)
-        stream, words, carry = self.image_encoder.start(image), self.text_encoder.start(text), None
+        given = (text,) if embedded is None else (text, embedded)
+        stream, words, carry = self.image_encoder.start(image), self.text_encoder.start(*given), None
         maps, tokens = [], []
         stages = len(self.image_encoder.channels)
         for i in range(stages):
@@ -169,8 +192,9 @@ class ReferringModel(nn.Module):
             words = self.text_encoder.advance(i, words)
             step = self.fusion(i, x, words, carry, context or {})
             words, carry = step.words, step.carry
-            maps.append(step.output)
-            tokens.append(step.tokens)
+            if step.output is not None:
+                maps.append(step.output)
+                tokens.append(step.tokens)
             if i + 1 < stages and self.image_encoder.in_stream:
                 stream = self.image_encoder.descend(i, step.stream)
         return Features(maps, words, tokens, (image.shape[2], image.shape[3]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, model_validator
 from torch import nn
@@ -19,6 +19,26 @@ class Settings(BaseModel):
     """Settings that are checked when they are read, and never change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Shapes(NamedTuple):
+    """What a head and a presence are built for.
+
+    Attributes:
+        channels: of each map that the fusion gives.
+        strides: pixels of the image a pixel of each map.
+        text_width: channels of a word.
+        sentence_width: channels of the whole sentence.
+        tokens: channels of the tokens beside each map; None for one without.
+        pixels: channels of the head's `Prediction.pixels`; None where it gives none, and for the head itself.
+    """
+
+    channels: tuple[int, ...]
+    strides: tuple[int, ...]
+    text_width: int
+    sentence_width: int
+    tokens: tuple[int | None, ...]
+    pixels: int | None = None
 
 
 class PartConfig(Settings):
@@ -69,6 +89,11 @@ class TextConfig(PartConfig):
         raise NotImplementedError
 
     @property
+    def sentence_width(self) -> int:
+        """Channels of the whole sentence; those of a word unless said."""
+        return self.width
+
+    @property
     def tokenizer(self) -> str:
         """As in `InputSpec`."""
         return "wordpiece"
@@ -93,6 +118,14 @@ class FusionConfig(PartConfig):
         """Channels of the maps that the head gets; those of the image encoder unless said."""
         return image.channels
 
+    def strides(self, image: ImageConfig) -> tuple[int, ...]:
+        """Strides of the maps that the head gets; those of the image encoder unless said."""
+        return image.strides
+
+    def tokens(self, image: ImageConfig) -> tuple[int | None, ...]:
+        """Channels of the tokens beside each map that the head gets; None for one without, as all are unless said."""
+        return (None,) * len(self.channels(image))
+
     def build(self, image: ImageConfig, text: TextConfig) -> nn.Module:
         """A `Fusion`."""
         raise NotImplementedError
@@ -104,10 +137,14 @@ class HeadConfig(PartConfig):
     role: ClassVar[str] = "head"
     says_presence: ClassVar[bool] = False
 
-    def check(self, channels: tuple[int, ...], strides: tuple[int, ...]) -> None:
-        """Raise a ValueError for maps that this head cannot read."""
+    def pixel_channels(self, shapes: Shapes) -> int | None:
+        """Channels of `Prediction.pixels`; None for a head that gives none."""
+        return None
 
-    def build(self, channels: tuple[int, ...], strides: tuple[int, ...], text_width: int) -> nn.Module:
+    def check(self, shapes: Shapes) -> None:
+        """Raise a ValueError for maps or tokens that this head cannot read."""
+
+    def build(self, shapes: Shapes) -> nn.Module:
         """A `Head`."""
         raise NotImplementedError
 
@@ -117,10 +154,10 @@ class PresenceConfig(PartConfig):
 
     role: ClassVar[str] = "presence"
 
-    def check(self, channels: tuple[int, ...], strides: tuple[int, ...]) -> None:
-        """Raise a ValueError for maps that this part cannot read."""
+    def check(self, shapes: Shapes) -> None:
+        """Raise a ValueError for what this part cannot read."""
 
-    def build(self, channels: tuple[int, ...], strides: tuple[int, ...], text_width: int) -> nn.Module:
+    def build(self, shapes: Shapes) -> nn.Module:
         """A `Presence`."""
         raise NotImplementedError
 
@@ -191,13 +228,20 @@ class ModelConfig(Settings):
     def _parts_fit(self) -> ModelConfig:
         self.text.check(self.image)
         self.fusion.check(self.image, self.text)
-        channels = self.fusion.channels(self.image)
-        self.head.check(channels, self.image.strides)
+        shapes = self.shapes
+        self.head.check(shapes)
         if self.presence is not None:
             if self.head.says_presence:
                 raise ValueError(f"presence: the head {self.head.kind!r} says it already; leave it out")
-            self.presence.check(channels, self.image.strides)
+            self.presence.check(shapes._replace(pixels=self.head.pixel_channels(shapes)))
         return self
+
+    @property
+    def shapes(self) -> Shapes:
+        """What head and presence get from encoders and fusion."""
+        image, text, fusion = self.image, self.text, self.fusion
+        maps = fusion.channels(image), fusion.strides(image)
+        return Shapes(*maps, text.width, text.sentence_width, fusion.tokens(image))
 
     @property
     def spec(self) -> InputSpec:

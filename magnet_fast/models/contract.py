@@ -51,14 +51,14 @@ class Step(NamedTuple):
     """What a fusion makes of one stage.
 
     Attributes:
-        output: (B, H, W, C) for the head.
+        output: (B, H, W, C) for the head; None at a stage that gives it nothing.
         stream: (B, H, W, C) for the next stage.
         words: the words that go on.
         tokens: (B, N, C) for heads that read tokens; None for a fusion without.
         carry: what the fusion hands to itself at the next stage.
     """
 
-    output: Tensor
+    output: Tensor | None
     stream: Tensor
     words: Words
     tokens: Tensor | None = None
@@ -69,9 +69,9 @@ class Features(NamedTuple):
     """What the encoders and the fusion make of a batch: all that a head, or a training term, reads.
 
     Attributes:
-        maps: (B, Hᵢ, Wᵢ, Cᵢ) of each stage, in the order of the image encoder's strides.
+        maps: (B, Hᵢ, Wᵢ, Cᵢ), one of each stage unless the fusion joins stages, in the order of the encoder's strides.
         words: after the last stage.
-        tokens: of each stage; None where the fusion has none.
+        tokens: beside each map; None where the fusion has none.
         size: (H, W) of the image that went in.
     """
 
@@ -94,6 +94,7 @@ class Prediction(NamedTuple):
         extra: what only this system has (a minimap, roles, instances), for its own terms and pictures.
         presence_weighs: how `probability` reads `presence`. False: below one half it empties the mask. True: it is a
             factor, the class of the one query, as Mask2Former and MagNet multiply them.
+        aligned_corners: how mask logits are resized: with aligned corners, as LAVT and its kin, or without.
     """
 
     mask: Tensor
@@ -103,6 +104,7 @@ class Prediction(NamedTuple):
     words: Words | None = None
     extra: dict[str, Tensor] = {}  # noqa: RUF012 (never written to)
     presence_weighs: bool = False
+    aligned_corners: bool = True
 
 
 class InputSpec(NamedTuple):
@@ -136,13 +138,10 @@ torch.serialization.add_safe_globals([Text, Words, Prediction])
 def probability(prediction: Prediction, size: tuple[int, int]) -> Tensor:
     """The probability that a pixel belongs to what is named: (B, H, W) float32 at `size`.
 
-    The one decision: mask logits resized bilinearly with aligned corners, as this family of models releases it, then a
-    sigmoid, then the presence (see `Prediction.presence_weighs`).
+    The one decision: mask logits resized bilinearly (see `Prediction.aligned_corners`), then a sigmoid, then the
+    presence (see `Prediction.presence_weighs`).
     """
-    logits = _finite(prediction.mask)
-    if logits.shape[-2:] != torch.Size(size):
-        logits = F.interpolate(logits[:, None], size=tuple(size), mode="bilinear", align_corners=True)[:, 0]
-    mask = logits.sigmoid()
+    mask = resized(prediction._replace(mask=_finite(prediction.mask)), size).sigmoid()
     if prediction.presence is None:
         return mask
     presence = _finite(prediction.presence)
@@ -151,6 +150,15 @@ def probability(prediction: Prediction, size: tuple[int, int]) -> Tensor:
     # A softmax over two logits, to the last bit, which the sigmoid of their difference is not.
     named = torch.stack([torch.zeros_like(presence), presence], dim=-1).softmax(dim=-1)[..., 1]
     return named[:, None, None] * mask
+
+
+def resized(prediction: Prediction, size: tuple[int, int]) -> Tensor:
+    """The mask logits (B, H, W) float32 at `size`, by the resize of inference."""
+    logits = prediction.mask.float()
+    if logits.shape[-2:] == torch.Size(size):
+        return logits
+    aligned = prediction.aligned_corners
+    return F.interpolate(logits[:, None], size=tuple(size), mode="bilinear", align_corners=aligned)[:, 0]
 
 
 def _finite(logits: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from magnet_fast.models.base import ReferringModel
 from magnet_fast.models.config import ModelConfig
 from magnet_fast.models.registry import register
-from magnet_fast.models.released import BERT, SWIN, Released, bert_sizes, pwam_rules, rules, swin_sizes
+from magnet_fast.models.released import BERT, LAVT_STAGES, SWIN, Released, bert_sizes, rules, swin_sizes
 from magnet_fast.models.sizes import SWIN_SIZES, TINY_BERT, TINY_SWIN
 
 _RULES = [
@@ -19,10 +19,7 @@ _RULES = [
         r"backbone\.",
         [
             *SWIN,
-            *pwam_rules(r"layers\.(\d+)\.fusion", r"fusion.stages.\1.fusion"),
-            (r"layers\.(\d+)\.res_gate\.0\.(.*)", r"fusion.stages.\1.gate.first.\2"),
-            (r"layers\.(\d+)\.res_gate\.2\.(.*)", r"fusion.stages.\1.gate.last.\2"),
-            (r"norm(\d)\.(.*)", r"fusion.stages.\1.norm.\2"),
+            *LAVT_STAGES,
         ],
     ),
     *rules(

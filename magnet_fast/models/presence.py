@@ -1,7 +1,7 @@
-"""Is anything named here? A part for models whose head does not say.
+"""Is anything named here? Parts for models whose head does not say.
 
-In the style of RefSegformer's exist head (Wu et al., TIP 2024); that it reads words where a fusion keeps no tokens is
-our choice, and lets it stand on any model.
+`token_exist` is RefSegformer's exist head (Wu et al., TIP 2024); `exist` is one in its style that reads words, so that
+it stands on any model [our choice].
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from magnet_fast import ops
+from magnet_fast.models.attention import TokenAttention
 from magnet_fast.models.base import Presence
-from magnet_fast.models.config import PresenceConfig, part
+from magnet_fast.models.config import PresenceConfig, Shapes, part
 from magnet_fast.models.contract import Features, Prediction
 
 
@@ -32,12 +33,12 @@ class ExistConfig(PresenceConfig):
             raise ValueError(f"heads={self.heads} does not divide width={self.width}")
         return self
 
-    def check(self, channels: tuple[int, ...], strides: tuple[int, ...]) -> None:
-        if self.stage >= len(channels):
-            raise ValueError(f"presence.stage={self.stage}: this model has stages 0 to {len(channels) - 1}")
+    def check(self, shapes: Shapes) -> None:
+        if self.stage >= len(shapes.channels):
+            raise ValueError(f"presence.stage={self.stage}: this model has stages 0 to {len(shapes.channels) - 1}")
 
-    def build(self, channels: tuple[int, ...], strides: tuple[int, ...], text_width: int) -> Exist:
-        return Exist(channels[self.stage], text_width, self)
+    def build(self, shapes: Shapes) -> Exist:
+        return Exist(shapes.channels[self.stage], shapes.text_width, self)
 
 
 class Exist(Presence):
@@ -63,3 +64,42 @@ class Exist(Presence):
             num_heads=self.heads,
         )
         return self.classify(self.output(attended).mean(dim=1))[:, 0]
+
+
+@part
+class TokenExistConfig(PresenceConfig):
+    """The head's pixels ask the tokens of one stage, and their mean answers."""
+
+    kind: Literal["token_exist"] = "token_exist"
+    stage: int = Field(1, ge=0, description="whose tokens are asked")
+    head_dim: int = Field(32, gt=0, description="channels of an attention's head")
+
+    def check(self, shapes: Shapes) -> None:
+        width = shapes.tokens[self.stage] if self.stage < len(shapes.tokens) else None
+        if width is None:
+            raise ValueError(f"presence.stage={self.stage}: this model has no tokens there; kind 'exist' needs none")
+        if shapes.pixels is None:
+            raise ValueError("presence: token_exist reads the head's embedding of pixels; this head gives none")
+        if width % self.head_dim:
+            raise ValueError(f"presence.head_dim={self.head_dim} does not divide the {width} channels of the tokens")
+
+    def build(self, shapes: Shapes) -> TokenExist:
+        return TokenExist(shapes.pixels, shapes.tokens[self.stage], self)
+
+
+class TokenExist(Presence):
+    """forward gives a logit for each item of a batch, (B,). Pixels and tokens are detached: it never moves the model.
+
+    The queries' Linear takes the pixels' width, which in the released model is that of the tokens [our choice].
+    """
+
+    def __init__(self, pixel_channels: int, width: int, config: TokenExistConfig) -> None:
+        super().__init__()
+        self.stage = config.stage
+        self.attention = TokenAttention(width, width // config.head_dim, query_width=pixel_channels)
+        self.classify = nn.Linear(width, 1)
+
+    def forward(self, features: Features, prediction: Prediction) -> Tensor:
+        pixels = prediction.pixels.detach().flatten(2).transpose(1, 2)
+        read = self.attention(pixels, features.tokens[self.stage].detach())
+        return self.classify(read.mean(dim=1))[:, 0]

@@ -28,7 +28,7 @@ class Released:
         mark: what a name begins with that only this system's files have.
         config: state dict and hints to the configuration's parts.
         rules: released name -> ours, the first pattern that matches the whole name.
-        dropped: names that no forward pass reads.
+        dropped: names that no forward pass reads, or a function of state dict and hints that gives them.
         hints: what shapes do not tell and a caller may say.
         beside: entries of the file with state dicts of their own; "bert_model" gives names "bert_model.…".
     """
@@ -36,9 +36,14 @@ class Released:
     mark: str
     config: Callable[[Mapping[str, Tensor], Mapping[str, Any]], dict[str, Any]]
     rules: list[Rule]
-    dropped: re.Pattern[str]
+    dropped: re.Pattern[str] | Callable[[Mapping[str, Tensor], Mapping[str, Any]], re.Pattern[str]]
     hints: tuple[str, ...]
     beside: tuple[str, ...] = ()
+
+    def unread(self, state: Mapping[str, Tensor], hints: Mapping[str, Any]) -> set[str]:
+        """Names in a state dict that are dropped."""
+        pattern = self.dropped if isinstance(self.dropped, re.Pattern) else self.dropped(state, hints)
+        return {name for name in state if pattern.fullmatch(name)}
 
 
 def from_released(source: str | os.PathLike[str] | Mapping[str, Any], **hints: Any) -> ReferringModel:
@@ -68,18 +73,18 @@ def from_released(source: str | os.PathLike[str] | Mapping[str, Any], **hints: A
     unknown = sorted(set(hints) - set(released.hints))
     if unknown:
         raise ValueError(f"{unknown[0]}: not a hint for a released {found.name}; known: {', '.join(released.hints)}")
-    kept = {name: tensor for name, tensor in state.items() if not released.dropped.fullmatch(name)}
-    dropped = sorted(state.keys() - kept.keys())
-    if dropped:
-        _log.info("%s: left out %d of %d entries, which no forward pass reads", what, len(dropped), len(state))
-        _log.debug("%s: left out %s", what, ", ".join(dropped))
+    unread = released.unread(state, hints)
+    kept = {name: tensor for name, tensor in state.items() if name not in unread}
+    if unread:
+        _log.info("%s: left out %d of %d entries, which no forward pass reads", what, len(unread), len(state))
+        _log.debug("%s: left out %s", what, ", ".join(sorted(unread)))
     try:
         config = {"architecture": found.name, **released.config(kept, hints)}
     except KeyError as error:  # of `shape`
         raise ValueError(f"{what} lacks {error}, which the released models have") from error
-    renamed = _rename(kept, released.rules, what, found.name)
+    renamed = rename(kept, released.rules, what, found.name)
     model = from_config(parse_config(config))
-    load_strictly(model, renamed, what)
+    load_strictly(model, _as_linears(renamed, model), what)
     return model.eval()
 
 
@@ -87,7 +92,7 @@ def dropped_names(source: Mapping[str, Any]) -> list[str]:
     """Names in a released file's contents that `from_released` leaves out, since no forward pass reads them."""
     what = "the released checkpoint"
     found, state = _recognised(unwrap(source, what, _beside()), what)
-    return sorted(name for name in state if found.released.dropped.fullmatch(name))
+    return sorted(found.released.unread(state, {}))
 
 
 _log = logging.getLogger("magnet_fast")
@@ -154,6 +159,21 @@ SWIN = [
 ]
 """Names of Swin in released files, after their prefix."""
 
+
+def pwam_rules(old: str, new: str) -> list[tuple[str, str]]:
+    """Pairs for the Linears and norms of one PWAM."""
+    last = re.compile(old).groups + 1
+    return [(rf"{old}\.{released}\.(weight|bias)", rf"{new}.{ours}.\{last}") for released, ours in _PWAM.items()]
+
+
+LAVT_STAGES = [
+    *pwam_rules(r"layers\.(\d+)\.fusion", r"fusion.stages.\1.fusion"),
+    (r"layers\.(\d+)\.res_gate\.0\.(.*)", r"fusion.stages.\1.gate.first.\2"),
+    (r"layers\.(\d+)\.res_gate\.2\.(.*)", r"fusion.stages.\1.gate.last.\2"),
+    (r"norm(\d)\.(.*)", r"fusion.stages.\1.norm.\2"),
+]
+"""Names of LAVT's fusion in released files, after their prefix."""
+
 BERT = [(r"(embeddings|encoder)\.(.*)", r"text_encoder.bert.\1.\2")]
 """Names of BERT in released files, after their prefix."""
 
@@ -161,12 +181,6 @@ BERT = [(r"(embeddings|encoder)\.(.*)", r"text_encoder.bert.\1.\2")]
 def rules(prefix: str, pairs: list[tuple[str, str]]) -> list[Rule]:
     """Pairs of (released name after a prefix, our name) as rules."""
     return [(re.compile(prefix + old), new) for old, new in pairs]
-
-
-def pwam_rules(old: str, new: str) -> list[tuple[str, str]]:
-    """Pairs for the Linears and norms of one PWAM."""
-    last = re.compile(old).groups + 1
-    return [(rf"{old}\.{released}\.(weight|bias)", rf"{new}.{ours}.\{last}") for released, ours in _PWAM.items()]
 
 
 def shape(state: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
@@ -207,7 +221,8 @@ def bert_sizes(state: Mapping[str, Tensor], prefix: str) -> dict[str, Any]:
     }
 
 
-def _rename(state: Mapping[str, Tensor], known: list[Rule], what: str, system: str) -> dict[str, Tensor]:
+def rename(state: Mapping[str, Tensor], known: list[Rule], what: str, system: str) -> dict[str, Tensor]:
+    """Released names to ours; ValueError for those that no rule knows."""
     renamed: dict[str, Tensor] = {}
     strange: list[str] = []
     for name, tensor in state.items():
@@ -224,12 +239,16 @@ def _rename(state: Mapping[str, Tensor], known: list[Rule], what: str, system: s
             for part, third in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
                 renamed[target.replace("in_proj_", f"{part}.")] = third
         else:
-            renamed[target] = _as_linear(target, tensor)
+            renamed[target] = tensor
     if strange:
         raise ValueError(f"{what} holds {listed(strange)}, which no released {system} has")
     return renamed
 
 
-def _as_linear(name: str, tensor: Tensor) -> Tensor:
-    """Convolutions of size 1 on tokens and pooled pixels are Linears here; the heads keep their convolutions."""
-    return tensor.flatten(1) if name.startswith("fusion.") and tensor.ndim > 2 else tensor
+def _as_linears(state: dict[str, Tensor], model: ReferringModel) -> dict[str, Tensor]:
+    """Convolutions of size 1 as the Linears that some are here."""
+    matrices = {name for name, value in model.state_dict().items() if value.ndim == 2}
+    return {
+        name: value.flatten(1) if name in matrices and value.shape[2:].numel() == 1 else value
+        for name, value in state.items()
+    }

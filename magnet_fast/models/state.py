@@ -27,9 +27,8 @@ def is_derived(name: str) -> bool:
 def load_strictly(model: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
     """Load all of `state`, in the model's dtype, or raise a ValueError that names the first differences.
 
-    Names may have what DDP, FSDP and torch.compile add, in the state or in the model, and all of
-    them one more prefix; what `is_derived` may be absent
-    or too many.
+    Names may have what DDP, FSDP and torch.compile add, in the state or in the model, and all of them one more prefix;
+    what `is_derived` may be absent or too many.
     """
     expected = model.state_dict()
     places = {plain_name(name): name for name in expected}

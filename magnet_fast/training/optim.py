@@ -38,27 +38,31 @@ def parameter_groups(model: nn.Module, config: OptimiserConfig, beside: nn.Modul
 
     Weight decay falls on the weight matrices of linear and convolution layers only: not on biases, norms,
     relative position bias tables, embeddings and other free parameters. `image_multiplier` and `text_multiplier` scale
-    the learning rate of `model.image_encoder` and `model.text_encoder`, which are usually pretrained. Parameters that
-    match `config.freeze` are frozen (`requires_grad=False`) and left out. `beside` is trained with the model and does
-    not belong to it (the terms); its parameters are among the rest.
+    the learning rate of `model.image_encoder` and `model.text_encoder`, which are usually pretrained; a pattern of
+    `multipliers` that a name matches goes before them. Parameters that match `config.freeze` are frozen
+    (`requires_grad=False`) and left out. `beside` is trained with the model and does not belong to it (the terms); its
+    parameters are among the rest.
 
     Raises:
-        ValueError: a pattern of `freeze` matches no parameter, or everything is frozen.
+        ValueError: a pattern of `freeze` or `multipliers` matches no parameter, or everything is frozen.
     """
     freeze_parameters(model, config.freeze)
     rates = {"image": config.image_multiplier, "text": config.text_multiplier, "rest": 1.0}
-    groups: dict[tuple[str, bool, bool], dict] = {}
+    for pattern in config.multipliers:
+        _matched(model, pattern, "multipliers")
+    groups: dict[tuple[str, bool, bool, float], dict] = {}
     described = _described_parameters(model)
     for entry in chain(described, _described_parameters(beside) if beside else ()):
         name, parameter, part, decayed, stacked = entry
         if not parameter.requires_grad:
             continue
-        rate = config.lr * rates[part]
+        own = next((factor for pattern, factor in config.multipliers.items() if fnmatchcase(name, pattern)), None)
+        rate = config.lr * (rates[part] if own is None else own)
         muon = config.name == "muon" and decayed and min(parameter.flatten(1).shape) >= _SMALLEST_SIDE
         group = groups.setdefault(
-            (part, decayed, muon),
+            (part, decayed, muon, rate),
             {
-                "name": f"{part}{'' if decayed else ', no decay'}{', muon' if muon else ''}",
+                "name": _group_name(part, decayed, muon, own),
                 **({"muon": muon, "stacked": []} if config.name == "muon" else {}),
                 "params": [],
                 "param_names": [],
@@ -79,11 +83,20 @@ def parameter_groups(model: nn.Module, config: OptimiserConfig, beside: nn.Modul
 def freeze_parameters(model: nn.Module, patterns: list[str]) -> None:
     """Stop training the parameters whose names match any of the shell-style patterns (`*.embeddings.*`)."""
     for pattern in patterns:
-        matched = [parameter for name, parameter in model.named_parameters() if fnmatchcase(name, pattern)]
-        if not matched:
-            raise ValueError(f"optimiser.freeze: {pattern!r} matches no parameter of the model")
-        for parameter in matched:
+        for parameter in _matched(model, pattern, "freeze"):
             parameter.requires_grad_(False)
+
+
+def _matched(model: nn.Module, pattern: str, key: str) -> list[nn.Parameter]:
+    matched = [parameter for name, parameter in model.named_parameters() if fnmatchcase(name, pattern)]
+    if not matched:
+        raise ValueError(f"optimiser.{key}: {pattern!r} matches no parameter of the model")
+    return matched
+
+
+def _group_name(part: str, decayed: bool, muon: bool, own: float | None) -> str:
+    rate = "" if own is None else f", rate x {own:g}"
+    return f"{part}{'' if decayed else ', no decay'}{', muon' if muon else ''}{rate}"
 
 
 def _described_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, str, bool, int]]:

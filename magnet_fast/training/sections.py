@@ -64,11 +64,18 @@ class OptimiserConfig(Strict):
     momentum: float = Field(0.95, ge=0, lt=1, description="of Muon")
     image_multiplier: float = Field(1.0, gt=0, description="of the learning rate of the image encoder")
     text_multiplier: float = Field(1.0, gt=0, description="of the learning rate of the text encoder")
+    multipliers: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default_factory=dict,
+        description="of the learning rate, by shell pattern of parameter names; the first that fits, before a part's",
+    )
     freeze: list[str] = Field(default_factory=list, description="shell patterns of parameter names held fixed")
 
 
 class ScheduleSection(Strict):
-    """Linear warm-up, then (1 - progress) ** power."""
+    """Linear warm-up, then (1 - progress) ** power, and a tenth of it from each milestone on."""
 
-    power: float = Field(0.9, ge=0)
+    power: float = Field(0.9, ge=0, description="0: constant but for the milestones")
     warmup: int = Field(0, ge=0, description="optimiser steps")
+    milestones: list[Annotated[float, Field(gt=0, lt=1)]] = Field(
+        default_factory=list, description="shares of the run at which the rate falls to a tenth"
+    )

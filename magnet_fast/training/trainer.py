@@ -30,7 +30,7 @@ from magnet_fast.training.randomness import seed_everything
 from magnet_fast.training.recomputation import recompute_activations
 from magnet_fast.training.reporting import RunLog
 from magnet_fast.training.sampling import EpochBatches
-from magnet_fast.training.schedule import poly_factor, set_learning_rate
+from magnet_fast.training.schedule import rate_factor, set_learning_rate
 from magnet_fast.training.state import load_state_into, state_of
 from magnet_fast.training.stopping import StopRequest, TrainingStopped, leave_to_the_main_process
 from magnet_fast.training.terms import Term
@@ -147,7 +147,7 @@ class Trainer:
         """One optimiser step on the next micro-batches; its loss, on the device. Waits for nothing on a GPU."""
         config = self.config
         self.objective.train()
-        factor = poly_factor(self._progress(), self.step, power=config.schedule.power, warmup=config.schedule.warmup)
+        factor = rate_factor(self._progress(), self.step, **config.schedule.model_dump())
         set_learning_rate(self.optimiser, factor)
         self.optimiser.zero_grad(set_to_none=True)
         sums = torch.zeros(1 + len(self.objective.logged), device=self.world.device)

@@ -119,15 +119,25 @@ def test_only_ids_of_the_vocabulary_stand_in_for_others() -> None:
     assert TokenHider(tokenizer).ordinary_words == len(tokenizer.vocabulary) - 2
 
 
-def test_refusals(tokenizer: Tokenizer, tmp_path) -> None:
+def test_refusals(tokenizer: Tokenizer) -> None:
     with pytest.raises(ValueError, match="scheme: expected one of 90/10, 80/10/10, got '70/30'"):
         TokenHider(tokenizer, scheme="70/30")
     for share in (0, 1.5, float("nan")):
         with pytest.raises(ValueError, match="share: expected"):
             TokenHider(tokenizer, share)
-    vocabulary = tmp_path / "vocab.txt"
-    vocabulary.write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\nred\n")
-    with pytest.raises(ValueError, match=r"lacks \[MASK\]"):
-        TokenHider(Tokenizer(vocabulary))
-    with pytest.raises(ValueError, match=r"clip_vocabulary.* lacks \[MASK\]"):
-        TokenHider(ClipTokenizer(GOLDEN_CLIP))
+
+
+def test_without_a_mask_token_places_are_told() -> None:
+    """CLIP has no [MASK]: ids stay, and who encodes them covers the places; start and end are never among them."""
+    tokenizer = ClipTokenizer(GOLDEN_CLIP, max_tokens=12)
+    text = tokenizer(["the man in red", "left"])
+    found = TokenHider(tokenizer, 1.0)(text, torch.Generator().manual_seed(0))
+    assert torch.equal(found.text.ids, text.ids)
+    special = torch.tensor(list(tokenizer.special_ids.values()))
+    assert found.covered.any() and not found.covered[torch.isin(text.ids, special) | ~text.mask].any()
+    assert (found.covered.sum(1) <= found.valid.sum(1)).all()
+
+
+def test_covered_are_the_mask_tokens(tokenizer: Tokenizer) -> None:
+    found = TokenHider(tokenizer, 0.5)(tokenizer(SENTENCES), torch.Generator().manual_seed(0))
+    assert torch.equal(found.covered, found.text.ids == tokenizer.mask_id) and found.covered.any()

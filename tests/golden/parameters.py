@@ -31,9 +31,16 @@ def released_checkpoint(model: str) -> dict[str, dict[str, Tensor]]:
     return {part: _state(description[part], f"{part}.") for part in ("model", "bert_model")}
 
 
+def released_state(file: str) -> dict[str, Tensor]:
+    """The state dict of a released model that has one alone, by the name of its golden file."""
+    description = json.loads((FOLDER / f"{file}.json").read_text())
+    return _state(next(description[key] for key in ("model", "state_dict") if key in description), "")
+
+
 def golden(model: str) -> dict[str, Tensor]:
-    """Inputs and outputs of the released code."""
-    with np.load(FOLDER / f"{model}_window7.npz") as arrays:
+    """Inputs and outputs of the released code, by the model's name or that of its golden file."""
+    file = model if (FOLDER / f"{model}.npz").exists() else f"{model}_window7"
+    with np.load(FOLDER / f"{file}.npz") as arrays:
         return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
 
 

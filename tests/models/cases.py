@@ -16,6 +16,11 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "magnet-xmha": ("magnet_tiny", {"fusion__form": "xmha"}),
     "magnet-released": ("magnet_tiny", {"fusion__masking": "released"}),
     "lavt": ("lavt_tiny", {}),
+    "refsegformer": ("refsegformer_tiny", {}),
+    "refsegformer-topdown": ("refsegformer_tiny", {"head": {"kind": "token_topdown", "head_dim": 16}}),
+    "refsegformer-released": ("refsegformer_tiny", {"fusion__masking": "released", "fusion__blank": 0}),
+    "rela": ("rela_tiny", {}),
+    "cris": ("cris_tiny", {}),
 }
 """The tiny presets and their variants."""
 
@@ -24,6 +29,10 @@ SMALL: dict[str, tuple[str, dict[str, Any]]] = {
     "magnet": ("magnet_tiny", {**_SWIN, "fusion__pyramid": (2,), "head__mask_layers": 1}),
     "magnet-xmha": ("magnet_tiny", {**_SWIN, "fusion__pyramid": (2,), "head__mask_layers": 1, "fusion__form": "xmha"}),
     "lavt": ("lavt_tiny", _SWIN),
+    "refsegformer": ("refsegformer_tiny", _SWIN),
+    "refsegformer-topdown": ("refsegformer_tiny", {**_SWIN, "head": {"kind": "token_topdown", "head_dim": 16}}),
+    "rela": ("rela_tiny", {**_SWIN, "head__layers": 2}),
+    "cris": ("cris_tiny", {"head__layers": 1}),
 }
 """Every kind of block once: where time goes by the number of layers."""
 
@@ -48,10 +57,16 @@ def batch(
 
 
 def open_gates(model: nn.Module) -> None:
-    """Gates and sampling offsets start at zero; with random weights in them every path reaches the output."""
+    """Much starts at zero: gates, sampling offsets, norms before a sum. With random weights in them every path reaches
+    the output."""
     generator = torch.Generator().manual_seed(2)
     for name, parameter in model.named_parameters():
-        if "gate." in name or name.endswith(("sampling_offsets.weight", "attention_weights.weight")):
+        if (
+            "gate." in name
+            or not parameter.any()
+            and name.endswith("weight")
+            or name.endswith("attention_weights.weight")
+        ):
             parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
 
 
@@ -62,6 +77,8 @@ def everything(prediction: Prediction) -> Tensor:
         for tensor in (each.mask, each.presence, each.pixels):
             if tensor is not None:
                 total = total + tensor.square().mean()
+        for tensor in each.extra.values():
+            total = total + tensor.square().mean()
     return total
 
 

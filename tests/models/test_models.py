@@ -15,7 +15,8 @@ from magnet_fast.models.heads.mask_decoder import DecoderLayer
 from magnet_fast.models.heads.pixel_decoder import DeformableLayer
 from tests.models.cases import PRESETS, batch, build, everything, open_gates, without_gradient
 
-CORRECT = ["magnet", "magnet-xmha", "lavt"]
+CORRECT = ["magnet", "magnet-xmha", "lavt", "refsegformer", "refsegformer-topdown", "cris"]
+"""Padding is no word; ReLA reads it, as released."""
 
 
 @pytest.mark.parametrize("case", PRESETS)
@@ -30,24 +31,36 @@ def test_contract(case: str, size: tuple[int, int]) -> None:
         probability = model.predict(image, *text)
         resized = model.predict(image, *text, size=(51, 38))
     assert prediction.mask.shape == (2, *quarter)
+    says = model.head.says_presence or model.presence is not None
+    assert says == (case not in ("lavt", "cris"))
+    assert (prediction.presence is None) != says and (prediction.presence is None or prediction.presence.shape == (2,))
+    shapes = model.config.shapes
+    assert model.head.pixel_channels == model.config.head.pixel_channels(shapes)
     if case == "lavt":
-        assert prediction.presence is None and prediction.earlier == () and prediction.pixels is None
-        assert model.head.pixel_channels is None and not model.head.says_presence
+        assert prediction.pixels is None and model.head.pixel_channels is None
     else:
-        assert prediction.presence.shape == (2,)
+        pixels = quarter if case != "refsegformer-topdown" else tuple(-(-side // 8) for side in size)
+        assert prediction.pixels.shape == (2, model.head.pixel_channels, *pixels)
+    if case.startswith("magnet"):
         assert [(p.mask.shape, p.presence.shape) for p in prediction.earlier] == [((2, *quarter), (2,))] * 9
-        assert prediction.pixels.shape == (2, model.head.pixel_channels, *quarter)
-        assert model.head.says_presence
-    assert model.presence is None and model.needs == () and prediction.extra == {}
+    elif case == "refsegformer-topdown":
+        assert [p.mask.shape[1:] for p in prediction.earlier] == [
+            tuple(-(-side // stride) for side in size) for stride in (32, 16, 8)
+        ]
+    else:
+        assert prediction.earlier == ()
+    assert model.needs == () and prediction.extra.keys() == ({"minimap"} if case == "rela" else set())
     width = model.text_encoder.width
-    assert prediction.words.features.shape == (2, 9, width) and prediction.words.sentence.shape == (2, width)
+    assert prediction.words.features.shape == (2, 9, width)
+    assert prediction.words.sentence.shape == (2, shapes.sentence_width)
     assert torch.equal(prediction.words.mask, text.mask)
     assert model.text_encoder.word_embedding.shape == (model.text_encoder.vocab_size, width)
-    assert features.size == size and len(features.maps) == len(features.tokens) == 4
-    for feature, stride, channels in zip(
-        features.maps, model.image_encoder.strides, model.image_encoder.channels, strict=True
+    assert features.size == size and len(features.maps) == len(features.tokens) == len(shapes.channels)
+    for feature, tokens, stride, channels, token_channels in zip(
+        features.maps, features.tokens, shapes.strides, shapes.channels, shapes.tokens, strict=True
     ):
         assert feature.shape == (2, -(-size[0] // stride), -(-size[1] // stride), channels)
+        assert (None if tokens is None else tokens.shape[2]) == token_channels
     assert probability.shape == (2, *size) and resized.shape == (2, 51, 38)
     assert probability.min() >= 0 and probability.max() <= 1 and probability.dtype == torch.float32
 
@@ -82,7 +95,7 @@ def test_released_masking_does_see_padding() -> None:
     assert (short - long).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("case", CORRECT)
+@pytest.mark.parametrize("case", PRESETS)
 def test_items_of_a_batch_do_not_mix(case: str) -> None:
     model = build(PRESETS[case])
     image, (ids, mask) = batch(count=3)

@@ -33,7 +33,7 @@ def test_hooks_fire_on_every_module(case: str) -> None:
     model = build(PRESETS[case])
     fired = set()
     for name, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) and name not in HOLDERS:
+        if not isinstance(module, (nn.ModuleList, nn.ModuleDict)) and name not in HOLDERS:
             module.register_forward_hook(lambda *_, name=name: fired.add(name))
     for gradients in (True, False):
         fired.clear()
@@ -42,7 +42,7 @@ def test_hooks_fire_on_every_module(case: str) -> None:
         silent = {
             name
             for name, module in model.named_modules()
-            if not isinstance(module, nn.ModuleList) and name not in (*HOLDERS, *fired)
+            if not isinstance(module, (nn.ModuleList, nn.ModuleDict)) and name not in (*HOLDERS, *fired)
         }
         assert {name for name in silent if not name.endswith(UNCALLED)} == set()
 
@@ -76,7 +76,7 @@ def test_every_adapter_learns(case: str) -> None:
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     model = inject_adapter_in_model(LoraConfig(r=2, target_modules=linears, init_lora_weights=False), model)
     adapters = {name: p for name, p in model.named_parameters() if "lora_" in name}
-    assert len(adapters) == 2 * len(linears) > 100
+    assert len(adapters) == 2 * len(linears) > 70
     everything(model(*batch())).backward()
     assert [name for name, p in adapters.items() if p.grad is None] == []
     dead = [name for name, p in adapters.items() if not p.grad.any()]
@@ -122,9 +122,13 @@ def test_reparametrised_weights_are_used(case: str) -> None:
 
 @pytest.mark.parametrize("case", SMALL)
 def test_transforms_of_functions(case: str) -> None:
-    """A gradient by torch.func is autograd's, and vmap over stacked weights runs each of the models."""
-    model = build(SMALL[case])
+    """A gradient by torch.func is autograd's, and vmap over stacked weights runs each of the models.
+
+    In float64: norms over the few pixels of such images magnify rounding.
+    """
+    model = build(SMALL[case]).double()
     image, text = batch((32, 40))
+    image = image.double()
     parameters = {name: p.detach() for name, p in model.named_parameters()}
     buffers = dict(model.named_buffers())
 
@@ -135,11 +139,11 @@ def test_transforms_of_functions(case: str) -> None:
         found = grad(loss)(parameters)
         everything(model(image, text)).backward()
         for name, parameter in model.named_parameters():
-            torch.testing.assert_close(found[name], parameter.grad, rtol=1e-3, atol=1e-5)
+            torch.testing.assert_close(found[name], parameter.grad, rtol=1e-5, atol=1e-8)
         stacked = {name: torch.stack([p, 0.9 * p]) for name, p in parameters.items()}
         together = vmap(loss)(stacked)
         alone = torch.stack([loss({name: p[i] for name, p in stacked.items()}) for i in range(2)])
-    torch.testing.assert_close(together, alone, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.parametrize("case", [pytest.param(case, marks=pytest.mark.slow) for case in SMALL])

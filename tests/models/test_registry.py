@@ -17,7 +17,7 @@ from magnet_fast.models import Features, Prediction, Step, Text, Words
 from magnet_fast.models import config as config_module
 from magnet_fast.models import registry as registry_module
 from magnet_fast.models.base import Fusion, Head, ImageEncoder, Presence, ReferringModel, TextEncoder
-from magnet_fast.models.config import FusionConfig, HeadConfig, ImageConfig, PresenceConfig, TextConfig, part
+from magnet_fast.models.config import FusionConfig, HeadConfig, ImageConfig, PresenceConfig, Shapes, TextConfig, part
 from tests.models.cases import batch
 
 
@@ -234,11 +234,11 @@ class Times(Fusion):
 class LastConfig(HeadConfig):
     kind: Literal["test_last"] = "test_last"
 
-    def check(self, channels: tuple[int, ...], strides: tuple[int, ...]) -> None:
-        if strides != (8, 8):
-            raise ValueError(f"test_last reads maps of stride 8, twice; got {strides}")
+    def check(self, shapes: Shapes) -> None:
+        if shapes.strides != (8, 8):
+            raise ValueError(f"test_last reads maps of stride 8, twice; got {shapes.strides}")
 
-    def build(self, channels: tuple[int, ...], strides: tuple[int, ...], text_width: int) -> nn.Module:
+    def build(self, shapes: Shapes) -> nn.Module:
         return Last()
 
 
@@ -251,7 +251,7 @@ class BrightConfig(PresenceConfig):
     kind: Literal["test_bright"] = "test_bright"
     threshold: float = 0.0
 
-    def build(self, channels: tuple[int, ...], strides: tuple[int, ...], text_width: int) -> nn.Module:
+    def build(self, shapes: Shapes) -> nn.Module:
         return Bright(self)
 
 

@@ -51,7 +51,7 @@ class FakeTextEncoder(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.width = width
+        self.width = self.sentence_width = width
         self.words = nn.Embedding(50, width)
 
     @property
@@ -89,8 +89,15 @@ class FakeModel(nn.Module):
         self.image_encoder, self.text_encoder = FakeImageEncoder(width), FakeTextEncoder(width)
         self.fusion, self.head, self.presence = nn.Dropout(dropout), FakeHead(width), None
 
-    def encode(self, image: Tensor, text: Text, context: dict[str, Tensor] | None = None) -> Features:
-        words = Words(self.text_encoder.words(text.ids), text.mask)
+    def encode(
+        self,
+        image: Tensor,
+        text: Text,
+        context: dict[str, Tensor] | None = None,
+        *,
+        embedded: Tensor | None = None,
+    ) -> Features:
+        words = Words(self.text_encoder.words(text.ids) if embedded is None else embedded, text.mask)
         pixels = F.relu(self.image_encoder.patches(image)) * (1 + words.sentence[:, :, None, None])
         return Features([self.fusion(pixels).permute(0, 2, 3, 1)], words, [None], tuple(image.shape[-2:]))
 

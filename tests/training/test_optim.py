@@ -99,3 +99,15 @@ def test_shared_parameters_are_listed_once() -> None:
     optimiser = build_optimiser(Tied(), OptimiserConfig())
     assert sum(len(group["params"]) for group in optimiser.param_groups) == 3
     assert isinstance(optimiser, torch.optim.AdamW)
+
+
+def test_multipliers_go_before_those_of_parts() -> None:
+    model = models.create("cris_tiny")
+    config = OptimiserConfig(lr=1e-4, image_multiplier=0.1, text_multiplier=0.1, multipliers={"*.positions": 1.0})
+    groups = parameter_groups(model, config)
+    rates = {name: group["initial_lr"] for group in groups for name in group["param_names"]}
+    assert rates["image_encoder.pool.positions"] == rates["text_encoder.positions"] == 1e-4
+    assert rates["text_encoder.norm.weight"] == pytest.approx(1e-5) and rates["fusion.neck.coarse.0.weight"] == 1e-4
+    assert any(group["name"] == "image, no decay, rate x 1" for group in groups)
+    with pytest.raises(ValueError, match=r"optimiser.multipliers: 'nowhere\*' matches no parameter"):
+        parameter_groups(model, OptimiserConfig(multipliers={"nowhere*": 2.0}))

@@ -14,6 +14,7 @@ from magnet_fast.data.tokenizers import open_tokenizer
 from magnet_fast.models import InputSpec
 from magnet_fast.training.config import load_config, shipped_configs
 from magnet_fast.training.datasets import build_datasets, open_readers
+from magnet_fast.training.schedule import rate_factor
 from magnet_fast.training.terms import build_terms
 
 
@@ -25,12 +26,13 @@ def test_every_recipe_is_whole(name: str) -> None:
     weighed = {term for term, options in config.terms.items() if options.weight}
     if "grounding" in weighed:
         assert model.text.width % config.terms["grounding"].heads == 0
-    if "swin_b" not in name:  # small enough to be built here
+    full = "tiny" not in name
+    if not full:  # small enough to be built here
         build_terms(config.terms, models.create(config.model.name), open_tokenizer())
     if name.startswith("lavt_swin_b"):  # the published loss, and nothing beside it but what the recipe's name says
         assert weighed - {"grounding"} == {"cross_entropy"} and config.terms["mask"].weight == 0
         assert (config.terms["cross_entropy"].background, config.terms["cross_entropy"].target) == (0.9, 1.1)
-    if "swin_b" in name:
+    if name.startswith(("magnet", "lavt")) and full:
         assert (config.data.image_size or model.spec.size, config.batch_size, config.epochs, config.precision) == (
             480,
             32,
@@ -38,6 +40,35 @@ def test_every_recipe_is_whole(name: str) -> None:
             "bf16",
         )
         assert config.model.pretrained is True and len(config.optimiser.freeze) == 3
+
+
+def test_what_the_papers_say() -> None:
+    refsegformer, rela, cris = (
+        load_config(name) for name in ("refsegformer_swin_b_rrefcoco", "rela_swin_b_grefcoco", "cris_r50_refcoco")
+    )
+    assert (refsegformer.optimiser.lr, refsegformer.epochs, refsegformer.batch_size) == (3e-5, 50, 48)
+    assert (refsegformer.task, refsegformer.best) == ("robust", "rIoU")
+    assert (rela.optimiser.lr, rela.optimiser.weight_decay, rela.max_steps, rela.clip_norm) == (
+        1e-5,
+        0.05,
+        150000,
+        0.01,
+    )
+    at = [rate_factor(step / 150000, step, **rela.schedule.model_dump()) for step in (0, 109999, 110000, 140000)]
+    assert at == pytest.approx([1, 1, 0.1, 0.01])
+    assert (rela.task, rela.protocol, rela.data.truth) == ("generalized", "gres", None)
+    at = [rate_factor(epoch / 50, epoch, **cris.schedule.model_dump()) for epoch in (0, 34, 35, 49)]
+    assert at == pytest.approx([1, 1, 0.1, 0.1])
+    model = models.preset_config("cris_r50")
+    assert (model.spec.size, model.spec.fit, model.spec.max_tokens, model.spec.tokenizer) == (
+        416,
+        "letterbox",
+        17,
+        "clip",
+    )
+    assert load_config("cris_r50_refcocog_umd").data.max_tokens == 22
+    names = {name for name, _ in models.create("cris_tiny").named_parameters()}
+    assert set(cris.optimiser.multipliers) <= names
 
 
 def test_recipes_differ_from_their_base_in_what_they_say() -> None:

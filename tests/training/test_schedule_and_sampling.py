@@ -8,16 +8,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from magnet_fast.training.sampling import EpochBatches
-from magnet_fast.training.schedule import poly_factor, set_learning_rate
+from magnet_fast.training.schedule import rate_factor, set_learning_rate
 
 
 def test_poly_decay_and_warmup() -> None:
-    assert poly_factor(0.0, 0) == 1.0
-    assert poly_factor(0.5, 50) == pytest.approx(0.5**0.9)
-    assert poly_factor(1.0, 100) == 0.0
-    assert poly_factor(1.2, 120) == 0.0
-    assert poly_factor(0.25, 25, power=1.0) == pytest.approx(0.75)
-    warm = [poly_factor(0.0, step, warmup=4) for step in range(6)]
+    assert rate_factor(0.0, 0) == 1.0
+    assert rate_factor(0.5, 50) == pytest.approx(0.5**0.9)
+    assert rate_factor(1.0, 100) == 0.0
+    assert rate_factor(1.2, 120) == 0.0
+    assert rate_factor(0.25, 25, power=1.0) == pytest.approx(0.75)
+    steps = [rate_factor(step / 50, step, power=0, milestones=(35 / 50, 0.9)) for step in (0, 34, 35, 44, 45)]
+    assert steps == pytest.approx([1, 1, 0.1, 0.1, 0.01])
+    warm = [rate_factor(0.0, step, warmup=4) for step in range(6)]
     assert warm == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0])
 
 

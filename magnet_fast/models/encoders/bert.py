@@ -91,8 +91,9 @@ class BertEncoder(TextEncoder):
     def word_embedding(self) -> Tensor:
         return self.bert.get_input_embeddings().weight
 
-    def start(self, text: Text) -> Words:
-        words = Words(self.bert.embeddings(text.ids), text.mask)
+    def start(self, text: Text, embedded: Tensor | None = None) -> Words:
+        given = {"input_ids": text.ids} if embedded is None else {"inputs_embeds": embedded}
+        words = Words(self.bert.embeddings(**given), text.mask)
         return self._run(self.bert.encoder.layer, words) if self.whole else words
 
     def advance(self, i: int, words: Words) -> Words:

@@ -88,8 +88,9 @@ class TransformersEncoder(TextEncoder):
     def word_embedding(self) -> Tensor:
         return self.encoder.get_input_embeddings().weight
 
-    def start(self, text: Text) -> Words:
-        hidden = self.encoder(input_ids=text.ids, attention_mask=text.mask.long()).last_hidden_state
+    def start(self, text: Text, embedded: Tensor | None = None) -> Words:
+        given = {"input_ids": text.ids} if embedded is None else {"inputs_embeds": embedded}
+        hidden = self.encoder(**given, attention_mask=text.mask.long()).last_hidden_state
         return Words(hidden, text.mask)
 
     def load_pretrained(self, source: str | None) -> None:

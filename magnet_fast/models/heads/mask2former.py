@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, model_validator
 
 from magnet_fast.models.base import Head
-from magnet_fast.models.config import HeadConfig, part
+from magnet_fast.models.config import HeadConfig, Shapes, part
 from magnet_fast.models.contract import Features, Prediction
 from magnet_fast.models.heads.mask_decoder import MaskDecoder
 from magnet_fast.models.heads.pixel_decoder import PixelDecoder
@@ -34,8 +34,11 @@ class Mask2FormerConfig(HeadConfig):
             raise ValueError(f"width={self.width} must be a multiple of 4 and of num_heads={self.num_heads}")
         return self
 
-    def build(self, channels: tuple[int, ...], strides: tuple[int, ...], text_width: int) -> Mask2Former:
-        return Mask2Former(channels, self)
+    def pixel_channels(self, shapes: Shapes) -> int:
+        return self.width
+
+    def build(self, shapes: Shapes) -> Mask2Former:
+        return Mask2Former(shapes.channels, self)
 
 
 class Mask2Former(Head):

@@ -1,4 +1,4 @@
-"""The pixel decoder: multi-scale deformable attention over all stages (Mask2Former's, as MagNet released it)."""
+"""Pixel decoders: multi-scale deformable attention over stages (Mask2Former's), in two forms."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ Level = tuple[Tensor, tuple[int, int]]
 """Tokens (B, H·W, C) of a map, and its (H, W)."""
 
 
-class PixelDecoder(nn.Module):
-    """Stage features to one width, mixed across all levels.
+class LevelMixer(nn.Module):
+    """Maps to one width, mixed across all levels by deformable attention.
 
     Args:
         channels: of the maps, from the finest to the coarsest.
@@ -32,8 +32,7 @@ class PixelDecoder(nn.Module):
         super().__init__()
         coarse_first = tuple(reversed(channels))
         self.input_proj = nn.ModuleList(nn.Conv2d(c, width, 1) for c in coarse_first)
-        groups = math.gcd(32, width)
-        self.input_norm = nn.ModuleList(nn.GroupNorm(groups, width) for _ in coarse_first)
+        self.input_norm = nn.ModuleList(group_norm(width) for _ in coarse_first)
         for projection in self.input_proj:
             nn.init.xavier_uniform_(projection.weight)
             nn.init.zeros_(projection.bias)
@@ -41,13 +40,9 @@ class PixelDecoder(nn.Module):
         self.layers = nn.ModuleList(
             DeformableLayer(width, num_heads, len(channels), points, feedforward) for _ in range(layers)
         )
-        self.mask_features = nn.Conv2d(width, width, 1)
 
-    def forward(self, maps: list[Tensor]) -> tuple[list[Level], Tensor]:
-        """Channels-last maps, the finest first, to (levels, mask features (B, width, h, w) of the finest map's size).
-
-        In levels, and in the sequence that the layers work on, the coarsest map comes first.
-        """
+    def mix(self, maps: list[Tensor]) -> list[Level]:
+        """Channels-last maps, the finest first, to levels, the coarsest first, as in the sequence that layers read."""
         shapes, tokens, positions = [], [], []
         for level, feature in enumerate(reversed(maps)):
             projected = self.input_norm[level](self.input_proj[level](feature.permute(0, 3, 1, 2)))
@@ -59,9 +54,51 @@ class PixelDecoder(nn.Module):
         reference = pixel_centres(shapes, x.device)
         for layer in self.layers:
             x = layer(x, position, reference, shapes)
-        split = x.split([height * width for height, width in shapes], dim=1)
-        finest = split[-1].transpose(1, 2).unflatten(2, shapes[-1])
-        return list(zip(split, shapes, strict=True)), self.mask_features(finest)
+        return list(zip(x.split([height * width for height, width in shapes], dim=1), shapes, strict=True))
+
+
+class PixelDecoder(LevelMixer):
+    """All stages mixed; mask features are made of the finest level (MagNet's form)."""
+
+    def __init__(self, channels: tuple[int, ...], *, width: int, **mixing: int) -> None:
+        super().__init__(channels, width=width, **mixing)
+        self.mask_features = nn.Conv2d(width, width, 1)
+
+    def forward(self, maps: list[Tensor]) -> tuple[list[Level], Tensor]:
+        """Channels-last maps, the finest first, to (levels, mask features (B, width, h, w) at the finest map)."""
+        levels = self.mix(maps)
+        return levels, self.mask_features(as_map(levels[-1]))
+
+
+class PyramidPixelDecoder(LevelMixer):
+    """All stages but the finest mixed; mask features are made of that one and the level above it, as in a feature
+    pyramid (Mask2Former's own form; RefSegformer's and ReLA's)."""
+
+    def __init__(self, channels: tuple[int, ...], *, width: int, **mixing: int) -> None:
+        finest, *mixed = channels
+        super().__init__(tuple(mixed), width=width, **mixing)
+        self.lateral, self.lateral_norm = nn.Conv2d(finest, width, 1, bias=False), group_norm(width)
+        self.smooth, self.smooth_norm = nn.Conv2d(width, width, 3, padding=1, bias=False), group_norm(width)
+        self.mask_features = nn.Conv2d(width, width, 1)
+
+    def forward(self, maps: list[Tensor]) -> tuple[list[Level], Tensor]:
+        """As `PixelDecoder`; levels are those that were mixed."""
+        finest, *mixed = maps
+        levels = self.mix(mixed)
+        y = self.lateral_norm(self.lateral(finest.permute(0, 3, 1, 2)))
+        y = y + F.interpolate(as_map(levels[-1]), size=y.shape[2:], mode="bilinear", align_corners=False)
+        return levels, self.mask_features(F.relu(self.smooth_norm(self.smooth(y))))
+
+
+def as_map(level: Level) -> Tensor:
+    """(B, C, H, W)"""
+    tokens, shape = level
+    return tokens.transpose(1, 2).unflatten(2, shape)
+
+
+def group_norm(width: int) -> nn.GroupNorm:
+    """Of 32 groups, or as many below as divide the width."""
+    return nn.GroupNorm(math.gcd(32, width), width)
 
 
 class DeformableLayer(nn.Module):

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import nn
 
 from magnet_fast.models.base import Head
-from magnet_fast.models.config import HeadConfig, part
+from magnet_fast.models.config import HeadConfig, Shapes, part
 from magnet_fast.models.contract import Features, Prediction
 
 
@@ -21,8 +21,8 @@ class TopDownConfig(HeadConfig):
     kind: Literal["topdown"] = "topdown"
     width: int | None = Field(None, gt=0, description="channels between the maps; none: four times the finest's")
 
-    def build(self, channels: tuple[int, ...], strides: tuple[int, ...], text_width: int) -> TopDown:
-        return TopDown(channels, self.width or 4 * channels[0])
+    def build(self, shapes: Shapes) -> TopDown:
+        return TopDown(shapes.channels, self.width or 4 * shapes.channels[0])
 
 
 class TopDown(Head):

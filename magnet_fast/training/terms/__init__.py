@@ -4,6 +4,7 @@ from magnet_fast.training.terms.alignment import AlignmentTerm
 from magnet_fast.training.terms.cross_entropy import CrossEntropyTerm
 from magnet_fast.training.terms.grounding import GroundingTerm
 from magnet_fast.training.terms.mask import MaskTerm
+from magnet_fast.training.terms.minimap import MinimapTerm
 from magnet_fast.training.terms.presence import PresenceTerm
 from magnet_fast.training.terms.term import TERMS, Term, TermConfig, build_terms, read_terms, register
 
@@ -13,6 +14,7 @@ __all__ = [
     "CrossEntropyTerm",
     "GroundingTerm",
     "MaskTerm",
+    "MinimapTerm",
     "PresenceTerm",
     "Term",
     "TermConfig",

@@ -31,20 +31,20 @@ class AlignmentTerm(Term):
 
     Args:
         config: its options.
-        text_width: D of the words.
+        sentence_width: D of the sentence.
         pixel_channels: C of the pixels.
     """
 
     config_class = AlignmentConfig
     logged = ("p2p", "p2t")
 
-    def __init__(self, config: AlignmentConfig, text_width: int, pixel_channels: int) -> None:
+    def __init__(self, config: AlignmentConfig, sentence_width: int, pixel_channels: int) -> None:
         super().__init__(config)
         self.temperatures = {
             "pixel_temperature": config.pixel_temperature,
             "text_temperature": config.text_temperature,
         }
-        self.projection = nn.Linear(text_width, pixel_channels)
+        self.projection = nn.Linear(sentence_width, pixel_channels)
 
     @classmethod
     def build(cls, config: AlignmentConfig, model: nn.Module, tokenizer: Any) -> AlignmentTerm:
@@ -53,7 +53,7 @@ class AlignmentTerm(Term):
             raise cls.refuse(
                 "the model gives no embedding of the pixels to align with the sentence (model.head.pixel_channels)"
             )
-        return cls(config, model.text_encoder.width, channels)
+        return cls(config, model.text_encoder.sentence_width, channels)
 
     def forward(
         self, prediction: Prediction, batch: dict[str, Any], model: nn.Module

@@ -13,8 +13,8 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from magnet_fast.data.hidden_tokens import TokenHider
-from magnet_fast.models.contract import Prediction, Text
+from magnet_fast.data.hidden_tokens import HiddenTokens, TokenHider
+from magnet_fast.models.contract import Prediction
 from magnet_fast.training.terms.hidden_words import hidden_word_accuracy
 from magnet_fast.training.terms.term import Term, TermConfig, register
 from magnet_fast.training.terms.word_predictor import WordPredictor
@@ -25,7 +25,7 @@ class GroundingConfig(TermConfig):
 
     share: float = Field(0.15, gt=0, le=1, description="of a sentence's ordinary tokens that is hidden")
     scheme: Literal["90/10", "80/10/10"] = Field("90/10", description="[MASK] or unchanged; or BERT's")
-    image_stage: int = Field(3, ge=0, description="stage of the image encoder whose pixels the predictor reads")
+    image_stage: int | None = Field(None, ge=0, description="which fused map the predictor reads; none: the last")
     layers: int = Field(6, gt=0)
     heads: int = Field(8, gt=0)
     feedforward: int = Field(768, gt=0)
@@ -42,7 +42,8 @@ class GroundingTerm(Term):
     Args:
         config: its options.
         predictor: of the hidden words.
-        hider: chooses tokens and hides them.
+        hider: chooses tokens and hides them. In a vocabulary without [MASK] a learned vector, the term's own, stands in
+            a hidden word's place.
     """
 
     config_class = GroundingConfig
@@ -52,14 +53,15 @@ class GroundingTerm(Term):
         super().__init__(config)
         self.predictor, self.hider = predictor, hider
         self.image_stage, self.blind = config.image_stage, config.blind
+        self.cover = None if hider.mask_id is not None else nn.Parameter(0.02 * torch.randn(predictor.text_width))
 
     @classmethod
     def build(cls, config: GroundingConfig, model: nn.Module, tokenizer: Any) -> GroundingTerm:
-        text, channels = model.text_encoder, model.config.fusion.channels(model.config.image)
-        if config.image_stage >= len(channels):
+        text, channels = model.text_encoder, model.config.shapes.channels
+        stage = len(channels) - 1 if config.image_stage is None else config.image_stage
+        if stage >= len(channels):
             raise ValueError(
-                f"terms.grounding.image_stage: expected a stage of the model's, 0 to {len(channels) - 1}, "
-                f"got {config.image_stage}"
+                f"terms.grounding.image_stage: expected a map of the model's, 0 to {len(channels) - 1}, got {stage}"
             )
         embedding = getattr(text, "word_embedding", None)
         if embedding is None or embedding.shape[1] != text.width:
@@ -70,35 +72,38 @@ class GroundingTerm(Term):
             )
         predictor = WordPredictor(
             text.width,
-            channels[config.image_stage],
+            channels[stage],
             len(embedding),
             layers=config.layers,
             heads=config.heads,
             feedforward=config.feedforward,
         )
+        config = config.model_copy(update={"image_stage": stage})
         return cls(config, predictor, TokenHider(tokenizer, config.share, config.scheme))
 
     def forward(
         self, prediction: Prediction, batch: dict[str, Any], model: nn.Module
     ) -> tuple[Tensor, dict[str, Tensor]]:
         hidden = self.hider(batch["text"])
-        logits = self.predict(model, batch, hidden.text, hidden.positions, blind=self.blind)
+        logits = self.predict(model, batch, hidden, blind=self.blind)
         loss, accuracy = grounding_loss(logits, hidden.targets, hidden.valid)
         return loss, {"grounding": loss.detach(), "grounding_accuracy": accuracy}
 
-    def predict(
-        self, model: nn.Module, batch: dict[str, Any], text: Text, positions: Tensor, *, blind: bool = False
-    ) -> Tensor:
-        """Logits (B, K, V) of the words at the positions (B, K), where `text` has them hidden.
+    def predict(self, model: nn.Module, batch: dict[str, Any], hidden: HiddenTokens, *, blind: bool = False) -> Tensor:
+        """Logits (B, K, V) of the words at the hidden positions (B, K).
 
         `blind` is a control: image and mask are grey and empty. What is then said, is said from the other words alone.
         """
-        image, mask = batch["image"], batch["mask"]
-        if blind:  # zeros are ImageNet's mean colour, and a mask without pixels
+        image, mask, text = batch["image"], batch["mask"], hidden.text
+        if blind:  # zeros are the mean colour, and a mask without pixels
             image, mask = torch.zeros_like(image), torch.zeros_like(mask)
-        features = model.encode(image, text, batch.get("extra"))
+        vocabulary, embedded = model.text_encoder.word_embedding, None
+        if self.cover is not None:
+            own = F.embedding(text.ids, vocabulary)
+            embedded = torch.where(hidden.covered[..., None], self.cover.to(own.dtype), own)
+        features = model.encode(image, text, batch.get("extra"), embedded=embedded)
         words, pixels = features.words, features.maps[self.image_stage]
-        return self.predictor(words.features, text.mask, pixels, mask, positions, model.text_encoder.word_embedding)
+        return self.predictor(words.features, text.mask, pixels, mask, hidden.positions, vocabulary)
 
     def repeated_layers(self) -> list[nn.Module]:
         return list(self.predictor.layers)

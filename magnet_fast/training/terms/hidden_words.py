@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader, Subset
 
+from magnet_fast.data.hidden_tokens import HiddenTokens
 from magnet_fast.data.sample import collate, to_device
 from magnet_fast.models.contract import Text
 
@@ -65,14 +66,14 @@ def hidden_word_accuracy(
     grounding.eval()
     try:
         for batch in loader:
-            text, positions, targets, valid = _hide(grounding.hider, batch["text"], batch["index"].tolist(), seed)
-            answers += torch.bincount(targets[valid], minlength=len(answers))
-            batch = to_device({**batch, "text": text}, device)
-            positions, targets, valid = (part.to(device) for part in (positions, targets, valid))
+            hidden = _hide(grounding.hider, batch["text"], batch["index"].tolist(), seed)
+            answers += torch.bincount(hidden.targets[hidden.valid], minlength=len(answers))
+            batch = to_device({**batch, "text": hidden.text}, device)
+            hidden = HiddenTokens(batch["text"], *(part.to(device) for part in hidden[1:]))
             with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
                 for row, blind in enumerate((False, True)):
-                    logits = grounding.predict(model, batch, batch["text"], positions, blind=blind)
-                    right[row] += ((logits.argmax(dim=-1) == targets) & valid).sum()
+                    logits = grounding.predict(model, batch, hidden, blind=blind)
+                    right[row] += ((logits.argmax(dim=-1) == hidden.targets) & hidden.valid).sum()
     finally:
         model.train(modes[0])
         grounding.train(modes[1])
@@ -92,15 +93,14 @@ def hidden_word_accuracy(
     }
 
 
-def _hide(hider: Any, text: Text, indices: list[int], seed: int) -> tuple[Text, Tensor, Tensor, Tensor]:
+def _hide(hider: Any, text: Text, indices: list[int], seed: int) -> HiddenTokens:
     """The hidden tokens of a batch, every sentence by a generator of its own."""
     rows = []
     for row, index in enumerate(indices):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
         one = Text(text.ids[row : row + 1], text.mask[row : row + 1])
         rows.append(hider(one, generator=generator))
-    ids, positions, targets, valid = (
-        torch.cat(parts)
-        for parts in zip(*((row.text.ids, row.positions, row.targets, row.valid) for row in rows), strict=True)
+    ids = torch.cat([row.text.ids for row in rows])
+    return HiddenTokens(
+        Text(ids, text.mask), *(torch.cat(parts) for parts in zip(*(row[1:] for row in rows), strict=True))
     )
-    return Text(ids, text.mask), positions, targets, valid

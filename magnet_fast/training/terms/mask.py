@@ -5,22 +5,25 @@ Mask2Former's losses of a mask; the factors 2 and 2 are our choice.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from magnet_fast.models.contract import Prediction
+from magnet_fast.models.contract import Prediction, resized
 from magnet_fast.training.terms.term import Term, TermConfig, register
 
 
 class MaskConfig(TermConfig):
-    """Factors of the two parts."""
+    """Factors of the two parts, and where they are compared."""
 
     bce: float = Field(2.0, ge=0)
     dice: float = Field(2.0, ge=0)
+    at: Literal["input", "logits"] = Field(
+        "input", description="logits are resized to the mask, or the mask by nearest neighbour to the logits (CRIS)"
+    )
 
 
 @register("mask")
@@ -32,12 +35,17 @@ class MaskTerm(Term):
 
     def __init__(self, config: MaskConfig) -> None:
         super().__init__(config)
-        self.bce, self.dice = config.bce, config.dice
+        self.bce, self.dice, self.at = config.bce, config.dice, config.at
 
     def forward(
         self, prediction: Prediction, batch: dict[str, Any], model: nn.Module
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        bce, dice = mask_loss(prediction, batch["mask"])
+        mask = batch["mask"]
+        if self.at == "logits":
+            check_mask(prediction, mask)
+            size = prediction.mask.shape[-2:]
+            mask = F.interpolate(mask[:, None].float(), size=size, mode="nearest")[:, 0]
+        bce, dice = mask_loss(prediction, mask)
         return self.bce * bce.sum() + self.dice * dice.sum(), {"bce": bce.detach().mean(), "dice": dice.detach().mean()}
 
 
@@ -45,7 +53,7 @@ def mask_loss(prediction: Prediction, mask: Tensor) -> tuple[Tensor, Tensor]:
     """BCE and Dice of the final prediction and of each earlier one.
 
     The resolution is our choice. The final prediction is compared at (H, W) after the very resize that inference
-    applies (bilinear, aligned corners). The earlier ones stay at (h, w), a sixteenth of the pixels: there the mask is
+    applies (`contract.resized`). The earlier ones stay at (h, w), a sixteenth of the pixels: there the mask is
     brought down to them, each logit being compared with the mask around the pixel where that resize would put it (see
     `mask_at`).
 
@@ -62,34 +70,29 @@ def mask_loss(prediction: Prediction, mask: Tensor) -> tuple[Tensor, Tensor]:
     check_mask(prediction, mask)
     with torch.autocast(prediction.mask.device.type, enabled=False):
         mask = mask.to(torch.float32)
-        parts = [_bce_and_dice(at_size_of(prediction.mask, mask)[None], mask)]
-        by_size: dict[torch.Size, list[Tensor]] = {}
+        parts = [_bce_and_dice(resized(prediction, mask.shape[-2:])[None], mask)]
+        alike: dict[tuple[torch.Size, bool], list[Tensor]] = {}
         for before in prediction.earlier:
-            by_size.setdefault(before.mask.shape[-2:], []).append(before.mask)
-        for size, logits in by_size.items():
-            parts.append(_bce_and_dice(torch.stack(logits).float(), mask_at(mask, size)))
+            alike.setdefault((before.mask.shape[-2:], before.aligned_corners), []).append(before.mask)
+        for (size, aligned), logits in alike.items():
+            parts.append(_bce_and_dice(torch.stack(logits).float(), mask_at(mask, size, aligned)))
         bce, dice = (torch.cat(part) for part in zip(*parts, strict=True))
     return bce, dice
 
 
-def at_size_of(logits: Tensor, mask: Tensor) -> Tensor:
-    """(B, h, w) logits in float32 at the size of (B, H, W), by the resize of inference."""
-    logits = logits.float()
-    if logits.shape[-2:] == mask.shape[-2:]:
-        return logits
-    return F.interpolate(logits[:, None], size=mask.shape[-2:], mode="bilinear", align_corners=True)[:, 0]
-
-
-def mask_at(mask: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
+def mask_at(mask: Tensor, size: tuple[int, int] | torch.Size, aligned: bool = True) -> Tensor:
     """Bring masks (B, H, W) down to `size` = (h, w): the targets, in [0, 1], of logits that live on that grid.
 
     Logit (i, j) is shown by inference at pixel (i (H-1)/(h-1), j (W-1)/(w-1)) (bilinear, aligned corners), so its
     target is the mask's mean over a box around that pixel, as wide as the grid's step rounded down to an odd number.
-    Plain average pooling would put the targets up to a step and a half of pixels beside where they are shown.
+    Plain average pooling would put the targets up to a step and a half of pixels beside where they are shown. Where
+    inference resizes without aligned corners, plain average pooling is right.
     """
     height, width = mask.shape[-2:]
     if (height, width) == tuple(size):
         return mask
+    if not aligned:
+        return F.adaptive_avg_pool2d(mask[:, None], tuple(size))[:, 0]
     mask = mask[:, None]
     box = tuple(_odd(side // cells) for side, cells in zip((height, width), size, strict=True))
     if box != (1, 1):

@@ -47,6 +47,7 @@ class WordPredictor(nn.Module):
             intermediate_size=feedforward,
             attn_implementation="sdpa",
         )
+        self.text_width = text_width
         self.mask_encoder = nn.Sequential(nn.Linear(2, text_width), nn.ReLU(), nn.Linear(text_width, text_width))
         self.no_mask = nn.Parameter(torch.zeros(text_width))  # stands for the mask of an absent referent
         self.pixel_projection = nn.Linear(image_channels, text_width)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from magnet_fast.data.hidden_tokens import TokenHider
+from magnet_fast.data.hidden_tokens import HiddenTokens, TokenHider
 from magnet_fast.data.sample import Sample
 from magnet_fast.data.tokenizers import Tokenizer
 from magnet_fast.models import Text
@@ -40,13 +40,13 @@ class Reader(nn.Module):
         self.ids = tokenizer(list(COLOURS)).ids[:, 1]
         self.seen: list[tuple[int, ...]] = []
 
-    def predict(self, model, batch: dict, text: Text, positions: Tensor, *, blind: bool) -> Tensor:
+    def predict(self, model, batch: dict, hidden: HiddenTokens, *, blind: bool) -> Tensor:
         assert not self.training and not torch.is_grad_enabled()
         image = batch["image"]
-        self.seen += zip(batch["index"].tolist(), text.ids.tolist(), strict=True)
+        self.seen += zip(batch["index"].tolist(), hidden.text.ids.tolist(), strict=True)
         pixel = torch.ones(len(image)) if blind else image[:, 0, 0, 0] - 1
         words = self.ids[pixel.long()]
-        return nn.functional.one_hot(words, 1280).float()[:, None].expand(-1, positions.shape[1], -1)
+        return nn.functional.one_hot(words, 1280).float()[:, None].expand(-1, hidden.positions.shape[1], -1)
 
 
 class Model(nn.Linear):
