@@ -13,8 +13,11 @@ from magnet_fast.data.datasets.base import BrokenRecordsError, Folders
 from magnet_fast.data.datasets.published import IMAGES_SOURCE, PUBLISHED_REFS, SOURCES
 from magnet_fast.data.datasets.reader import Reader, Ref, Tally
 from magnet_fast.data.datasets.refer import IMAGE_FOLDERS, SPLITS, Refer
-from magnet_fast.data.transforms.pictures import check_range, opened, orientation
+from magnet_fast.data.transforms.pictures import check_range, open_image, opened, orientation
 
+_LAST_MARKS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
+"""What a whole file of a format has at its end: pictures whose download broke off lack it."""
+_TAIL = 4096
 _STATES = ("absent", "unreadable", "of another size")  # of images, in the order in which they are told
 
 
@@ -158,7 +161,18 @@ def _header(path: Path) -> tuple[tuple[int, int], int]:
     """
     with opened(path) as picture:
         check_range(picture, f"image {path}")
-        return (picture.height, picture.width), orientation(picture)
+        found = (picture.height, picture.width), orientation(picture)
+        mark = _LAST_MARKS.get(picture.format or "")
+    if mark and not _ends_with(path, mark):
+        open_image(path)  # that takes long, and says what is wrong, if anything is
+    return found
+
+
+def _ends_with(path: Path, mark: bytes) -> bool:
+    """Whether a file's last bytes hold a mark; some programs write a little behind it."""
+    with path.open("rb") as file:
+        file.seek(-min(_TAIL, path.stat().st_size), os.SEEK_END)
+        return mark in file.read()
 
 
 def _check_masks(reader: Reader, refs: list[Ref], found: Tally) -> None:

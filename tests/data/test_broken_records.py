@@ -110,10 +110,11 @@ def test_json_that_python_cannot_take(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (gzip.compress(b"[]"), "is compressed (gzip); unpack it first"),
+        (gzip.compress(b"[]", mtime=0), "is compressed (gzip); unpack it first"),
         (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
         (b"\n<!DOCTYPE html>", "is a web page"),
     ],
+    ids=["gzip", "pointer", "page"],
 )
 def test_other_files_under_the_name_of_data(tmp_path: Path, name: str, content: bytes, said: str) -> None:
     root = write_root(tmp_path, dataset="mine")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,16 @@ def test_no_image_folder(root: Path) -> None:
     (root / "images/mscoco/images/train2014").rename(root / "elsewhere")
     message = only_problem(root)
     assert "no image folder" in message and "train2014.zip" in message
+
+
+def test_a_picture_whose_download_broke_off(root: Path) -> None:
+    """Its header is whole; so is a picture with something behind its end."""
+    folder = root / "images/mscoco/images/train2014"
+    whole = (folder / "a.jpg").read_bytes()
+    (folder / "a.jpg").write_bytes(whole + 2000 * b"x")
+    assert check_data(root).problems == []
+    (folder / "a.jpg").write_bytes(whole[: len(whole) // 2])
+    assert re.match(r"1 image unreadable: image .*a\.jpg cannot be read: .*is the file whole\?", only_problem(root))
 
 
 def test_images_absent_damaged_and_of_another_size(root: Path) -> None:
