@@ -24,6 +24,7 @@ from magnet_fast.fast import grounding_dino, timm, torchvision, transformers_def
 from magnet_fast.fast._replacement import Replacement, class_path, fused_class, upstream_class
 from magnet_fast.fast._report import ModuleReport, Report
 from magnet_fast.ops._linear import PackedLinear, pack_linear, plain_linear, unpack_linear
+from magnet_fast.ops._observed import altered
 
 __all__ = ["ModuleReport", "Report", "accelerate", "accelerated", "restore"]
 
@@ -145,6 +146,8 @@ def _pack(name: str, layer: nn.Linear) -> ModuleReport:
     path = class_path(nn.Linear)
     if "forward" in vars(layer):
         return ModuleReport(name, path, None, "its forward was replaced on the module itself")
+    if altered(layer):
+        return ModuleReport(name, path, None, "a method was replaced, in its class")
     if name.rpartition(".")[2] == "base_layer":
         return ModuleReport(name, path, None, "under an adapter, which may be merged into its weight behind our back")
     pack_linear(layer)
