@@ -219,7 +219,7 @@ def test_bad_inputs(root, trained, picture, tmp_path) -> None:
     evaluate = ["evaluate", "--checkpoint", checkpoint]
     assert "no split 'test'" in refused(*evaluate, "--data", root, "--split", "test")
     refused(*evaluate, "--data", tmp_path)
-    assert "no such checkpoint" in refused("evaluate", "--checkpoint", tmp_path / "none.pt", "--data", root)
+    assert "none.pt' does not exist" in refused("evaluate", "--checkpoint", tmp_path / "none.pt", "--data", root)
     assert "backend" in refused(*evaluate, "--data", root, "--backend", "abacus")
     torch.save({"model": {"encoder.weight": torch.zeros(2)}}, tmp_path / "other.pth")
     refused("evaluate", "--checkpoint", tmp_path / "other.pth", "--data", root)
