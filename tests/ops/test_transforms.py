@@ -32,9 +32,6 @@ def loss(case: Case):
 
 
 def test_second_derivatives_are_those_of_the_reference(case: Case) -> None:
-    if case.operator in SAMPLING:
-        pytest.skip("grid_sample, of which the reference is made, has no second derivative")
-
     def second(function) -> tuple[Tensor | None, ...]:
         first = torch.autograd.grad(weighted_sum(function(*case.leaves)).sin(), case.leaves, create_graph=True)
         return torch.autograd.grad(weighted_sum(first).sin(), case.leaves, allow_unused=True)

@@ -4,34 +4,22 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import nn
 
 from magnet_fast.models.base import Head
-from magnet_fast.models.config import HeadConfig, Shapes, part
+from magnet_fast.models.config import Shapes, part
 from magnet_fast.models.contract import Features, Prediction
-from magnet_fast.models.heads.pixel_decoder import PyramidPixelDecoder
+from magnet_fast.models.heads.pixel_decoder import PixelDecoderConfig, PyramidPixelDecoder
 
 
 @part
-class FPNConfig(HeadConfig):
+class FPNConfig(PixelDecoderConfig):
     """Sizes of the pixel decoder."""
 
     kind: Literal["fpn"] = "fpn"
-    width: int = Field(256, gt=0)
-    num_heads: int = Field(8, gt=0)
-    points: int = Field(4, gt=0, description="sampling points per level and head")
     layers: int = Field(6, gt=0)
     feedforward: int = Field(1024, gt=0)
-
-    @model_validator(mode="after")
-    def _divisible(self) -> FPNConfig:
-        if self.width % self.num_heads or self.width % 4:
-            raise ValueError(f"width={self.width} must be a multiple of 4 and of num_heads={self.num_heads}")
-        return self
-
-    def pixel_channels(self, shapes: Shapes) -> int:
-        return self.width
 
     def check(self, shapes: Shapes) -> None:
         check_levels(shapes)

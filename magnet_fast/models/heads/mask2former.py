@@ -4,38 +4,26 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from magnet_fast.models.base import Head
-from magnet_fast.models.config import HeadConfig, Shapes, part
+from magnet_fast.models.config import Shapes, part
 from magnet_fast.models.contract import Features, Prediction
 from magnet_fast.models.heads.mask_decoder import MaskDecoder
-from magnet_fast.models.heads.pixel_decoder import PixelDecoder
+from magnet_fast.models.heads.pixel_decoder import PixelDecoder, PixelDecoderConfig
 
 
 @part
-class Mask2FormerConfig(HeadConfig):
+class Mask2FormerConfig(PixelDecoderConfig):
     """Sizes of both decoders."""
 
     says_presence: ClassVar[bool] = True
 
     kind: Literal["mask2former"] = "mask2former"
-    width: int = Field(256, gt=0)
-    num_heads: int = Field(8, gt=0)
-    points: int = Field(4, gt=0, description="sampling points per level and head")
     pixel_layers: int = Field(4, gt=0)
     pixel_feedforward: int = Field(1024, gt=0)
     mask_layers: int = Field(9, gt=0)
     mask_feedforward: int = Field(2048, gt=0)
-
-    @model_validator(mode="after")
-    def _divisible(self) -> Mask2FormerConfig:
-        if self.width % self.num_heads or self.width % 4:
-            raise ValueError(f"width={self.width} must be a multiple of 4 and of num_heads={self.num_heads}")
-        return self
-
-    def pixel_channels(self, shapes: Shapes) -> int:
-        return self.width
 
     def build(self, shapes: Shapes) -> Mask2Former:
         return Mask2Former(shapes.channels, self)

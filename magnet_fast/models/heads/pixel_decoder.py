@@ -6,13 +6,33 @@ import math
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field, model_validator
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from magnet_fast import ops
+from magnet_fast.models.config import HeadConfig, Shapes
 from magnet_fast.models.position import sine_position
 
 Level = tuple[Tensor, tuple[int, int]]
 """Tokens (B, H·W, C) of a map, and its (H, W)."""
+
+
+class PixelDecoderConfig(HeadConfig):
+    """What heads with a pixel decoder have in common; their `pixels` are its mask features."""
+
+    width: int = Field(256, gt=0)
+    num_heads: int = Field(8, gt=0)
+    points: int = Field(4, gt=0, description="sampling points per level and head")
+
+    @model_validator(mode="after")
+    def _divisible(self) -> Self:
+        if self.width % self.num_heads or self.width % 4:
+            raise ValueError(f"width={self.width} must be a multiple of 4 and of num_heads={self.num_heads}")
+        return self
+
+    def pixel_channels(self, shapes: Shapes) -> int:
+        return self.width
 
 
 class LevelMixer(nn.Module):

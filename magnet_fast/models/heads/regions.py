@@ -6,31 +6,28 @@ from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 
 from magnet_fast.models.base import Head
-from magnet_fast.models.config import HeadConfig, Shapes, part
+from magnet_fast.models.config import Shapes, part
 from magnet_fast.models.contract import Features, Prediction, Words
 from magnet_fast.models.heads.fpn import check_levels
 from magnet_fast.models.heads.mask_decoder import QueryAttention, inside_mask
-from magnet_fast.models.heads.pixel_decoder import Level, PyramidPixelDecoder
+from magnet_fast.models.heads.pixel_decoder import Level, PixelDecoderConfig, PyramidPixelDecoder
 from magnet_fast.models.position import sine_position
 
 _LANGUAGE_SHARE = 0.1  # of what the regions take up of the words, before the gate
 
 
 @part
-class RegionsConfig(HeadConfig):
+class RegionsConfig(PixelDecoderConfig):
     """Sizes of pixel decoder and region decoder."""
 
     says_presence: ClassVar[bool] = True
 
     kind: Literal["regions"] = "regions"
     side: int = Field(10, gt=0, description="regions along each side of the grid")
-    width: int = Field(256, gt=0)
-    num_heads: int = Field(8, gt=0)
-    points: int = Field(4, gt=0, description="sampling points per level and head")
     pixel_layers: int = Field(6, gt=0)
     pixel_feedforward: int = Field(1024, gt=0)
     layers: int = Field(9, gt=0)
@@ -38,15 +35,6 @@ class RegionsConfig(HeadConfig):
     language_gate: Literal["trained", "released"] = Field(
         "trained", description="how much of the words regions take up is learnt, or one half, as released files are run"
     )
-
-    @model_validator(mode="after")
-    def _divisible(self) -> RegionsConfig:
-        if self.width % self.num_heads or self.width % 4:
-            raise ValueError(f"width={self.width} must be a multiple of 4 and of num_heads={self.num_heads}")
-        return self
-
-    def pixel_channels(self, shapes: Shapes) -> int:
-        return self.width
 
     def check(self, shapes: Shapes) -> None:
         check_levels(shapes)
