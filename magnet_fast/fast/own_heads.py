@@ -24,13 +24,12 @@ from magnet_fast.ops._linear import plain_linear
 from magnet_fast.ops._linear_chain import Step
 
 
-class PixelDecoder:
+class _LevelMixer:
     """Channels stay last: norms and products read the maps as they lie. The encoding of places is kept."""
 
-    def forward(self, maps: list[Tensor]) -> tuple[list[Level], Tensor]:
-        convolutions = (*self.input_proj, self.mask_features)
-        if must_run_original(self, *convolutions) or not all(plain_pointwise(layer) for layer in convolutions):
-            return super().forward(maps)
+    def mix(self, maps: list[Tensor]) -> list[Level]:
+        if must_run_original(self, *self.input_proj) or not all(map(plain_pointwise, self.input_proj)):
+            return super().mix(maps)
         coarse_first = maps[::-1]
         shapes = [(feature.shape[1], feature.shape[2]) for feature in coarse_first]
         tokens, positions = [], []
@@ -44,9 +43,33 @@ class PixelDecoder:
         reference = pixel_centres(shapes, x.device)
         for layer in self.layers:
             x = layer(x, position, reference, shapes)
-        split = x.split([height * width for height, width in shapes], dim=1)
-        finest = pointwise(self.mask_features, split[-1].unflatten(1, shapes[-1]))
-        return list(zip(split, shapes, strict=True)), finest.permute(0, 3, 1, 2)
+        return list(zip(x.split([height * width for height, width in shapes], dim=1), shapes, strict=True))
+
+
+class PixelDecoder(_LevelMixer):
+    __doc__ = _LevelMixer.__doc__
+
+    def forward(self, maps: list[Tensor]) -> tuple[list[Level], Tensor]:
+        if must_run_original(self, self.mask_features) or not plain_pointwise(self.mask_features):
+            return super().forward(maps)
+        levels = self.mix(maps)
+        return levels, pointwise(self.mask_features, channels_last(levels[-1])).permute(0, 3, 1, 2)
+
+
+class PyramidPixelDecoder(_LevelMixer):
+    __doc__ = _LevelMixer.__doc__
+
+    def forward(self, maps: list[Tensor]) -> tuple[list[Level], Tensor]:
+        convolutions = (self.lateral, self.mask_features)
+        if must_run_original(self, *convolutions) or not all(map(plain_pointwise, convolutions)):
+            return super().forward(maps)
+        finest, *mixed = maps
+        levels = self.mix(mixed)
+        y = self.lateral_norm(pointwise(self.lateral, finest).permute(0, 3, 1, 2))
+        coarse = channels_last(levels[-1]).permute(0, 3, 1, 2)
+        y = y + F.interpolate(coarse, size=y.shape[2:], mode="bilinear", align_corners=False)
+        y = F.relu(self.smooth_norm(self.smooth(y))).permute(0, 2, 3, 1)
+        return levels, pointwise(self.mask_features, y).permute(0, 3, 1, 2)
 
 
 class DeformableLayer:
@@ -180,3 +203,9 @@ def pixels_last(features: Tensor) -> Tensor:
     A batch of one keeps the stride of a batch: what `flatten(2)` makes of it, oneDNN copies before it multiplies.
     """
     return features.permute(0, 2, 3, 1).flatten(1, 2).transpose(1, 2)
+
+
+def channels_last(level: Level) -> Tensor:
+    """(B, H, W, C) of a level's tokens."""
+    tokens, shape = level
+    return tokens.unflatten(1, shape)

@@ -33,6 +33,8 @@ VARIANTS = {
     "magnet_tiny released": {"fusion__masking": "released"},
     "magnet_tiny xmha": {"fusion__form": "xmha"},
     "lavt_tiny": {},
+    "refsegformer_tiny": {},
+    "rela_tiny": {},
 }
 IMAGE = (2, 3, 50, 67)
 

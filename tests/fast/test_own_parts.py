@@ -16,7 +16,7 @@ from magnet_fast.models.fusion import exchange
 from magnet_fast.models.fusion.exchange import Mixer, PooledLevel
 from magnet_fast.models.fusion.pixel_word import PWAM, Gate, TextPWAM
 from magnet_fast.models.heads.mask_decoder import MaskDecoder, QueryAttention
-from magnet_fast.models.heads.pixel_decoder import DeformableLayer, PixelDecoder
+from magnet_fast.models.heads.pixel_decoder import DeformableLayer, PixelDecoder, PyramidPixelDecoder
 from magnet_fast.models.position import sine_position
 
 from .own import fill, results, values
@@ -85,8 +85,9 @@ def test_mask_decoder() -> None:
     check(function, inputs, module)
 
 
-def test_pixel_decoder() -> None:
-    module = PixelDecoder((8, 16, 24, 32), width=32, num_heads=4, points=2, layers=2, feedforward=48)
+@pytest.mark.parametrize("form", [PixelDecoder, PyramidPixelDecoder])
+def test_pixel_decoder(form: type[nn.Module]) -> None:
+    module = form((8, 16, 24, 32), width=32, num_heads=4, points=2, layers=2, feedforward=48)
     fill(module)
     sizes = [(13, 10), (7, 5), (4, 3), (2, 2)]
     inputs = [values(2, h, w, c, seed=c) for (h, w), c in zip(sizes, (8, 16, 24, 32), strict=True)]
