@@ -23,6 +23,7 @@ from torch import nn
 from magnet_fast.fast import grounding_dino, timm, torchvision, transformers_deformable, transformers_swin
 from magnet_fast.fast._replacement import Replacement, class_path, fused_class, upstream_class
 from magnet_fast.fast._report import ModuleReport, Report
+from magnet_fast.ops._convolution import PackedSequential, has_foldable, pack_convolutions, unpack_convolutions
 from magnet_fast.ops._linear import PackedLinear, pack_linear, plain_linear, unpack_linear
 from magnet_fast.ops._observed import altered
 
@@ -47,7 +48,8 @@ def accelerate(model: nn.Module, *, pack: bool = False, freeze: bool | None = No
             for FSDP afterwards.
         pack: a promise that the weights stay as they are while the model is used for inference on a CPU. Every plain
             Linear of the model, also beside attention, then runs on oneDNN with a second copy of its weight, packed in
-            the first call; that takes the memory of the weights once more. Changes that PyTorch counts (loading,
+            the first call, and so does every convolution that a BatchNorm follows in a Sequential, with the norm
+            folded in; that takes the memory of the weights once more. Changes that PyTorch counts (loading,
             optimisers, casts) are seen nevertheless, and what changes a weight as a whole (a merged adapter); a few
             values written through `.data` are not. Training, gradients, other devices and processors that oneDNN is
             not used on are as without it. Our choice.
@@ -77,6 +79,8 @@ def accelerate(model: nn.Module, *, pack: bool = False, freeze: bool | None = No
             found.append(ModuleReport(name, path, None, reason))
         elif plain_linear(module) and (pack or type(module) is PackedLinear):
             found.append(_pack(name, module))
+        if pack and isinstance(module, nn.Sequential):
+            found.extend(_pack_sequential(name, module))
     return Report(tuple(found))
 
 
@@ -124,6 +128,8 @@ def _undo(model: nn.Module, kept: Mapping[nn.Module, type]) -> None:
         cls = kept.get(module, upstream)
         if upstream is None or cls is type(module):
             continue
+        if isinstance(module, nn.Sequential):
+            unpack_convolutions(list(module))
         if isinstance(module, PackedLinear):
             unpack_linear(module)
         else:
@@ -152,6 +158,20 @@ def _pack(name: str, layer: nn.Linear) -> ModuleReport:
         return ModuleReport(name, path, None, "under an adapter, which may be merged into its weight behind our back")
     pack_linear(layer)
     return ModuleReport(name, path, "linear", "packed weight in inference on a CPU")
+
+
+def _pack_sequential(name: str, module: nn.Sequential) -> Iterator[ModuleReport]:
+    """PyTorch's own class, and those with a fast form: what others make of the order of their layers is not known."""
+    if upstream_class(module) is not None:
+        pack_convolutions(list(module))
+    elif type(module) is nn.Sequential and has_foldable(list(module)):
+        path = class_path(nn.Sequential)
+        if "forward" in vars(module) or altered(module):
+            yield ModuleReport(name, path, None, "a method was replaced, on the module itself or in its class")
+            return
+        pack_convolutions(list(module))
+        module.__class__ = PackedSequential
+        yield ModuleReport(name, path, "convolution", "in inference on a CPU BatchNorms are folded into convolutions")
 
 
 def _known(path: str) -> tuple[Mapping[str, Replacement], Mapping[str, str]]:

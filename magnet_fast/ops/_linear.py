@@ -121,7 +121,7 @@ def inference_on_cpu(x: Tensor, *others: Tensor) -> bool:
 
 def _why_no_inference_on_cpu(x: Tensor, *others: Tensor) -> str | None:
     tensors = (x, *others)
-    if _recorded():
+    if recorded():
         return "gradients or a graph are being recorded: inference only"
     if x.dtype not in (torch.float32, torch.bfloat16):
         return f"dtype {str(x.dtype).removeprefix('torch.')} is not supported: float32 and bfloat16 only"
@@ -139,7 +139,7 @@ def _check_form(activation: Activation | None, residual: Tensor | None) -> None:
         )
 
 
-def _recorded() -> bool:
+def recorded() -> bool:
     """Whether what is called is written down, for gradients, in a graph or by a mode."""
     return torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing() or moded()
 
@@ -150,7 +150,7 @@ def _takes_onednn(x: Tensor, weight: Tensor, *others: Tensor | None) -> bool:
 
 def _why_no_onednn(x: Tensor, weight: Tensor, *others: Tensor | None) -> str | None:
     # First what is quickly said: small models are hundreds of Linears that this is not for.
-    if not _recorded() and x.numel() * len(weight) < _FEWEST_MULTIPLICATIONS:
+    if not recorded() and x.numel() * len(weight) < _FEWEST_MULTIPLICATIONS:
         return "the product is so small that calling oneDNN takes longer"
     reason = _why_no_inference_on_cpu(x, weight, *(tensor for tensor in others if tensor is not None))
     if reason is None and not (torch.backends.mkldnn.enabled and _works(x.dtype)):

@@ -1,4 +1,4 @@
-"""Weights that are promised to stay as they are: a second copy of each, laid out as products read it.
+"""Weights that are promised to stay as they are: a second copy of each, laid out as products read it, or folded.
 
 Otherwise every call brings the weight into that layout first, which costs a product of few rows most. The copy
 is made in the first call, and again when the weight is seen to have changed: loaded, stepped by an optimiser, moved,
@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from types import SimpleNamespace
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -27,17 +27,33 @@ from magnet_fast.ops._view import DTYPE_CODES
 _COMPARED = 64  # values of a weight in every call
 
 
-@dataclass
-class _Copy:
-    """A packed weight's copy, and of what it is one."""
+class _Seen:
+    """A tensor as it was when a copy was made of it. It keeps no memory alive."""
 
-    packed: Tensor
-    storage: StorageWeakRef
-    state: tuple[object, ...]
-    compared: (
-        np.ndarray
-    )  # a view of some of the weight's values: it keeps no memory alive, so only `state` makes it valid
-    values: bytes
+    def __init__(self, tensor: Tensor) -> None:
+        self.storage, self.state = StorageWeakRef(tensor.untyped_storage()), _state(tensor)
+        self.compared = _compared(tensor)  # a view of some values; only `state` makes it valid
+        self.values = self.compared.tobytes()
+
+    def still(self, tensor: Tensor) -> bool:
+        """Whether `tensor` is that one, and nobody seems to have written to it."""
+        # The reference keeps the storage's place from being taken by another, not its memory.
+        return (
+            self.state == _state(tensor)
+            and self.storage == StorageWeakRef(tensor.untyped_storage())
+            and self.compared.tobytes() == self.values
+        )
+
+
+def _state(tensor: Tensor) -> tuple[object, ...]:
+    return tensor.dtype, tensor.shape, tensor.stride(), tensor.data_ptr(), tensor._version
+
+
+class _Copy(NamedTuple):
+    """What was made of some tensors, and these as they were."""
+
+    made: Any
+    seen: list[_Seen]
 
 
 _copies: WeakKeyDictionary[nn.Module, dict[str, _Copy]] = WeakKeyDictionary()
@@ -61,6 +77,23 @@ def unpack(layer: nn.Module) -> None:
     _copies.pop(layer, None)
 
 
+def is_packed(layer: nn.Module) -> bool:
+    """Whether `pack` was called for this very module."""
+    return layer in _copies
+
+
+def seen(tensors: Iterable[Tensor]) -> bool:
+    """Whether changes of all these would be seen: they count their versions, and their values lie side by side."""
+    return not any(tensor.is_inference() for tensor in tensors) and all(
+        tensor.is_contiguous() or tensor.is_contiguous(memory_format=torch.channels_last) for tensor in tensors
+    )
+
+
+def folded(layer: nn.Module, sources: Sequence[Tensor], make: Callable[[], Any]) -> Any:
+    """What `make` gives, kept with a packed layer until one of `sources`, which are `seen`, changes."""
+    return _current(_copies[layer], "folded", sources, make)
+
+
 def keeps(weight: Tensor) -> bool:
     """Whether `weight` is packed, and its changes would be seen: a tensor made in inference mode counts none, and a
     slice of a wider one is not compared."""
@@ -77,7 +110,9 @@ def in_products(weight: Tensor, rows: int) -> Tensor:
     """
     if not keeps(weight):
         return weight.contiguous()
-    return _current(weight, "onednn", lambda dense: torch.ops.mkldnn._reorder_linear_weight(dense, rows))
+    return _current(
+        _found(weight), "onednn", (weight,), lambda: torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
+    )
 
 
 def in_chains(weight: Tensor) -> Tensor:
@@ -86,7 +121,8 @@ def in_chains(weight: Tensor) -> Tensor:
     Args:
         weight: (D, C), both multiples of what the SIMD level in use asks for.
     """
-    return _current(weight, _cpu_backend.extension.simd_level(), _pack_for_chain)
+    level = _cpu_backend.extension.simd_level()
+    return _current(_found(weight), level, (weight,), lambda: _pack_for_chain(weight.detach()))
 
 
 def _found(weight: Tensor) -> dict[str, _Copy] | None:
@@ -96,30 +132,29 @@ def _found(weight: Tensor) -> dict[str, _Copy] | None:
     return _copies.get(layer)
 
 
-def _current(weight: Tensor, layout: str, make: Callable[[Tensor], Tensor]) -> Tensor:
-    copies = _found(weight)
-    storage = StorageWeakRef(weight.untyped_storage())
-    state = (weight.dtype, weight.shape, weight.stride(), weight.data_ptr(), weight._version)
+def _current(copies: dict[str, _Copy], layout: str, tensors: Sequence[Tensor], make: Callable[[], Any]) -> Any:
     copy = copies.get(layout)
-    # The reference keeps the storage's place from being taken by another, not its memory.
-    if copy is None or copy.state != state or copy.storage != storage or copy.compared.tobytes() != copy.values:
-        compared = _compared(weight)
-        values = compared.tobytes()
-        copy = copies[layout] = _Copy(make(weight.detach()), storage, state, compared, values)
-    return copy.packed
+    if (
+        copy is None
+        or len(copy.seen) != len(tensors)
+        or not all(one.still(tensor) for one, tensor in zip(copy.seen, tensors, strict=True))
+    ):
+        copy = copies[layout] = _Copy(make(), [_Seen(tensor) for tensor in tensors])
+    return copy.made
 
 
 def _compared(weight: Tensor) -> np.ndarray:
-    """A view of about `_COMPARED` of a contiguous weight's values, as integers, in as many rows and columns."""
-    outputs, inputs = weight.shape
-    size, apart = weight.element_size(), max(1, outputs * inputs // _COMPARED)
+    """A view of about `_COMPARED` of a dense tensor's values, as integers, in as many rows and columns."""
+    count = weight.numel()
+    inputs = count // weight.shape[0]
+    size, apart = weight.element_size(), max(1, count // _COMPARED)
     while math.gcd(apart, inputs) > 1:  # else they would stand in few columns
         apart -= 1
     memory = {
         "version": 3,
         "data": (weight.data_ptr(), True),
         "typestr": f"<i{size}",
-        "shape": (-(-outputs * inputs // apart),),
+        "shape": (-(-count // apart),),
         "strides": (apart * size,),
     }
     return np.asarray(SimpleNamespace(__array_interface__=memory))

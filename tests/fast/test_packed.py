@@ -30,7 +30,7 @@ def linears(model: nn.Module) -> list[nn.Module]:
 
 def packed(model: nn.Module) -> list[Tensor]:
     copies = (_packed._copies.get(layer) or {} for layer in linears(model))
-    return [copy.packed for layouts in copies for copy in layouts.values()]
+    return [copy.made for layouts in copies for copy in layouts.values()]
 
 
 @needs_onednn

@@ -1,0 +1,183 @@
+"""Convolutions of inference with the BatchNorm after each folded in, and the ReLU or the sum after that, in one call.
+
+In inference a BatchNorm multiplies and shifts each channel by constants, so it can be part of the convolution's weight
+and bias. What is left, a ReLU or the sum with a residual, oneDNN does while the result is in registers. Otherwise each
+of them reads and writes the whole map once more.
+
+The folded weight is a second copy, kept under the same promise as a packed Linear's, and made again when one of the
+tensors it comes from is seen to have changed (`_packed`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from itertools import pairwise
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from magnet_fast.ops import _packed
+from magnet_fast.ops._linear import inference_on_cpu, plain_weight, recorded
+from magnet_fast.ops._observed import observed
+
+# Below this, what is saved is less than what it takes to look whether anything changed.
+_FEWEST_MULTIPLICATIONS = 1 << 24
+_SEQUENTIAL_FORWARD = nn.Sequential.forward
+
+
+class PackedSequential(nn.Sequential):
+    """A Sequential whose convolutions `pack_convolutions` has packed; made by a change of class, as is the way back."""
+
+    _upstream_class = nn.Sequential
+
+    def forward(self, input: Tensor) -> Tensor:
+        if nn.Sequential.forward is not _SEQUENTIAL_FORWARD:  # replaced for all Sequentials since
+            return super().forward(input)
+        return run_layers(list(self), input)
+
+
+def has_foldable(layers: Sequence[nn.Module]) -> bool:
+    """Whether a BatchNorm follows one of the convolutions."""
+    return any(_foldable(*pair) for pair in pairwise(layers))
+
+
+def pack_convolutions(layers: Sequence[nn.Module]) -> None:
+    """Let the convolutions that a BatchNorm follows keep folded weights."""
+    for convolution, norm in pairwise(layers):
+        if _foldable(convolution, norm):
+            _packed.pack(convolution)
+
+
+def unpack_convolutions(layers: Sequence[nn.Module]) -> None:
+    """Undo `pack_convolutions`; the copies are gone."""
+    for layer in layers:
+        if type(layer) is nn.Conv2d:
+            _packed.unpack(layer)
+
+
+def run_layers(layers: Sequence[nn.Module], x: Tensor, residual: Tensor | None = None) -> Tensor:
+    """The layers one after the other, then, given a residual, `relu(x + residual)`.
+
+    A convolution and the BatchNorm after it, with the ReLU or the residual that follows, are one call where the
+    convolution is packed, in inference in float32 or bfloat16 on an x86 CPU; everything else is called as a module.
+
+    Args:
+        layers: modules of one input each.
+        x: input of the first.
+        residual: of the last one's size, or None.
+    """
+    index, count = 0, len(layers)
+    while index < count:
+        pair = layers[index : index + 2]
+        if len(pair) == 2 and _folds(*pair, x):
+            after = layers[index + 2] if index + 2 < count else None
+            if type(after) is nn.ReLU and not observed(after):
+                x = _convolve(*pair, x, "relu")
+                index += 3
+                continue
+            index += 2
+            if residual is not None and index == count:
+                return _convolve(*pair, x, "none", residual)
+            x = _convolve(*pair, x, "none")
+        else:
+            x = layers[index](x)
+            index += 1
+    return x if residual is None else F.relu(x + residual)
+
+
+def _convolve(
+    convolution: nn.Conv2d,
+    norm: nn.BatchNorm2d,
+    x: Tensor,
+    activation: Literal["relu", "none"],
+    residual: Tensor | None = None,
+) -> Tensor:
+    weight, bias = _packed.folded(convolution, _sources(convolution, norm), lambda: _fold(convolution, norm))
+    shape = convolution.padding, convolution.stride, convolution.dilation, convolution.groups
+    if residual is not None:
+        operator = torch.ops.mkldnn._convolution_pointwise.binary
+        return operator(x, residual, weight, bias, *shape, "add", None, "relu", [], None)
+    return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *shape, activation, [], "")
+
+
+def _fold(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the convolution that does the work of both, computed in float32."""
+    scale = torch.rsqrt(norm.running_var.float() + norm.eps)
+    if norm.weight is not None:
+        scale = scale * norm.weight.float()
+    bias = -norm.running_mean.float() if convolution.bias is None else convolution.bias.float() - norm.running_mean
+    bias = bias * scale
+    if norm.bias is not None:
+        bias = bias + norm.bias.float()
+    weight = convolution.weight.float() * scale[:, None, None, None]
+    dtype = convolution.weight.dtype
+    return weight.to(dtype, memory_format=torch.channels_last), bias.to(dtype)
+
+
+def _sources(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> list[Tensor]:
+    tensors = (convolution.weight, convolution.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var)
+    return [tensor for tensor in tensors if tensor is not None]
+
+
+def _foldable(convolution: nn.Module, norm: nn.Module) -> bool:
+    """Whether they are what PyTorch makes them, one reading the other."""
+    return (
+        type(convolution) is nn.Conv2d
+        and type(norm) is nn.BatchNorm2d
+        and plain_weight(convolution)
+        and convolution.padding_mode == "zeros"
+        and not isinstance(convolution.padding, str)
+        and convolution.out_channels == norm.num_features
+        and norm.running_mean is not None
+    )
+
+
+def _folds(convolution: nn.Module, norm: nn.Module, x: Tensor) -> bool:
+    """Whether this call may take the two as one."""
+    return (
+        type(convolution) is nn.Conv2d
+        # First what is quickly said: small models are dozens of convolutions that this is not for.
+        and x.dim() == 4
+        and x.numel() // x.shape[1] * convolution.weight.numel() >= _FEWEST_MULTIPLICATIONS
+        and not recorded()
+        and _packed.is_packed(convolution)
+        and _foldable(convolution, norm)
+        and not norm.training
+        and not observed(convolution, norm)
+        and inference_on_cpu(x, *_sources(convolution, norm))
+        and _packed.seen(_sources(convolution, norm))
+        and torch.backends.mkldnn.enabled
+        and _works(x.dtype)
+    )
+
+
+@cache
+def _works(dtype: torch.dtype) -> bool:
+    """Whether this PyTorch has the operators and they compute what they are taken for; x86 from AVX2 on only."""
+    if not torch.backends.mkldnn.is_available() or torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        return False
+    ramp = torch.linspace(-1, 1, 4 * 3 * 3 * 3, dtype=torch.float32, device="cpu")
+    weight, x = ramp.view(4, 3, 3, 3).roll(5, 0), torch.cat([ramp, ramp.flip(0)]).view(2, 3, 6, 6)
+    weight, x = weight.to(dtype), x.to(dtype)
+    bias, shape = weight[:, 0, 0, 0].contiguous(), ((1, 1), (1, 1), (1, 1), 1)
+    expected = F.conv2d(x.float(), weight.float(), bias.float(), padding=1)
+    other = expected.flip(0).to(dtype)
+    try:
+        operator = torch.ops.mkldnn._convolution_pointwise
+        if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            return False
+        pairs = [
+            (operator(x, weight, bias, *shape, "none", [], ""), expected),
+            (operator(x, weight, bias, *shape, "relu", [], ""), F.relu(expected)),
+            (
+                operator.binary(x, other, weight, bias, *shape, "add", None, "relu", [], None),
+                F.relu(expected + other.float()),
+            ),
+        ]
+    except (AttributeError, TypeError, RuntimeError):  # gone, or called in another way by now
+        return False
+    step = 1e-5 if dtype == torch.float32 else 2e-2
+    return all(torch.allclose(found.float(), truth, rtol=step, atol=step) for found, truth in pairs)
