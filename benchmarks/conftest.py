@@ -57,6 +57,10 @@ def ceilings(request: pytest.FixtureRequest) -> dict[str, float]:
     return request.config._ceilings
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config._turns = []  # rows of the suites that time their paths in turns
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
     yield
@@ -90,7 +94,8 @@ def _measured(config: pytest.Config) -> list[dict[str, Any]]:
     for bench in getattr(getattr(config, "_benchmarksession", None), "benchmarks", []):
         if bench.stats.data:
             groups.setdefault(bench.group, []).append(bench)
-    return [row for name, members in groups.items() for row in _rows(name, members, config._ceilings)]
+    rows = [row for name, members in groups.items() for row in _rows(name, members, config._ceilings)]
+    return rows + getattr(config, "_turns", [])
 
 
 def _write(config: pytest.Config, rows: list[dict[str, Any]]) -> None:

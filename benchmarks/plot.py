@@ -29,6 +29,7 @@ COLOURS = {
     "auto": "#2878c8",
     "triton": "#2878c8",
     "FlexAttention": "#50b090",
+    "OpenVINO": "#50b090",
 }
 _CEILING = "#c03030"
 

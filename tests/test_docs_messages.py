@@ -51,6 +51,7 @@ INTERNAL = {
     "nothing of the kind", "the model itself", "the released checkpoint", "none of them",
     # Shown where nothing is wrong.
     "expressions shuffled between images (control)", "packed weight in inference on a CPU",
+    "in inference on a CPU BatchNorms are folded into convolutions",
     # Asked for by Python, not by a user.
     "module … has no attribute …",
 }  # fmt: skip

@@ -15,7 +15,7 @@ from magnet_fast.cli.data import data_app
 from magnet_fast.cli.evaluate import evaluate
 from magnet_fast.cli.info import info
 from magnet_fast.cli.pictures import contact_sheet, segment
-from magnet_fast.cli.study import study_app
+from magnet_fast.cli.study import study
 from magnet_fast.cli.train import train
 
 app = typer.Typer(
@@ -25,11 +25,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (train, evaluate, segment, info):
+for command in (train, evaluate, segment, info, study):
     app.command()(command)
 app.command("contact-sheet")(contact_sheet)
 app.add_typer(data_app, name="data")
-app.add_typer(study_app, name="study")
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ def rate_factor(
     return decay * min(1.0, (step + 1) / (warmup + 1))
 
 
-def set_learning_rate(optimiser: torch.optim.Optimizer, factor: float) -> None:
-    """Set each group's `lr` to `factor` times its `initial_lr`."""
+def set_learning_rate(optimiser: torch.optim.Optimizer, factor: float, alike: float | None = None) -> None:
+    """Set each group's `lr` to `factor` times its `initial_lr`, or times `alike`, one rate for all of them."""
     for group in optimiser.param_groups:
-        group["lr"] = group["initial_lr"] * factor
+        group["lr"] = (group["initial_lr"] if alike is None else alike) * factor

@@ -68,6 +68,7 @@ class OptimiserConfig(Strict):
         default_factory=dict,
         description="of the learning rate, by shell pattern of parameter names; the first that fits, before a part's",
     )
+    multiply_from: float = Field(0, ge=0, le=1, description="share of the run from which on the three count")
     freeze: list[str] = Field(default_factory=list, description="shell patterns of parameter names held fixed")
 
 

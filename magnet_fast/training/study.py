@@ -18,7 +18,7 @@ from magnet_fast import models
 from magnet_fast.atomic import write_text_atomically
 from magnet_fast.data import ExpressionDataset
 from magnet_fast.evaluation import evaluate
-from magnet_fast.training.building import build_tokenizer
+from magnet_fast.training.building import build_model, build_tokenizer
 from magnet_fast.training.checkpoint import CHECKPOINT, load_checkpoint
 from magnet_fast.training.config import TrainConfig
 from magnet_fast.training.datasets import check_split, chosen_truth, open_readers
@@ -31,9 +31,9 @@ RESULT = "result.json"
 
 
 def run_study(
-    config: TrainConfig,
     study: Study,
     out: str | Path,
+    overrides: Sequence[str] = (),
     *,
     rows: Sequence[str] | None = None,
     seeds: Sequence[int] = (0, 1, 2),
@@ -47,9 +47,9 @@ def run_study(
     that are finished by then.
 
     Args:
-        config: with everything on; its length should be `max_steps`.
-        study: what its rows change.
+        study: its rows; their runs have the same length.
         out: folder of the runs and of the report, made if absent.
+        overrides: of every row's configuration, `"data.root=scenes"`.
         rows: some of them only.
         seeds: of the runs of each row.
         say: receives a line for each run.
@@ -58,18 +58,22 @@ def run_study(
         The table's path.
 
     Raises:
-        ValueError: an unknown row or one that does not fit the configuration, no length in steps or epochs, data
+        ValueError: an unknown row or one that does not fit its configuration, no length in steps or epochs, data
             without the split that is scored, or `out` holds results of another configuration.
     """
     rows = list(study.rows) if rows is None else rows
     unknown = [name for name in rows if name not in study.rows]
     if unknown:
         raise ValueError(f"variants: unknown {', '.join(unknown)}; known: {', '.join(study.rows)}")
-    if config.max_minutes is not None:
-        raise ValueError("max_minutes: runs of a study must have the same length: give max_steps or epochs")
+    settings = {(name, seed): row_config(study, name, seed, overrides) for seed in seeds for name in rows}
     # Before anything is trained: what would fail after hours must fail now.
-    check_split(open_readers(config)[0], str(config.data.root), "val_split", config.data.val_split)
-    settings = {(name, seed): row_config(config, study, name, seed) for seed in seeds for name in rows}
+    for (_, seed), own in settings.items():
+        if own.max_minutes is not None:
+            raise ValueError("max_minutes: runs of a study must have the same length: give max_steps or epochs")
+        if seed == seeds[0]:
+            reader = open_readers(own)[0]
+            check_split(reader, str(own.data.root), "val_split", own.data.val_split)
+            _own_sets(own, reader, build_model(own))[own.data.val_split].shuffle_expressions(seed)
     out = Path(out)
     for (name, seed), own in settings.items():  # seed by seed: a study that is stopped early has whole comparisons
         folder = out / name / f"seed-{seed}"
@@ -111,15 +115,9 @@ def _scores(config: TrainConfig, folder: Path, terms_state: dict[str, Tensor]) -
     """The last weights on every split but that of training, and what the terms say on the one of validation."""
     model = models.load(folder / "last.safetensors")
     data, size = config.data, config.eval_batch_size
-    tokenizer, reader = build_tokenizer(config, model), open_readers(config)[0]
-    terms = build_terms(config.terms, model, tokenizer)
+    sets = _own_sets(config, open_readers(config)[0], model)
+    terms = build_terms(config.terms, model, build_tokenizer(config, model))
     nn.ModuleDict(terms).load_state_dict(terms_state)
-    options = {"original": config.resolution == "original", "truth": chosen_truth(config, reader, model.spec)}
-    sets = {
-        split: ExpressionDataset(reader, split, tokenizer, model.spec, **options)
-        for split in reader.splits
-        if split != data.train_split
-    }
     how = {"task": config.task, "protocol": config.protocol, "resolution": config.resolution, "fast": config.fast}
     found: dict[str, Any] = {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -127,7 +125,34 @@ def _scores(config: TrainConfig, folder: Path, terms_state: dict[str, Tensor]) -
     }
     for term in terms.values():
         found.update(term.measure(model, sets[data.val_split], size))
+    validation = sets[data.val_split]
+    if "presence" in terms:
+        with _presence_ignored(model):
+            found["without_presence"] = evaluate(model, validation, size, limit=data.val_limit, **how)
+    validation.shuffle_expressions(config.seed)  # the last: it stays so
+    found["shuffled"] = evaluate(model, validation, size, limit=data.val_limit, **how)
     return found
+
+
+@contextmanager
+def _presence_ignored(model: nn.Module) -> Iterator[None]:
+    """What the model says of presence is dropped: its masks are as its pixels say, and claim what is in them."""
+    handle = model.register_forward_hook(lambda module, inputs, prediction: prediction._replace(presence=None))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _own_sets(config: TrainConfig, reader: Any, model: nn.Module) -> dict[str, ExpressionDataset]:
+    """Every split but that of training, as the model takes it."""
+    options = {"original": config.resolution == "original", "truth": chosen_truth(config, reader, model.spec)}
+    tokenizer = build_tokenizer(config, model)
+    return {
+        split: ExpressionDataset(reader, split, tokenizer, model.spec, **options)
+        for split in reader.splits
+        if split != config.data.train_split
+    }
 
 
 def _finished(folder: Path, config: TrainConfig) -> bool:

@@ -49,8 +49,13 @@ def write_report(out: Path, titles: dict[str, str], against: dict[str, str], res
 
 def _table(runs: Runs, titles: dict[str, str], against: dict[str, str]) -> str:
     every = [run for found in runs.values() for run in found]
-    parts = [_introduction(every), _by_split(runs, titles)]
     splits, best = _shared_splits(runs), _score_names(runs)[0]
+    parts = [_introduction(every), _by_split(runs, titles)]
+    again = "The same weights on the split of validation, "
+    if any("without_presence" in run for run in every):
+        parts += [f"{again}what they say of presence ignored:", _again(runs, titles, "without_presence")]
+    if all("shuffled" in run for run in every):
+        parts += [f"{again}its sentences swapped between pictures (a control):", _again(runs, titles, "shuffled")]
     if splits and any(run["scores"][splits[0]]["by_kind"] for run in every):
         parts += [f"By kind of sentence, {splits[0]}, {best}:", _by_kind(runs, titles, splits[0])]
     worded = {name: found for name, found in runs.items() if "hidden_words" in found[0]}
@@ -82,6 +87,17 @@ def _by_split(runs: Runs, titles: dict[str, str]) -> str:
     return _markdown(head, [[titles[name], str(len(found)), *scores(found)] for name, found in runs.items()])
 
 
+def _again(runs: Runs, titles: dict[str, str], key: str) -> str:
+    """Scores of one split by runs that have them under `key`."""
+    names = _score_names(runs)
+    rows = [
+        [titles[row], *(spread([run[key][name] for run in found]) for name in names)]
+        for row, found in runs.items()
+        if all(key in run for run in found)
+    ]
+    return _markdown(["variant", *names], rows)
+
+
 def _by_kind(runs: Runs, titles: dict[str, str], split: str) -> str:
     def scores(run: dict[str, Any]) -> dict[str, Any]:
         return run["scores"][split]["by_kind"]
@@ -110,10 +126,10 @@ def _shared_splits(runs: Runs) -> list[str]:
     return [split for split in every[0] if all(split in scores for scores in every)]
 
 
-def _score_names(runs: Runs) -> tuple[str, str]:
-    """The score that decides in the runs' task, and the first other one."""
+def _score_names(runs: Runs) -> tuple[str, ...]:
+    """The scores of the table: the one that decides in the runs' task, and the others that say what it is about."""
     task = TASKS[next(iter(runs.values()))[0]["config"]["task"]]
-    return task.best, next(name for name in task.scores if name != task.best)
+    return (task.best, *(name for name in task.scores if name != task.best and "@" not in name))
 
 
 def _label(split: str) -> str:

@@ -147,8 +147,9 @@ class Trainer:
         """One optimiser step on the next micro-batches; its loss, on the device. Waits for nothing on a GPU."""
         config = self.config
         self.objective.train()
-        factor = rate_factor(self._progress(), self.step, **config.schedule.model_dump())
-        set_learning_rate(self.optimiser, factor)
+        progress, rates = self._progress(), config.optimiser
+        factor = rate_factor(progress, self.step, **config.schedule.model_dump())
+        set_learning_rate(self.optimiser, factor, rates.lr if progress < rates.multiply_from else None)
         self.optimiser.zero_grad(set_to_none=True)
         sums = torch.zeros(1 + len(self.objective.logged), device=self.world.device)
         for micro in range(config.accumulation):

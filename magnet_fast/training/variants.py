@@ -1,14 +1,15 @@
-"""The rows of a study: one configuration with parts turned off or changed, as a YAML file says."""
+"""The rows of a study: configurations with parts turned off or changed, as a YAML file says."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from magnet_fast.training.config import CONFIG_FOLDER, TrainConfig, apply_override, parse_config
+from magnet_fast.training.config import CONFIG_FOLDER, TrainConfig, apply_override, load_config, parse_config
 from magnet_fast.training.strict import Strict, explain
 
 
@@ -26,19 +27,30 @@ class Row(Part):
         title: of the row.
         against: the row that this one is one change of; None for the first.
         without: parts that are left out.
-        model: another model than the study's; it keeps the overrides of both encoders alone.
+        config: another configuration than the study's, by name or path.
+        model: another model than the configuration's; it keeps the overrides of both encoders alone.
         set, freeze: the row's own changes.
     """
 
     title: str
     against: str | None = None
     without: list[str] = Field(default_factory=list)
+    config: str | None = None
     model: str | None = None
 
 
 class Study(Strict):
-    """Parts that rows go without, by name, and the rows in the order of the table."""
+    """What a study compares.
 
+    Attributes:
+        config: the configuration that rows change, by name or path.
+        set: entries that hold for every row, whatever its configuration says.
+        parts: what rows go without, by name.
+        rows: in the order of the table.
+    """
+
+    config: str
+    set: list[str] = Field(default_factory=list)
     parts: dict[str, Part] = Field(default_factory=dict)
     rows: dict[str, Row]
 
@@ -70,14 +82,22 @@ def load_study(source: str | Path) -> Study:
         raise ValueError("\n".join(f"{path}: {explain(entry, Study)}" for entry in error.errors())) from None
 
 
-def row_config(config: TrainConfig, study: Study, name: str, seed: int) -> TrainConfig:
-    """The study's configuration with a row's changes and a seed.
+def row_config(study: Study, name: str, seed: int, overrides: Sequence[str] = ()) -> TrainConfig:
+    """The configuration of a row's run.
+
+    Args:
+        study: its rows.
+        name: of the row.
+        seed: of the run.
+        overrides: entries that replace those of the configuration and the study, `"max_steps=100"`; what the row is
+            about replaces them.
 
     Raises:
+        FileNotFoundError: no such configuration.
         ValueError: a change does not fit the configuration.
     """
     row = study.rows[name]
-    values: dict[str, Any] = config.model_dump(mode="json")
+    values: dict[str, Any] = load_config(row.config or study.config, [*study.set, *overrides]).model_dump(mode="json")
     values["seed"] = seed
     if row.model is not None:
         own = values["model"]["overrides"]

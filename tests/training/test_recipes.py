@@ -67,6 +67,7 @@ def test_what_the_papers_say() -> None:
         "clip",
     )
     assert load_config("cris_r50_refcocog_umd").data.max_tokens == 22
+    assert load_config("cris_r50_refcoco_released").optimiser.multiply_from == 1 / 50
     names = {name for name, _ in models.create("cris_tiny").named_parameters()}
     assert set(cris.optimiser.multipliers) <= names
 

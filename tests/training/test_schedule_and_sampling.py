@@ -30,6 +30,8 @@ def test_factor_scales_each_groups_own_rate() -> None:
     for factor in (0.5, 0.25):  # not compounding
         set_learning_rate(optimiser, factor)
         assert [group["lr"] for group in optimiser.param_groups] == pytest.approx([factor, 0.1 * factor])
+    set_learning_rate(optimiser, 0.5, alike=2.0)
+    assert [group["lr"] for group in optimiser.param_groups] == [1.0, 1.0]
 
 
 @given(

@@ -13,10 +13,12 @@ from typer.testing import CliRunner
 
 from magnet_fast import cli, models
 from magnet_fast.data.scenes import write_scenes
+from magnet_fast.training.building import build_model, build_tokenizer
 from magnet_fast.training.config import load_config
 from magnet_fast.training.optim import build_optimiser
 from magnet_fast.training.study import run_study
 from magnet_fast.training.study_report import spread, write_report
+from magnet_fast.training.terms import build_terms
 from magnet_fast.training.variants import load_study, row_config
 
 from .fakes import SMALL_MAGNET
@@ -26,7 +28,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory) -> Path:
-    return Path(write_scenes(tmp_path_factory.mktemp("scenes"), 24, 3, level="hard", image_size=64))
+    return Path(write_scenes(tmp_path_factory.mktemp("scenes"), 40, 3, level="hard", image_size=64))
 
 
 def settings(scenes: Path, *changes: str) -> list[str]:
@@ -38,9 +40,9 @@ def settings(scenes: Path, *changes: str) -> list[str]:
 
 
 def test_variants_turn_off_what_they_go_without() -> None:
-    base = load_config("magnet_tiny_scenes_study", ["data.root=x"])
+    base = load_config("magnet_tiny_scenes_study")
     study = load_study("ablation")
-    configs = {name: row_config(base, study, name, 3) for name in study.rows}
+    configs = {name: row_config(study, name, 3, ["data.root=x"]) for name in study.rows}
 
     def parts_of(config) -> tuple[bool, bool, bool]:
         weights = {name: options.weight for name, options in config.terms.items()}
@@ -62,9 +64,32 @@ def test_variants_turn_off_what_they_go_without() -> None:
     assert configs["cam"].optimiser.freeze == []
 
 
+ROWS = [(name, row) for name in ("hosts", "robust", "generalized") for row in load_study(name).rows]
+
+
+@pytest.mark.parametrize(("name", "row"), ROWS, ids=[f"{name}-{row}" for name, row in ROWS])
+def test_rows_of_other_studies_build_with_their_terms(name: str, row: str) -> None:
+    study = load_study(name)
+    config = row_config(study, row, 2, ["max_steps=7"])
+    assert config.max_steps == 7 and config.seed == 2 and config.batch_size == 16
+    assert config.model.name == f"{'refsegformer' if row == 'plain' else row.partition('_')[0]}_tiny"
+    model = build_model(config)
+    terms = build_terms(config.terms, model, build_tokenizer(config, model))
+    assert ("grounding" in terms) == (row.endswith(("_grounding", "_blind")))
+    assert "alignment" not in terms
+    if "grounding" in terms:
+        assert terms["grounding"].blind == row.endswith("_blind")
+        off, blind = (
+            row_config(study, other, 2) for other in (row.partition("_")[0], f"{row.partition('_')[0]}_blind")
+        )
+        assert off.model == config.model == blind.model and off.optimiser == config.optimiser == blind.optimiser
+    if row == "plain":
+        assert "presence" not in terms and config.model.overrides["fusion__blank"] == 0
+
+
 def test_in_the_baseline_no_word_reads_a_pixel() -> None:
     """Pixels read words at full resolution, and nothing else of the alignment module is there or learns."""
-    config = row_config(load_config("magnet_tiny_scenes_study"), load_study("ablation"), "baseline", 0)
+    config = row_config(load_study("ablation"), "baseline", 0)
     model = models.create(config.model.name, **config.model.overrides)
     build_optimiser(model, config.optimiser)
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -88,10 +113,13 @@ def test_from_end_to_end(scenes: Path, tmp_path) -> None:
     assert {name: [run["seed"] for run in found] for name, found in runs.items()} == {"baseline": [0, 1], "all": [0, 1]}
     run = runs["all"][0]
     assert run["steps"] == 2 and set(run["scores"]) == {"val", "testA", "testB"}
+    assert run["shuffled"]["sentences"] == run["scores"]["val"]["sentences"] == 6
     assert 0 <= run["hidden_words"]["accuracy"] <= 100 and "hidden_words" not in runs["baseline"][0]
     assert run["machine"]["torch"] == torch.__version__
     table = (out / "table.md").read_text()
     assert "| baseline (PWAM into the pixels) | 2 |" in table and "| all (pwam, correct masking) | 2 |" in table
+    assert run["without_presence"]["sentences"] == 6  # MagNet's has a class for it
+    assert "sentences swapped between pictures" in table and "presence ignored" in table
     assert "4 runs of 2 steps, batch 4, 32×32 pixels" in table and "against baseline (PWAM into the pixels): " in table
     with Image.open(out / "plot.png") as picture:
         assert picture.width == 1000
@@ -111,17 +139,17 @@ def test_from_end_to_end(scenes: Path, tmp_path) -> None:
 
 
 def test_mistakes(scenes: Path, tmp_path) -> None:
-    config = load_config("magnet_tiny_scenes_study", settings(scenes))
+    study = load_study("ablation")
     with pytest.raises(ValueError, match="variants: unknown bilinear; known: baseline, cam"):
-        run_study(config, load_study("ablation"), tmp_path, rows=["bilinear"])
+        run_study(study, tmp_path, settings(scenes), rows=["bilinear"])
+    by_the_clock = study.model_copy(update={"config": "magnet_tiny_scenes"})
     with pytest.raises(ValueError, match="same length"):
-        run_study(load_config("magnet_tiny_scenes", settings(scenes)[:1]), load_study("ablation"), tmp_path)
-    held_out = load_config("magnet_tiny_scenes_study", settings(scenes, "data.val_split=held-out"))
+        run_study(by_the_clock, tmp_path, settings(scenes)[:1], rows=["lavt"])
     with pytest.raises(ValueError, match=r"data\.val_split: .* has no split 'held-out'; it has train, val"):
-        run_study(held_out, load_study("ablation"), tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"surgery: no such study.*\(ablation\)"):
+        run_study(study, tmp_path, settings(scenes, "data.val_split=held-out"))
+    with pytest.raises(FileNotFoundError, match=r"surgery: no such study.*\(ablation, generalized, hosts, robust\)"):
         load_study("surgery")
-    (tmp_path / "own.yaml").write_text("rows: {all: {title: all, without: [cam]}}\n")
+    (tmp_path / "own.yaml").write_text("config: magnet_tiny_scenes\nrows: {all: {title: all, without: [cam]}}\n")
     with pytest.raises(ValueError, match=r"own\.yaml: rows\.all: there is no part or row 'cam'"):
         load_study(tmp_path / "own.yaml")
     (tmp_path / "own.yaml").unlink()

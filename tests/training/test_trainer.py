@@ -57,6 +57,27 @@ def test_one_step_equals_adamw_by_hand(tmp_path) -> None:
     assert torch.equal(trainer.model.head.unused.weight, before["head.unused.weight"])
 
 
+def test_multipliers_count_from_a_share_of_the_run(tmp_path, monkeypatch) -> None:
+    seen = []
+    trainer = make_trainer(
+        tmp_path,
+        validation=None,
+        max_steps=4,
+        validate_every="never",
+        optimiser={"lr": 1.0, "image_multiplier": 0.5, "multiply_from": 0.5},
+        schedule={"power": 0},
+    )
+    step = trainer.optimiser.step
+
+    def watched() -> None:
+        seen.append({group["lr"] for group in trainer.optimiser.param_groups})
+        step()
+
+    monkeypatch.setattr(trainer.optimiser, "step", watched)
+    trainer.run()
+    assert seen == [{1.0}, {1.0}, {1.0, 0.5}, {1.0, 0.5}]
+
+
 def test_accumulation_equals_one_batch(tmp_path) -> None:
     weights = []
     for accumulation in (1, 2, 4):
