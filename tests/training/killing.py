@@ -18,10 +18,10 @@ from pathlib import Path
 
 import torch
 
+from magnet_fast.models import registry
 from magnet_fast.training import Trainer, TrainingStopped, load_config, train, validation
 from magnet_fast.training.progress import MetricsFile
 from magnet_fast.training.stopping import EXIT_STATUS
-
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM)
 MOMENTS = ("any", "validating", "writing")
@@ -73,6 +73,7 @@ def kill_itself(moment: str, number: int, step: int, time: int) -> None:
 
 def main() -> None:
     config, out, draw = sys.argv[1], Path(sys.argv[2]), random.Random(int(sys.argv[3]))
+    registry.systems()  # all imports before the first fork
     assert os.waitstatus_to_exitcode(os.waitpid(start(config, out / "whole"), 0)[1]) == 0
     out = out / "killed"
     total = load_config(config).max_steps
