@@ -69,7 +69,7 @@ def test_without_a_compiler_the_wheel_is_pure_python(source):
 
 
 def test_with_a_compiler_the_wheel_holds_the_extension(source):
-    """With the levels of any processor alone: this one's own are two thirds of the work, and in the extension in use."""
+    """With the levels of any processor alone; those of this one are in the extension that is in use."""
     setup = (source / "setup.py").read_text()
     assert setup.count("platform.machine()") == 1
     (source / "setup.py").write_text(setup.replace("platform.machine()", "'any'"))

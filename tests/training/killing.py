@@ -25,7 +25,7 @@ from magnet_fast.training.stopping import EXIT_STATUS
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM)
 MOMENTS = ("any", "validating", "writing")
-"""Whenever the parent comes to it; before the scores of a validation; beside a file that is written or just renamed."""
+"""Whenever the parent comes to it; before the scores of a validation; with half of a file's bytes on the disk."""
 
 
 def last_step(out: Path) -> int:
@@ -60,6 +60,8 @@ def kill_itself(moment: str, number: int, step: int, time: int) -> None:
 
     def fatal(*arguments: object, **named: object) -> object:
         if next(left) == 1:
+            if moment == "writing" and number == signal.SIGKILL:
+                os.truncate(arguments[0], os.fstat(arguments[0]).st_size // 2)
             os.kill(os.getpid(), number)
         return given(*arguments, **named)
 
@@ -93,7 +95,9 @@ def main() -> None:
             time.sleep(draw.uniform(0, 0.02))
             os.kill(child, number)
         else:
-            child = start(config, out, (moment, number, wanted, 1 if moment == "validating" else draw.randint(1, 4)))
+            # Each file is synchronised, then its folder: the first or the second file.
+            time_of = 1 if moment == "validating" else draw.choice((1, 3))
+            child = start(config, out, (moment, number, wanted, time_of))
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         if status == 0:  # too quick for us, which the last of the kills may meet
             break
