@@ -69,6 +69,10 @@ def test_without_a_compiler_the_wheel_is_pure_python(source):
 
 
 def test_with_a_compiler_the_wheel_holds_the_extension(source):
+    """With the levels of any processor alone; those of this one are in the extension that is in use."""
+    setup = (source / "setup.py").read_text()
+    assert setup.count("platform.machine()") == 1
+    (source / "setup.py").write_text(setup.replace("platform.machine()", "'any'"))
     done = build_wheel(source)
     assert done.returncode == 0, done.stderr
     assert "WITHOUT" not in done.stderr
@@ -76,7 +80,7 @@ def test_with_a_compiler_the_wheel_holds_the_extension(source):
     assert "none-any" not in name
     levels = run(folder, "import magnet_fast._cpu as c; print(c.__file__, *c.supported_simd_levels())").split()
     assert Path(levels[0]).parent == folder / "magnet_fast"
-    assert levels[-1] == "portable"
+    assert levels[1:] == ["portable"]
 
 
 def test_a_failing_compilation_is_an_error(source):

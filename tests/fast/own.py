@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from magnet_fast import models
 from magnet_fast.models import Text
 
+from ..models.cases import SMALL
+
 MODELS = ("magnet_tiny", "lavt_tiny")
 
 
@@ -45,6 +47,11 @@ def model(name: str, **overrides: object) -> nn.Module:
         if "gate." in key or key.endswith(("sampling_offsets.weight", "attention_weights.weight")):
             parameter.data.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
     return made
+
+
+def small_model(name: str) -> nn.Module:
+    """For what takes its time for each module: MagNet with every kind of block once. LAVT is small as it is."""
+    return model(name, **(SMALL["magnet"][1] if name == "magnet_tiny" else {}))
 
 
 def text() -> Text:

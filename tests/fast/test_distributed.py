@@ -18,6 +18,8 @@ from . import own, zoo
 
 pytestmark = pytest.mark.slow
 
+WAYS, FAMILIES = ("ddp", "fsdp"), ("timm", "own")
+
 
 def build(family: str) -> nn.Module:
     return zoo.FAMILIES["timm"].model() if family == "timm" else own.model("magnet_tiny").double()
@@ -41,11 +43,20 @@ def loss(model: nn.Module, half: int | None = None) -> Tensor:
     return sum(part.square().mean() for part in parts)
 
 
-def process(rank: int, folder: Path, way: str, family: str) -> None:
+def process(rank: int, folder: Path) -> None:
     """Half of the batch; the first process writes the gradients down."""
     torch.set_num_threads(1)
     rendezvous = f"file://{folder}/rendezvous"
     distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
+    for way in WAYS:
+        for family in FAMILIES:
+            gradients = half_of_the_gradients(rank, way, family)
+            if rank == 0:
+                save_file(gradients, folder / f"{way} {family}")
+    distributed.destroy_process_group()
+
+
+def half_of_the_gradients(rank: int, way: str, family: str) -> dict[str, Tensor]:
     model = build(family)
     assert magnet_fast.accelerate(model).replaced
     if way == "ddp":
@@ -57,21 +68,24 @@ def process(rank: int, folder: Path, way: str, family: str) -> None:
         wrapped = fully_shard(model, mesh=mesh)
     wrapped.family = family
     loss(wrapped, rank).backward()
-    gradients = {
-        name: parameter.grad if way == "ddp" else parameter.grad.full_tensor()
+    return {
+        name: (parameter.grad if way == "ddp" else parameter.grad.full_tensor()).contiguous()
         for name, parameter in model.named_parameters()
     }
-    if rank == 0:
-        save_file({name: gradient.contiguous() for name, gradient in gradients.items()}, folder / "gradients")
-    distributed.destroy_process_group()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", ["timm", "own"])
-@pytest.mark.parametrize("way", ["ddp", "fsdp"])
-def test_two_processes(way: str, family: str, tmp_path) -> None:
-    multiprocessing.spawn(process, (tmp_path, way, family), nprocs=2)
-    found = load_file(tmp_path / "gradients")
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Two processes do all: their imports take the most time."""
+    folder = tmp_path_factory.mktemp("gradients")
+    multiprocessing.spawn(process, (folder,), nprocs=2)
+    return folder
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("way", WAYS)
+def test_two_processes(way: str, family: str, folder: Path) -> None:
+    found = load_file(folder / f"{way} {family}")
     alone = build(family)
     alone.family = family
     loss(alone).backward()

@@ -1,4 +1,4 @@
-"""Killed at random moments, a run ends with the weights of an unbroken one; elastic restarts go on."""
+"""Killed at any moment, a run ends with the weights of an unbroken one; elastic restarts go on."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def config_file(tmp_path_factory) -> Path:
-    """60 steps of a small MagNet: all losses, dropout, averaged weights, sentences drawn anew each epoch."""
+    """40 steps of a small MagNet: all losses, dropout, averaged weights, sentences drawn anew each epoch."""
     folder = tmp_path_factory.mktemp("killing")
     scenes = write_scenes(folder / "scenes", 20, 3, level="easy", image_size=64)
     values = {
@@ -32,10 +32,10 @@ def config_file(tmp_path_factory) -> Path:
         "data": {"root": str(scenes), "image_size": 32, "max_tokens": 12, "cache": True, "mode": "refs"},
         "terms": {"alignment": {"weight": 0.5}, "grounding": {"layers": 1, "heads": 4, "feedforward": 32}},
         "optimiser": {"lr": 1e-3},
-        "max_steps": 60,
+        "max_steps": 40,
         "batch_size": 2,
         "checkpoint_every": 3,
-        "validate_every": "15 steps",
+        "validate_every": "8 steps",
         "log_every": 1,
         "ema": 0.9,
         "deterministic": True,
@@ -47,12 +47,12 @@ def config_file(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-def test_killed_ten_times_the_run_ends_as_an_unbroken_one(config_file, tmp_path) -> None:
-    """By SIGKILL and SIGTERM, at any moment of a step, of a validation, of writing a checkpoint."""
+def test_killed_again_and_again_the_run_ends_as_an_unbroken_one(config_file, tmp_path) -> None:
+    """By SIGKILL and by SIGTERM: at any moment, in a validation, and while a checkpoint or weights are written."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     seed = random.randrange(1000)
-    done = json.loads(run_module("killing", config_file, tmp_path, 10, seed).splitlines()[-1])
-    assert len(done) >= 9
+    done = json.loads(run_module("killing", config_file, tmp_path, seed).splitlines()[-1])
+    assert len(done) >= 5
     one, other = (load_checkpoint(folder / CHECKPOINT) for folder in (whole, killed))
     what = f"seed {seed}: {done}"
     for part in ("model", "terms"):
@@ -85,17 +85,14 @@ def test_an_elastic_restart_goes_on_exactly(config_file, tmp_path) -> None:
         "    if self.step == 5 and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "Trainer._after_step = die\n"
-        f"train(load_config({str(config_file)!r}, {changes!r}), {str(broken)!r}, resume=True)\n"
+        f"config = load_config({str(config_file)!r}, {changes!r})\n"
+        f"train(config, {str(broken)!r}, resume=True)\n"
+        f"train(config, {str(whole)!r})\n"
     )
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1"]
     command = [*torchrun, "--max-restarts", "1", "--monitor-interval", "0.1", str(worker)]
     done = subprocess.run(command, env=environment(), cwd=REPOSITORY, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "resumed at step 3" in done.stdout
-    unbroken = (
-        "from magnet_fast.training import load_config, train\n"
-        f"train(load_config({str(config_file)!r}, {changes!r}), {str(whole)!r})\n"
-    )  # in a process of its own: on one thread, as the other
-    subprocess.run([sys.executable, "-c", unbroken], env=environment(), cwd=REPOSITORY, check=True, timeout=200)
     one, other = (load_checkpoint(folder / CHECKPOINT)["model"] for folder in (whole, broken))
     assert same_weights(one, other)

@@ -18,7 +18,7 @@ from magnet_fast import models
 from magnet_fast.data.sample import Sample
 from magnet_fast.data.tokenizers import Tokenizer
 from magnet_fast.evaluation import evaluate
-from magnet_fast.models import Text
+from magnet_fast.models import Text, registry
 from magnet_fast.training import Trainer, TrainingError, TrainingStopped
 from magnet_fast.training.checkpoint import CHECKPOINT, load_checkpoint
 from magnet_fast.training.distributed import World
@@ -155,6 +155,7 @@ def folders_apart(out: Path, world: World) -> dict[str, object]:
 
 def main() -> None:
     out, size = Path(sys.argv[1]), 2
+    registry.systems()  # all imports before the first fork
     children = []
     for rank in range(size):
         child = os.fork()
