@@ -95,8 +95,14 @@ def _convolve(
     activation: Literal["relu", "none"],
     residual: Tensor | None = None,
 ) -> Tensor:
-    weight, bias = _packed.folded(convolution, _sources(convolution, norm), lambda: _fold(convolution, norm))
     shape = convolution.padding, convolution.stride, convolution.dilation, convolution.groups
+
+    def make() -> tuple[Tensor, Tensor]:
+        weight, bias = _fold(convolution, norm)
+        # The layout is chosen for this size; it is right for any.
+        return torch.ops.mkldnn._reorder_convolution_weight(weight, *shape, x.shape), bias
+
+    weight, bias = _packed.folded(convolution, _sources(convolution, norm), make)
     if residual is not None:
         operator = torch.ops.mkldnn._convolution_pointwise.binary
         return operator(x, residual, weight, bias, *shape, "add", None, "relu", [], None)
@@ -166,7 +172,7 @@ def _works(dtype: torch.dtype) -> bool:
     expected = F.conv2d(x.float(), weight.float(), bias.float(), padding=1)
     other = expected.flip(0).to(dtype)
     try:
-        operator = torch.ops.mkldnn._convolution_pointwise
+        operator, reorder = torch.ops.mkldnn._convolution_pointwise, torch.ops.mkldnn._reorder_convolution_weight
         if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
             return False
         pairs = [
@@ -176,6 +182,7 @@ def _works(dtype: torch.dtype) -> bool:
                 operator.binary(x, other, weight, bias, *shape, "add", None, "relu", [], None),
                 F.relu(expected + other.float()),
             ),
+            (operator(x, reorder(weight, *shape, x.shape), bias, *shape, "none", [], ""), expected),
         ]
     except (AttributeError, TypeError, RuntimeError):  # gone, or called in another way by now
         return False

@@ -74,16 +74,19 @@ def test_against_float64(case: str, dtype: torch.dtype, layout: torch.memory_for
     layers = filled(nn.Sequential(*LAYERS[case]())).to(dtype, memory_format=layout)
     x = values(2, 6, 13, 9, seed=9).to(dtype).to(memory_format=layout)
     with torch.no_grad():
+        plain_of = copy.deepcopy(layers)
         truth, plain = copy.deepcopy(layers).double()(x.double()), layers(x)
         magnet_fast.accelerate(layers, pack=True)
         found, again = layers(x), layers(x)
+        other_size = layers(x[:1, :, :9])  # the layout of the first call serves any
     norms = sum(isinstance(layer, nn.BatchNorm2d) for layer in layers)
     assert (
         type(layers) is PackedSequential
-        and len(calls) == 2 * norms
+        and len(calls) == 3 * norms
         and ("relu" in calls) == (any(isinstance(layer, nn.ReLU) for layer in layers))
     )
     assert torch.equal(found, again) and found.dtype == dtype
+    torch.testing.assert_close(other_size, plain_of(x[:1, :, :9]))
     error, baseline = (found - truth).abs().max(), (plain - truth).abs().max()
     assert error <= 4 * baseline + 1e-6 * truth.abs().max()
 
@@ -236,7 +239,9 @@ def test_replaced_for_all_sequentials_since(monkeypatch: pytest.MonkeyPatch, cal
     assert torch.equal(layers(torch.zeros(1, 6, 8, 8)), torch.ones(1, 6, 8, 8)) and calls == []
 
 
-@pytest.mark.parametrize("there", [{}, {"_convolution_pointwise": lambda *arguments: torch.zeros(1)}])
+@pytest.mark.parametrize(
+    "there", [{}, {"_convolution_pointwise": lambda *arguments: torch.zeros(1), "_reorder_convolution_weight": None}]
+)
 def test_operators_that_are_gone_or_compute_something_else(there: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace(**there))
     assert not _convolution._works.__wrapped__(torch.float32)
