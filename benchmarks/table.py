@@ -1,6 +1,7 @@
 """Print a suite of a results file as a Markdown table: python -m benchmarks.table benchmarks/results/FILE.json SUITE
 
-`--compiled` compares ours with torch.compile instead of the baseline with the fastest other path.
+`--compiled` compares ours with torch.compile instead of the baseline with the fastest other path; `--rivals` with every
+rival that was measured, in suites that time their paths in turns.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from benchmarks import PACKED
 
 _BOTH = ("torch.compile", "cpu")
 _OURS_COMPILED = "cpu, torch.compile"
+_OURS, _RIVALS = (PACKED, "cpu"), ("torch.compile", "OpenVINO")
 
 
 def table(results: dict, suite: str) -> str:
@@ -57,6 +59,34 @@ def compiled_table(results: dict, suite: str) -> str:
     return "\n".join(lines)
 
 
+def rivals_table(results: dict, suite: str) -> str:
+    """A line a group: medians and memory of the baseline and of ours (packed where it was measured), those of every
+    rival, and how many times as fast ours is as the baseline and as the fastest rival."""
+    columns = (
+        "| | plain | ours | torch.compile | OpenVINO | against plain | against the best rival | share of the ceiling "
+        "| memory, plain | ours |"
+    )
+    lines = _head(results["machine"], columns)
+    for group, paths in _groups(results, suite):
+        plain, ours = paths["plain"], next(paths[name] for name in _OURS if name in paths)
+        rivals = [paths[name] for name in _RIVALS if name in paths]
+        best = max((row["ratio"] for row in rivals), default=None)
+        shares = [ours[key] for key in ("product_share", "copy_share") if key in ours]
+        cells = [
+            group,
+            _time(plain),
+            _time(ours),
+            *(_time(paths[name]) if name in paths else "–" for name in _RIVALS),
+            f"**{ours['ratio']:.2f}×**",
+            f"{ours['ratio'] / best:.2f}×" if best else "–",
+            f"{100 * max(shares):.0f} %" if shares else "–",
+            _memory(plain),
+            _memory(ours),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def _head(machine: dict, columns: str) -> list[str]:
     where = f"{machine['processor']}, {machine['cores']} cores ({machine['cpu_capability']})"
     return [
@@ -92,8 +122,9 @@ def main() -> None:
     parser.add_argument("source", type=Path, help="a file that pytest benchmarks --results wrote")
     parser.add_argument("suite", help="integrations, magnet, ...")
     parser.add_argument("--compiled", action="store_true", help="ours against torch.compile")
+    parser.add_argument("--rivals", action="store_true", help="ours against every rival")
     arguments = parser.parse_args()
-    write = compiled_table if arguments.compiled else table
+    write = rivals_table if arguments.rivals else compiled_table if arguments.compiled else table
     print(write(json.loads(arguments.source.read_text()), arguments.suite))
 
 

@@ -1,6 +1,6 @@
 """The table of a results file."""
 
-from benchmarks.table import compiled_table, table
+from benchmarks.table import compiled_table, rivals_table, table
 
 MACHINE = {
     "processor": "CPU",
@@ -47,3 +47,15 @@ def test_against_torch_compile() -> None:
     rows.insert(3, row("magnet", "one", "cpu, torch.compile", 0.001))
     lines = compiled_table({"machine": MACHINE, "rows": rows}, "magnet").splitlines()
     assert lines[-1].endswith("| **600.00×** | 1 ms |") and lines[2].endswith("| ours, compiled |")
+
+
+def test_against_every_rival() -> None:
+    rows = [
+        row("systems", "one", path, seconds, ratio=2.0 / seconds, peak_bytes=2 << 20)
+        for path, seconds in (("plain", 2.0), ("cpu", 1.5), ("cpu, packed weights", 1.0), ("OpenVINO", 0.8))
+    ]
+    rows[2] |= {"product_share": 0.4, "copy_share": 0.7}
+    rows += [row("systems", "two", path, 1.0, ratio=1.0) for path in ("plain", "cpu")]
+    lines = rivals_table({"machine": MACHINE, "rows": rows}, "systems").splitlines()
+    one = "| one | 2.00 s | 1.00 s | – | 800 ms | **2.00×** | 0.80× | 70 % | 2 MiB | 2 MiB |"
+    assert lines[-2:] == [one, "| two | 1.00 s | 1.00 s | – | – | **1.00×** | – | – | – | – |"]
