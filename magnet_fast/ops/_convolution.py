@@ -145,6 +145,7 @@ def _folds(convolution: nn.Module, norm: nn.Module, x: Tensor) -> bool:
     """Whether this call may take the two as one."""
     return (
         type(convolution) is nn.Conv2d
+        and type(x) is Tensor  # and no proxy of a graph
         # First what is quickly said: small models are dozens of convolutions that this is not for.
         and x.dim() == 4
         and x.numel() // x.shape[1] * convolution.weight.numel() >= _FEWEST_MULTIPLICATIONS

@@ -214,6 +214,21 @@ def test_gradients_other_backends_and_the_relu_alone(calls: list[str]) -> None:
     assert calls == ["none"] and len(seen) == 1
 
 
+def test_graphs_hold_the_modules(calls: list[str]) -> None:
+    layers, x = block(), values(2, 6, 8, 8)
+    magnet_fast.accelerate(layers, pack=True)
+    with torch.no_grad():
+        expected = nn.Sequential(*layers)(x)
+        graphs = [
+            torch.fx.symbolic_trace(layers),
+            torch.jit.trace(layers, x, check_trace=False),
+            torch.export.export(layers, (x,)).module(),
+            torch.compile(layers, backend="eager", fullgraph=True),
+        ]
+        assert all(torch.equal(graph(x), expected) for graph in graphs)
+    assert calls == []
+
+
 def test_copies_go_with_their_layer_and_with_restore(calls: list[str]) -> None:
     gc.collect()
     count = len(_packed._copies)
