@@ -64,6 +64,7 @@ def description() -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": _version("transformers"),
         "timm": _version("timm"),
+        "openvino": _version("openvino"),
         "magnet_fast": magnet_fast.__version__,
         "backends": list(ops.available_backends()),
     }

@@ -79,7 +79,7 @@ def accelerate(model: nn.Module, *, pack: bool = False, freeze: bool | None = No
             found.append(ModuleReport(name, path, None, reason))
         elif plain_linear(module) and (pack or type(module) is PackedLinear):
             found.append(_pack(name, module))
-        if pack and isinstance(module, nn.Sequential):
+        if isinstance(module, nn.Sequential) and (pack or type(module) is PackedSequential):
             found.extend(_pack_sequential(name, module))
     return Report(tuple(found))
 
@@ -162,10 +162,10 @@ def _pack(name: str, layer: nn.Linear) -> ModuleReport:
 
 def _pack_sequential(name: str, module: nn.Sequential) -> Iterator[ModuleReport]:
     """PyTorch's own class, and those with a fast form: what others make of the order of their layers is not known."""
-    if upstream_class(module) is not None:
+    path = class_path(nn.Sequential)
+    if upstream_class(module) not in (None, nn.Sequential):
         pack_convolutions(list(module))
-    elif type(module) is nn.Sequential and has_foldable(list(module)):
-        path = class_path(nn.Sequential)
+    elif type(module) in (nn.Sequential, PackedSequential) and has_foldable(list(module)):
         if "forward" in vars(module) or altered(module):
             yield ModuleReport(name, path, None, "a method was replaced, on the module itself or in its class")
             return

@@ -102,7 +102,7 @@ def _convolve(
         # The layout is chosen for this size; it is right for any.
         return torch.ops.mkldnn._reorder_convolution_weight(weight, *shape, x.shape), bias
 
-    weight, bias = _packed.folded(convolution, _sources(convolution, norm), make)
+    weight, bias = _packed.folded(convolution, norm.eps, _sources(convolution, norm), make)
     if residual is not None:
         operator = torch.ops.mkldnn._convolution_pointwise.binary
         return operator(x, residual, weight, bias, *shape, "add", None, "relu", [], None)

@@ -89,9 +89,9 @@ def seen(tensors: Iterable[Tensor]) -> bool:
     )
 
 
-def folded(layer: nn.Module, sources: Sequence[Tensor], make: Callable[[], Any]) -> Any:
-    """What `make` gives, kept with a packed layer until one of `sources`, which are `seen`, changes."""
-    return _current(_copies[layer], "folded", sources, make)
+def folded(layer: nn.Module, eps: float, sources: Sequence[Tensor], make: Callable[[], Any]) -> Any:
+    """What `make` gives, kept with a packed layer until `eps` or one of `sources`, which are `seen`, changes."""
+    return _current(_copies[layer], f"folded with {eps}", sources, make)
 
 
 def keeps(weight: Tensor) -> bool:

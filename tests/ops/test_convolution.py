@@ -143,6 +143,7 @@ CHANGES: dict[str, Callable[[nn.Sequential], object]] = {
     "loaded": lambda layers: layers.load_state_dict({name: 2 * t for name, t in layers.state_dict().items()}),
     "another parameter": lambda layers: setattr(layers[0], "weight", nn.Parameter(values(10, 6, 3, 3, seed=4))),
     "another norm": lambda layers: layers.__setitem__(1, filled(nn.BatchNorm2d(10)).requires_grad_(False)),
+    "eps": lambda layers: setattr(layers[1], "eps", layers[1].eps + 0.5),
     "bias gone": lambda layers: setattr(layers[0], "bias", None),
 }
 
@@ -160,7 +161,7 @@ def test_changes_are_seen(change: str, calls: list[str]) -> None:
         assert calls == ["relu"]
         convolved = F.conv2d(x, layers[0].weight, layers[0].bias)
         norm = layers[1]
-        expected = F.batch_norm(convolved, norm.running_mean, norm.running_var, norm.weight, norm.bias)
+        expected = F.batch_norm(convolved, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
         torch.testing.assert_close(after, F.relu(expected))
     assert not torch.allclose(before, after)
 
@@ -240,7 +241,8 @@ def test_copies_go_with_their_layer_and_with_restore(calls: list[str]) -> None:
         magnet_fast.restore(layers)
         assert len(_packed._copies) == count and type(layers) is nn.Sequential
         layers(x)
-        magnet_fast.accelerate(layers, pack=True)
+        first, again = magnet_fast.accelerate(layers, pack=True), magnet_fast.accelerate(layers)
+        assert first == again and [module.operator for module in again.replaced] == ["convolution"]
         layers(x)
     del layers
     gc.collect()
