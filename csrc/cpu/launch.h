@@ -33,13 +33,20 @@ inline int64_t thread_index() {
 }
 
 struct FreeAligned {
-    void operator()(float* p) const { ::operator delete[](p, std::align_val_t(64)); }
+    void operator()(void* memory) const { ::operator delete[](memory, std::align_val_t(64)); }
 };
-using AlignedFloats = std::unique_ptr<float[], FreeAligned>;
+template <typename Number>
+using AlignedNumbers = std::unique_ptr<Number[], FreeAligned>;
+using AlignedFloats = AlignedNumbers<float>;
 
-/// Uninitialised memory at a 64-byte boundary.
+/// Uninitialised memory at a 64-byte boundary: whole vectors then lie in one cache line each.
+template <typename Number>
+AlignedNumbers<Number> aligned_numbers(int64_t count) {
+    return AlignedNumbers<Number>(
+        static_cast<Number*>(::operator new[](count * sizeof(Number), std::align_val_t(64))));
+}
 inline AlignedFloats aligned_floats(int64_t count) {
-    return AlignedFloats(static_cast<float*>(::operator new[](count * sizeof(float), std::align_val_t(64))));
+    return aligned_numbers<float>(count);
 }
 
 }  // namespace magnet_fast

@@ -3,34 +3,11 @@
 
 #include <limits>
 
-#include "cpu/simd.h"
+#include "cpu/simd_rows.h"
 #include "cpu/window_kernel.h"
 
 namespace magnet_fast {
 namespace MAGNET_FAST_SIMD_LEVEL {
-
-// Query rows treated at a time, at most: a 7 x 7 window is one block of 49, a 12 x 12 window three blocks of
-// 48. Larger blocks make fewer passes over the gradients of k and v; smaller ones keep the scores closer to
-// the core.
-constexpr int64_t kBlock = 64;
-
-/// Rows of the next block when `left` remain: blocks of nearly equal height, even but for the last one.
-static inline int64_t block_rows(int64_t left) {
-    const int64_t blocks = (left + kBlock - 1) / kBlock;
-    return blocks == 1 ? left : ((left + blocks - 1) / blocks + 1) / 2 * 2;
-}
-
-/// Hands out consecutive, 64-byte aligned pieces of the scratch buffer.
-struct Arena {
-    char* at;
-    explicit Arena(void* scratch) : at(static_cast<char*>(scratch)) {}
-    template <typename T>
-    T* take(int64_t count) {
-        T* piece = reinterpret_cast<T*>(at);
-        at += (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
-        return piece;
-    }
-};
 
 /// Enough for either form of the kernels: q, dO, k, v, dk and dv; k and v transposed; scores and their
 /// gradients; dq; row pointers. No piece is larger than in Real.
@@ -39,16 +16,6 @@ static int64_t scratch_bytes(int64_t tokens, int64_t head_dim) {
     const int64_t numbers = 10 * keys * wide + 4 * kBlock * keys + kBlock * wide;
     return numbers * static_cast<int64_t>(sizeof(Real)) +
            2 * keys * static_cast<int64_t>(sizeof(const void*)) + 16 * 64;
-}
-
-/// to (count x round_up(d)) = rows, zeros past d.
-template <typename Element>
-static void gather_rows(const Element* const* rows, int64_t count, int64_t d, Real* to) {
-    const int64_t wide = round_up(d), whole = d / kLanes * kLanes;
-    for (int64_t i = 0; i < count; ++i, to += wide) {
-        for (int64_t c = 0; c < whole; c += kLanes) store(to + c, load(rows[i] + c));
-        if (whole < d) store(to + whole, load_part(rows[i] + whole, d - whole));
-    }
 }
 
 /// Rows of bfloat16 pairs begin where a bfloat16 may, which need not be where a Real may.
@@ -96,15 +63,6 @@ static void key_rows(const GroupForward<Element>& g, int64_t offset, const Eleme
     for (; j < g.tokens; ++j) rows[j] = g.query[j] + offset;
     for (; j < g.keys; ++j) rows[j] = pad;
     for (; j < count; ++j) rows[j] = g.zeros;
-}
-
-/// to[0 .. d) = factor * from.
-template <typename Element>
-static inline void write_row(Element* to, const Real* from, int64_t d, Real factor) {
-    const Vec wide = broadcast(factor);
-    int64_t c = 0;
-    for (; c + kLanes <= d; c += kLanes) store(to + c, load(from + c) * wide);
-    if (c < d) store_part(to + c, load(from + c) * wide, d - c);
 }
 
 /// The gradients of keys and values (rows of round_up(d), from the first wanted key on; those of the keys

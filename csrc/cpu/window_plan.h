@@ -11,6 +11,7 @@
 #include <new>
 #include <vector>
 
+#include "cpu/launch.h"
 #include "cpu/window_attention.h"
 #include "cpu/window_kernel.h"
 
@@ -51,19 +52,6 @@ struct WindowPlan {
     int64_t max_tokens = 0;   // of any group
     int64_t max_heads = 0;    // of any task
 };
-
-struct FreeLines {
-    void operator()(void* memory) const { ::operator delete[](memory, std::align_val_t(64)); }
-};
-template <typename Real>
-using AlignedNumbers = std::unique_ptr<Real[], FreeLines>;
-
-/// Uninitialised, at a 64-byte boundary: whole vectors then lie in one cache line each.
-template <typename Real>
-AlignedNumbers<Real> aligned_numbers(int64_t count) {
-    return AlignedNumbers<Real>(
-        static_cast<Real*>(::operator new[](count * sizeof(Real), std::align_val_t(64))));
-}
 
 /// The bias of one head, for the groups of one class of windows, in units of the scale (see window_kernel.h).
 template <typename Real>

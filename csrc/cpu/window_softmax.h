@@ -43,7 +43,7 @@ static inline double logarithm(double x) {
     return __builtin_log(x);
 }
 
-static void log_sum_exp_rows(const Real* values, int64_t rows, int64_t columns, Real scale, Real* result,
+static inline void log_sum_exp_rows(const Real* values, int64_t rows, int64_t columns, Real scale, Real* result,
                              int64_t result_stride) {
     const Vec unit = broadcast(scale * kPowerUnit);
     for (int64_t r = 0; r < rows; ++r, values += columns) {
@@ -57,7 +57,7 @@ static void log_sum_exp_rows(const Real* values, int64_t rows, int64_t columns, 
     }
 }
 
-static void softmax_rows(Real* values, int64_t rows, int64_t columns, Real scale, const Real* log_sum,
+static inline void softmax_rows(Real* values, int64_t rows, int64_t columns, Real scale, const Real* log_sum,
                          const Real* weight, int64_t stride) {
     const Vec unit = broadcast(scale * kPowerUnit);
     for (int64_t r = 0; r < rows; ++r, values += columns) {

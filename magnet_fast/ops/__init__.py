@@ -17,6 +17,7 @@ from magnet_fast.ops._deformable_attention import deformable_attention
 from magnet_fast.ops._fused_deformable_attention import fused_deformable_attention
 from magnet_fast.ops._pixel_contrastive_loss import pixel_contrastive_loss
 from magnet_fast.ops._registry import BackendError, Explanation, available_backends, backend, explain
+from magnet_fast.ops._relative_attention import relative_attention
 from magnet_fast.ops._window_attention import window_attention
 
 __all__ = [
@@ -29,5 +30,6 @@ __all__ = [
     "explain",
     "fused_deformable_attention",
     "pixel_contrastive_loss",
+    "relative_attention",
     "window_attention",
 ]

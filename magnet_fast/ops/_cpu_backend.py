@@ -27,3 +27,8 @@ def passed_over(*arguments: object) -> str | None:
     """Why `auto` leaves float64 to the reference."""
     first = next(argument for argument in arguments if isinstance(argument, Tensor))
     return "float64 runs in scalar code, meant for gradient checks" if first.dtype == torch.float64 else None
+
+
+def computed(like: Tensor) -> torch.dtype:
+    """What kernels compute in beside a tensor like this, and the dtype of the small sums that they return."""
+    return torch.float64 if like.dtype == torch.float64 else torch.float32

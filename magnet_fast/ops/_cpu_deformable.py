@@ -79,10 +79,6 @@ def passed_over(*arguments: object) -> str | None:
     return _cpu_backend.passed_over(*arguments)
 
 
-def _computed(value: Tensor) -> torch.dtype:
-    return torch.float64 if value.dtype == torch.float64 else torch.float32
-
-
 def _channels_together(value: Tensor) -> Tensor:
     """The kernel reads `value` with any strides but the last."""
     return value if value.stride(3) == 1 else value.contiguous()
@@ -93,7 +89,7 @@ def _located(value: Tensor, locations: Tensor, weights: Tensor) -> tuple[Tensor,
 
     The kernel reads both contiguously, and places points in the dtype that it computes in.
     """
-    return locations.to(_computed(value)).contiguous(), weights.contiguous(), None
+    return locations.to(_cpu_backend.computed(value)).contiguous(), weights.contiguous(), None
 
 
 def four_dimensions(reference: Tensor) -> Tensor:
@@ -108,12 +104,12 @@ def _raw(value: Tensor, reference: Tensor, offsets: Tensor, logits: Tensor) -> t
     The kernel reads (L, K) of one head contiguously; offsets and logits are of one dtype, value's or float32.
     """
     if offsets.dtype != logits.dtype:
-        offsets, logits = offsets.to(_computed(value)), logits.to(_computed(value))
+        offsets, logits = offsets.to(_cpu_backend.computed(value)), logits.to(_cpu_backend.computed(value))
     if offsets.stride()[3:] != (2 * offsets.shape[4], 2, 1):
         offsets = offsets.contiguous()
     if logits.stride()[3:] != (logits.shape[4], 1):
         logits = logits.contiguous()
-    return offsets, logits, four_dimensions(reference.to(_computed(value)).contiguous())
+    return offsets, logits, four_dimensions(reference.to(_cpu_backend.computed(value)).contiguous())
 
 
 def _forward(value: Tensor, places: Tensor, weights: Tensor, reference: Tensor | None, sizes: Sequence[int]) -> Tensor:

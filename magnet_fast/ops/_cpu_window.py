@@ -33,7 +33,7 @@ def backward(
     *settings, wanted = rest
     inputs = (qkv, bias_table, pad_qkv)
     # The kernel sums the small ones in float32, or in float64 for float64.
-    dtypes = (qkv.dtype, _computed(qkv), _computed(qkv))
+    dtypes = (qkv.dtype, _cpu_backend.computed(qkv), _cpu_backend.computed(qkv))
     grads = [
         torch.empty(tensor.shape, dtype=dtype) if want and tensor is not None else None
         for tensor, dtype, want in zip(inputs, dtypes, wanted, strict=True)
@@ -71,13 +71,8 @@ def _write_gradients(
     )
 
 
-def _computed(qkv: Tensor) -> torch.dtype:
-    """What the kernel computes in, and the dtype of the bias that it reads."""
-    return torch.float64 if qkv.dtype == torch.float64 else torch.float32
-
-
 def _laid_out(qkv: Tensor, bias_table: Tensor, pad_qkv: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """The table as the kernel reads it, and the padding token beside the tokens."""
     if pad_qkv is not None:
         pad_qkv = pad_qkv.to(qkv.dtype).contiguous()
-    return bias_table.to(_computed(qkv)).contiguous(), pad_qkv
+    return bias_table.to(_cpu_backend.computed(qkv)).contiguous(), pad_qkv

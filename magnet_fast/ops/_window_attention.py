@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from magnet_fast.ops import (
@@ -19,6 +18,7 @@ from magnet_fast.ops import (
 )
 from magnet_fast.ops._binding import bind
 from magnet_fast.ops._window_settings import SCHEMA, WindowSettings
+from magnet_fast.ops._windows import diagonals, padded
 
 _NAME = "window_attention"
 
@@ -112,7 +112,7 @@ def window_attention_reference(
     x = qkv
     if shifted and not pad_first:
         x = torch.roll(x, (-shift_h, -shift_w), (1, 2))
-    x = _pad(x, pad_qkv, padded_h, padded_w)
+    x = padded(x, pad_qkv, padded_h, padded_w)
     if shifted and pad_first:
         x = torch.roll(x, (-shift_h, -shift_w), (1, 2))
 
@@ -145,21 +145,6 @@ def window_attention_reference(
     return out.contiguous()
 
 
-def _pad(x: Tensor, pad_qkv: Tensor | None, padded_h: int, padded_w: int) -> Tensor:
-    """Append tokens equal to `pad_qkv` at the bottom and right of a map (B, H, W, C)."""
-    batch, height, width, channels = x.shape
-    if pad_qkv is None:
-        if (height, width) == (padded_h, padded_w):
-            return x
-        return F.pad(x, (0, 0, 0, padded_w - width, 0, padded_h - height))
-    pad_qkv = pad_qkv.to(x.dtype)
-    if padded_w > width:
-        x = torch.cat([x, pad_qkv.expand(batch, height, padded_w - width, channels)], 2)
-    if padded_h > height:
-        x = torch.cat([x, pad_qkv.expand(batch, padded_h - height, padded_w, channels)], 1)
-    return x
-
-
 def _relative_position_bias(table: Tensor, window_h: int, window_w: int) -> Tensor:
     """((2*wh-1) * (2*ww-1), h) -> (h, N, N): the entry of where query i lies relative to key j.
 
@@ -167,20 +152,10 @@ def _relative_position_bias(table: Tensor, window_h: int, window_w: int) -> Tens
     deterministic on every device (the backward of indexing adds with atomics on several threads).
     """
     x = table.t().unflatten(1, (2 * window_h - 1, 2 * window_w - 1))
-    x = _diagonals(x, window_w)  # (h, 2*wh-1, ww, ww)
-    x = _diagonals(x.permute(0, 2, 3, 1), window_h)  # (h, ww_i, ww_j, wh_i, wh_j)
+    x = diagonals(x, window_w)  # (h, 2*wh-1, ww, ww)
+    x = diagonals(x.permute(0, 2, 3, 1), window_h)  # (h, ww_i, ww_j, wh_i, wh_j)
     tokens = window_h * window_w
     return x.permute(0, 3, 1, 4, 2).reshape(-1, tokens, tokens)
-
-
-def _diagonals(x: Tensor, size: int) -> Tensor:
-    """(..., 2*size-1) -> (..., size, size) with `y[i, j] = x[i - j + size - 1]`.
-
-    Rows of length 2*size read with a stride of 2*size - 1 move one place to the right from row to row.
-    """
-    x = F.pad(x.flip(-1), (0, 1)).unsqueeze(-2).expand(*x.shape[:-1], size, 2 * size)
-    x = x.flatten(-2)[..., : size * (2 * size - 1)].unflatten(-1, (size, 2 * size - 1))
-    return x[..., size - 1 :]
 
 
 def _region_mask(

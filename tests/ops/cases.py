@@ -90,6 +90,31 @@ def window_case(
     return Case("window_attention", leaves, arguments)
 
 
+def relative_case(
+    *,
+    batch: int = 2,
+    size: tuple[int, int] = (5, 4),
+    window: tuple[int, int] | None = (2, 3),
+    heads: int = 2,
+    d: int = 2,
+    padding: bool = True,
+    dtype: torch.dtype = torch.float64,
+) -> Case:
+    """`window` None: the whole map is one."""
+    sides = window or size
+    leaves = [
+        leaf(batch, *size, 3 * heads * d, dtype=dtype, seed=1),
+        *(leaf(2 * side - 1, d, dtype=dtype, seed=2 + i) for i, side in enumerate(sides)),
+    ]
+    if padding:
+        leaves.append(leaf(3 * heads * d, dtype=dtype, seed=4))
+
+    def arguments(*given: Tensor) -> tuple[tuple, dict]:
+        return given[:3], {"num_heads": heads, "window_size": window, "pad_qkv": (*given, None)[3]}
+
+    return Case("relative_attention", leaves, arguments)
+
+
 CROSS_MODAL_FORMS = {
     # image_query, text_key, text_value, text_query, image_key, image_value
     "separate": (1, 1, 1, 1, 1, 1),
@@ -166,6 +191,8 @@ def all_cases(dtype: torch.dtype = torch.float64) -> dict[str, Case]:
         "window": window_case(dtype=dtype),
         "window, roll first": window_case(pad_first=False, dtype=dtype),
         "window, no padding token": window_case(padding=False, dtype=dtype),
+        "relative": relative_case(dtype=dtype),
+        "relative, whole map": relative_case(window=None, padding=False, dtype=dtype),
         **{f"cross-modal, {form}": cross_modal_case(form, dtype=dtype) for form in CROSS_MODAL_FORMS},
         "deformable": deformable_case(dtype=dtype),
         "fused deformable": fused_deformable_case(dtype=dtype),

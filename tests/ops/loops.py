@@ -58,6 +58,29 @@ def window_attention(qkv, bias_table, *, num_heads, window, shift, pad_qkv=None,
     return out
 
 
+def relative_attention(qkv, rel_height, rel_width, *, num_heads, window=None, pad_qkv=None, scale=None) -> Tensor:
+    batch, height, width, channels = qkv.shape[0], qkv.shape[1], qkv.shape[2], qkv.shape[3] // 3
+    d = channels // num_heads
+    scale = d**-0.5 if scale is None else scale
+    window_h, window_w = window or (height, width)
+    padding = qkv.new_zeros(3 * channels) if pad_qkv is None else pad_qkv
+    out = torch.zeros_like(qkv[..., :channels])
+    for image in range(batch):
+        for y in range(height):
+            for x in range(width):
+                top, left = y - y % window_h, x - x % window_w
+                keys = [(ky, kx) for ky in range(top, top + window_h) for kx in range(left, left + window_w)]
+                tokens = torch.stack([qkv[image, ky, kx] if ky < height and kx < width else padding for ky, kx in keys])
+                rows = torch.stack([rel_height[y - ky + window_h - 1] for ky, _ in keys])
+                columns = torch.stack([rel_width[x - kx + window_w - 1] for _, kx in keys])
+                for head in range(num_heads):
+                    q, k, v = (slice(i * channels + head * d, i * channels + (head + 1) * d) for i in range(3))
+                    query = qkv[image, y, x, q]
+                    logits = scale * (tokens[:, k] @ query) + rows @ query + columns @ query
+                    out[image, y, x, head * d : (head + 1) * d] = logits.softmax(0) @ tokens[:, v]
+    return out
+
+
 def attention(query: Tensor, key: Tensor, value: Tensor, num_heads: int, scale: float, keep: Tensor | None) -> Tensor:
     """(B, M, C), (B, N, C), (B, N, Cv) -> (B, M, Cv); ``keep`` (B, N) says which keys count."""
     rows = []
