@@ -28,7 +28,7 @@ from . import own, zoo
 pytestmark = pytest.mark.slow
 
 # Others choose queries by their scores, and the last bit of one makes another choice.
-FAMILIES = ("timm", "torchvision", "Swin", "MaskFormer", "Donut", "CLAP", "Deformable DETR")
+FAMILIES = ("timm", "torchvision", "Swin", "MaskFormer", "Donut", "CLAP", "Deformable DETR", "SAM", "timm SAM")
 OWN = {
     "magnet_tiny": {},
     "magnet_tiny xmha": {"fusion__form": "xmha"},
