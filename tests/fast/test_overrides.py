@@ -226,7 +226,7 @@ def test_other_methods_replaced_on_each_part(name: str) -> None:
             return put([model.get_submodule(path) for path in paths], lambda module: way(module, counted))
 
         calls += compare(name, change, key)
-    assert calls > 0 or name == "Deformable DETR"  # whose module calls no other of its methods
+    assert calls > 0 or name in ("Deformable DETR", "timm SAM")  # whose modules call no other of their methods
 
 
 @pytest.mark.parametrize("name", NAMES)
