@@ -28,12 +28,12 @@ from torch import Tensor, nn
 import magnet_fast
 from benchmarks import PACKED, plain
 from benchmarks.bench_magnet import operations
+from benchmarks.rivals import OPENVINO, openvino
 from benchmarks.turns import in_turns
 from magnet_fast import models, ops
 from magnet_fast.ops import _linear
 from magnet_fast.training.terms import build_terms
 
-OPENVINO = "OpenVINO"
 WORDS = 17
 
 
@@ -122,7 +122,7 @@ def test_inference(case: Case, dtype: torch.dtype, request: pytest.FixtureReques
     }
     if request.config.getoption("--compile"):
         runs["torch.compile"] = in_plain_form(torch.compile(first, dynamic=False))
-    if (rival := _openvino(first, inputs)) is not None:
+    if (rival := openvino(first, inputs)) is not None:
         runs[OPENVINO] = rival
     truth = runs["plain"]().float()
     for path, run in runs.items():
@@ -187,24 +187,3 @@ def _measure(
     rows = in_turns(runs, "plain", 15 if case.quick else 5, request.config._ceilings, dtype=name, **info)
     group = f"{case.title}, {what}, {name}"
     request.config._turns += [{"suite": "systems", "group": group, **row} for row in rows]
-
-
-def _openvino(model: nn.Module, inputs: tuple[Tensor, ...]) -> Callable[[], Tensor] | None:
-    """The exported model, compiled once; None where OpenVINO is not installed."""
-    try:
-        import openvino
-    except ImportError:
-        return None
-    dtype = inputs[0].dtype
-    with torch.no_grad(), ops.backend("reference"):
-        exported = torch.export.export(model.float(), tuple(t.float() if t.is_floating_point() else t for t in inputs))
-    precision = "f32" if dtype == torch.float32 else "bf16"
-    options = {
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_PRECISION_HINT": precision,
-    }
-    request = openvino.compile_model(openvino.convert_model(exported), "CPU", options).create_infer_request()
-    model.to(dtype)
-    arrays = [tensor.float().numpy() if tensor.is_floating_point() else tensor.numpy() for tensor in inputs]
-    return lambda: torch.from_numpy(request.infer(arrays)[0].copy())

@@ -20,7 +20,7 @@ from types import ModuleType
 
 from torch import nn
 
-from magnet_fast.fast import grounding_dino, timm, torchvision, transformers_deformable, transformers_swin
+from magnet_fast.fast import grounding_dino, sam, timm, torchvision, transformers_deformable, transformers_swin
 from magnet_fast.fast._replacement import Replacement, class_path, fused_class, upstream_class
 from magnet_fast.fast._report import ModuleReport, Report
 from magnet_fast.ops._convolution import PackedSequential, has_foldable, pack_convolutions, unpack_convolutions
@@ -29,7 +29,7 @@ from magnet_fast.ops._observed import altered
 
 __all__ = ["ModuleReport", "Report", "accelerate", "accelerated", "restore"]
 
-_FAMILIES = (timm, torchvision, transformers_swin, transformers_deformable, grounding_dino)
+_FAMILIES = (timm, torchvision, transformers_swin, transformers_deformable, grounding_dino, sam)
 _OUR_MODELS = "magnet_fast.models."
 
 

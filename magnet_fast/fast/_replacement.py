@@ -33,10 +33,11 @@ class Replacement:
         parameters: for each upstream method that the mixin stands for or relies on: the parameters it must have, and
             those it may have. Any other means that upstream has changed.
         attributes: dotted names of what the mixin reads from the module.
-        bypassed: submodules that are not called any more, by dotted name, and the class each must have exactly, when it
-            is replaced and in every call.
+        bypassed: submodules that are not called any more, by dotted name, and the class, or one of the classes, that
+            each must have exactly, when it is replaced and in every call.
         unfit: why a module whose class and attributes are as expected still cannot be replaced, or None.
         note: what its user should know of a replaced module, or None.
+        name: of the class, where that in `path` is another library's as well.
     """
 
     path: str
@@ -44,13 +45,14 @@ class Replacement:
     operator: str
     parameters: dict[str, tuple[frozenset[str], frozenset[str]]]
     attributes: tuple[str, ...]
-    bypassed: dict[str, str]
+    bypassed: dict[str, str | tuple[str, ...]]
     unfit: Callable[[nn.Module], str | None] = lambda module: None
     note: Callable[[nn.Module], str | None] = lambda module: None
+    name: str | None = None
 
     @property
     def fused_name(self) -> str:
-        return "Fused" + self.path.rpartition(".")[2]
+        return "Fused" + (self.name or self.path.rpartition(".")[2])
 
     def why_not(self, module: nn.Module) -> str | None:
         """None when `module`, whose class is `path`, can be replaced, else the reason."""
@@ -71,8 +73,9 @@ class Replacement:
                 if not hasattr(found, part):
                     return f"it has no attribute {name}: not a version this was written for"
                 found = getattr(found, part)
-            if class_path(type(found)) != self.bypassed.get(name, class_path(type(found))):
-                return f"its {name} is a {class_path(type(found))}, not a {self.bypassed[name]}"
+            expected = _alternatives(self.bypassed.get(name, class_path(type(found))))
+            if class_path(type(found)) not in expected:
+                return f"its {name} is a {class_path(type(found))}, not a {' or '.join(expected)}"
         if altered(module):
             return "a method was replaced, on the module itself or in its class"
         return self.unfit(module)
@@ -85,9 +88,16 @@ def fused_class(replacement: Replacement, upstream: type) -> type:
         "__module__": __package__,
         "__doc__": replacement.mixin.__doc__,
         "_upstream_class": upstream,
-        "_bypassed": tuple((name.split("."), _class_at(path)) for name, path in replacement.bypassed.items()),
+        "_bypassed": tuple(
+            (name.split("."), tuple(_class_at(path) for path in _alternatives(paths)))
+            for name, paths in replacement.bypassed.items()
+        ),
     }
     return type(replacement.fused_name, (replacement.mixin, upstream), attributes)
+
+
+def _alternatives(paths: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (paths,) if isinstance(paths, str) else paths
 
 
 def _class_at(path: str) -> type:
@@ -130,7 +140,7 @@ def parts_changed(module: nn.Module) -> bool:
         part = module
         for name in path:
             part = getattr(part, name, None)
-        if type(part) is not expected:
+        if type(part) not in expected:
             return True
     return False
 

@@ -19,7 +19,7 @@ from . import zoo
 
 pytestmark = pytest.mark.slow
 
-SOME = ["timm", "torchvision", "Swin", "MaskFormer", "Donut", "Mask2Former"]
+SOME = ["timm", "torchvision", "Swin", "MaskFormer", "Donut", "Mask2Former", "SAM", "timm SAM", "ViTDet"]
 
 
 @pytest.fixture(params=SOME)
@@ -61,7 +61,7 @@ def test_copies_and_pickles_are_replaced_themselves(name: str) -> None:
     assert equal(zoo.call(model, inputs), expected)
 
 
-@pytest.mark.parametrize("name", ["timm", "torchvision", "Swin backbone", "Mask2Former"])
+@pytest.mark.parametrize("name", ["timm", "torchvision", "Swin backbone", "Mask2Former", "timm SAM"])
 def test_compiled(name: str) -> None:
     """timm and torchvision in one graph; without a code generator, which takes minutes on a CPU."""
     torch.compiler.reset()
@@ -70,7 +70,7 @@ def test_compiled(name: str) -> None:
     magnet_fast.accelerate(model)
     with torch.no_grad():
         expected = zoo.call(model, inputs)
-        compiled = torch.compile(model, backend="aot_eager", fullgraph=name in ("timm", "torchvision"))
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=name in ("timm", "torchvision", "timm SAM"))
         found = zoo.call(compiled, inputs)
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
@@ -190,7 +190,7 @@ def test_timm_model_whose_size_is_changed_afterwards() -> None:
 # ---- Calls that run the original --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["Swin", "Donut", "CLAP", "Mask2Former", "Deformable DETR"])
+@pytest.mark.parametrize("name", ["Swin", "Donut", "CLAP", "Mask2Former", "Deformable DETR", "SAM, eager"])
 def test_attention_weights_asked_for(name: str) -> None:
     family = zoo.FAMILIES[name]
     model, inputs = family.model().eval(), family.inputs(zoo.EVEN)
@@ -205,7 +205,9 @@ def test_attention_weights_asked_for(name: str) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["timm", "torchvision", "Swin", "MaskFormer", "Donut", "CLAP"])
+@pytest.mark.parametrize(
+    "name", ["timm", "torchvision", "Swin", "MaskFormer", "Donut", "CLAP", "SAM, eager", "timm SAM"]
+)
 def test_attention_dropout_runs_the_original_in_training(name: str) -> None:
     family = zoo.FAMILIES[name]
     model, inputs = family.model().train(), family.inputs(zoo.EVEN)
@@ -215,6 +217,8 @@ def test_attention_dropout_runs_the_original_in_training(name: str) -> None:
                 setattr(module, attribute, value)
         if type(module).__name__.endswith("SwinSelfAttention") or type(module).__name__ == "ClapAudioSelfAttention":
             module.dropout = nn.Dropout(0.5)
+        if type(module).__name__ == "SamVisionAttention":
+            module.dropout = 0.5
     torch.manual_seed(3)
     expected = zoo.call(model, inputs)
     report = magnet_fast.accelerate(model)
@@ -232,6 +236,9 @@ def test_attention_dropout_runs_the_original_in_training(name: str) -> None:
         ("timm", "attn_drop"),
         ("Swin", "SwinAttention"),
         ("MaskFormer", "MaskFormerSwinSelfAttention"),
+        ("SAM", "SamVisionSdpaAttention"),
+        ("timm SAM", "k_norm"),
+        ("ViTDet", "VitDetAttention"),
     ],
 )
 def test_hooks_on_what_is_bypassed_are_called(name: str, inner: str) -> None:

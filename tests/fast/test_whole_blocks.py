@@ -12,7 +12,15 @@ from magnet_fast.ops import _linear
 
 from . import zoo
 
-FAMILIES = {"timm": "mlp.act", "Swin": "mlp.activation_fn"}  # and where a block has its GELU
+FAMILIES = {
+    "timm": "mlp.act",
+    "Swin": "mlp.activation_fn",
+    "SAM": "mlp.act",
+    "timm SAM": "mlp.act",
+}  # and where a block has its GELU
+
+
+FUSED = ("FusedSwinTransformerBlock", "FusedSwinLayer", "FusedSamVisionLayer", "FusedVisionTransformerSAMBlock")
 
 
 @pytest.fixture(autouse=True)
@@ -26,9 +34,7 @@ def rows(monkeypatch) -> list[int]:
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
-    return [
-        module for module in model.modules() if type(module).__name__ in ("FusedSwinTransformerBlock", "FusedSwinLayer")
-    ]
+    return [module for module in model.modules() if type(module).__name__ in FUSED]
 
 
 def accelerated(name: str, size: tuple[int, int] = zoo.EVEN) -> nn.Module:
@@ -38,16 +44,15 @@ def accelerated(name: str, size: tuple[int, int] = zoo.EVEN) -> nn.Module:
 
 
 @pytest.mark.parametrize("slice_bytes", [1, 40_000, 1 << 30])
-@pytest.mark.parametrize("size", [zoo.EVEN, zoo.ODD], ids=["even", "odd"])
+@pytest.mark.parametrize("odd", [False, True], ids=["even", "odd"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_slices(
-    name: str, dtype: torch.dtype, size: tuple[int, int], slice_bytes: int, rows: list[int], monkeypatch
-) -> None:
+def test_slices(name: str, dtype: torch.dtype, odd: bool, slice_bytes: int, rows: list[int], monkeypatch) -> None:
     """A token at a time, an image or two at a time, everything at once; against float64."""
     monkeypatch.setattr(_block, "_SLICE_BYTES", slice_bytes)
+    size = zoo.FAMILIES[name].odd if odd else zoo.EVEN
     inputs = zoo.image(size, batch=3)
-    inputs = inputs if name == "timm" else {"pixel_values": inputs}
+    inputs = inputs if name.startswith("timm") else {"pixel_values": inputs}
     with torch.no_grad():
         truth = zoo.call(zoo.FAMILIES[name].model(size).eval().double(), inputs)
         plain = zoo.call(zoo.FAMILIES[name].model(size).eval().to(dtype), inputs)
@@ -97,11 +102,11 @@ def change(model: nn.Module, name: str, case: str) -> None:
         elif case == "relu":
             block.set_submodule(FAMILIES[name], nn.ReLU().eval())
         elif case == "adapter":
-            block.mlp.fc1.__class__ = Adapter
+            block.mlp.get_submodule("lin1" if name == "SAM" else "fc1").__class__ = Adapter
         elif case == "one more part":
             block.mlp.scale = nn.Identity().eval()
         elif case == "dropout":
-            next(module for module in block.modules() if isinstance(module, nn.Dropout)).train()
+            next((module for module in block.modules() if isinstance(module, nn.Dropout)), block.mlp).train()
 
 
 @pytest.mark.parametrize("case", ["gradients", "autocast", "tanh", "relu", "adapter", "one more part", "dropout"])
@@ -124,11 +129,13 @@ def test_runs_part_by_part(name: str, case: str, rows: list[int]) -> None:
 def test_hooks_within_a_block_are_called_once(name: str, rows: list[int], monkeypatch) -> None:
     monkeypatch.setattr(_block, "_SLICE_BYTES", 1)
     model, called = accelerated(name), []
+    norm = {"Swin": "layernorm_before", "SAM": "layer_norm1"}.get(name, "norm1")
+    expand = "mlp.lin1" if name == "SAM" else "mlp.fc1"
     hooked = blocks(model)[0]
     for part, module in hooked.named_modules():
-        if part.endswith(("fc1", "mlp")) or part in ("norm1", "layernorm_before"):
+        if part in (norm, "mlp", expand):
             module.register_forward_hook(lambda module, args, out, part=part: called.append(part))
     with torch.no_grad():
         zoo.call(model, zoo.FAMILIES[name].inputs(zoo.EVEN))
-    assert sorted(called) == sorted(["mlp.fc1", "mlp", "norm1" if name == "timm" else "layernorm_before"])
+    assert sorted(called) == sorted([norm, "mlp", expand])
     assert len(rows) == len(blocks(model)) - 1
