@@ -35,6 +35,7 @@ VARIANTS = {
     "lavt_tiny": {},
     "refsegformer_tiny": {},
     "rela_tiny": {},
+    "risam_tiny": {},
 }
 IMAGE = (2, 3, 50, 67)
 

@@ -22,7 +22,7 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "rela": ("rela_tiny", {}),
     "cris": ("cris_tiny", {}),
     "risam": ("risam_tiny", {}),
-    "risam-pixels": ("risam_tiny", {"fusion__language_guided": False, "head__words": False}),
+    "risam-pixels": ("risam_tiny", {"fusion__language_guided": False}),
 }
 """The tiny presets and their variants."""
 
