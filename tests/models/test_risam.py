@@ -228,6 +228,14 @@ def test_parts_that_do_not_go_together(changes: dict[str, Any], message: str) ->
         models.preset_config("cris_tiny", fusion__widths=(32, 128, 128), head={"kind": "two_way"})
 
 
+def test_layers_are_found_once() -> None:
+    """Units of checkpointing and of sharding."""
+    layers = [type(layer).__name__ for layer in build(PRESETS["risam"]).repeated_layers()]
+    assert {name: layers.count(name) for name in layers} == {
+        "SamLayer": 4, "MutualAttention": 3, "TwoWayLayer": 2, "ClipLayer": 4,
+    }  # fmt: skip
+
+
 def test_too_many_words_are_refused() -> None:
     model = build(PRESETS["risam"], fusion__max_words=5)
     with pytest.raises(ValueError, match="text.ids holds 9 tokens; this fusion has 5 positions"):

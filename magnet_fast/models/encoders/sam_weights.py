@@ -71,9 +71,10 @@ def read_sam(source: str) -> dict[str, Tensor]:
         raise ValueError(f"image weights {source!r}: no such file")
     else:
         try:
-            state = read_safetensors(cached_file(source, SAFE_WEIGHTS_NAME))[0]
-        except OSError as error:
+            path = cached_file(source, SAFE_WEIGHTS_NAME)
+        except (OSError, ValueError) as error:
             raise unreachable("image", source, error) from error
+        state = read_safetensors(path)[0]
     if any(name.startswith("image_encoder.") for name in state):
         return {_transformers_name(name): tensor for name, tensor in state.items()}
     return state

@@ -90,10 +90,9 @@ class MutualFusion(Fusion):
         pixels = self.enhance(*maps)
         size, pixels = pixels.shape[1:3], pixels.flatten(1, 2)
         tokens = self.word_in(words.features) + self.word_positions[:count]
-        if len(self.layers):
-            place = self.place(*size, pixels)
-            for layer in self.layers:
-                pixels, tokens = layer(pixels, place, tokens, words.mask)
+        place = self.place(*size, pixels)
+        for layer in self.layers:
+            pixels, tokens = layer(pixels, place, tokens, words.mask)
         return Step(pixels.unflatten(1, size), x, words, tokens)
 
 
