@@ -17,7 +17,7 @@ from timm.layers import LayerNorm2d, LayerScale2d, trunc_normal_
 from torch import Tensor, nn
 
 from magnet_fast import ops
-from magnet_fast.models.base import Fusion
+from magnet_fast.models.base import LateFusion
 from magnet_fast.models.config import FusionConfig, ImageConfig, TextConfig, part
 from magnet_fast.models.contract import Step, Words
 from magnet_fast.models.position import RandomPosition
@@ -64,11 +64,13 @@ class MutualConfig(FusionConfig):
         return MutualFusion(self, image, text)
 
 
-class MutualFusion(Fusion):
-    """Keeps the maps until the last one is there; then gives one (B, H, W, C), with the vision-aware words as tokens.
+class MutualFusion(LateFusion):
+    """Gives one map (B, H, W, C), with vision-aware words as tokens; the text encoder's words go on as they came.
 
-    The stream and the text encoder's own words go on as they came.
+    The enhanced map is the image's alone.
     """
+
+    stages = _MAPS
 
     def __init__(self, config: MutualConfig, image: ImageConfig, text: TextConfig) -> None:
         super().__init__()
@@ -80,20 +82,21 @@ class MutualFusion(Fusion):
         self.place = RandomPosition(width)
         self.layers = nn.ModuleList(MutualAttention(config) for _ in range(config.layers))
 
-    def forward(self, i: int, x: Tensor, words: Words, carry: list[Tensor] | None, context: Mapping) -> Step:
-        maps = [*(carry or ()), x]
-        if len(maps) < _MAPS:
-            return Step(None, x, words, carry=maps)
+    def look(self, maps: list[Tensor]) -> list[Tensor]:
+        return [self.enhance(*maps)]
+
+    def join(self, seen: list[Tensor], words: Words, context: Mapping[str, Tensor]) -> Step:
         count = words.features.shape[1]
         if count > len(self.word_positions):
             raise ValueError(f"text.ids holds {count} tokens; this fusion has {len(self.word_positions)} positions")
-        pixels = self.enhance(*maps)
+        (pixels,) = seen
         size, pixels = pixels.shape[1:3], pixels.flatten(1, 2)
         tokens = self.word_in(words.features) + self.word_positions[:count]
         place = self.place(*size, pixels)
         for layer in self.layers:
             pixels, tokens = layer(pixels, place, tokens, words.mask)
-        return Step(pixels.unflatten(1, size), x, words, tokens)
+        pixels = pixels.unflatten(1, size)
+        return Step(pixels, pixels, words, tokens)
 
 
 class FeatureEnhancement(nn.Module):
