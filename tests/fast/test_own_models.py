@@ -36,6 +36,7 @@ VARIANTS = {
     "refsegformer_tiny": {},
     "rela_tiny": {},
     "risam_tiny": {},
+    "risam_tiny lora": {"image__tuning": "lora"},
 }
 IMAGE = (2, 3, 50, 67)
 
