@@ -15,6 +15,7 @@ from magnet_fast.data.transforms import Picture, as_rgb, as_shown, open_fit
 from magnet_fast.evaluation.finite import nan_answers, where_nan_begins
 from magnet_fast.fast import accelerate
 from magnet_fast.models.contract import Text
+from magnet_fast.ops._observed import observed
 
 PRECISIONS = ("float32", "bfloat16", "float16")
 _EXPRESSIONS_AT_ONCE = 16
@@ -60,8 +61,10 @@ class Segmenter:
             minute or so). Pays where many images follow.
         fast: accelerate the model, in place, as `magnet_fast.accelerate(model)` does.
         pack: with `fast` on a CPU, keep packed copies of the weights, as `magnet_fast.accelerate(model, pack=True)`
-            does: every image after the first is faster, for the memory of the weights once more. False where a single
-            image is asked about, or where weights are to be written through `.data`, which the copies do not see.
+            does: every image after the first is faster, for the memory of the weights once more. Also keep what the
+            model has made of the last image before words come (RISAM, CRIS), for further sentences about it. False
+            where a single image is asked about, or where weights are to be written through `.data`, which neither
+            sees.
         stored_pixels: take the pixels as stored, as data sets do: EXIF orientation ignored, transparency dropped.
             Otherwise a picture is what a viewer shows: turned upright, its transparent parts on white.
         keep_masks: masks as the model draws them, also where it says that nothing is named. Otherwise they are empty
@@ -92,6 +95,7 @@ class Segmenter:
         if fast:
             accelerate(self.model, pack=pack and self.device.type == "cpu")
         self.compile, self.stored_pixels, self.keep_masks = compile, stored_pixels, keep_masks
+        self._keep_image, self._last = pack, None
         if compile:
             # The forward pass alone: the mask's way back to each image's own size stays outside of the graph.
             mode = "reduce-overhead" if self.device.type == "cuda" else None
@@ -188,20 +192,48 @@ class Segmenter:
         size = (picture.height, picture.width)
         found: list[Segmentation] = []
         with torch.inference_mode():
+            seen = self._look(pixels)
             for start in range(0, len(expressions), _EXPRESSIONS_AT_ONCE):
                 part = slice(start, start + _EXPRESSIONS_AT_ONCE)
-                found += self._segment(pixels, self.tokenizer.rows(readings[part]), size, expressions[part])
+                found += self._segment(pixels, seen, self.tokenizer.rows(readings[part]), size, expressions[part])
         for one, reading in zip(found, readings, strict=True):
             one.reading = reading
         return found[0] if single else found
 
-    def _segment(self, pixels: Tensor, text: Text, size: tuple[int, int], expressions: list[str]) -> list[Segmentation]:
-        """One image (1, 3, S, S) and N expressions."""
+    def _look(self, pixels: Tensor) -> list[Tensor] | None:
+        """What the model makes of the image (1, 3, S, S) before words come; None where it makes nothing without them,
+        or where something looks on or is compiled, which is then to see every sentence's call whole."""
+        if self.compile or not getattr(self.model, "looks_first", False):
+            return None
+        parts = (self.model.image_encoder, self.model.fusion)
+        if observed(self.model, *(module for part in parts for module in part.modules())):
+            return None
+        weights = [
+            (tensor.data_ptr(), tensor.dtype, tensor._version)
+            for part in parts
+            for tensor in (*part.parameters(), *part.buffers())
+        ]
+        if self._last is None or self._last[0] != weights or not torch.equal(self._last[1], pixels):
+            kept = (weights, pixels, self.model.look(pixels))
+            self._last = kept if self._keep_image else None
+            return kept[2]
+        return self._last[2]
+
+    def _segment(
+        self,
+        pixels: Tensor,
+        seen: list[Tensor] | None,
+        text: Text,
+        size: tuple[int, int],
+        expressions: list[str],
+    ) -> list[Segmentation]:
+        """One image (1, 3, S, S), what was seen of it, and N expressions."""
         count = len(text.ids)
         # Repeated expressions fill the batch up to one of the sizes that are compiled.
         rows = torch.arange(1 << (count - 1).bit_length() if self.compile else count) % count
         same = pixels.expand(len(rows), -1, -1, -1)
-        prediction = self.model(same, Text(*(part[rows].to(self.device) for part in text)))
+        more = {} if seen is None else {"seen": [one.expand(len(rows), *one.shape[1:]) for one in seen]}
+        prediction = self.model(same, Text(*(part[rows].to(self.device) for part in text)), **more)
         if (nan := nan_answers(prediction)[:count].tolist()).count(True):
             first = nan.index(True)
             one = Text(*(part[first : first + 1].to(self.device) for part in text))

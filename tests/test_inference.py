@@ -150,6 +150,55 @@ def test_several_expressions_for_one_image(checkpoint, picture) -> None:
     assert segmenter(picture, []) == []
 
 
+@pytest.mark.parametrize("name", ["cris_tiny", "risam_tiny"])
+def test_sentences_about_one_image_share_what_is_seen_of_it(name: str, picture) -> None:
+    """As long as image and weights stay, and nobody looks on; the answers are those of a call of its own."""
+    torch.manual_seed(0)
+    model = models.create(name, input={"size": SIZE, "max_tokens": 16}).eval()
+    tokenizer = Tokenizer(max_tokens=16)
+    sentences = [f"the {colour} circle" for colour in ("red", "blue", "green")]
+    segmenter = Segmenter(model, tokenizer, pack=True, keep_masks=True)
+    careful = Segmenter(model, tokenizer, fast=False, keep_masks=True)
+
+    def probabilities(asked: Segmenter, image: Image.Image = picture) -> np.ndarray:
+        return np.stack([found.probability for found in asked(image, sentences)])
+
+    with torch.no_grad():
+        pixels = segmenter.fit.image(np.asarray(picture))[None]
+        found = [model(pixels, models.Text(*tokenizer([sentence]))) for sentence in sentences]
+        expected = [segmenter.fit.probability(one._replace(presence=None), (37, 61)) for one in found]
+    assert np.allclose(probabilities(segmenter), torch.cat(expected).numpy(), atol=1e-5)
+    assert expected[0].std() > 1e-3
+    first = segmenter._last
+    assert np.allclose(segmenter(picture, sentences[1]).probability, probabilities(segmenter)[1], atol=1e-5)
+    assert segmenter._last is first
+
+    other = ImageOps.mirror(picture)
+    before = probabilities(segmenter, other)
+    assert segmenter._last is not first
+    with torch.no_grad():
+        next(model.image_encoder.parameters()).mul_(1.5)
+    changed = probabilities(segmenter, other)
+    assert not np.allclose(changed, before, atol=1e-5)
+    assert np.allclose(changed, probabilities(careful, other), atol=1e-5) and careful._last is None
+
+    called = []
+    layer = next(module for module in model.image_encoder.modules() if isinstance(module, nn.Conv2d))
+    counted = layer.register_forward_hook(lambda module, args, out: called.append(len(out)))
+    assert np.allclose(probabilities(segmenter, other), changed, atol=1e-5)
+    assert called == [3]  # a hook sees the batch
+    counted.remove()
+
+
+def test_models_whose_words_enter_the_image_encoder_look_with_words(picture) -> None:
+    model = models.create("lavt_tiny", input={"size": SIZE})
+    segmenter = Segmenter(model, Tokenizer(), pack=True)
+    segmenter(picture, "circle")
+    assert segmenter._last is None
+    with pytest.raises(TypeError, match="seen: words enter this model's image encoder, by a PWAMFusion"):
+        model.look(torch.zeros(1, 3, SIZE, SIZE))
+
+
 def test_a_checkpoint_with_averaged_weights_segments_with_those(checkpoint, model, metadata, picture, tmp_path) -> None:
     state = {
         "model_config": model.config.model_dump(mode="json"),

@@ -13,7 +13,9 @@ from magnet_fast.cli.errors import user_errors
 
 @user_errors
 def study(
-    name: Annotated[str, typer.Argument(help="A YAML file or a shipped name: ablation, hosts, robust, generalized.")],
+    name: Annotated[
+        str, typer.Argument(help="A YAML file or a shipped name: ablation, hosts, robust, generalized, risam.")
+    ],
     data: Annotated[Path, typer.Option(help="Embedded scenes, in REFER's layout.")],
     out: Annotated[Path, typer.Option(help="Folder of the runs, the table and the picture.")],
     config: Annotated[

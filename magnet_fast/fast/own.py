@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from magnet_fast.fast import own_convolutional, own_fusion, own_heads, own_swin
+from magnet_fast.fast import own_convolutional, own_fusion, own_heads, own_sam, own_swin
 from magnet_fast.fast._replacement import Replacement, names
 
 
@@ -36,6 +36,8 @@ REPLACEMENTS = (
     _part("encoders.swin.Mlp", own_swin.Mlp, "linear", "forward: x"),
     _part("encoders.swin.PatchEmbed", own_swin.PatchEmbed, "rearranged", "position: x"),
     _part("encoders.swin.PatchMerging", own_swin.PatchMerging, "linear", "neighbours: x", "forward: x"),
+    _part("encoders.sam_vit.SamLayer", own_sam.SamLayer, "linear", "forward: x"),
+    _part("encoders.sam_vit.SamAttention", own_sam.SamAttention, "relative_attention", "forward: x"),
     _part("encoders.clip_resnet.Bottleneck", own_convolutional.Bottleneck, "convolution", "forward: x"),
     _part("heads.topdown.ConvBlock", own_convolutional.ConvBlock, "convolution"),
     _part("fusion.exchange.PooledLevel", own_fusion.PooledLevel, "linear", "forward: feature"),

@@ -106,6 +106,30 @@ class Fusion(nn.Module):
         raise NotImplementedError
 
 
+class LateFusion(Fusion):
+    """Words come in after the last stage: what becomes of an image before is the same for every sentence about it.
+
+    Attributes:
+        stages: maps of the image encoder.
+    """
+
+    stages: int
+
+    def look(self, maps: list[Tensor]) -> list[Tensor]:
+        """What is made of the maps, (B, H, W, C) each, before words come."""
+        return maps
+
+    def join(self, seen: list[Tensor], words: Words, context: Mapping[str, Tensor]) -> Step:
+        """What `look` gave, and the words, to the one output for the head; the step's stream is not read."""
+        raise NotImplementedError
+
+    def forward(self, i: int, x: Tensor, words: Words, carry: list[Tensor] | None, context: Mapping) -> Step:
+        maps = [*(carry or ()), x]
+        if len(maps) < self.stages:
+            return Step(None, x, words, carry=maps)
+        return self.join(self.look(maps), words, context)
+
+
 class Head(nn.Module):
     """Neck and decoder: everything from the stages' outputs to masks.
 
@@ -152,7 +176,14 @@ class ReferringModel(nn.Module):
         if config.presence is not None:
             self.presence = config.presence.build(shapes._replace(pixels=config.head.pixel_channels(shapes)))
 
-    def forward(self, image: Tensor, text: Text, context: Mapping[str, Tensor] | None = None) -> Prediction:
+    def forward(
+        self,
+        image: Tensor,
+        text: Text,
+        context: Mapping[str, Tensor] | None = None,
+        *,
+        seen: list[Tensor] | None = None,
+    ) -> Prediction:
         """Predict masks.
 
         Args:
@@ -160,8 +191,9 @@ class ReferringModel(nn.Module):
                 inside.
             text: of the same batch.
             context: the named tensors that the parts need, see `needs`.
+            seen: what `look` has made of these images: sentences about one image then share it.
         """
-        features = self.encode(image, text, context)
+        features = self.encode(image, text, context, seen=seen)
         prediction = self.head(features)
         if self.presence is not None:
             prediction = prediction._replace(presence=self.presence(features, prediction))
@@ -174,19 +206,25 @@ class ReferringModel(nn.Module):
         context: Mapping[str, Tensor] | None = None,
         *,
         embedded: Tensor | None = None,
+        seen: list[Tensor] | None = None,
     ) -> Features:
         """What heads and training terms read: image and text encoded, and fused stage by stage.
 
         Args:
-            image, text, context: as for `forward`.
+            image, text, context, seen: as for `forward`.
             embedded: (B, T, D), vectors to take in place of those that `text.ids` stand for: some words' are hidden.
         """
         self._check(image, text, context)
-        image = image.to(next(self.image_encoder.parameters()).dtype)
         given = (text,) if embedded is None else (text, embedded)
-        stream, words, carry = self.image_encoder.start(image), self.text_encoder.start(*given), None
+        words, carry = self.text_encoder.start(*given), None
         maps, tokens = [], []
-        stages = len(self.image_encoder.channels)
+        stages, size = len(self.image_encoder.channels), (image.shape[2], image.shape[3])
+        if seen is not None:
+            for i in range(stages):
+                words = self.text_encoder.advance(i, words)
+            step = self._late_fusion().join(seen, words, context or {})
+            return Features([step.output], words, [step.tokens], size)
+        stream = self._start(image)
         for i in range(stages):
             x = self.image_encoder.stage(i, stream)
             words = self.text_encoder.advance(i, words)
@@ -197,7 +235,36 @@ class ReferringModel(nn.Module):
                 tokens.append(step.tokens)
             if i + 1 < stages and self.image_encoder.in_stream:
                 stream = self.image_encoder.descend(i, step.stream)
-        return Features(maps, words, tokens, (image.shape[2], image.shape[3]))
+        return Features(maps, words, tokens, size)
+
+    def look(self, image: Tensor) -> list[Tensor]:
+        """What becomes of images (B, 3, H, W) before words come, for `seen`; for models that look first.
+
+        Raises:
+            TypeError: words enter this model's image encoder.
+        """
+        fusion, stream, maps = self._late_fusion(), self._start(image), []
+        for i in range(fusion.stages):
+            maps.append(self.image_encoder.stage(i, stream))
+            if i + 1 < fusion.stages and self.image_encoder.in_stream:
+                stream = self.image_encoder.descend(i, maps[-1])
+        return fusion.look(maps)
+
+    @property
+    def looks_first(self) -> bool:
+        """Whether words come in after the image encoder alone, so that sentences about an image can share `look`."""
+        return isinstance(self.fusion, LateFusion)
+
+    def _late_fusion(self) -> LateFusion:
+        if not isinstance(self.fusion, LateFusion):
+            raise TypeError(
+                f"seen: words enter this model's image encoder, by a {type(self.fusion).__name__}; an image alone is "
+                "nothing to it"
+            )
+        return self.fusion
+
+    def _start(self, image: Tensor) -> Any:
+        return self.image_encoder.start(image.to(next(self.image_encoder.parameters()).dtype))
 
     @torch.no_grad()
     def predict(

@@ -1,11 +1,11 @@
-"""Sine position encoding of a feature map, as DETR and Mask2Former use it."""
+"""Position encodings of a feature map: sines as DETR and Mask2Former use them, and SAM's random frequencies."""
 
 from __future__ import annotations
 
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def sine_position(height: int, width: int, channels: int, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -25,3 +25,31 @@ def sine_position(height: int, width: int, channels: int, device: torch.device, 
     rows = encode(height)[:, None, :].expand(height, width, half)
     columns = encode(width)[None, :, :].expand(height, width, half)
     return torch.cat((rows, columns), dim=2).reshape(1, height * width, channels).to(dtype)
+
+
+class RandomPosition(nn.Module):
+    """Sines and cosines of random directions over the unit square (Tancik et al., NeurIPS 2020), as SAM uses them.
+
+    With u the centre of a pixel, column and row, in [0, 1]²: 2π (2u − 1) G. G is fixed, and the same in every new
+    instance of a width.
+
+    Args:
+        channels: of the encoding; even.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.register_buffer("matrix", torch.randn(2, channels // 2, generator=generator))
+
+    def forward(self, height: int, width: int, like: Tensor) -> Tensor:
+        """(H·W, channels), sines first, on the device and in the dtype of `like`."""
+        matrix = self.matrix.to(torch.promote_types(self.matrix.dtype, torch.float32))
+
+        def centres(count: int) -> Tensor:
+            steps = torch.arange(count, device=like.device, dtype=matrix.dtype)
+            return 2 * (steps + 0.5) / count - 1
+
+        columns, rows = centres(width)[None, :, None] * matrix[0], centres(height)[:, None, None] * matrix[1]
+        angle = 2 * math.pi * (columns + rows).flatten(0, 1)
+        return torch.cat([angle.sin(), angle.cos()], dim=-1).to(like.dtype)

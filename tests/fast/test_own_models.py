@@ -35,6 +35,8 @@ VARIANTS = {
     "lavt_tiny": {},
     "refsegformer_tiny": {},
     "rela_tiny": {},
+    "risam_tiny": {},
+    "risam_tiny lora": {"image__tuning": "lora"},
 }
 IMAGE = (2, 3, 50, 67)
 

@@ -21,6 +21,8 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "refsegformer-released": ("refsegformer_tiny", {"fusion__masking": "released", "fusion__blank": 0}),
     "rela": ("rela_tiny", {}),
     "cris": ("cris_tiny", {}),
+    "risam": ("risam_tiny", {}),
+    "risam-pixels": ("risam_tiny", {"fusion__language_guided": False}),
 }
 """The tiny presets and their variants."""
 
@@ -33,6 +35,7 @@ SMALL: dict[str, tuple[str, dict[str, Any]]] = {
     "refsegformer-topdown": ("refsegformer_tiny", {**_SWIN, "head": {"kind": "token_topdown", "head_dim": 16}}),
     "rela": ("rela_tiny", {**_SWIN, "head__layers": 2}),
     "cris": ("cris_tiny", {"head__layers": 1}),
+    "risam": ("risam_tiny", {"fusion__layers": 1}),
 }
 """Every kind of block once: where time goes by the number of layers."""
 

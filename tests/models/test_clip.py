@@ -79,6 +79,19 @@ def test_published_layouts(form: str, tmp_path: Path) -> None:
     )
 
 
+def test_without_the_joint_space(tmp_path: Path) -> None:
+    """The projection is left in the file, and the mean of the words stands for the sentence."""
+    save_file(clip_state(), tmp_path / "RN.safetensors")
+    sources = {"image": False, "text": str(tmp_path / "RN.safetensors")}
+    model = models.create("risam_tiny", pretrained=sources, text={**SIZES["text"], "joint_width": None})
+    encoder = model.text_encoder
+    assert torch.equal(encoder.positions, clip_state()["positional_embedding"])
+    assert "text_projection" not in encoder.state_dict() and encoder.sentence_width == 128
+    ids = torch.tensor([[5, 6, 7, 0]])
+    found = encoder.start(Text(ids, ids > 0))
+    assert found.pooled is None and torch.equal(found.sentence, found.features[:, :3].sum(dim=1) / 3)
+
+
 def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match="read from a state dict in a file, and none was given; name it by pretrained="

@@ -15,7 +15,7 @@ from magnet_fast.models.heads.mask_decoder import DecoderLayer
 from magnet_fast.models.heads.pixel_decoder import DeformableLayer
 from tests.models.cases import PRESETS, batch, build, everything, open_gates, without_gradient
 
-CORRECT = ["magnet", "magnet-xmha", "lavt", "refsegformer", "refsegformer-topdown", "cris"]
+CORRECT = ["magnet", "magnet-xmha", "lavt", "refsegformer", "refsegformer-topdown", "cris", "risam"]
 """Padding is no word; ReLA reads it, as released."""
 
 
@@ -47,6 +47,8 @@ def test_contract(case: str, size: tuple[int, int]) -> None:
         assert [p.mask.shape[1:] for p in prediction.earlier] == [
             tuple(-(-side // stride) for side in size) for stride in (32, 16, 8)
         ]
+    elif case.startswith("risam"):
+        assert [(p.mask.shape, p.presence.shape) for p in prediction.earlier] == [((2, *quarter), (2,))] * 2
     else:
         assert prediction.earlier == ()
     assert model.needs == () and prediction.extra.keys() == ({"minimap"} if case == "rela" else set())

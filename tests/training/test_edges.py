@@ -13,7 +13,7 @@ from magnet_fast.training.objective import Objective
 from magnet_fast.training.terms import build_terms
 from tests.models.cases import SMALL, build
 
-SYSTEMS = ["magnet", "lavt", "refsegformer", "rela", "cris"]
+SYSTEMS = ["magnet", "lavt", "refsegformer", "rela", "cris", "risam"]
 CASES = {
     "one word, all": (1, (True, True, True)),
     "one word, none": (1, (False, False, False)),

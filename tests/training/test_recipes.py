@@ -90,6 +90,10 @@ def test_recipes_differ_from_their_base_in_what_they_say() -> None:
     assert changes("magnet_swin_b_refcocog_umd", base) == {"data.dataset": "refcocog", "data.split_by": "umd"}
     assert changes("magnet_swin_b_refcocog_google", base) == {"data.dataset": "refcocog", "data.split_by": "google"}
     assert changes("magnet_swin_b_mixed", base) == {"data.also": ["refcoco+/unc", "refcocog/umd"]}
+    base = "risam_vit_b_refcoco"
+    assert changes("risam_vit_b_refcoco_plus", base) == {"data.dataset": "refcoco+"}
+    assert changes("risam_vit_b_refcocog_umd", base) == {"data.dataset": "refcocog", "data.split_by": "umd"}
+    assert changes("risam_vit_b_grefcoco", base).keys() == {"data.dataset", "data.mode", "task", "protocol"}
     assert changes("lavt_swin_b_refcoco_grounding", "lavt_swin_b_refcoco").keys() == {"terms.grounding"}
     assert changes("lavt_tiny_scenes", "magnet_tiny_scenes") == {"model.name": "lavt_tiny"}
     study = changes("magnet_tiny_scenes_study", "magnet_tiny_scenes_grounding")

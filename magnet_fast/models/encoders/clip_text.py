@@ -27,7 +27,11 @@ class ClipTextConfig(TextConfig):
     num_layers: int = Field(12, gt=0)
     num_heads: int | None = Field(None, gt=0, description="none: of 64 channels each")
     max_positions: int = Field(77, gt=0)
-    joint_width: int = Field(1024, gt=0, description="channels of the sentence, CLIP's joint space")
+    joint_width: int | None = Field(
+        1024,
+        gt=0,
+        description="channels of the sentence, CLIP's joint space; none: the mean of the words stands for it",
+    )
 
     @model_validator(mode="after")
     def _divisible(self) -> ClipTextConfig:
@@ -45,7 +49,7 @@ class ClipTextConfig(TextConfig):
 
     @property
     def sentence_width(self) -> int:
-        return self.joint_width
+        return self.joint_width or self.width
 
     @property
     def tokenizer(self) -> str:
@@ -56,7 +60,7 @@ class ClipTextConfig(TextConfig):
 
 
 class ClipText(TextEncoder):
-    """Words are the last norm's output; the sentence is that of the end token in the joint space.
+    """Words are the last norm's output; the sentence is that of the end token in the joint space, where that is kept.
 
     The end token is the last that is read. CLIP finds it as the largest id, which with its vocabulary is the same. No
     padding mask: what stands behind the end token is not seen by what stands before it.
@@ -69,7 +73,9 @@ class ClipText(TextEncoder):
         self.positions = nn.Parameter(torch.randn(config.max_positions, config.width) * 0.01)
         self.layers = nn.ModuleList(ClipLayer(config.width, config.heads) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(config.width)
-        self.text_projection = nn.Parameter(torch.randn(config.width, config.joint_width) * config.width**-0.5)
+        self.text_projection = None
+        if config.joint_width is not None:
+            self.text_projection = nn.Parameter(torch.randn(config.width, config.joint_width) * config.width**-0.5)
         nn.init.normal_(self.token_embedding.weight, std=0.02)
 
     @property
@@ -78,7 +84,7 @@ class ClipText(TextEncoder):
 
     @property
     def sentence_width(self) -> int:
-        return self.text_projection.shape[1]
+        return self.width if self.text_projection is None else self.text_projection.shape[1]
 
     def start(self, text: Text, embedded: Tensor | None = None) -> Words:
         vectors = self.token_embedding(text.ids) if embedded is None else embedded
@@ -86,12 +92,14 @@ class ClipText(TextEncoder):
         for layer in self.layers:
             hidden = layer(hidden)
         words = self.norm(hidden)
+        if self.text_projection is None:
+            return Words(words, text.mask)
         end = (text.mask * torch.arange(text.ids.shape[1], device=text.ids.device)).argmax(dim=1)
         last = words[torch.arange(len(end), device=end.device), end]
         return Words(words, text.mask, last @ self.text_projection)
 
     def load_pretrained(self, source: str | None) -> None:
-        load_clip(self, source, "text", clip_text_names)
+        load_clip(self, source, "text", clip_text_names if self.text_projection is not None else _without_projection)
 
 
 class ClipLayer(nn.Module):
@@ -132,3 +140,7 @@ def clip_text_names(prefix: str) -> list[tuple[str, str]]:
         (rf"{block}\.mlp\.c_fc\.(.*)", r"layers.\1.expand.\2"),
         (rf"{block}\.mlp\.c_proj\.(.*)", r"layers.\1.contract.\2"),
     ]
+
+
+def _without_projection(prefix: str) -> list[tuple[str, str]]:
+    return [(old, new) for old, new in clip_text_names(prefix) if new != "text_projection"]

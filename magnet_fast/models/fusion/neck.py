@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from magnet_fast.models.base import Fusion
+from magnet_fast.models.base import LateFusion
 from magnet_fast.models.config import FusionConfig, ImageConfig, TextConfig, part
 from magnet_fast.models.contract import Step, Words
 from magnet_fast.models.encoders.clip_resnet import conv_norm_relu
@@ -42,19 +42,19 @@ class NeckConfig(FusionConfig):
         return NeckFusion(self, image, text)
 
 
-class NeckFusion(Fusion):
-    """Keeps the maps until the last one is there; then gives one (B, H, W, C)."""
+class NeckFusion(LateFusion):
+    """Gives one map (B, H, W, C)."""
+
+    stages = _STAGES
 
     def __init__(self, config: NeckConfig, image: ImageConfig, text: TextConfig) -> None:
         super().__init__()
         self.neck = Neck(image.channels, text.sentence_width, config.widths)
 
-    def forward(self, i: int, x: Tensor, words: Words, carry: list[Tensor] | None, context: Mapping) -> Step:
-        maps = [*(carry or ()), x]
-        if len(maps) < _STAGES:
-            return Step(None, x, words, carry=maps)
-        joined = self.neck(*(one.permute(0, 3, 1, 2) for one in maps), words.sentence)
-        return Step(joined.permute(0, 2, 3, 1), x, words)
+    def join(self, seen: list[Tensor], words: Words, context: Mapping[str, Tensor]) -> Step:
+        joined = self.neck(*(one.permute(0, 3, 1, 2) for one in seen), words.sentence)
+        joined = joined.permute(0, 2, 3, 1)
+        return Step(joined, joined, words)
 
 
 class Neck(nn.Module):

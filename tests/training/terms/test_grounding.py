@@ -70,10 +70,12 @@ def test_refusals() -> None:
         GroundingTerm.build(GroundingConfig(), model, tokenizer)
 
 
-HOSTS = ["magnet_tiny", "lavt_tiny", "refsegformer_tiny", "rela_tiny", "cris_tiny"]
+HOSTS = ["magnet_tiny", "lavt_tiny", "refsegformer_tiny", "rela_tiny", "cris_tiny", "risam_tiny"]
 
 
-@pytest.mark.parametrize(("name", "clip"), [*((name, False) for name in HOSTS), ("cris_tiny", True)])
+@pytest.mark.parametrize(
+    ("name", "clip"), [*((name, False) for name in HOSTS), ("cris_tiny", True), ("risam_tiny", True)]
+)
 def test_on_every_system(name: str, clip: bool) -> None:
     """It learns, it reaches the encoders and the fusion, and a hidden word is not seen."""
     torch.manual_seed(0)
