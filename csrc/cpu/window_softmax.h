@@ -43,8 +43,8 @@ static inline double logarithm(double x) {
     return __builtin_log(x);
 }
 
-static inline void log_sum_exp_rows(const Real* values, int64_t rows, int64_t columns, Real scale, Real* result,
-                             int64_t result_stride) {
+static inline void log_sum_exp_rows(const Real* values, int64_t rows, int64_t columns, Real scale,
+                                    Real* result, int64_t result_stride) {
     const Vec unit = broadcast(scale * kPowerUnit);
     for (int64_t r = 0; r < rows; ++r, values += columns) {
         const Real highest = reduce_max(row_top(values, columns));
@@ -58,7 +58,7 @@ static inline void log_sum_exp_rows(const Real* values, int64_t rows, int64_t co
 }
 
 static inline void softmax_rows(Real* values, int64_t rows, int64_t columns, Real scale, const Real* log_sum,
-                         const Real* weight, int64_t stride) {
+                                const Real* weight, int64_t stride) {
     const Vec unit = broadcast(scale * kPowerUnit);
     for (int64_t r = 0; r < rows; ++r, values += columns) {
         const Real total = log_sum[r * stride];
