@@ -38,6 +38,7 @@ from triton.runtime.jit import JITFunction
 
 KERNEL_FILES = (
     "window_attention",
+    "relative_attention",
     "cross_modal_attention",
     "deformable_attention",
     "pixel_contrastive_loss",
