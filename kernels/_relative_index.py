@@ -36,8 +36,8 @@ def query_places(corner, FIRST, QUERIES: tl.constexpr):
 
 @triton.jit
 def key_places(corner, sizes, first_y, first_x, KEY_ROWS: tl.constexpr, KEY_COLUMNS: tl.constexpr):
-    """Of the block of keys at (first_y, first_x) of a window: y and x on the map, whether they are tokens of the map, and
-    of the window."""
+    """Of the block of keys at (first_y, first_x) of a window: y and x on the map, whether they are tokens of the map,
+    and of the window."""
     height, width, _, _, window_h, window_w = sizes
     lane = tl.arange(0, KEY_ROWS * KEY_COLUMNS)
     y, x = first_y + lane // KEY_COLUMNS, first_x + lane % KEY_COLUMNS
@@ -82,17 +82,14 @@ def row_biases(
     where the block is a single row. -infinity for rows beyond the window."""
     if KEY_ROWS == 1:
         found = tl.load(by_row + first_y * tokens + token)
-        if KEYS_FIRST:
-            bias = found[None, :]
-        else:
-            bias = found[:, None]
+        bias = found[None, :] if KEYS_FIRST else found[:, None]
     else:
         y = first_y + tl.arange(0, KEY_ROWS * KEY_COLUMNS) // KEY_COLUMNS
         if KEYS_FIRST:
-            pointers = by_row + (y * tokens)[:, None] + token[None, :]
+            pointers = by_row + ((y * tokens)[:, None] + token[None, :])
             bias = tl.load(pointers, mask=(y < window_h)[:, None], other=float("-inf"))
         else:
-            pointers = by_row + (y * tokens)[None, :] + token[:, None]
+            pointers = by_row + ((y * tokens)[None, :] + token[:, None])
             bias = tl.load(pointers, mask=(y < window_h)[None, :], other=float("-inf"))
     return bias
 
@@ -110,9 +107,9 @@ def column_biases(
     """What a block's keys owe to their columns, in the shape of `row_biases`: the same for every block below it."""
     x = first_x + tl.arange(0, KEY_ROWS * KEY_COLUMNS) % KEY_COLUMNS
     if KEYS_FIRST:
-        pointers = by_column + (token * window_w)[None, :] + x[:, None]
+        pointers = by_column + ((token * window_w)[None, :] + x[:, None])
         bias = tl.load(pointers, mask=(x < window_w)[:, None], other=float("-inf"))
     else:
-        pointers = by_column + (token * window_w)[:, None] + x[None, :]
+        pointers = by_column + ((token * window_w)[:, None] + x[None, :])
         bias = tl.load(pointers, mask=(x < window_w)[None, :], other=float("-inf"))
     return bias

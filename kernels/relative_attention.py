@@ -1,8 +1,9 @@
 """SAM's attention with decomposed relative positions: keys stream by, and no logit or bias ever lies in memory.
 
-A query's bias for the key at (y', x') is `by_row[y'] + by_column[x']`, S_h + S_w numbers: the products of the query with
-the rows of both tables that its window asks for. `_relative_positions` computes them first, in float32, as products of
-matrices; they take a hundredth of the attention's operations, and in here they would have to be picked out of registers.
+A query's bias for the key at (y', x') is `by_row[y'] + by_column[x']`, S_h + S_w numbers: the products of the query
+with the rows of both tables that its window asks for. `_relative_positions` computes them first, in float32, as
+products of matrices: a hundredth of the attention's operations, whose results would have to be picked out of registers
+here.
 
 A program takes a tile of a window's queries and streams over the keys in blocks of rows and columns, with a running
 maximum and sum. It goes down a column of blocks before it takes the next one: the biases by columns are loaded once for
@@ -10,8 +11,8 @@ each column of blocks (once at all for a map of up to 64 columns) and stay in re
 query and row. Tiles of one window and head run side by side, so that they read its keys from the L2.
 
 The backward pass recomputes: `dV = P^T dO`, `dS = P * (dO V^T - rowsum(P * dO V^T))`, `dQ = scale * dS K`,
-`dK = scale * dS^T Q`. The gradients of a query's S_h + S_w products are the sums of its dS over rows and over columns of
-keys. They have the layout of the products, and give the tables' gradients and the positions' part of dQ, again as
+`dK = scale * dS^T Q`. The gradients of a query's S_h + S_w products are the sums of its dS over rows and over columns
+of keys. They have the layout of the products, and give the tables' gradients and the positions' part of dQ, again as
 products of matrices. Nothing is added to with atomics.
 
 Source: Kirillov et al., "Segment Anything" (arXiv 2304.02643); Li et al., "MViTv2" (arXiv 2112.01526), section 4.1.
@@ -25,7 +26,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 import triton
 import triton.language as tl
-from magnet_fast.kernels._relative_backward import backward_keys_kernel, backward_queries_kernel
+from magnet_fast.kernels._relative_backward import backward_keys_kernel, backward_queries_kernel, statistics_kernel
 from magnet_fast.kernels._relative_index import (
     COUNTS,
     column_biases,
@@ -189,10 +190,10 @@ def relative_attention_backward(
         inputs = (qkv, call.pad, *call.products(qkv), grad_out, *statistics)
         sizes = (*qkv.stride()[:3], *grad_out.stride()[:3], *call.geometry)
 
-        def launch_queries(config: triton.Config) -> None:
+        def launch_queries(kernel: object, *grads: Tensor | None, config: triton.Config) -> None:
             blocks = triton.cdiv(window_h * window_w, config.kwargs["QUERIES"])
-            backward_queries_kernel[grid(call.windows * num_heads * blocks)](
-                *inputs, grad_query, *grads, *sizes, blocks, call.scale, **call.constants, **config.all_kwargs()
+            kernel[grid(call.windows * num_heads * blocks)](
+                *inputs, *grads, *sizes, blocks, call.scale, **call.constants, **config.all_kwargs()
             )
 
         def launch_keys(config: triton.Config) -> Tensor | None:
@@ -206,7 +207,13 @@ def relative_attention_backward(
             return parts
 
         pad_parts = None
-        _backward_queries_autotuner(launch_queries, qkv.device, *call.key)
+        _statistics_autotuner(lambda config: launch_queries(statistics_kernel, config=config), qkv.device, *call.key)
+        if any(wanted[:3]):
+            _backward_queries_autotuner(
+                lambda config: launch_queries(backward_queries_kernel, grad_query, *grads, config=config),
+                qkv.device,
+                *call.key,
+            )
         if want_qkv or want_pad:
             pad_parts = _backward_keys_autotuner(launch_keys, qkv.device, *call.key)
         if want_qkv:
@@ -281,30 +288,51 @@ def _config(columns: int, queries: int, keys: int, warps: int, stages: int = 1) 
 def _forward_candidates(columns: int, d: int, dtype: torch.dtype, precision: str) -> Sequence[triton.Config]:
     """Configurations by columns of a block of keys, head width and dtype, the best guess first.
 
-    Only such as need no more registers than there are, which `magnet_fast.kernels.report` tells.
+    Only such as need no more registers than there are on any chip, which `magnet_fast.kernels.report` tells: a head of
+    more than 64 channels, whose tiles have 128, leaves room for few keys at a time, and so does float32, whose operands
+    take several times the registers. In low precision the next keys are fetched while these are used.
     """
     if dtype == torch.float32:
-        return [_config(columns, 64, 32, 4)]
-    return [_config(columns, 64, 64, 4)]
+        return [_config(columns, 16, 16, 4)] if d > 64 else [_config(columns, 32, 32, 4)]
+    if d > 64:
+        return [_config(columns, 64, 16, 4, 2), _config(columns, 32, 32, 4, 2)]
+    return [_config(columns, 64, 64, 4), _config(columns, 128, 32, 8, 2), _config(columns, 32, 32, 4, 2)]
+
+
+def _statistics_candidates(columns: int, d: int, dtype: torch.dtype, precision: str) -> Sequence[triton.Config]:
+    if dtype == torch.float32:
+        return [_config(columns, 16, 16, 8)] if d > 64 else [_config(columns, 16, 32, 4)]
+    if d > 64:
+        return [_config(columns, 64, 16, 4, 2), _config(columns, 32, 32, 4, 2)]
+    return [_config(columns, 64, 32, 4, 2), _config(columns, 32, 32, 4, 2)]
 
 
 def _backward_queries_candidates(columns: int, d: int, dtype: torch.dtype, precision: str) -> Sequence[triton.Config]:
-    return [_config(columns, 64, 32, 4)]
+    if dtype == torch.float32:
+        return [_config(columns, 16, 16, 8)] if d > 64 else [_config(columns, 16, 32, 4)]
+    if d > 64:
+        return [_config(columns, 64, 16, 8, 2), _config(columns, 32, 16, 4)]
+    return [_config(columns, 64, 16, 4, 2), _config(columns, 32, 32, 4, 2)]
 
 
 def _backward_keys_candidates(columns: int, d: int, dtype: torch.dtype, precision: str) -> Sequence[triton.Config]:
-    return [_config(columns, 32, 64, 4)]
+    if dtype == torch.float32:
+        return [_config(columns, 16, 16 if d > 64 else 32, 4)]
+    if d > 64:
+        return [_config(columns, 32, 64, 8, 2)]
+    return [_config(columns, 32, 64, 4, 2), _config(columns, 32, 128, 8, 2)]
 
 
 _forward_autotuner = Autotuner(_forward_candidates, _forward_kernel)
+_statistics_autotuner = Autotuner(_statistics_candidates, statistics_kernel)
 _backward_queries_autotuner = Autotuner(_backward_queries_candidates, backward_queries_kernel)
 _backward_keys_autotuner = Autotuner(_backward_keys_candidates, backward_keys_kernel)
 
 
 def launches(dtype: torch.dtype, quick: bool) -> Iterator[tuple[str, Callable[[], object]]]:
     """Calls that `report` compiles: SAM's maps and windows of three head widths, on meta tensors."""
-    sizes = [((64, 64), None, 64), ((64, 64), 14, 64)]
-    sizes += [((64, 64), None, 80), ((64, 64), 14, 80), ((48, 80), None, 32), ((40, 96), None, 128)]
+    maps = [((64, 64), None), ((64, 64), 14), ((48, 96), None)]
+    sizes = [(*each, d) for d in (64, 80) for each in maps]
     for (height, width), window, d in sizes[:1] if quick else sizes:
         heads, sides = 12, (height, width) if window is None else (window, window)
         qkv = torch.empty(1, height, width, 3 * heads * d, dtype=dtype, device="meta")
