@@ -171,15 +171,15 @@ def backward_queries_kernel(
             )
             bias = across + row_biases(by_row, token, tokens, window_h, first_y, KEY_ROWS, KEY_COLUMNS, False)
             logits = dot(query, tl.trans(key), None, PRECISION) * scale + bias
-            grad_weights = dot(grad, tl.trans(value), None, PRECISION)
-            grad_logits = tl.exp2(logits - log_total[:, None]) * (grad_weights - mean[:, None])
+            weights = tl.exp2(logits - log_total[:, None])
+            grad_logits = weights * (dot(grad, tl.trans(value), None, PRECISION) - mean[:, None])
             if grad_by_row is not None:
                 if KEY_ROWS == 1:
                     sums = tl.sum(grad_logits, 1)[:, None]
                 else:
                     sums = tl.sum(tl.reshape(grad_logits, (QUERIES, KEY_ROWS, KEY_COLUMNS)), 2)
                 key_y = first_y + tl.arange(0, KEY_ROWS)
-                to = grad_by_row + here * tokens * window_h + (key_y * tokens)[None, :] + token[:, None]
+                to = grad_by_row + here * tokens * window_h + ((key_y * tokens)[None, :] + token[:, None])
                 there = real[:, None] & (key_y < window_h)[None, :]
                 sums += tl.load(to, mask=there & (first_x > 0), other=0.0)
                 tl.store(to, sums, mask=there)
@@ -193,7 +193,7 @@ def backward_queries_kernel(
             else:
                 sums = grad_across
             key_x = first_x + tl.arange(0, KEY_COLUMNS)
-            to = grad_by_column + here * tokens * window_w + (token * window_w)[:, None] + key_x[None, :]
+            to = grad_by_column + here * tokens * window_w + ((token * window_w)[:, None] + key_x[None, :])
             tl.store(to, sums, mask=real[:, None] & (key_x < window_w)[None, :])
     if grad_query is not None:
         to = grad_query + image * tokens * CHANNELS + head * D + token * CHANNELS

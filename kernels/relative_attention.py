@@ -41,8 +41,8 @@ from magnet_fast.kernels._window_index import LOG2E, load_tokens, store_tokens, 
 from magnet_fast.kernels.window_attention import extent_of_image
 from torch import Tensor
 
-LARGEST_HEAD = 128
-"""Channels of a head that the kernels take."""
+LARGEST_HEAD, LARGEST_HEAD_OF_FLOAT32 = 128, 64
+"""Channels of a head that the kernels take: in 16 bits, and in float32, whose wider heads do not fit the registers."""
 
 LARGEST_IMAGE = 2**31 - 1
 """Numbers that one image of a batch may span, and one head's products with a table: offsets within them have 32 bits,
@@ -190,10 +190,10 @@ def relative_attention_backward(
         inputs = (qkv, call.pad, *call.products(qkv), grad_out, *statistics)
         sizes = (*qkv.stride()[:3], *grad_out.stride()[:3], *call.geometry)
 
-        def launch_queries(kernel: object, *grads: Tensor | None, config: triton.Config) -> None:
+        def launch_queries(kernel: object, outputs: Sequence[Tensor | None], config: triton.Config) -> None:
             blocks = triton.cdiv(window_h * window_w, config.kwargs["QUERIES"])
             kernel[grid(call.windows * num_heads * blocks)](
-                *inputs, *grads, *sizes, blocks, call.scale, **call.constants, **config.all_kwargs()
+                *inputs, *outputs, *sizes, blocks, call.scale, **call.constants, **config.all_kwargs()
             )
 
         def launch_keys(config: triton.Config) -> Tensor | None:
@@ -207,13 +207,10 @@ def relative_attention_backward(
             return parts
 
         pad_parts = None
-        _statistics_autotuner(lambda config: launch_queries(statistics_kernel, config=config), qkv.device, *call.key)
+        _statistics_autotuner(functools.partial(launch_queries, statistics_kernel, ()), qkv.device, *call.key)
         if any(wanted[:3]):
-            _backward_queries_autotuner(
-                lambda config: launch_queries(backward_queries_kernel, grad_query, *grads, config=config),
-                qkv.device,
-                *call.key,
-            )
+            launch = functools.partial(launch_queries, backward_queries_kernel, (grad_query, *grads))
+            _backward_queries_autotuner(launch, qkv.device, *call.key)
         if want_qkv or want_pad:
             pad_parts = _backward_keys_autotuner(launch_keys, qkv.device, *call.key)
         if want_qkv:
@@ -290,10 +287,10 @@ def _forward_candidates(columns: int, d: int, dtype: torch.dtype, precision: str
 
     Only such as need no more registers than there are on any chip, which `magnet_fast.kernels.report` tells: a head of
     more than 64 channels, whose tiles have 128, leaves room for few keys at a time, and so does float32, whose operands
-    take several times the registers. In low precision the next keys are fetched while these are used.
+    take several times the registers. Where there is room, the next keys are fetched while these are used.
     """
     if dtype == torch.float32:
-        return [_config(columns, 16, 16, 4)] if d > 64 else [_config(columns, 32, 32, 4)]
+        return [_config(columns, 32, 32, 4)]
     if d > 64:
         return [_config(columns, 64, 16, 4, 2), _config(columns, 32, 32, 4, 2)]
     return [_config(columns, 64, 64, 4), _config(columns, 128, 32, 8, 2), _config(columns, 32, 32, 4, 2)]
@@ -301,23 +298,23 @@ def _forward_candidates(columns: int, d: int, dtype: torch.dtype, precision: str
 
 def _statistics_candidates(columns: int, d: int, dtype: torch.dtype, precision: str) -> Sequence[triton.Config]:
     if dtype == torch.float32:
-        return [_config(columns, 16, 16, 8)] if d > 64 else [_config(columns, 16, 32, 4)]
+        return [_config(columns, 16, 32, 4)]
     if d > 64:
-        return [_config(columns, 64, 16, 4, 2), _config(columns, 32, 32, 4, 2)]
-    return [_config(columns, 64, 32, 4, 2), _config(columns, 32, 32, 4, 2)]
+        return [_config(columns, 64, 16, 4, 2)]
+    return [_config(columns, 64, 64, 4), _config(columns, 128, 32, 8, 2)]
 
 
 def _backward_queries_candidates(columns: int, d: int, dtype: torch.dtype, precision: str) -> Sequence[triton.Config]:
     if dtype == torch.float32:
-        return [_config(columns, 16, 16, 8)] if d > 64 else [_config(columns, 16, 32, 4)]
+        return [_config(columns, 16, 32, 4)]
     if d > 64:
-        return [_config(columns, 64, 16, 8, 2), _config(columns, 32, 16, 4)]
+        return [_config(columns, 32, 16, 4, 2), _config(columns, 32, 32, 8)]
     return [_config(columns, 64, 16, 4, 2), _config(columns, 32, 32, 4, 2)]
 
 
 def _backward_keys_candidates(columns: int, d: int, dtype: torch.dtype, precision: str) -> Sequence[triton.Config]:
     if dtype == torch.float32:
-        return [_config(columns, 16, 16 if d > 64 else 32, 4)]
+        return [_config(columns, 16, 32, 4)]
     if d > 64:
         return [_config(columns, 32, 64, 8, 2)]
     return [_config(columns, 32, 64, 4, 2), _config(columns, 32, 128, 8, 2)]
@@ -332,7 +329,8 @@ _backward_keys_autotuner = Autotuner(_backward_keys_candidates, backward_keys_ke
 def launches(dtype: torch.dtype, quick: bool) -> Iterator[tuple[str, Callable[[], object]]]:
     """Calls that `report` compiles: SAM's maps and windows of three head widths, on meta tensors."""
     maps = [((64, 64), None), ((64, 64), 14), ((48, 96), None)]
-    sizes = [(*each, d) for d in (64, 80) for each in maps]
+    widths = [d for d in (64, 80) if d <= LARGEST_HEAD_OF_FLOAT32 or dtype != torch.float32]
+    sizes = [(*each, d) for d in widths for each in maps]
     for (height, width), window, d in sizes[:1] if quick else sizes:
         heads, sides = 12, (height, width) if window is None else (window, window)
         qkv = torch.empty(1, height, width, 3 * heads * d, dtype=dtype, device="meta")

@@ -8,7 +8,7 @@ from torch import Tensor
 from magnet_fast.ops import _triton_backend
 
 # As in `magnet_fast.kernels.relative_attention`, which cannot be asked before Triton is imported.
-_LARGEST_HEAD = 128
+_LARGEST_HEAD, _LARGEST_HEAD_OF_FLOAT32 = 128, 64
 _LARGEST_IMAGE = 2**31 - 1
 
 
@@ -27,6 +27,8 @@ def supports(
     d = channels // 3 // num_heads
     if d > _LARGEST_HEAD:
         return f"{d} channels a head are not supported, at most {_LARGEST_HEAD}"
+    if d > _LARGEST_HEAD_OF_FLOAT32 and qkv.dtype == torch.float32:
+        return f"{d} channels a head are not supported in float32, at most {_LARGEST_HEAD_OF_FLOAT32}"
     span = max(height * width * channels, (height - 1) * qkv.stride(1) + (width - 1) * qkv.stride(2) + channels)
     if span > _LARGEST_IMAGE:
         return f"an image of {span} numbers is not supported, at most {_LARGEST_IMAGE}"

@@ -69,10 +69,9 @@ def test_agrees_in_float32(shape, padding):
     assert_near(small(**SHAPES[shape], padding=padding))
 
 
-@pytest.mark.parametrize("d", [33, 80, 128])
-def test_wide_heads(d):
-    assert_agrees(small(size=(3, 4), window=(2, 3), d=d, dtype=torch.bfloat16))
-    assert_near(small(size=(3, 4), window=None, d=d))
+@pytest.mark.parametrize(("d", "dtype"), [(33, torch.float32), (80, torch.bfloat16), (128, torch.float16)], ids=str)
+def test_wide_heads(d, dtype):
+    assert_agrees(small(size=(3, 4), window=(2, 3), d=d, dtype=dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
@@ -152,7 +151,8 @@ def test_auto_never_takes_the_interpreter():
     ("reason", "change"),
     [
         ("dtype float64 is not supported", {"dtype": torch.float64}),
-        ("130 channels a head are not supported, at most 128", {"d": 130}),
+        ("130 channels a head are not supported, at most 128", {"d": 130, "dtype": torch.bfloat16}),
+        ("66 channels a head are not supported in float32, at most 64", {"d": 66}),
     ],
 )
 def test_what_the_kernels_do_not_take(reason, change):
@@ -162,6 +162,7 @@ def test_what_the_kernels_do_not_take(reason, change):
 
 def test_limits_are_the_kernels():
     assert _triton_relative._LARGEST_HEAD == relative_attention.LARGEST_HEAD
+    assert _triton_relative._LARGEST_HEAD_OF_FLOAT32 == relative_attention.LARGEST_HEAD_OF_FLOAT32
     assert _triton_relative._LARGEST_IMAGE == relative_attention.LARGEST_IMAGE
     huge, table = torch.empty(24).expand(1, 40_000, 30_000, 24), torch.zeros(3, 8)
     with ops.backend("triton"), pytest.raises(ops.BackendError, match="an image of 28800000000 numbers"):
