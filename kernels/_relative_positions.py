@@ -238,7 +238,7 @@ class Axis(NamedTuple):
             "blocks": triton.cdiv(items, _TILE),
             **steps,
         }
-        constants = {"HEADS": num_heads, "D": d, "D_TILE": d_tile, "ITEMS_TILE": _TILE, "KEYS": tile, "num_warps": 4}
+        constants = {"HEADS": num_heads, "D": d, "D_TILE": d_tile, "ITEMS_TILE": _TILE, "KEYS": tile}
         # Gradients of products are in float32. Beside 16 bits TF32 holds more than these do, and all that they hold.
         backward = precision(qkv.dtype) if qkv.dtype == torch.float32 else "tf32"
         return cls(table.contiguous(), backward, shape, strides, sizes, constants)
@@ -252,7 +252,7 @@ class Axis(NamedTuple):
         found = torch.empty(self.shape, dtype=torch.float32, device=qkv.device)
         positions_kernel[grid(self.lines * self.sizes["blocks"])](
             qkv, self.table, found, *self.strides, **self.sizes, **self.constants,
-            PRECISION=precision(self.table.dtype),
+            PRECISION=precision(self.table.dtype), num_warps=4,
         )  # fmt: skip
         return found
 
@@ -264,9 +264,11 @@ class Axis(NamedTuple):
             before: (B, H, W, C) float32 contiguous.
             to: the same, or (B, H, W, 3 * C) of which the first C channels are written.
         """
+        # As many warps as keep the registers within what the compiler grants: it spills some rather than grant more.
+        warps = 8 if self.constants["D_TILE"] <= 64 else 4
         positions_queries_kernel[grid(self.lines * self.sizes["blocks"])](
             grads, self.table, before, to, **self.sizes, **self.constants, TO_CHANNELS=to.shape[3],
-            PRECISION=self.precision,
+            PRECISION=self.precision, num_warps=warps,
         )  # fmt: skip
 
     def gradient_of_table(self, grads: Tensor, qkv: Tensor) -> Tensor:
@@ -279,7 +281,7 @@ class Axis(NamedTuple):
         parts = torch.empty((programs, lines, lines, d), dtype=torch.float32, device=qkv.device)
         positions_tables_kernel[grid(programs * lines * keys)](
             grads, qkv, parts, *self.strides, **self.sizes, **self.constants, programs=programs,
-            PRECISION=self.precision,
+            PRECISION=self.precision, num_warps=4,
         )  # fmt: skip
         # Row (line - key + lines - 1) of the table: with the keys reversed, each line's rows lie one further on than
         # the line's before, so in rows that are one longer than the table they stand above each other.
