@@ -1,4 +1,4 @@
-"""Attention in windows on a GPU as people write it: the data moved by PyTorch, the attention by SDPA or FlexAttention."""
+"""Attention of windows on a GPU as people write it: PyTorch moves the data, SDPA or FlexAttention attends."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.window_shapes import Shape
-from magnet_fast.ops._windows import diagonals, padded
 from magnet_fast.ops._window_attention import _region_mask, _relative_position_bias, window_attention_reference
+from magnet_fast.ops._windows import diagonals, padded
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]
 

@@ -188,7 +188,7 @@ def backward_queries_kernel(
             if grad_query is not None:
                 grad_tile = dot(rounded(grad_logits, query.dtype), key, grad_tile, PRECISION)
         if grad_by_column is not None:
-            if KEY_ROWS > 1:
+            if KEY_ROWS > 1:  # noqa: SIM108 - constant
                 sums = tl.sum(tl.reshape(grad_across, (QUERIES, KEY_ROWS, KEY_COLUMNS)), 1)
             else:
                 sums = grad_across
