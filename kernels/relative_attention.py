@@ -2,13 +2,13 @@
 
 A query's bias for the key at (y', x') is `by_row[y'] + by_column[x']`, S_h + S_w numbers: the products of the query
 with the rows of both tables that its window asks for. `_relative_positions` computes them first, in float32, as
-products of matrices: a hundredth of the attention's operations, whose results would have to be picked out of registers
-here.
+products of matrices: 2 % of the operations of SAM's whole maps. Made in here, they would have to be picked out of
+registers.
 
 A program takes a tile of a window's queries and streams over the keys in blocks of rows and columns, with a running
 maximum and sum. It goes down a column of blocks before it takes the next one: the biases by columns are loaded once for
-each column of blocks (once at all for a map of up to 64 columns) and stay in registers, those by rows are one number a
-query and row. Tiles of one window and head run side by side, so that they read its keys from the L2.
+each column of blocks and stay in registers, those by rows are one number a query and row. Tiles of
+one window and head run side by side, so that they read its keys from the L2.
 
 The backward pass recomputes: `dV = P^T dO`, `dS = P * (dO V^T - rowsum(P * dO V^T))`, `dQ = scale * dS K`,
 `dK = scale * dS^T Q`. The gradients of a query's S_h + S_w products are the sums of its dS over rows and over columns
