@@ -14,6 +14,7 @@ from benchmarks import bench_cross_modal_attention, bench_deformable_attention, 
 from magnet_fast import ops
 from magnet_fast.ops._cross_modal_attention import cross_modal_attention_reference
 from magnet_fast.ops._fused_deformable_attention import fused_deformable_attention_reference
+from magnet_fast.ops._relative_attention import relative_attention_reference
 
 Draw = Callable[..., Tensor]
 """(sizes..., factor=1.0) -> normally distributed numbers, on the device and in the dtype that are measured."""
@@ -84,6 +85,52 @@ class Window(Case):
             return lambda qkv, table, pad: ops.window_attention(qkv, table, pad_qkv=pad, **settings)
         attend = {"SDPA": gpu_rivals.sdpa, "FlexAttention": gpu_rivals.flex}.get(path, gpu_rivals.eager)
         return lambda *tensors: attend(shape, *tensors)
+
+
+@dataclass(frozen=True)
+class Relative(Case):
+    side: int  # of the map
+    window: int | None  # None: the whole map
+    heads: int
+    d: int  # channels of a head
+
+    operator = "relative_attention"
+    title = "relative attention"
+    paths = ("reference", "SDPA", "torch.compile", *OURS)
+    baseline = "SDPA"
+
+    def __str__(self) -> str:
+        extent = "global" if self.window is None else f"w {self.window}"
+        return f"{self.side}x{self.side} {extent}, {self.heads} heads of {self.d}"
+
+    def floor(self, dtype: torch.dtype, backward: bool, batch: int) -> dict[str, int]:
+        tokens, window = batch * self.side**2, self.window or self.side
+        # A product of similarities, and one of queries with both tables.
+        pairs = 2 * tokens * window**2 * self.heads * self.d
+        positions = 2 * tokens * 2 * window * self.heads * self.d
+        return {
+            "bytes": (4 + 7 * backward) * tokens * self.heads * self.d * dtype.itemsize,
+            "flops": (2 + 5 * backward) * pairs + (1 + 2 * backward) * positions,
+        }
+
+    def moved(self, dtype: torch.dtype, backward: bool, batch: int) -> int:
+        size = (batch, self.side**2, (self.window or self.side,) * 2, self.heads, self.d, dtype)
+        passes = (False, True) if backward else (False,)
+        return sum(_bytes(kernel_counts.relative(*size, each)) for each in passes)
+
+    def tensors(self, batch: int, draw: Draw) -> list[Tensor | None]:
+        channels, window = self.heads * self.d, self.window or self.side
+        tables = [draw(2 * window - 1, self.d, factor=0.1) for _ in range(2)]
+        return [draw(batch, self.side, self.side, 3 * channels), *tables, draw(3 * channels) if self.window else None]
+
+    def function(self, path: str) -> Callable[..., Tensor]:
+        heads, window = self.heads, self.window or self.side
+        if path in OURS:
+            settings = {"num_heads": heads, "window_size": self.window}
+            return lambda *tensors: ops.relative_attention(*tensors[:3], pad_qkv=tensors[3], **settings)
+        if path == "SDPA":
+            return lambda *tensors: gpu_rivals.relative_sdpa(heads, (window, window), *tensors)
+        return lambda *tensors: relative_attention_reference(*tensors, heads, window, window, self.d**-0.5)
 
 
 @dataclass(frozen=True)
@@ -187,10 +234,13 @@ CASES: tuple[Case, ...] = (
     *(Window(window_shapes.Shape("Swin-B", 480, stage, w, True)) for w in (7, 12) for stage in (1, 2, 3, 4)),
     *(CrossModal(form, f"Swin-B stage {stage}") for form in ("shared", "separate") for stage in (1, 2, 3, 4)),
     *(Deformable(side, 32) for side in (224, 480)),
+    *(Relative(64, window, 12, 64) for window in (None, 14)),  # SAM ViT-B
 )
 TINY: tuple[Case, ...] = (
     Window(window_shapes.Shape("Swin-T", 24, 1, 7, True)),
     CrossModal("shared", "pyramid 6x6"),
     CrossModal("separate", "pyramid 1x1"),
     Deformable(32, 8),
+    Relative(5, None, 1, 8),
+    Relative(5, 3, 2, 8),
 )

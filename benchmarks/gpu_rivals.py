@@ -1,4 +1,4 @@
-"""Window attention on a GPU as people write it: the data moved by PyTorch, the attention by SDPA or FlexAttention."""
+"""Attention of windows on a GPU as people write it: PyTorch moves the data, SDPA or FlexAttention attends."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.window_shapes import Shape
-from magnet_fast.ops._window_attention import _pad, _region_mask, _relative_position_bias, window_attention_reference
+from magnet_fast.ops._window_attention import _region_mask, _relative_position_bias, window_attention_reference
+from magnet_fast.ops._windows import diagonals, padded
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
@@ -58,7 +59,7 @@ def _around(shape: Shape, qkv: Tensor, table: Tensor, pad: Tensor, attend: Atten
     w, shift, heads = shape.window, shape.shift, shape.heads
     batch, height, width, _ = qkv.shape
     rows, columns = -(-height // w), -(-width // w)
-    x = _pad(qkv, pad, rows * w, columns * w)
+    x = padded(qkv, pad, rows * w, columns * w)
     if shift:
         x = torch.roll(x, (-shift, -shift), (1, 2))
     x = x.view(batch, rows, w, columns, w, 3, heads, -1).permute(5, 0, 1, 3, 6, 2, 4, 7)
@@ -71,3 +72,22 @@ def _around(shape: Shape, qkv: Tensor, table: Tensor, pad: Tensor, attend: Atten
     if shift:
         out = torch.roll(out, (shift, shift), (1, 2))
     return out[:, :height, :width].contiguous()
+
+
+def relative_sdpa(
+    heads: int, window: tuple[int, int], qkv: Tensor, rel_height: Tensor, rel_width: Tensor, pad: Tensor | None
+) -> Tensor:
+    """SAM's attention: pad, partition, the positions' mask of all pairs, `scaled_dot_product_attention` with it, and
+    back."""
+    batch, height, width, _ = qkv.shape
+    window_h, window_w = window
+    rows, columns = -(-height // window_h), -(-width // window_w)
+    x = padded(qkv, pad, rows * window_h, columns * window_w)
+    x = x.view(batch, rows, window_h, columns, window_w, 3, heads, -1).permute(5, 0, 1, 3, 6, 2, 4, 7)
+    query, key, value = x.reshape(3, batch * rows * columns, heads, window_h, window_w, -1)
+    by_row = torch.einsum("bnyxd,dyz->bnyxz", query, diagonals(rel_height.t(), window_h))
+    by_column = torch.einsum("bnyxd,dxz->bnyxz", query, diagonals(rel_width.t(), window_w))
+    mask = (by_row.unsqueeze(-1) + by_column.unsqueeze(-2)).flatten(-2).flatten(2, 3)
+    out = F.scaled_dot_product_attention(*(part.flatten(2, 3) for part in (query, key, value)), attn_mask=mask)
+    out = out.view(batch, rows, columns, heads, window_h, window_w, -1).permute(0, 1, 4, 2, 5, 3, 6)
+    return out.reshape(batch, rows * window_h, columns * window_w, -1)[:, :height, :width].contiguous()

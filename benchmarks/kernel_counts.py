@@ -96,3 +96,23 @@ def pixel_contrastive(batch: int, pixels: int, channels: int, dtype: torch.dtype
     blocks = -(-channels // kernels._GRADIENT_CHANNELS)
     pieces = 2 if dtype == torch.bfloat16 else 1
     return {"backward": {"bytes": 2 * features, "flops": (blocks + pieces) * product}}
+
+
+def relative(
+    batch: int, tokens: int, window: tuple[int, int], heads: int, d: int, dtype: torch.dtype, backward: bool
+) -> Counts:
+    """Relative attention with all gradients. Partial sums of the tables' and of the padding token's are left out."""
+    numbers = batch * tokens * heads
+    tensor, wide = numbers * d * dtype.itemsize, numbers * d * _FLOAT32
+    products, statistics = numbers * sum(window) * _FLOAT32, numbers * 2 * _FLOAT32
+    pairs, positions = 2 * numbers * window[0] * window[1] * d, 2 * numbers * sum(window) * d
+    found = {"positions": {"bytes": tensor + products, "flops": positions}}
+    if not backward:
+        return found | {"forward": {"bytes": 4 * tensor + products, "flops": 2 * pairs}}
+    return found | {
+        "statistics": {"bytes": 4 * tensor + products + statistics, "flops": 2 * pairs},
+        "backward_queries": {"bytes": 4 * tensor + wide + 2 * products + statistics, "flops": 3 * pairs},
+        "backward_keys": {"bytes": 6 * tensor + products + statistics, "flops": 4 * pairs},
+        "positions_queries": {"bytes": tensor + 3 * wide + products, "flops": positions},
+        "positions_tables": {"bytes": tensor + products, "flops": positions},
+    }

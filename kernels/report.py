@@ -38,6 +38,7 @@ from triton.runtime.jit import JITFunction
 
 KERNEL_FILES = (
     "window_attention",
+    "relative_attention",
     "cross_modal_attention",
     "deformable_attention",
     "pixel_contrastive_loss",
@@ -59,7 +60,7 @@ _POINTERS |= {torch.int32: "*i32", torch.int64: "*i64", torch.uint8: "*u8"}
 
 
 # Names of constants that say how a launch is cut into tiles.
-_SIZES = re.compile(r"QUERIES|KEYS|PIXELS|WORDS|ROWS|COLUMNS|BLOCK|ENTRIES|.*TILE")
+_SIZES = re.compile(r"QUERIES|KEY|PIXELS|WORDS|ROWS|COLUMNS|BLOCK|ENTRIES|.*TILE")
 
 
 class Launch(NamedTuple):

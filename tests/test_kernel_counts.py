@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from magnet_fast.kernels import cross_modal_attention, deformable_attention, pixel_contrastive_loss, report
+from magnet_fast.kernels import (
+    cross_modal_attention,
+    deformable_attention,
+    pixel_contrastive_loss,
+    relative_attention,
+    report,
+)
 
 from benchmarks import bench_cross_modal_attention, kernel_counts
 
@@ -55,3 +61,9 @@ def test_deformable_attention():
 def test_pixel_contrastive_loss():
     for (_, backward), names in launched(pixel_contrastive_loss, torch.bfloat16).items():
         assert list(kernel_counts.pixel_contrastive(2, 14400, 256, torch.bfloat16, backward)) == names
+
+
+def test_relative_attention():
+    for (_, backward), names in launched(relative_attention, torch.bfloat16).items():
+        counts = kernel_counts.relative(1, 4096, (64, 64), 12, 64, torch.bfloat16, backward)
+        assert list(counts) == names

@@ -32,6 +32,7 @@ def info() -> None:
         typer.echo(f"{name:15} {value}")
     for operator in (
         "window_attention",
+        "relative_attention",
         "cross_modal_attention",
         "deformable_attention",
         "fused_deformable_attention",

@@ -13,6 +13,8 @@ from magnet_fast.ops import (
     _cpu_backend,
     _cpu_relative,
     _registry,
+    _triton_backend,
+    _triton_relative,
 )
 from magnet_fast.ops._binding import bind
 from magnet_fast.ops._windows import diagonals, padded
@@ -162,13 +164,15 @@ def _prepare(
     return qkv, *small, *RelativeSettings(num_heads, window_h, window_w, scale)
 
 
+_DIFFERENTIABLE = (0, 1, 2, 3)
+
 _run = bind(
     _NAME,
     tensors=("Tensor qkv", "Tensor rel_height", "Tensor rel_width", "Tensor? pad_qkv"),
     settings=tuple(f"{kind.__name__} {name}" for name, kind in get_type_hints(RelativeSettings).items()),
     outputs=1,
     fake=lambda qkv, *rest: qkv.new_empty((*qkv.shape[:3], qkv.shape[3] // 3)),
-    differentiable=(0, 1, 2, 3),
+    differentiable=_DIFFERENTIABLE,
     reference=relative_attention_reference,
 )
 
@@ -181,4 +185,13 @@ _registry.register(
     _cpu_backend.supports,
     _cpu_backend.missing,
     _cpu_backend.passed_over,
+)
+_registry.register(
+    _NAME,
+    "triton",
+    _triton_relative.forward,
+    _triton_relative.backward,
+    _triton_relative.supports,
+    _triton_backend.missing,
+    _triton_backend.passed_over,
 )

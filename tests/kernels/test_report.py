@@ -26,9 +26,16 @@ def committed() -> dict:
 
 
 @pytest.mark.parametrize("arch", [80, 90])
-def test_window_attention_fits(arch):
-    found = list(report.programs(quick=True, kernel="window_attention.", archs=[arch], dtypes=[torch.bfloat16]))
-    assert {p.kernel for p in found} >= {"forward_kernel", "backward_kernel"}
+@pytest.mark.parametrize(
+    ("name", "kernels"),
+    [
+        ("window_attention.", {"forward_kernel", "backward_kernel"}),
+        ("relative_attention.statistics", {"statistics_kernel"}),  # the others take longer to compile
+    ],
+)
+def test_kernels_fit(name, kernels, arch):
+    found = list(report.programs(quick=True, kernel=name, archs=[arch], dtypes=[torch.bfloat16]))
+    assert {p.kernel for p in found} >= kernels
     assert [p for p in found if not p.fits] == []
     assert all(0 < p.registers <= 255 and p.occupancy >= 0.1 for p in found)
 

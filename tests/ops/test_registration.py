@@ -80,7 +80,7 @@ def with_kept(case, arguments, results):
 
 
 def differentiable(case):
-    counts = {"window_attention": 3, "cross_modal_attention": 6, "deformable_attention": 3}
+    counts = {"window_attention": 3, "relative_attention": 4, "cross_modal_attention": 6, "deformable_attention": 3}
     counts |= {"fused_deformable_attention": 4, "pixel_contrastive_loss": 1}
     return range(counts[case.operator])
 
