@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from math import isnan
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -57,7 +58,7 @@ def _table(runs: Runs, titles: dict[str, str], against: dict[str, str]) -> str:
     if all("shuffled" in run for run in every):
         parts += [f"{again}its sentences swapped between pictures (a control):", _again(runs, titles, "shuffled")]
     if splits and any(run["scores"][splits[0]]["by_kind"] for run in every):
-        parts += [f"By kind of sentence, {splits[0]}, {best}:", _by_kind(runs, titles, splits[0])]
+        parts += [f"By kind of sentence, {splits[0]}:", _by_kind(runs, titles, splits[0])]
     worded = {name: found for name, found in runs.items() if "hidden_words" in found[0]}
     if worded:
         parts += [
@@ -102,13 +103,18 @@ def _by_kind(runs: Runs, titles: dict[str, str], split: str) -> str:
     def scores(run: dict[str, Any]) -> dict[str, Any]:
         return run["scores"][split]["by_kind"]
 
-    best = _score_names(runs)[0]
-    kinds = sorted({kind for found in runs.values() for run in found for kind in scores(run)})
+    every = [scores(run) for found in runs.values() for run in found]
+    columns = []  # a kind may have no such score as the task's: sentences that name nothing have no overlap
+    for kind in sorted({kind for found in every for kind in found}):
+        for score in _score_names(runs):
+            if not any(isnan(found[kind][score]) for found in every):
+                columns.append((kind, score))
+                break
     rows = [
-        [titles[name], *(spread([scores(run)[kind][best] for run in found]) for kind in kinds)]
+        [titles[name], *(spread([scores(run)[kind][score] for run in found]) for kind, score in columns)]
         for name, found in runs.items()
     ]
-    return _markdown(["variant", *kinds], rows)
+    return _markdown(["variant", *(f"{kind} {score}" for kind, score in columns)], rows)
 
 
 def _hidden_words(runs: Runs, titles: dict[str, str]) -> str:
@@ -137,7 +143,9 @@ def _label(split: str) -> str:
 
 
 def spread(values: Sequence[float]) -> str:
-    """Mean ± sample standard deviation; the value alone where there is one."""
+    """Mean ± sample standard deviation; the value alone where there is one; a dash where some run has none."""
+    if any(isnan(value) for value in values):
+        return "–"
     return f"{mean(values):.2f}" if len(values) == 1 else f"{mean(values):.2f} ± {stdev(values):.2f}"
 
 

@@ -182,3 +182,21 @@ def test_the_table_says_mean_spread_and_difference(tmp_path) -> None:
     assert "- LAVT, against BASELINE: +0.17, not more than the spread over seeds (2.00)" in table
     assert "- BLIND, against ALL: -4.00\n" in table and "BASELINE, against" not in table and "XMHA" not in table
     assert spread([5.0]) == "5.00"
+
+
+def test_scores_that_a_kind_of_sentence_has_not(tmp_path) -> None:
+    """Sentences that name nothing have no overlap, but are found to name nothing or not."""
+    for seed in (0, 1):
+        found = result(seed, 30.0)
+        found["config"]["task"] = "robust"
+        scores = {"rIoU": 20.0, "mRR": 10.0, "mIoU_ref": 30.0, "oIoU": 30.0, "mIoU": 30.0}
+        nothing = {name: float("nan") for name in scores} | {"mRR": 40.0 + seed}
+        named = scores | {"rIoU": float("nan"), "mRR": float("nan"), "oIoU": 50.0}
+        found["scores"] = {"val": scores | {"by_kind": {"absent/place": nothing, "place": named}}}
+        folder = tmp_path / "one" / f"seed-{seed}"
+        folder.mkdir(parents=True)
+        (folder / "result.json").write_text(json.dumps(found))
+    table = write_report(tmp_path, {"one": "ONE"}, {}, "result.json").read_text()
+    assert "| variant | absent/place mRR | place mIoU_ref |" in table
+    assert "| ONE | 40.50 ± 0.71 | 30.00 ± 0.00 |" in table
+    assert spread([1.0, float("nan")]) == "–"
