@@ -44,6 +44,16 @@ class Case:
         return torch.autograd.grad(weighted_sum((function or self)(*self.leaves)), self.leaves)
 
 
+def run(case: Case, backend: str) -> tuple[Tensor, ...]:
+    """Output and every gradient."""
+    with ops.backend(backend):
+        return (*case(), *case.gradients())
+
+
+def in_float64(case: Case) -> Case:
+    return Case(case.operator, [leaf.detach().double().requires_grad_() for leaf in case.leaves], case.arguments)
+
+
 def outputs_of(result: Tensor | tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
     result = result if isinstance(result, tuple) else (result,)
     return tuple(out for out in result if out is not None and out.numel())

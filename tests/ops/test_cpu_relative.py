@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from magnet_fast import _cpu, ops
 from magnet_fast.ops._view import view
 
-from .cases import assert_low_precision, relative_case, weighted_sum
+from .cases import assert_low_precision, in_float64, relative_case, run, weighted_sum
 
 LOW = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 LEVELS = _cpu.supported_simd_levels()
@@ -33,16 +33,6 @@ def _restore_level():
     before = _cpu.simd_level()
     yield
     _cpu.set_simd_level(before)
-
-
-def run(case, backend):
-    """Output and every gradient."""
-    with ops.backend(backend):
-        return (*case(), *case.gradients())
-
-
-def in_float64(case):
-    return type(case)(case.operator, [leaf.detach().double().requires_grad_() for leaf in case.leaves], case.arguments)
 
 
 def assert_agrees(case):

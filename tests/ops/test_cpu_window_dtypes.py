@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from magnet_fast import _cpu, ops
 
-from .cases import assert_low_precision, weighted_sum, window_case
+from .cases import assert_low_precision, in_float64, run, weighted_sum, window_case
 
 LOW = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 LEVELS = _cpu.supported_simd_levels()
@@ -27,16 +27,6 @@ def _restore_level():
     before = _cpu.simd_level()
     yield
     _cpu.set_simd_level(before)
-
-
-def run(case, backend):
-    """Output and every gradient."""
-    with ops.backend(backend):
-        return (*case(), *case.gradients())
-
-
-def in_float64(case):
-    return type(case)(case.operator, [leaf.detach().double().requires_grad_() for leaf in case.leaves], case.arguments)
 
 
 def assert_agrees(case, dtype):
