@@ -90,6 +90,16 @@ def head_width(channels: int, num_heads: int, name: str) -> int:
     return channels // num_heads
 
 
+def qkv_map(qkv: Any, num_heads: Any) -> tuple[int, int]:
+    """A projection (B, H, W, 3*C) of a map to q, k and v; returns the number of heads and the channels of each."""
+    floating_tensor(qkv, "qkv", 4, "(B, H, W, 3*C)")
+    if qkv.shape[3] % 3:
+        raise ValueError(f"qkv: the last dimension holds q, k and v: expected a multiple of 3, got {qkv.shape[3]}")
+    contiguous_last(qkv, "qkv")
+    num_heads = positive_int(num_heads, "num_heads")
+    return num_heads, head_width(qkv.shape[3] // 3, num_heads, "q, k and v each")
+
+
 def _plain(value: Any) -> int:
     """numpy's ints become Python's, which the schemas want; sizes that dynamo made symbolic stay so."""
     return value if isinstance(value, (int, torch.SymInt)) else int(value)

@@ -131,13 +131,8 @@ def _prepare(
     scale: float | None = None,
 ) -> tuple:
     """Check the public arguments and return those of `relative_attention_reference`."""
-    _checks.floating_tensor(qkv, "qkv", 4, "(B, H, W, 3*C)")
-    if qkv.shape[3] % 3:
-        raise ValueError(f"qkv: the last dimension holds q, k and v: expected a multiple of 3, got {qkv.shape[3]}")
-    _checks.contiguous_last(qkv, "qkv")
-    channels = qkv.shape[3] // 3
-    num_heads = _checks.positive_int(num_heads, "num_heads")
-    d = _checks.head_width(channels, num_heads, "q, k and v each")
+    num_heads, d = _checks.qkv_map(qkv, num_heads)
+    channels = num_heads * d
     window = (qkv.shape[1], qkv.shape[2]) if window_size is None else window_size
     window_h, window_w = _checks.int_pair(window, "window_size", 1)
     scale = d**-0.5 if scale is None else _checks.positive_number(scale, "scale")

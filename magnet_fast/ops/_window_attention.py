@@ -188,13 +188,8 @@ def _prepare(
     dropout: float = 0.0,
 ) -> tuple:
     """Check the public arguments and return those of `window_attention_reference`."""
-    _checks.floating_tensor(qkv, "qkv", 4, "(B, H, W, 3*C)")
-    if qkv.shape[3] % 3:
-        raise ValueError(f"qkv: the last dimension holds q, k and v: expected a multiple of 3, got {qkv.shape[3]}")
-    _checks.contiguous_last(qkv, "qkv")
-    channels = qkv.shape[3] // 3
-    num_heads = _checks.positive_int(num_heads, "num_heads")
-    d = _checks.head_width(channels, num_heads, "q, k and v each")
+    num_heads, d = _checks.qkv_map(qkv, num_heads)
+    channels = num_heads * d
     window_h, window_w = _checks.int_pair(window_size, "window_size", 1)
     shift_h, shift_w = _checks.int_pair(shift, "shift", 0)
     if shift_h >= window_h or shift_w >= window_w:
