@@ -70,7 +70,7 @@ def read_rows(source: Path, expression: str | None = None, leave_out: Path | Non
             raise ValueError(f"expression: expected a folder with it; the table {source} has a sentence in each row")
         rows = _of_table(source)
     if not rows:
-        raise ValueError(f"input {source}: there is no {'picture in it' if source.is_dir() else 'row in it'}")
+        raise ValueError(f"input {source}: there is no row or picture in it")
     return rows
 
 

@@ -65,8 +65,8 @@ def segment_rows(
 def _read_ahead(
     pool: ThreadPoolExecutor, segmenter: Segmenter, pictures: Iterable[list[Row]], most: int, failed: list[Failure]
 ) -> Iterator[tuple[list[Row], Prepared]]:
-    """Each picture's rows with the picture; at most `most` pictures are read ahead. Rows of those that cannot be read go
-    to `failed`."""
+    """Each picture's rows with the picture, at most `most` of them read ahead; those without a picture that can be read
+    go to `failed`."""
     waiting: deque[tuple[list[Row], Future[Prepared]]] = deque()
     coming = iter(pictures)
     while True:

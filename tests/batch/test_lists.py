@@ -15,10 +15,8 @@ from magnet_fast.data.transforms import as_rgb
 SENTENCES = ["the red circle", "the star", "the blue box", "the moon", "the large circle", "the square"]
 
 
-@pytest.mark.parametrize("batch_size", [1, 4, 16])
-def test_each_pair_is_answered_as_by_itself(checkpoint: Path, pictures: Path, batch_size: int) -> None:
+def test_each_pair_is_answered_as_by_itself(segmenter: Segmenter, pictures: Path) -> None:
     """Pictures of several sizes, more than a batch, some again, as paths, arrays and prepared."""
-    segmenter = Segmenter.from_checkpoint(checkpoint, batch_size=batch_size)
     a, b, c = (pictures / name for name in ("a.png", "b.jpg", "c.png"))
     images = [a, b, str(a), segmenter.prepare(c), np.asarray(as_rgb(b)), a]
     found = segmenter(images, SENTENCES)
@@ -45,13 +43,19 @@ def test_a_picture_is_read_once_and_looked_at_once(pictures: Path, monkeypatch: 
     model = models.create("cris_tiny", input={"size": 32, "max_tokens": 16}).eval()
     segmenter = Segmenter(model, Tokenizer(max_tokens=16), keep_masks=True, batch_size=4)
     looked, read = [], []
-    look, prepare = model.look, segmenter.prepare
-    monkeypatch.setattr(model, "look", lambda pixels: looked.append(len(pixels)) or look(pixels))
+    look, prepare = segmenter._look, segmenter.prepare
+
+    def noted(pixels: torch.Tensor) -> list[torch.Tensor]:
+        seen = look(pixels)
+        looked.append((len(pixels), *{len(one) for one in seen}))
+        return seen
+
+    monkeypatch.setattr(segmenter, "_look", noted)
     monkeypatch.setattr(segmenter, "prepare", lambda image: read.append(image) or prepare(image))
     a, b = pictures / "a.png", pictures / "b.jpg"
     images = [a, b, a, b, b, b]
     found = segmenter(images, SENTENCES)
-    assert read == [a, b] and looked == [2, 1]
+    assert read == [a, b] and looked == [(2, 2), (1, 1)]
     monkeypatch.undo()
     for image, sentence, one in zip(images, SENTENCES, found, strict=True):
         assert np.allclose(one.probability, segmenter(image, sentence).probability, atol=1e-5)

@@ -225,31 +225,30 @@ def test_a_mask_that_is_gone_is_made_again_and_broken_lines_are(table: Path, run
 
 def test_results_are_not_written_over(table: Path, pictures: Path, run_command, tmp_path: Path) -> None:
     run_command(table, "--format", "jsonl")
-    out = tmp_path / "out"
+    out, rows = tmp_path / "out", read_rows(table)
     before = (out / "results.jsonl").read_bytes()
 
-    def refused(message: str, *more: object, source: Path = table, out: str = "out") -> None:
-        said = run_command(source, *more, status=2, out=out)
-        assert said.startswith("error: ") and message in said
+    def refused(message: str, folder: Path, rows: list[Row], format: str = "jsonl", resume: bool = True) -> None:
+        with pytest.raises(ValueError, match=message):
+            Results(folder, rows, format, resume)
 
-    refused("already holds results; --resume goes on with them", "--format", "jsonl")
+    said = run_command(table, "--format", "jsonl", status=2)
+    assert said == f"error: out: {out} already holds results; --resume goes on with them\n"
     for format in ("png", "rle", "coco"):
-        refused("is of another input or format", "--format", format, "--resume")
-    table.write_text(table.read_text().replace("the moon", "the sun"))
-    refused("is of another input or format", "--format", "jsonl", "--resume")
-    refused("is of another input or format", "--format", "jsonl", "--resume", "--expression", "circle", source=pictures)
+        refused("out: line 1 of .* is of another input or format", out, rows, format)
+    refused("out: line 1 of .* is of another input", out, [row._replace(sentence="the sun") for row in rows])
+    refused("out: line 1 of .* is of another input", out, read_rows(pictures, "the star"))
     assert (out / "results.jsonl").read_bytes() == before
     (tmp_path / "file").write_text("mine")
-    refused("out: expected a folder, got the file", out="file")
+    refused("out: expected a folder, got the file", tmp_path / "file", rows, resume=False)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "errors.csv").write_text("mine")
-    refused("holds errors.csv, but no results.jsonl that it belongs to", out="mine")
+    for resume in (False, True):
+        refused("holds errors.csv, but no results.jsonl that it belongs to", tmp_path / "mine", rows, resume=resume)
     assert (tmp_path / "file").read_text() == (tmp_path / "mine" / "errors.csv").read_text() == "mine"
-    rows = read_rows(table)
-    with Results(tmp_path / "new", rows, "rle"), pytest.raises(ValueError, match="is written to by another process"):
-        Results(tmp_path / "new", rows, "rle", resume=True)
-    with pytest.raises(ValueError, match="format: expected one of png, rle, jsonl, coco, got 'tiff'"):
-        Results(tmp_path / "newer", rows, "tiff")
+    with Results(tmp_path / "new", rows, "rle"):
+        refused("is written to by another process", tmp_path / "new", rows, "rle")
+    refused("format: expected one of png, rle, jsonl, coco, got 'tiff'", tmp_path / "newer", rows, "tiff")
     assert not (tmp_path / "newer").exists()
 
 

@@ -77,8 +77,8 @@ def test_a_comma_without_quotes_is_a_bad_row(tmp_path: Path) -> None:
         ("rows.csv", "file,sentence\na,x\n", "got 'file,sentence'"),
         ("rows.csv", "image,sentence,image\na,x,b\n", "expected a first line"),
         ("rows.csv", "", "expected a first line"),
-        ("rows.csv", "image,sentence\n", "there is no row in it"),
-        ("rows.jsonl", "\n", "there is no row in it"),
+        ("rows.csv", "image,sentence\n", "there is no row or picture in it"),
+        ("rows.jsonl", "\n", "there is no row or picture in it"),
         ("rows.csv", 'image,sentence\na,"x\nb,y\n', "line 3 is no CSV: unexpected end of data"),
         ("rows.csv", "image,sentence\na,x\n".encode("utf-16"), "not text in UTF-8"),
         ("rows.jsonl", b'{"image": "\xff"}', "not text in UTF-8"),
@@ -109,5 +109,5 @@ def test_what_goes_with_what(tmp_path: Path, pictures: Path) -> None:
     with pytest.raises(FileNotFoundError, match="input none.csv does not exist"):
         read_rows(Path("none.csv"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="there is no picture in it"):
+    with pytest.raises(ValueError, match="there is no row or picture in it"):
         read_rows(tmp_path / "empty", "the car")
