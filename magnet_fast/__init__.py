@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_PARTS = ("checkpoints", "data", "evaluation", "fast", "inference", "models", "ops", "training", "visualize")
+_PARTS = (
+    "batch", "checkpoints", "data", "editing", "evaluation", "fast", "inference", "models", "ops", "training",
+    "visualize",
+)  # fmt: skip
 
 _EXPORTS = {"Segmenter": "inference", "accelerate": "fast", "restore": "fast"}
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
-from typing import NamedTuple, overload
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
-from magnet_fast import checkpoints
+from magnet_fast import checkpoints, editing
 from magnet_fast.data.tokenizers import ExpressionTokenizer, Reading, shortened
 from magnet_fast.data.transforms import Picture, as_rgb, as_shown, open_fit
 from magnet_fast.evaluation.finite import nan_answers, where_nan_begins
@@ -18,7 +21,8 @@ from magnet_fast.models.contract import Text
 from magnet_fast.ops._observed import observed
 
 PRECISIONS = ("float32", "bfloat16", "float16")
-_EXPRESSIONS_AT_ONCE = 16
+BATCH_SIZE = 16
+"""Sentences in one forward pass, unless said."""
 
 
 class _Answer(NamedTuple):
@@ -46,6 +50,19 @@ class Segmentation(_Answer):
         return None if self.presence is None else self.presence >= 0.5
 
 
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A picture as a segmenter's model reads it, which may stand in the picture's place; `Segmenter.prepare` makes it.
+
+    Attributes:
+        pixels: (3, S, S) float32.
+        size: (H, W) of the picture, to which masks come back.
+    """
+
+    pixels: Tensor
+    size: tuple[int, int]
+
+
 class Segmenter:
     """A model with its tokenizer: `segmenter(image, "the red circle")`.
 
@@ -57,18 +74,19 @@ class Segmenter:
         dtype: "float32", "bfloat16" or "float16" for weights and features (sums, norms and softmaxes stay in
             float32, and so do the mask's resizing and its probabilities); default: what the model has.
         compile: torch.compile the model, on a GPU with CUDA graphs. Shapes are static: the canvas is a square anyway,
-            and the number of expressions is filled up to 1, 2, 4, 8 or 16, each of which compiles at its first use (a
+            and the number of expressions is filled up to a power of two, each of which compiles at its first use (a
             minute or so). Pays where many images follow.
         fast: accelerate the model, in place, as `magnet_fast.accelerate(model)` does.
         pack: with `fast` on a CPU, keep packed copies of the weights, as `magnet_fast.accelerate(model, pack=True)`
             does: every image after the first is faster, for the memory of the weights once more. Also keep what the
-            model has made of the last image before words come (RISAM, CRIS), for further sentences about it. False
-            where a single image is asked about, or where weights are to be written through `.data`, which neither
-            sees.
+            model has made of the last image (of the last batch's images) before words come (RISAM, CRIS), for further
+            sentences about it. False where a single image is asked about, or where weights are to be written through
+            `.data`, which neither sees.
         stored_pixels: take the pixels as stored, as data sets do: EXIF orientation ignored, transparency dropped.
             Otherwise a picture is what a viewer shows: turned upright, its transparent parts on white.
         keep_masks: masks as the model draws them, also where it says that nothing is named. Otherwise they are empty
             there (weighed by the presence in models such as MagNet, see `models.Prediction`).
+        batch_size: sentences in one forward pass, about one image or several.
     """
 
     def __init__(
@@ -83,7 +101,10 @@ class Segmenter:
         pack: bool = False,
         stored_pixels: bool = False,
         keep_masks: bool = False,
+        batch_size: int = BATCH_SIZE,
     ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
         model = model if device is None else model.to(device)
         self.model = (model if dtype is None else in_precision(model, dtype)).eval()
         self.tokenizer, self.spec, self.fit = tokenizer, model.spec, open_fit(model.spec)
@@ -95,6 +116,7 @@ class Segmenter:
         if fast:
             accelerate(self.model, pack=pack and self.device.type == "cpu")
         self.compile, self.stored_pixels, self.keep_masks = compile, stored_pixels, keep_masks
+        self.batch_size = batch_size
         self._keep_image, self._last = pack, None
         if compile:
             # The forward pass alone: the mask's way back to each image's own size stays outside of the graph.
@@ -114,6 +136,7 @@ class Segmenter:
         pack: bool = True,
         stored_pixels: bool = False,
         keep_masks: bool = False,
+        batch_size: int = BATCH_SIZE,
     ) -> Segmenter:
         """Load a segmenter.
 
@@ -125,7 +148,7 @@ class Segmenter:
                 shipped vocabulary, where the checkpoint was trained on it. Released checkpoints need BERT's.
             image_size: side of the square that images are brought to; default: what the checkpoint was trained at.
             dtype: as in `Segmenter`; default: float32.
-            compile, fast, pack, stored_pixels, keep_masks: as in `Segmenter`.
+            compile, fast, pack, stored_pixels, keep_masks, batch_size: as in `Segmenter`.
 
         Raises:
             FileNotFoundError: no such file.
@@ -147,61 +170,129 @@ class Segmenter:
             pack=pack,
             stored_pixels=stored_pixels,
             keep_masks=keep_masks,
+            batch_size=batch_size,
         )
 
     @overload
-    def __call__(self, image: Picture, expression: str) -> Segmentation: ...
+    def __call__(self, image: Picture | Prepared, expression: str) -> Segmentation: ...
 
     @overload
-    def __call__(self, image: Picture, expression: list[str]) -> list[Segmentation]: ...
+    def __call__(self, image: Picture | Prepared, expression: list[str]) -> list[Segmentation]: ...
 
-    def __call__(self, image: Picture, expression: str | list[str]) -> Segmentation | list[Segmentation]:
+    @overload
+    def __call__(self, image: list[Picture | Prepared], expression: str | list[str]) -> list[Segmentation]: ...
+
+    def __call__(
+        self, image: Picture | Prepared | list[Picture | Prepared], expression: str | list[str]
+    ) -> Segmentation | list[Segmentation]:
         """Find what an expression names in an image.
 
         Args:
             image: a path, a PIL image, or an array (H, W, 3) RGB or (H, W), uint8 or uint16 (see
                 `data.transforms.Picture`). A photo is turned upright by its EXIF orientation, unless `stored_pixels`:
                 masks are of the picture as a viewer shows it, whose height and width may be swapped against those
-                stored. `data.transforms.as_shown(image)` is that picture.
-            expression: a sentence, or several about this image. What exceeds the tokenizer's length is cut
-                off. A warning says once what the tokenizer could not read; `reading` says it of each.
+                stored. `data.transforms.as_shown(image)` is that picture. Or what `prepare` makes of one. Or a list of
+                these, of any sizes; they are read batch by batch, and one that stands several times in a batch, as the
+                same object or path, is read once.
+            expression: a sentence, or several about this image; for a list of images one for each, or one for all. What
+                exceeds the tokenizer's length is cut off. A warning says once what the tokenizer could not read;
+                `reading` says it of each.
 
         Returns:
-            A `Segmentation`, or a list of them, in the order of the expressions.
+            A `Segmentation`, or where there is a list a list of them, in its order.
 
         Raises:
-            FileNotFoundError, ValueError, TypeError: the image cannot be read or has another layout; an
-                expression is empty, not a string, or nothing of it is left to be read; the model answers NaN, naming
-                the first such expression and the layer where it begins.
+            FileNotFoundError, ValueError, TypeError: an image cannot be read or has another layout; an
+                expression is empty, not a string, or nothing of it is left to be read; there are not as many of them as
+                images; the model answers NaN, naming the first such expression and the layer where it begins.
         """
+        several = isinstance(image, list | tuple)
         single = isinstance(expression, str)
         if not single and not isinstance(expression, list | tuple):
             given = type(expression).__name__
             raise TypeError(f"expression: expected a string or a list of strings, got {given}")
-        expressions = [expression] if single else list(expression)
+        expressions = [expression] * (len(image) if several else 1) if single else list(expression)
+        images = list(image) if several else [image] * len(expressions)
         if not all(isinstance(entry, str) for entry in expressions):
             given = ", ".join(sorted({type(entry).__name__ for entry in expressions}))
             raise TypeError(f"expression: expected a string or a list of strings, got a list with {given}")
-        if not expressions:
-            return []
+        if len(images) != len(expressions):
+            raise ValueError(f"expression: expected one for each of {len(images)} images, got {len(expressions)}")
         readings = self.tokenizer.readings(expressions)
-        picture = as_rgb(image) if self.stored_pixels else as_shown(image)
-        for text, reading in zip(expressions, readings, strict=True):
-            self.tokenizer.tell(text, reading)
-        pixels = self.fit.image(picture)[None].to(self.device)
-        size = (picture.height, picture.width)
         found: list[Segmentation] = []
+        ready: dict[Any, Prepared] = {}
+        looked: list[Any] = []
         with torch.inference_mode():
-            seen = self._look(pixels)
-            for start in range(0, len(expressions), _EXPRESSIONS_AT_ONCE):
-                part = slice(start, start + _EXPRESSIONS_AT_ONCE)
-                found += self._segment(pixels, seen, self.tokenizer.rows(readings[part]), size, expressions[part])
+            for start in range(0, len(expressions), self.batch_size):
+                part = slice(start, start + self.batch_size)
+                keys = [os.fspath(one) if isinstance(one, str | os.PathLike) else id(one) for one in images[part]]
+                kept, ready = ready, {}
+                for position, key in enumerate(keys, start):
+                    if key not in ready:
+                        ready[key] = kept.get(key) or self._read(images[position], f"image[{position}]: " * several)
+                for text, reading in zip(expressions[part], readings[part], strict=True):
+                    self.tokenizer.tell(text, reading)
+                if list(ready) != looked:
+                    pixels = torch.stack([one.pixels for one in ready.values()]).to(self.device)
+                    seen, looked = self._look(pixels), list(ready)
+                asked = _Asked(
+                    torch.tensor([looked.index(key) for key in keys]),
+                    self.tokenizer.rows(readings[part]),
+                    [ready[key].size for key in keys],
+                    expressions[part],
+                )
+                found += self._segment(pixels, seen, asked)
         for one, reading in zip(found, readings, strict=True):
             one.reading = reading
-        return found[0] if single else found
+        return found[0] if single and not several else found
+
+    def edit(
+        self, image: Picture, expression: str, operation: str | editing.Operation, *, feather: int = 0
+    ) -> Image.Image:
+        """Edit what an expression names, and nothing else: `segmenter.edit(photo, "the red car", "colour=#2060ff")`.
+
+        Args:
+            image, expression: as for a call.
+            operation: "colour=#ff0000", "blur", "grey", "brightness=1.4", "cut-out" or "background=FILE"; or any
+                function of an array (H, W, 3) uint8 that returns one; see `editing`.
+            feather: pixels over which it sets in, inside the mask.
+
+        Returns:
+            The picture as a viewer shows it (as stored with `stored_pixels`), RGB, or RGBA after "cut-out". Where the
+            mask is not it is the picture, bit by bit; where nothing is found it is so everywhere.
+
+        Raises:
+            FileNotFoundError, ValueError, TypeError: as a call does; an operation that is none, or one that returns
+                no picture of this size.
+        """
+        operation = editing.find(operation)
+        picture = self._picture(image)
+        return editing.edited(picture, self(picture, expression).mask, operation, feather)
+
+    def prepare(self, image: Picture) -> Prepared:
+        """Read a picture as the model takes it. Any thread may do so, ahead of the call that it is given to.
+
+        Raises:
+            FileNotFoundError, ValueError, TypeError: it cannot be read, or has another layout.
+        """
+        picture = self._picture(image)
+        return Prepared(self.fit.image(picture), (picture.height, picture.width))
+
+    def _picture(self, image: Picture) -> Image.Image:
+        return as_rgb(image) if self.stored_pixels else as_shown(image)
+
+    def _read(self, image: Picture | Prepared, where: str) -> Prepared:
+        """`prepare`, or nothing to do; a message begins with `where`."""
+        try:
+            return image if isinstance(image, Prepared) else self.prepare(image)
+        except (FileNotFoundError, TypeError, ValueError) as error:
+            if not where:
+                raise
+            kind = next(one for one in (FileNotFoundError, TypeError, ValueError) if isinstance(error, one))
+            raise kind(f"{where}{error}") from error
 
     def _look(self, pixels: Tensor) -> list[Tensor] | None:
-        """What the model makes of the image (1, 3, S, S) before words come; None where it makes nothing without them,
+        """What the model makes of images (U, 3, S, S) before words come; None where it makes nothing without them,
         or where something looks on or is compiled, which is then to see every sentence's call whole."""
         if self.compile or not getattr(self.model, "looks_first", False):
             return None
@@ -219,34 +310,50 @@ class Segmenter:
             return kept[2]
         return self._last[2]
 
-    def _segment(
-        self,
-        pixels: Tensor,
-        seen: list[Tensor] | None,
-        text: Text,
-        size: tuple[int, int],
-        expressions: list[str],
-    ) -> list[Segmentation]:
-        """One image (1, 3, S, S), what was seen of it, and N expressions."""
-        count = len(text.ids)
+    def _segment(self, pixels: Tensor, seen: list[Tensor] | None, asked: _Asked) -> list[Segmentation]:
+        """Images (U, 3, S, S), what was seen of them, and N expressions about them."""
+        text, count = asked.text, len(asked.which)
         # Repeated expressions fill the batch up to one of the sizes that are compiled.
         rows = torch.arange(1 << (count - 1).bit_length() if self.compile else count) % count
-        same = pixels.expand(len(rows), -1, -1, -1)
-        more = {} if seen is None else {"seen": [one.expand(len(rows), *one.shape[1:]) for one in seen]}
-        prediction = self.model(same, Text(*(part[rows].to(self.device) for part in text)), **more)
+        which = asked.which[rows]
+        more = {} if seen is None else {"seen": [_of_rows(one, which) for one in seen]}
+        text = Text(*(part[rows].to(self.device) for part in text))
+        prediction = self.model(_of_rows(pixels, which), text, **more)
         if (nan := nan_answers(prediction)[:count].tolist()).count(True):
             first = nan.index(True)
-            one = Text(*(part[first : first + 1].to(self.device) for part in text))
+            one = Text(*(part[first : first + 1] for part in text))
             raise ValueError(
-                f"prediction: NaN in that of expression {shortened(expressions[first])}: "
-                f"{where_nan_begins(self.model, pixels, one)}"
+                f"prediction: NaN in that of expression {shortened(asked.expressions[first])}: "
+                f"{where_nan_begins(self.model, pixels[which[first]][None], one)}"
             )
-        drawn = prediction._replace(presence=None) if self.keep_masks else prediction
-        probability = self.fit.probability(drawn, size)[:count].float().cpu().numpy()
         presence: list[float | None] = [None] * count
         if prediction.presence is not None:
             presence = prediction.presence[:count].float().sigmoid().tolist()
-        return [Segmentation(p > self.spec.threshold, p, named) for p, named in zip(probability, presence, strict=True)]
+        drawn = prediction._replace(presence=None) if self.keep_masks else prediction
+        found = []
+        for size, same in groupby(range(count), key=asked.sizes.__getitem__):
+            own = list(same)
+            part = slice(own[0], own[-1] + 1)
+            gate = None if drawn.presence is None else drawn.presence[part]
+            of_size = drawn._replace(mask=drawn.mask[part], presence=gate)
+            probability = self.fit.probability(of_size, size).float().cpu().numpy()
+            pairs = zip(probability, presence[part], strict=True)
+            found += [Segmentation(p > self.spec.threshold, p, named) for p, named in pairs]
+        return found
+
+
+class _Asked(NamedTuple):
+    """N expressions of a batch: the image, the tokens, the picture's size and the text of each."""
+
+    which: Tensor
+    text: Text
+    sizes: list[tuple[int, int]]
+    expressions: list[str]
+
+
+def _of_rows(images: Tensor, which: Tensor) -> Tensor:
+    """(U, ...) to (N, ...). One image is not copied: layers see that it is the same in all rows."""
+    return images.expand(len(which), *images.shape[1:]) if len(images) == 1 else images[which]
 
 
 def in_precision(model: nn.Module, dtype: torch.dtype | str) -> nn.Module:

@@ -10,9 +10,9 @@ PACKAGE = Path(__file__).parent.parent / "magnet_fast"
 # From the top to the bottom; a part imports those below it.
 LEVELS = [
     {"cli", "__main__"},
-    {"training"},
+    {"training", "batch"},
     {"inference"},
-    {"evaluation"},
+    {"evaluation", "editing"},
     {"checkpoints"},
     {"data"},
     {"fast"},
