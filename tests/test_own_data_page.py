@@ -43,13 +43,13 @@ def run(*words: object) -> str:
 def test_from_a_folder_to_a_mask(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     for number in range(10):
+        picture = Image.new("RGB", (64, 48), "green")
         for colour, left in (("black", 10), ("white", 40)):
-            place = [left, 5 + number, left + 15, 25 + number]
-            picture, mask = Image.new("RGB", (64, 48), "green"), Image.new("L", (64, 48))
+            place, mask = [left, 5 + number, left + 15, 25 + number], Image.new("L", (64, 48))
             ImageDraw.Draw(picture).ellipse(place, colour)
             ImageDraw.Draw(mask).ellipse(place, 255)
-            save(Path(f"mine/images/cat{number:02}.jpg"), picture)
             save(Path(f"mine/masks/cat{number:02}__the_{colour}_cat.png"), mask)
+        save(Path(f"mine/images/cat{number:02}.jpg"), picture)
     told = []
     for _, *words in commands(blocks("sh")[0]):
         settings = FEW_STEPS if words[0] == "train" else []

@@ -56,7 +56,7 @@ def scenes(
 @user_errors
 def import_(
     source: Annotated[
-        Path, typer.Argument(help="A table (.csv, .tsv, .jsonl), COCO's or Label Studio's .json, CVAT's .xml, a folder.")
+        Path, typer.Argument(help="Table (.csv, .tsv, .jsonl), COCO's or Label Studio's .json, CVAT's .xml, or folder.")
     ],
     out: Annotated[Path, typer.Option(help="Root of the data, for --data; pictures are not copied to it.")],
     images: Annotated[
@@ -72,7 +72,7 @@ def import_(
     from magnet_fast.data.importing import ImportProblemsError, import_data
 
     try:
-        with progress_bar("checking pictures and masks") as progress:
+        with progress_bar("checking rows") as progress:
             report = import_data(
                 source, out, images=images, dataset=dataset, val=val, test=test, seed=seed, skip_bad=skip_bad,
                 progress=progress,

@@ -150,7 +150,7 @@ def _records(source: Path, folder: Path, problems: Problems) -> Iterator[Record]
         if isinstance(content, list):
             return read_label_studio(source, content, problems)
         raise ValueError(f"{source}: expected COCO's dict or Label Studio's list, got {type(content).__name__}")
-    raise ValueError(f"{source}: expected {_EXPECTED}, got {ending or 'a file without an ending'}")
+    raise ValueError(f"{source}: expected {_EXPECTED}, got {ending or 'no ending'}")
 
 
 def _counts(found: Collection, splits: dict[int, str]) -> dict[str, tuple[int, int, int]]:

@@ -215,7 +215,7 @@ def _find(names: Sequence[str], folder: Path) -> str:
             for below in (name, f"images/{name}"):
                 if (folder / below).exists():
                     return Path(below).as_posix()
-    raise ValueError(f"image is {names[0]!r}; expected the path of a picture in {folder}: --images names another folder")
+    raise ValueError(f"image is {names[0]!r}; expected a picture in {folder}: --images names another folder")
 
 
 def _annotation(picture: int, segmentation: list | dict, mask: np.ndarray, label: str | None) -> Annotation:

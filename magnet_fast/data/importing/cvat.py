@@ -63,7 +63,8 @@ def _drawing(shape: ElementTree.Element) -> Drawing:
         return outline([[_number(value, "points") for point in points for value in point]])
     if shape.tag == "box":
         left, top, right, bottom = (_number(shape.get(key), key) for key in ("xtl", "ytl", "xbr", "ybr"))
-        return box([left, top, right - left, bottom - top], _number(shape.get("rotation", "0"), "rotation"), pivot="centre")
+        degrees = _number(shape.get("rotation", "0"), "rotation")
+        return box([left, top, right - left, bottom - top], degrees, pivot="centre")
     if shape.tag == "mask":
         box_of = {key: whole(shape.get(key)) for key in ("left", "top", "width", "height")}
         if None in box_of.values():

@@ -1,4 +1,4 @@
-"""A folder with `images` and `masks`: a mask's name is that of its picture and, behind two underscores, its sentence."""
+"""Folders `images` and `masks`: a mask is called as its picture and, behind two underscores, its sentence."""
 
 from __future__ import annotations
 
@@ -73,4 +73,4 @@ def _pictures_in(folder: Path) -> list[str]:
 
 def _inside(path: Path) -> str:
     names = sorted(os.listdir(path))
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "") if names else "an empty folder"
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "") if names else "nothing"

@@ -122,7 +122,7 @@ def _regions(task: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     several = [one for one in several if not one.get("was_cancelled")]
     chosen = [one for one in several if one.get("ground_truth")] or several
     if len(chosen) > 1:
-        raise ValueError(f"annotations has {len(chosen)} that may be meant; expected one, or one marked as ground truth")
+        raise ValueError(f"annotations has {len(chosen)} that may be meant; expected one, or one as ground truth")
     found: dict[str, list[dict[str, Any]]] = {}
     for number, result in enumerate(require_list(chosen[0].get("result"), "result") if chosen else []):
         if not isinstance(result, dict) or not isinstance(result.get("type"), str):

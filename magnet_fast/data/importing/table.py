@@ -14,6 +14,7 @@ from magnet_fast.data.importing.record import Drawing, Problems, Record, as_text
 from magnet_fast.data.values import shown
 
 DRAWN = ("mask", "polygon", "box", "rle")
+_A_BOX = "expected [x, y, width, height]"
 _LONGEST = 1 << 24  # characters of a field, of which a long outline has many; Python's own limit is 2 ** 17
 
 
@@ -51,13 +52,13 @@ def _drawing(kind: str, value: Any, folder: Path) -> Drawing:
             raise ValueError(f"mask is {shown(value)}; expected the path of a picture")
         return mask_file(folder / value.strip())
     if kind == "box":
-        value = _from_text(kind, value, "[x, y, width, height]")
+        value = _from_text(kind, value, _A_BOX)
         if not isinstance(value, list) or len(value) != 4:
-            raise ValueError(f"box is {shown(value)}; expected [x, y, width, height]")
+            raise ValueError(f"box is {shown(value)}; {_A_BOX}")
         return box(value)
     if kind == "polygon":
-        return outline(_from_text(kind, value, "[[x1, y1, x2, y2, ...], ...]"))
-    return outline(_from_text(kind, value, '{"size": [height, width], "counts": ...}'))
+        return outline(_from_text(kind, value, "expected [[x1, y1, x2, y2, ...], ...]"))
+    return outline(_from_text(kind, value, 'expected {"size": [height, width], "counts": ...}'))
 
 
 def _from_text(kind: str, value: Any, expected: str) -> Any:
@@ -67,7 +68,7 @@ def _from_text(kind: str, value: Any, expected: str) -> Any:
     try:
         return json.loads(value)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{kind} is {shown(value)}; expected {expected}") from error
+        raise ValueError(f"{kind} is {shown(value)}; {expected}") from error
 
 
 def _json_lines(path: Path, problems: Problems) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -105,7 +106,8 @@ def _fields(text: str, delimiter: str, problems: Problems) -> Iterator[tuple[int
     try:
         number = 0
         try:
-            for number, fields in enumerate(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True), 1):
+            rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+            for number, fields in enumerate(rows, start=1):
                 yield number, fields
         except csv.Error as error:
             problems.append(f"row {number + 1}: not readable, nor what follows: expected plain CSV, got {error}")
