@@ -40,6 +40,7 @@ def run(*words: object) -> str:
     return result.output
 
 
+@pytest.mark.slow
 def test_from_a_folder_to_a_mask(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     for number in range(10):

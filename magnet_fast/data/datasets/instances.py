@@ -33,8 +33,8 @@ class Instances:
     Attributes:
         images: those that can be used.
         categories: id -> name; empty where the file has none.
-        image_root: folder of the images, absolute or below the data's root, that an import has noted (`info.image_root`;
-            no field of COCO's); None where the file notes none.
+        image_root: folder of the images, absolute or below the data's root, that an import has noted
+            (`info.image_root`, no field of COCO's); None where the file notes none.
 
     Raises FileNotFoundError, or ValueError for what is no JSON or lacks a list.
     """

@@ -11,7 +11,7 @@ import numpy as np
 
 from magnet_fast.data.values import shown
 
-Drawing = Callable[[int, int], "list | dict | np.ndarray"]
+Drawing = Callable[[int, int], list | dict | np.ndarray]
 """What is drawn, given the picture's height and width in pixels, once these are known: COCO's polygons, its RLE, or a
 mask (H, W) of bool. Raises ValueError or OSError where it cannot be used."""
 

@@ -68,7 +68,7 @@ def _from_text(kind: str, value: Any, expected: str) -> Any:
     try:
         return json.loads(value)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{kind} is {shown(value)}; {expected}") from error
+        raise ValueError(f"{kind} is {shown(value)}, no JSON; {expected}") from error
 
 
 def _json_lines(path: Path, problems: Problems) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -132,6 +132,6 @@ def _header(path: Path, text: str) -> tuple[str, list[str]]:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig", newline="")
+        return path.read_bytes().decode("utf-8-sig")  # line ends as they are, for csv
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: expected text in UTF-8, got other bytes ({error})") from error
