@@ -105,9 +105,8 @@ def import_data(
     used = list(dict.fromkeys(one.picture for one in found.annotations))
     names = [found.pictures[place].name for place in used]
     splits = dict(zip(used, assign_splits(names, val, test, seed), strict=True))
-    root = target.parent.absolute()
-    inside = folder.is_relative_to(root)
-    image_root = folder.relative_to(root).as_posix() if inside else str(folder)
+    root = os.path.abspath(target.parent)
+    image_root = folder.relative_to(root).as_posix() if folder.is_relative_to(root) else str(folder)
     instances, refs = records(found, splits, image_root, f"imported from {source.name}")
     write_folder(target, {"instances.json": instances, REFS_NAME: refs})
     return ImportReport(
