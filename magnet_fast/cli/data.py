@@ -1,7 +1,8 @@
-"""`magnet-fast data`: make data, or check what is there."""
+"""`magnet-fast data`: make data, import one's own, or check what is there."""
 
 from __future__ import annotations
 
+import shlex
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +12,9 @@ import typer
 from magnet_fast.cli.common import FormatOption, ImagesOption, progress_bar
 from magnet_fast.cli.errors import user_errors
 
-data_app = typer.Typer(help="Make data, or check what is there.", no_args_is_help=True)
+_RECIPE = "magnet_tiny_scenes"  # needs no download
+
+data_app = typer.Typer(help="Make data, import your own, or check what is there.", no_args_is_help=True)
 
 
 class Level(str, Enum):  # noqa: UP042 (StrEnum is younger than Python 3.10)
@@ -47,6 +50,62 @@ def scenes(
         workers=workers,
     )
     typer.echo(str(out))
+
+
+@data_app.command("import")
+@user_errors
+def import_(
+    source: Annotated[
+        Path, typer.Argument(help="Table (.csv, .tsv, .jsonl), COCO's or Label Studio's .json, CVAT's .xml, or folder.")
+    ],
+    out: Annotated[Path, typer.Option(help="Root of the data, for --data; pictures are not copied to it.")],
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of the pictures; the source's own, or images in it, if left out.")
+    ] = None,
+    dataset: Annotated[str, typer.Option(help="Name of the new folder below OUT.")] = "own",
+    val: Annotated[float, typer.Option(help="Share of the pictures for the split val.")] = 0.1,
+    test: Annotated[float, typer.Option(help="Share of the pictures for the split test.")] = 0.1,
+    seed: Annotated[int, typer.Option(help="Of the splits.")] = 0,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out what is wrong, and list it.")] = False,
+) -> None:
+    """Make a data set of your own pictures, masks and sentences; all is checked before anything is written."""
+    from magnet_fast.data.importing import ImportProblemsError, import_data
+
+    try:
+        with progress_bar("checking rows") as progress:
+            report = import_data(
+                source, out, images=images, dataset=dataset, val=val, test=test, seed=seed, skip_bad=skip_bad,
+                progress=progress,
+            )  # fmt: skip
+    except ImportProblemsError as error:
+        for problem in error.problems:
+            typer.echo(f"problem: {problem}", err=True)
+        raise ValueError(
+            f"{source}: expected data without a problem, got {len(error.problems)}, listed above; nothing is written; "
+            "--skip-bad goes on without them"
+        ) from error
+    for problem in report.left_out:
+        typer.echo(f"left out: {problem}", err=True)
+    for split, (pictures, objects, sentences) in report.counts.items():
+        typer.echo(f"{split}: {pictures} images, {objects} objects, {sentences} sentences")
+    if report.several:
+        typer.echo(f"{report.several} sentences name several objects of their image")
+    typer.echo(f"{report.folder}: written; the images stay in {report.image_root}")
+    typer.echo(f"to train on it: {_training(report.folder, report.counts)}")
+
+
+def _training(folder: Path, counts: dict[str, tuple[int, int, int]]) -> str:
+    """The command that trains the demo's model on imported data, for a shell."""
+    from magnet_fast.training import load_config
+
+    words = ["magnet-fast", "train", "--config", _RECIPE, "--data", str(folder.parent)]
+    words += ["--set", f"data.dataset={folder.name}"]
+    sentences = counts["train"][2]
+    if sentences < load_config(_RECIPE).batch_size:
+        words += ["--set", f"batch_size={sentences}"]
+    if "val" not in counts:
+        words += ["--set", "validate_every=never"]
+    return shlex.join([*words, "--out", f"runs/{folder.name}"])
 
 
 @data_app.command()

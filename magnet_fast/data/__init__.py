@@ -12,6 +12,7 @@ _HOMES = {
     "Sentence": "datasets.reader",
     "TokenHider": "hidden_tokens",
     "Tokenizer": "tokenizers",
+    "import_data": "importing",
     "open_fit": "transforms",
     "open_reader": "datasets",
     "open_tokenizer": "tokenizers",

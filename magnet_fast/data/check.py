@@ -130,7 +130,7 @@ def _check_image(reader: Reader, image_id: int, found: Tally, turned: Tally) -> 
     """Count what is wrong with an image, and whether viewers turn it."""
     try:
         path = reader.image_path(image_id)
-        size, turn = _header(path)
+        size, turn = picture_header(path)
         expected = reader.image_size(image_id)
     except FileNotFoundError as error:
         found.add("absent", str(error))
@@ -154,8 +154,8 @@ def _check_image(reader: Reader, image_id: int, found: Tally, turned: Tally) -> 
         )
 
 
-def _header(path: Path) -> tuple[tuple[int, int], int]:
-    """Height and width, and the EXIF orientation, from a picture's header.
+def picture_header(path: Path) -> tuple[tuple[int, int], int]:
+    """Height and width as stored, and the EXIF orientation, from a picture's header; its end is looked at, too.
 
     Raises FileNotFoundError or ValueError if it is absent, unreadable, or of pixels that `as_rgb` refuses.
     """

@@ -149,7 +149,7 @@ def test_every_absent_or_broken_file_is_named(tmp_path: Path) -> None:
         "holds none of refs(unc).p" in told and "instances.json: not valid JSON" in told and "no image folder" in told
     )
     (root / "mine/instances.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"no image folder.*instances\.json does not exist.*holds none of"):
+    with pytest.raises(FileNotFoundError, match=r"instances\.json does not exist.*no image folder.*holds none of"):
         Refer(root, "mine")
 
 

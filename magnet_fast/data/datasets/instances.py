@@ -33,6 +33,8 @@ class Instances:
     Attributes:
         images: those that can be used.
         categories: id -> name; empty where the file has none.
+        image_root: folder of the images, absolute or below the data's root, that an import has noted
+            (`info.image_root`, no field of COCO's); None where the file notes none.
 
     Raises FileNotFoundError, or ValueError for what is no JSON or lacks a list.
     """
@@ -60,6 +62,9 @@ class Instances:
             if type(record["height"]) is not int or type(record["width"]) is not int:
                 said = f"{where} has height {shown(record['height'])} and width {shown(record['width'])}"
                 doubtful.add("a size not written as a whole number, read as one", said)
+        info = content.get("info")
+        root = info.get("image_root") if isinstance(info, dict) else None
+        self.image_root = root if isinstance(root, str) and root else None
         self._annotations = self._by_id(content["annotations"], "annotation")
         self.categories = dict(self._categories(content.get("categories")))
 

@@ -50,8 +50,8 @@ class Refer(BaseReader):
         root: folder of data sets and images.
         dataset: the data set's folder below.
         split_by: whose splits, as in the name of the refs file.
-        images: folder or folders of images, absolute or below the root; default the field's (`IMAGE_FOLDERS`), then
-            `images` and the folders in it, as far as they hold files.
+        images: folder or folders of images, absolute or below the root; default what instances.json notes (imported
+            data), else the field's (`IMAGE_FOLDERS`), then `images` and the folders in it, as far as they hold files.
 
     Attributes:
         source: the refs file.
@@ -79,14 +79,12 @@ class Refer(BaseReader):
         super().__init__(folder, SPLITS)
         self.instances_path = folder / "instances.json"
         self._image_folders: list[Path] = []
-        with self._file():
-            self._image_folders = _image_folders(self.root, images)
         self._images: dict[int, Picture] = {}
         self.categories: dict[int, str] = {}
         self._parts: dict[int, list[list | dict]] = {}  # of each annotation that a ref names
         self._numbered = 0
         with uncollected():
-            self._read(folder)
+            self._read(folder, images)
         self._close()
 
     def image_size(self, image_id: int) -> tuple[int, int]:
@@ -135,10 +133,13 @@ class Refer(BaseReader):
             raise ValueError(f"image_id is {image_id!r}; {self.instances_path} does not hold it")
         return self._images[image_id]
 
-    def _read(self, folder: Path) -> None:
+    def _read(self, folder: Path, images: Folders | None) -> None:
         instances, records = None, []
         with self._file():
             instances = Instances(self.instances_path, self.skipped, self.doubtful)
+        with self._file():
+            noted = instances.image_root if instances is not None else None
+            self._image_folders = _image_folders(self.root, noted if images is None else images)
         with self._file():
             self.source = _find_refs(folder, self.split_by)
             records = _read_refs(self.source)
