@@ -15,7 +15,7 @@ LEVELS = [
     {"evaluation"},
     {"checkpoints"},
     {"data"},
-    {"fast"},
+    {"fast", "compat"},
     {"models"},
     {"ops"},
     {"kernels", "_cpu", "_cuda"},

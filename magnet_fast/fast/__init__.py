@@ -1,13 +1,13 @@
 """Applied speed: the same modules on fused operators, in place, and the way back.
 
-For our own models and those of timm, transformers and torchvision.
+For our own models, those of timm, transformers and torchvision, and copies of classes that research code shares.
 
 >>> import magnet_fast, timm
 >>> model = timm.create_model("swin_base_patch4_window7_224")
 >>> print(magnet_fast.accelerate(model))
 >>> magnet_fast.restore(model)
 
-None of the three is imported here, nor are our own models: classes are known by name.
+None of the three is imported here, nor are our own models: classes are known by name, copies by their source.
 """
 
 from __future__ import annotations
@@ -20,16 +20,18 @@ from types import ModuleType
 
 from torch import nn
 
-from magnet_fast.fast import grounding_dino, sam, timm, torchvision, transformers_deformable, transformers_swin
+from magnet_fast.fast import copies, grounding_dino, sam, timm, torchvision, transformers_deformable, transformers_swin
 from magnet_fast.fast._replacement import Replacement, class_path, fused_class, upstream_class
 from magnet_fast.fast._report import ModuleReport, Report
+from magnet_fast.fast.copies import fingerprint
 from magnet_fast.ops._convolution import PackedSequential, has_foldable, pack_convolutions, unpack_convolutions
 from magnet_fast.ops._linear import PackedLinear, pack_linear, plain_linear, unpack_linear
 from magnet_fast.ops._observed import altered
 
-__all__ = ["ModuleReport", "Report", "accelerate", "accelerated", "restore"]
+__all__ = ["ModuleReport", "Report", "accelerate", "accelerated", "fingerprint", "restore"]
 
 _FAMILIES = (timm, torchvision, transformers_swin, transformers_deformable, grounding_dino, sam)
+_FAILED = "looking at it failed"
 _OUR_MODELS = "magnet_fast.models."
 
 
@@ -44,8 +46,8 @@ def accelerate(model: nn.Module, *, pack: bool = False, freeze: bool | None = No
 
     Args:
         model: any module; our own models, timm's SwinTransformer, what transformers builds on Swin layers and on
-            multi-scale deformable attention, torchvision's swin_t, swin_s and swin_b, and whatever contains them. Wrap
-            for FSDP afterwards.
+            multi-scale deformable attention, torchvision's swin_t, swin_s and swin_b, copies of published classes whose
+            source is known, and whatever contains them. Wrap for FSDP afterwards.
         pack: a promise that the weights stay as they are while the model is used for inference on a CPU. Every plain
             Linear of the model, also beside attention, then runs on oneDNN with a second copy of its weight, packed in
             the first call, and so does every convolution that a BatchNorm follows in a Sequential, with the norm
@@ -77,6 +79,8 @@ def accelerate(model: nn.Module, *, pack: bool = False, freeze: bool | None = No
         elif (base := _known_base(module)) is not None:
             reason = f"a subclass of {base.rpartition('.')[2]}: what it changes is not known here"
             found.append(ModuleReport(name, path, None, reason))
+        elif (copy := _copy(name, module)) is not None:
+            found.append(copy)
         elif plain_linear(module) and (pack or type(module) is PackedLinear):
             found.append(_pack(name, module))
         if isinstance(module, nn.Sequential) and (pack or type(module) is PackedSequential):
@@ -141,11 +145,22 @@ def _replace(name: str, module: nn.Module, replacement: Replacement) -> ModuleRe
         try:
             reason = replacement.why_not(module)
         except Exception as error:  # whatever upstream has become, its model goes on as it is
-            reason = f"looking at it failed ({type(error).__name__}: {error}): not a version this was written for"
+            reason = f"{_FAILED} ({type(error).__name__}: {error}): not a version this was written for"
         if reason is not None:
             return ModuleReport(name, replacement.path, None, reason)
         module.__class__ = fused_class(replacement, type(module))
     return ModuleReport(name, replacement.path, replacement.operator, replacement.note(module))
+
+
+def _copy(name: str, module: nn.Module) -> ModuleReport | None:
+    """Of a class known by its source, or near one; None for any other."""
+    try:
+        found = copies.look(module)
+    except Exception as error:  # whatever the class is, its model goes on as it is
+        return ModuleReport(name, class_path(type(module)), None, f"{_FAILED} ({type(error).__name__}: {error})")
+    if isinstance(found, copies.Difference):
+        return ModuleReport(name, class_path(type(module)), None, found.text)
+    return None if found is None else _replace(name, module, found)
 
 
 def _pack(name: str, layer: nn.Linear) -> ModuleReport:
