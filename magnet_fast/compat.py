@@ -47,7 +47,7 @@ def install(name: str) -> ModuleType:
         return importlib.import_module(name)
     except (ImportError, OSError):  # not there, or built for another PyTorch
         pass
-    module = ModuleType(name, "Multi-scale deformable attention, by magnet_fast.")
+    module = ModuleType(name, "magnet_fast: multi-scale deformable attention in place of a compiled extension.")
     module.__spec__ = ModuleSpec(name, None)
     module.ms_deform_attn_forward = ms_deform_attn_forward
     module.ms_deform_attn_backward = ms_deform_attn_backward

@@ -55,7 +55,9 @@ def plain(value: Tensor, places: Tensor, weights: Tensor) -> Tensor:
     out = 0
     for level, (part, (height, width)) in enumerate(zip(value.split([12, 10], 1), SHAPES.tolist(), strict=True)):
         feature_map = part.permute(0, 2, 3, 1).flatten(0, 1).unflatten(2, (height, width))
-        read = F.grid_sample(feature_map, 2 * places[:, :, :, level].transpose(1, 2).flatten(0, 1) - 1)
+        read = F.grid_sample(
+            feature_map, 2 * places[:, :, :, level].transpose(1, 2).flatten(0, 1) - 1, align_corners=False
+        )
         out = out + (read * weights[:, :, :, level].transpose(1, 2).flatten(0, 1)[:, None]).sum(-1)
     return out.view(2, 6, 5).transpose(1, 2)
 

@@ -121,11 +121,13 @@ def _sizes(shapes: Tensor | None, starts: Tensor | None) -> list[tuple[int, int]
     """
     global _last
     both = (shapes, starts)
-    if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
-        return None
-    if not all(isinstance(tensor, Tensor) and not tensor.is_floating_point() for tensor in both):
+    if torch.compiler.is_compiling() or not all(
+        isinstance(tensor, Tensor) and not tensor.is_floating_point() for tensor in both
+    ):
         return None
     if shapes.dim() != 2 or shapes.shape[1] != 2 or starts.shape != shapes.shape[:1]:
+        return None
+    if shapes.is_cuda and torch.cuda.is_current_stream_capturing():
         return None
     counted = not any(tensor.is_inference() for tensor in both)
     seen, sizes = _last

@@ -125,7 +125,9 @@ def parts_regions(mask: Tensor, size: tuple[int, int], window: int, shift: int) 
 
     Its values are read, which a graph that is being taken cannot do: there the answer is no.
     """
-    if mask.requires_grad or torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
+    if mask.requires_grad or torch.compiler.is_compiling():
+        return False
+    if mask.is_cuda and torch.cuda.is_current_stream_capturing():
         return False
     apart = _apart(size, window, shift, mask.device)
     return mask.shape == apart.shape and torch.equal(mask <= _HIDDEN, apart) and torch.equal(mask == 0, ~apart)

@@ -8,7 +8,6 @@ Source is read and parsed. Nothing is imported or executed.
 """
 
 from __future__ import annotations
-import __future__ as future
 
 import ast
 import builtins
@@ -16,9 +15,10 @@ import dis
 import hashlib
 import inspect
 import json
+import linecache
 from collections.abc import Iterator
 from types import CodeType, FunctionType, ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from torch import nn
@@ -26,7 +26,6 @@ from torch import nn
 # What these names mean is not told: everybody's `F` is this one. Under another meaning they are.
 _CUSTOMARY = {"torch": "torch", "nn": "torch.nn", "F": "torch.nn.functional", "math": "math", "np": "numpy"}
 _CONSTANTS = (type(None), bool, int, float, str)
-_FUTURE = sum({getattr(future, name).compiler_flag for name in future.all_feature_names if name != "nested_scopes"})
 _NOT_IN_A_CALL = {"__init__", "extra_repr"}
 
 _units_of: WeakKeyDictionary[type, dict[str, str]] = WeakKeyDictionary()
@@ -59,6 +58,7 @@ class _Search:
     def __init__(self, cls: type) -> None:
         self.found: dict[str, str] = {}
         self._objects: dict[str, Any] = {}
+        self._files: dict[str, _File] = {}
         self._cls = cls
         bases = cls.__mro__[1:-1]
         if bases != (nn.Module,):
@@ -80,7 +80,7 @@ class _Search:
         if name in self.found:
             return
         self._objects[name] = function
-        self.found[name] = _digest(function)
+        self.found[name] = self._digest(function)
         for default in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
             if not isinstance(default, _CONSTANTS):
                 self.found[f"a default of {name}"] = _described(default)
@@ -96,6 +96,17 @@ class _Search:
             if own and _functions(vars(own[0])[one]):
                 self._method(one)
 
+    def _digest(self, function: FunctionType) -> str:
+        if set(function.__code__.co_freevars) - {"__class__"}:
+            raise UnreadableError(f"{function.__qualname__} uses variables of the function that made it")
+        name = function.__code__.co_filename
+        if name not in self._files:
+            try:
+                self._files[name] = _File.read(function)
+            except (OSError, TypeError, SyntaxError, ValueError, RecursionError) as error:
+                raise UnreadableError(f"the source of {function.__qualname__} cannot be read") from error
+        return self._files[name].digest(function)
+
     def _outside(self, name: str, value: Any) -> None:
         """What a function finds under a name in its module; behind the name of a class, what its methods find."""
         if isinstance(value, ModuleType) and _CUSTOMARY.get(name.rpartition(".")[2]) == value.__name__:
@@ -105,7 +116,7 @@ class _Search:
         elif isinstance(value, type) and not _of_torch(value):
             if name in self.found:
                 return
-            self.found[name] = "class of " + ", ".join(_path(base) for base in value.__mro__[1:-1])
+            self.found[name] = "class of " + ", ".join(map(_path, value.__bases__))
             for method, member in list(vars(value).items()):
                 for function in _functions(member):
                     self._function(f"{name}.{method}", function)
@@ -158,26 +169,33 @@ def _names(code: CodeType) -> tuple[set[str], set[str]]:
     return names, attributes
 
 
-def _digest(function: FunctionType) -> str:
-    code = function.__code__
-    if set(code.co_freevars) - {"__class__"}:
-        raise UnreadableError(f"{function.__qualname__} uses variables of the function that made it")
-    try:
-        text = inspect.getsource(code)
-        owner = function.__qualname__.split(".")[-2:-1]
-        before = f"class {owner[0]}:\n" if owner and owner[0].isidentifier() else "if True:\n"
-        tree = ast.parse((before if text[:1].isspace() else "") + text)
-        compiled = compile(tree, "", "exec", code.co_flags & _FUTURE, dont_inherit=True)
-    except (OSError, TypeError, SyntaxError, ValueError, IndexError, RecursionError) as error:
-        raise UnreadableError(f"the source of {function.__qualname__} cannot be read") from error
-    if not any(_same(one, code) for one in _inner(compiled)):
-        raise UnreadableError(f"the code of {function.__qualname__} is not that of its source")
-    node = tree.body[0]
-    if not isinstance(node, ast.FunctionDef):  # the line around it
-        node = getattr(node, "body", [None])[0]
-    if not isinstance(node, ast.FunctionDef):
-        raise UnreadableError(f"{function.__qualname__} is not written as a function")
-    return hashlib.sha256(json.dumps(_plain(node)).encode()).hexdigest()[:16]
+class _File(NamedTuple):
+    """A file of source as it is now."""
+
+    functions: dict[tuple[str, int], ast.FunctionDef]
+    """By name and first line, as a code object has them."""
+    codes: list[CodeType]
+
+    @classmethod
+    def read(cls, function: FunctionType) -> _File:
+        """The whole file: what code becomes of a function depends on what the file imports."""
+        name = function.__code__.co_filename
+        linecache.checkcache(name)
+        text = "".join(linecache.getlines(name, function.__globals__))
+        if not text:
+            raise OSError(f"{name}: no source")
+        tree = ast.parse(text)
+        nodes = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+        first = [min([node, *node.decorator_list], key=lambda part: part.lineno).lineno for node in nodes]
+        functions = {(node.name, line): node for node, line in zip(nodes, first, strict=True)}
+        return cls(functions, list(_inner(compile(tree, name, "exec", dont_inherit=True))))
+
+    def digest(self, function: FunctionType) -> str:
+        code = function.__code__
+        node = self.functions.get((code.co_name, code.co_firstlineno))
+        if node is None or code not in self.codes:
+            raise UnreadableError(f"the code of {function.__qualname__} is not that of its source")
+        return hashlib.sha256(json.dumps(_plain(node)).encode()).hexdigest()[:16]
 
 
 def _inner(code: CodeType) -> Iterator[CodeType]:
@@ -185,19 +203,6 @@ def _inner(code: CodeType) -> Iterator[CodeType]:
         if isinstance(one, CodeType):
             yield one
             yield from _inner(one)
-
-
-def _same(one: CodeType, other: CodeType) -> bool:
-    """Whether two codes do the same, wherever they stand."""
-
-    def parts(code: CodeType) -> tuple:
-        constants = [None if isinstance(x, CodeType) else (type(x), x) for x in code.co_consts]
-        return code.co_code, code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars, constants
-
-    def inner(code: CodeType) -> list[CodeType]:
-        return [x for x in code.co_consts if isinstance(x, CodeType)]
-
-    return parts(one) == parts(other) and all(map(_same, inner(one), inner(other)))
 
 
 def _plain(node: Any) -> Any:

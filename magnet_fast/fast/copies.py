@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from torch import nn
@@ -144,10 +144,11 @@ def _remade(kind: str, cls: type, *parts: type | None) -> nn.Module:
 
 
 def _has(module: nn.Module, name: str) -> bool:
+    found: Any = module
     for part in name.split("."):
-        module = getattr(module, part, None)
-        if module is None and not name.endswith("attn_mask"):
+        if not hasattr(found, part):
             return False
+        found = getattr(found, part)
     return True
 
 
