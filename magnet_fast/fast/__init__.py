@@ -68,19 +68,24 @@ def accelerate(model: nn.Module, *, pack: bool = False, freeze: bool | None = No
         warnings.warn("accelerate: freeze= is named pack= now", DeprecationWarning, stacklevel=2)
         pack = freeze
     _check(model)
-    found = []
+    found: list[ModuleReport] = []
+    settled: set[nn.Module] = set()  # parts that go with their module, replaced or not
     for name, module in model.named_modules():
         path = class_path(upstream_class(module) or type(module))
         replacements, left_alone = _known(path)
         if path in replacements:
             found.append(_replace(name, module, replacements[path]))
+            settled.update(_parts(module, replacements[path]))
         elif path in left_alone:
             found.append(ModuleReport(name, path, None, left_alone[path]))
         elif (base := _known_base(module)) is not None:
             reason = f"a subclass of {base.rpartition('.')[2]}: what it changes is not known here"
             found.append(ModuleReport(name, path, None, reason))
-        elif (copy := _copy(name, module)) is not None:
-            found.append(copy)
+        elif module not in settled and isinstance(copy := _look(module), str):
+            found.append(ModuleReport(name, path, None, copy))
+        elif module not in settled and copy is not None:
+            found.append(_replace(name, module, copy))
+            settled.update(_parts(module, copy))
         elif plain_linear(module) and (pack or type(module) is PackedLinear):
             found.append(_pack(name, module))
         if isinstance(module, nn.Sequential) and (pack or type(module) is PackedSequential):
@@ -152,15 +157,17 @@ def _replace(name: str, module: nn.Module, replacement: Replacement) -> ModuleRe
     return ModuleReport(name, replacement.path, replacement.operator, replacement.note(module))
 
 
-def _copy(name: str, module: nn.Module) -> ModuleReport | None:
-    """Of a class known by its source, or near one; None for any other."""
+def _parts(module: nn.Module, replacement: Replacement) -> Iterator[nn.Module]:
+    names = {name for name, _ in module.named_modules()}
+    return (module.get_submodule(name) for name in replacement.bypassed if name in names)
+
+
+def _look(module: nn.Module) -> Replacement | str | None:
+    """How to replace a class known by its source, or why not one that is near; None for any other."""
     try:
-        found = copies.look(module)
+        return copies.look(module)
     except Exception as error:  # whatever the class is, its model goes on as it is
-        return ModuleReport(name, class_path(type(module)), None, f"{_FAILED} ({type(error).__name__}: {error})")
-    if isinstance(found, copies.Difference):
-        return ModuleReport(name, class_path(type(module)), None, found.text)
-    return None if found is None else _replace(name, module, found)
+        return f"{_FAILED} ({type(error).__name__}: {error})"
 
 
 def _pack(name: str, layer: nn.Linear) -> ModuleReport:

@@ -17,7 +17,7 @@ from torch import nn
 
 from magnet_fast.fast import _copied_deformable, _copied_swin, sam
 from magnet_fast.fast._published import PUBLISHED
-from magnet_fast.fast._replacement import Replacement, class_path, fused_class
+from magnet_fast.fast._replacement import Replacement, class_path, fused_class, upstream_class
 from magnet_fast.fast._source import UnreadableError, fingerprints
 from magnet_fast.ops._observed import altered
 
@@ -57,43 +57,38 @@ def _deformable(kind: str) -> _Kind:
 
 
 _KINDS = {
-    "sam block": _Kind(sam.COPIED_ATTRIBUTES, {"attn": "sam attention"}, {"mlp": "sam mlp"}, sam.copied_block),
+    "sam block": _Kind(sam.BLOCK_ATTRIBUTES, {"attn": "sam attention"}, {"mlp": "sam mlp"}, sam.copied_block),
+    "sam attention": _Kind(sam.ATTENTION_ATTRIBUTES, {}, {}, sam.copied_attention),
     **{kind: _swin(kind) for kind in _copied_swin.KINDS},
     **{kind: _deformable(kind) for kind in _copied_deformable.KINDS},
 }
 
 
-class Difference(NamedTuple):
-    """Why a class is no copy of a published one that it resembles."""
-
-    text: str
-
-
-def look(module: nn.Module) -> Replacement | Difference | None:
+def look(module: nn.Module) -> Replacement | str | None:
     """How to replace a module whose class is a copy, or why it is left alone though it is near one; else None."""
     cls = type(module)
     if "_upstream_class" in vars(cls):
         replacement = vars(cls).get("_replacement")
         return replacement if replacement is not None and replacement.remake is not None else None
-    nearest: Difference | None = None
+    nearest: str | None = None
     for kind in dict.fromkeys(one.kind for one in PUBLISHED if one.name == cls.__name__ and one.kind in _KINDS):
         wanted = _KINDS[kind]
         if not all(_has(module, name) for name in wanted.attributes):
             continue
-        classes = {"": cls, **{name: type(module.get_submodule(name)) for name in wanted.parts}}
-        differences = [_difference(classes[name], of) for name, of in {"": kind, **wanted.parts}.items()]
+        parts = [module.get_submodule(name) for name in wanted.parts]
+        classes = [cls, *(upstream_class(part) or type(part) for part in parts)]
+        differences = list(map(_difference, classes, (kind, *wanted.parts.values())))
         if any(differences):
-            found = Difference("; ".join(text for text in differences if text))
-            nearest = found if nearest is None or len(found.text) < len(nearest.text) else nearest
+            found = "; ".join(text for text in differences if text)
+            nearest = found if nearest is None or len(found) < len(nearest) else nearest
             continue
-        if any(altered(module.get_submodule(name)) for name in wanted.parts):
-            return Difference("no copy by source: a method of a part was replaced")
-        whole = (type(module.get_submodule(name)) for name in wanted.whole)
-        copies = tuple(
-            part if _difference(part, of) is None else None
-            for part, of in zip(whole, wanted.whole.values(), strict=True)
-        )
-        return _replacement(kind, *classes.values(), *copies)
+        if any(map(altered, parts)):
+            return "no copy by source: a method of a part was replaced"
+        whole = [type(module.get_submodule(name)) for name in wanted.whole]
+        copies = [
+            None if _difference(part, of) else part for part, of in zip(whole, wanted.whole.values(), strict=True)
+        ]
+        return _replacement(kind, *classes, *copies)
     return nearest
 
 

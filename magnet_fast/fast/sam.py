@@ -122,6 +122,15 @@ class _SegGptAttention:
         return self.proj(_attend(self, self.qkv(hidden_states), "num_attention_heads", 0)), None
 
 
+class _ImageAttention:
+    """The attention of segment_anything's block alone, over what it is given, on the fused operator."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if must_run_original(self, self.qkv) or not plain_linear(self.qkv):
+            return super().forward(x)
+        return self.proj(_attend(self, self.qkv(x), "num_heads", 0))
+
+
 class _ImageBlock(_Block):
     """A block of segment_anything on the fused operator."""
 
@@ -252,13 +261,8 @@ def _segment_anything(package: str, name: str) -> Replacement:
     )
 
 
-COPIED_ATTRIBUTES = (
-    "window_size",
-    "norm1",
-    "norm2",
-    "mlp",
-    *(f"attn.{name}" for name in ("qkv", "proj", "scale", "num_heads", "use_rel_pos")),
-)
+ATTENTION_ATTRIBUTES = ("qkv", "proj", "scale", "num_heads", "use_rel_pos")
+BLOCK_ATTRIBUTES = ("window_size", "norm1", "norm2", "mlp", *(f"attn.{name}" for name in ATTENTION_ATTRIBUTES))
 
 
 def copied_block(cls: type, attention: type, mlp: type | None, remake: tuple) -> Replacement:
@@ -271,6 +275,21 @@ def copied_block(cls: type, attention: type, mlp: type | None, remake: tuple) ->
         "" if mlp is None else class_path(mlp),
         parameters="x",
         name="BlockCopy",
+        remake=remake,
+    )
+
+
+def copied_attention(cls: type, remake: tuple) -> Replacement:
+    """Of a copy of segment_anything's attention in a block that is none, as one with an adapter."""
+    return Replacement(
+        path=class_path(cls),
+        mixin=_ImageAttention,
+        operator="relative_attention",
+        parameters={"forward": (names("x"), names())},
+        attributes=ATTENTION_ATTRIBUTES,
+        bypassed={},
+        unfit=lambda attention: _unfit_attention(attention, "use_rel_pos", "num_heads"),
+        name="AttentionCopy",
         remake=remake,
     )
 
