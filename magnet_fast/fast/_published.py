@@ -48,6 +48,7 @@ _SAM = (
     "ChaoningZhang/MobileSAM: mobile_sam/modeling/image_encoder.py @ d6c907322a46",
     "bowang-lab/MedSAM: segment_anything/modeling/image_encoder.py @ 2a4f61fad640",
     "hitachinsk/SAMed: segment_anything/modeling/image_encoder.py @ f3c4b4440854",
+    "tianrun-chen/SAM-Adapter-PyTorch: models/mmseg/models/sam/image_encoder.py @ ea368fe87cc8",
     "PyPI segment-anything 1.0: segment_anything/modeling/image_encoder.py",
     "PyPI segment-anything-hq 0.3: segment_anything_hq/modeling/image_encoder.py",
     "PyPI controlnet-aux 0.0.10: controlnet_aux/segment_anything/modeling/image_encoder.py",

@@ -16,6 +16,7 @@ import hashlib
 import inspect
 import json
 import linecache
+import warnings
 from collections.abc import Iterator
 from types import CodeType, FunctionType, ModuleType
 from typing import Any, NamedTuple
@@ -184,11 +185,14 @@ class _File(NamedTuple):
         text = "".join(linecache.getlines(name, function.__globals__))
         if not text:
             raise OSError(f"{name}: no source")
-        tree = ast.parse(text)
+        with warnings.catch_warnings():  # of its author's matters, as an escape in a docstring
+            warnings.simplefilter("ignore")
+            tree = ast.parse(text)
+            compiled = compile(tree, name, "exec", dont_inherit=True)
         nodes = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
         first = [min([node, *node.decorator_list], key=lambda part: part.lineno).lineno for node in nodes]
         functions = {(node.name, line): node for node, line in zip(nodes, first, strict=True)}
-        return cls(functions, list(_inner(compile(tree, name, "exec", dont_inherit=True))))
+        return cls(functions, list(_inner(compiled)))
 
     def digest(self, function: FunctionType) -> str:
         code = function.__code__
