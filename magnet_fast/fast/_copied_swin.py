@@ -2,7 +2,7 @@
 
 For backbones the block gets its size as attributes and a mask from the stage around it; for classification both are
 fixed; SwinIR hands the size over. The mask is data: whether it parts what a shift brings together, and nothing else, is
-looked at in every call.
+looked at in every call. OpenMMLab's own form has the windows in its attention, which makes the mask itself.
 """
 
 from __future__ import annotations
@@ -27,42 +27,16 @@ class _Block:
 
     _whole: ClassVar[Mapping[str, tuple[str, ...]]]
 
-    def _runs(self, x: Tensor, size: Any) -> bool:
-        """Whether the fused way stands for this call, but for the mask."""
-        if parts_changed(self) or not _is_size(size) or x.dim() != 3 or x.shape[1] != size[0] * size[1]:
-            return False
-        attn = self.attn
-        dropped = attn.attn_drop.p > 0 and attn.attn_drop.training
-        return not (
-            dropped
-            or not plain_linear(attn.qkv)
-            or must_run_original(self, attn, attn.qkv, attn.softmax, attn.attn_drop)
-        )
-
     def _fused(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         attn = self.attn
-
-        def attend(x: Tensor, qkv: Any) -> Tensor:
-            windows, shifts = (self.window_size, self.window_size), (self.shift_size, self.shift_size)
-            attended = _window.attend(
-                qkv(self.norm1(x)).unflatten(1, size),
-                attn.relative_position_bias_table,
-                attn.qkv.bias,
-                attn.num_heads,
-                windows,
-                shifts,
-                attn.scale,
-                pad_first=True,
-            )
-            return attended.flatten(1, 2)
-
         if _block.runs_whole(self, x, self._whole):
 
             def alone(x: Tensor) -> Tensor:
-                return attend(x, lambda x: linear(x, attn.qkv.weight, attn.qkv.bias))
+                return _attend(self, attn, linear(self.norm1(x), attn.qkv.weight, attn.qkv.bias), size)
 
             return _block.forward(x, alone, attn.proj, self.norm2, self.mlp.fc1, self.mlp.fc2)
-        x = x + self.drop_path(attn.proj_drop(attn.proj(attend(x, attn.qkv))))
+        attended = _attend(self, attn, attn.qkv(self.norm1(x)), size)
+        x = x + self.drop_path(attn.proj_drop(attn.proj(attended)))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
     def _parts_only_what_a_shift_joins(self, mask: Tensor | None, size: tuple[int, int]) -> bool:
@@ -76,7 +50,7 @@ class _BackboneBlock(_Block):
 
     def forward(self, x: Tensor, mask_matrix: Tensor | None) -> Tensor:
         size = (self.H, self.W)
-        if self._runs(x, size) and self._parts_only_what_a_shift_joins(mask_matrix, size):
+        if _runs(self, self.attn, x, size) and self._parts_only_what_a_shift_joins(mask_matrix, size):
             return self._fused(x, size)
         return super().forward(x, mask_matrix)
 
@@ -86,7 +60,7 @@ class _FixedBlock(_Block):
 
     def forward(self, x: Tensor) -> Tensor:
         size = self.input_resolution
-        if _whole_windows(self, size) and self._runs(x, size) and _own_mask_fits(self, size):
+        if _whole_windows(self, size) and _runs(self, self.attn, x, size) and _own_mask_fits(self, size):
             return self._fused(x, tuple(size))
         return super().forward(x)
 
@@ -95,10 +69,45 @@ class _SizedBlock(_Block):
     """A copy of SwinIR's block, which makes a mask anew for a map of another size than it was built for."""
 
     def forward(self, x: Tensor, x_size: tuple[int, int]) -> Tensor:
-        fits = _whole_windows(self, x_size) and self._runs(x, x_size)
+        fits = _whole_windows(self, x_size) and _runs(self, self.attn, x, x_size)
         if fits and (x_size != self.input_resolution or _own_mask_fits(self, x_size)):
             return self._fused(x, tuple(x_size))
         return super().forward(x, x_size)
+
+
+class _MapAttention:
+    """A copy of OpenMMLab's attention in shifted windows of a map, which makes its mask itself."""
+
+    def forward(self, query: Tensor, hw_shape: tuple[int, int]) -> Tensor:
+        attn = self.w_msa
+        if not _runs(self, attn, query, hw_shape):
+            return super().forward(query, hw_shape)
+        attended = _attend(self, attn, attn.qkv(query), tuple(hw_shape))
+        return self.drop(attn.proj_drop(attn.proj(attended)))
+
+
+def _runs(module: nn.Module, attn: nn.Module, x: Tensor, size: Any) -> bool:
+    """Whether the fused way stands for this call, but for the mask."""
+    if parts_changed(module) or not _is_size(size) or x.dim() != 3 or x.shape[1] != size[0] * size[1]:
+        return False
+    dropped = attn.attn_drop.p > 0 and attn.attn_drop.training
+    watched = (attn, attn.qkv, attn.softmax, attn.attn_drop)
+    return not (dropped or not plain_linear(attn.qkv) or must_run_original(module, *watched))
+
+
+def _attend(module: nn.Module, attn: nn.Module, qkv: Tensor, size: tuple[int, int]) -> Tensor:
+    """(B, H*W, 3*C) to (B, H*W, C)."""
+    attended = _window.attend(
+        qkv.unflatten(1, size),
+        attn.relative_position_bias_table,
+        attn.qkv.bias,
+        attn.num_heads,
+        (module.window_size, module.window_size),
+        (module.shift_size, module.shift_size),
+        attn.scale,
+        pad_first=True,
+    )
+    return attended.flatten(1, 2)
 
 
 def _whole_windows(block: nn.Module, size: Any) -> bool:
@@ -154,52 +163,65 @@ _FORMS = {
     "swinir block": (_SizedBlock, "x x_size", ("input_resolution", "attn_mask")),
 }
 KINDS = tuple(_FORMS)
+_SIDES = ("window_size", "shift_size")
+_OF_ATTENTION = (
+    "qkv",
+    "relative_position_bias_table",
+    "relative_position_index",
+    "window_size",
+    "num_heads",
+    "scale",
+    "softmax.dim",
+    "attn_drop.p",
+    "proj",
+    "proj_drop",
+)
+MAP_ATTRIBUTES = (*_SIDES, "drop", *(f"w_msa.{name}" for name in _OF_ATTENTION))
 
 
 def attributes(kind: str) -> tuple[str, ...]:
-    return (*_ATTRIBUTES, *_FORMS[kind][2])
+    """Of a block in one of the forms in `KINDS`."""
+    of_attention = (f"attn.{name}" for name in _OF_ATTENTION)
+    return (*_SIDES, "norm1", "norm2", "drop_path", "mlp", *of_attention, *_FORMS[kind][2])
 
 
 def copied_block(kind: str, cls: type, attention: type, mlp: type | None, remake: tuple) -> Replacement:
     """Of a copy in one of the forms in `KINDS`; `mlp` is the class of its MLP where that is a copy as well."""
     form, parameters, _ = _FORMS[kind]
     own = type(form.__name__, (form,), {"_whole": _parts(attention, mlp), "__doc__": form.__doc__})
+    return _replacement(cls, own, "attn", attention, parameters, attributes(kind), remake)
+
+
+def copied_map_attention(cls: type, attention: type, remake: tuple) -> Replacement:
+    """Of a copy of OpenMMLab's attention in shifted windows."""
+    return _replacement(cls, _MapAttention, "w_msa", attention, "query hw_shape", MAP_ATTRIBUTES, remake)
+
+
+def _replacement(
+    cls: type,
+    mixin: type,
+    name: str,
+    attention: type,
+    parameters: str,
+    attributes: tuple[str, ...],
+    remake: tuple,
+) -> Replacement:
     return Replacement(
         path=class_path(cls),
-        mixin=own,
+        mixin=mixin,
         operator="window_attention",
         parameters={"forward": (names(parameters), names())},
-        attributes=attributes(kind),
+        attributes=attributes,
         bypassed={
-            "attn": attention,
-            "attn.softmax": "torch.nn.modules.activation.Softmax",
-            "attn.attn_drop": _block.DROPOUT,
+            name: attention,
+            f"{name}.softmax": "torch.nn.modules.activation.Softmax",
+            f"{name}.attn_drop": _block.DROPOUT,
         },
-        unfit=_unfit,
-        note=lambda block: _window.dropout_note(block.attn.attn_drop.p),
-        name=f"{form.__name__.lstrip('_')}Copy",
+        unfit=lambda module: _unfit(module, getattr(module, name)),
+        note=lambda module: _window.dropout_note(getattr(module, name).attn_drop.p),
+        name=f"{mixin.__name__.lstrip('_')}Copy",
         remake=remake,
     )
-
-
-_ATTRIBUTES = (
-    "window_size",
-    "shift_size",
-    "norm1",
-    "norm2",
-    "drop_path",
-    "mlp",
-    "attn.qkv",
-    "attn.relative_position_bias_table",
-    "attn.relative_position_index",
-    "attn.window_size",
-    "attn.num_heads",
-    "attn.scale",
-    "attn.softmax.dim",
-    "attn.attn_drop.p",
-    "attn.proj",
-    "attn.proj_drop",
-)
 
 
 def _parts(attention: type, mlp: type | None) -> dict[str, tuple[str, ...]]:
@@ -221,13 +243,13 @@ def _parts(attention: type, mlp: type | None) -> dict[str, tuple[str, ...]]:
     }
 
 
-def _unfit(block: nn.Module) -> str | None:
+def _unfit(module: nn.Module, attn: nn.Module) -> str | None:
     """Everything that `__init__` made and the fused way takes for granted."""
-    attn, window, shift = block.attn, block.window_size, block.shift_size
+    window, shift = module.window_size, module.shift_size
     if type(window) is not int or type(shift) is not int or not 0 <= shift < window:
         return f"its window and shift are {window!r} and {shift!r}, not a side in tokens and a shift below it"
     if tuple(attn.window_size) != (window, window):
-        return f"its attention has windows of {tuple(attn.window_size)}, the block of {window}"
+        return f"its attention has windows of {tuple(attn.window_size)}, not of {window}"
     if not plain_linear(attn.qkv):
         return f"its qkv projection is a {type(attn.qkv).__qualname__}, not a plain Linear"
     if attn.qkv.out_features != 3 * attn.qkv.in_features or attn.qkv.in_features % attn.num_heads:

@@ -71,6 +71,10 @@ _SWINIR = (
     "PyPI spandrel 0.4.2: spandrel/architectures/SwinIR/__arch/SwinIR.py",
 )
 _BIREFNET = ("ZhengPeng7/BiRefNet: models/backbones/swin_v1.py @ 2cddd796a3be",)
+_OPENMMLAB = (
+    "PyPI mmdet 3.3.0: mmdet/models/backbones/swin.py",
+    "PyPI mmsegmentation 1.2.2: mmseg/models/backbones/swin.py",
+)
 
 PUBLISHED: tuple[Published, ...] = (
     Published(
@@ -177,6 +181,30 @@ PUBLISHED: tuple[Published, ...] = (
         {"forward": "767f6bfdd74d218c"},
         _BIREFNET,
         ("config",),
+    ),
+    Published(
+        "swin attention",
+        "OpenMMLab's WindowMSA",
+        "WindowMSA",
+        {
+            "bases": "mmengine.model.base_module.BaseModule, torch.nn.modules.module.Module",
+            "metaclass": "abc.ABCMeta",
+            "forward": "ac17d52353d0cafa",
+        },
+        _OPENMMLAB,
+    ),
+    Published(
+        "swin map attention",
+        "OpenMMLab's ShiftWindowMSA",
+        "ShiftWindowMSA",
+        {
+            "bases": "mmengine.model.base_module.BaseModule, torch.nn.modules.module.Module",
+            "metaclass": "abc.ABCMeta",
+            "forward": "29f21a820a260be6",
+            "window_partition": "56b96d311300737b",
+            "window_reverse": "1bf61b08fc512417",
+        },
+        _OPENMMLAB,
     ),
     Published(
         "swin mlp",

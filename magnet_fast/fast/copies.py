@@ -60,6 +60,9 @@ _KINDS = {
     "sam block": _Kind(sam.BLOCK_ATTRIBUTES, {"attn": "sam attention"}, {"mlp": "sam mlp"}, sam.copied_block),
     "sam attention": _Kind(sam.ATTENTION_ATTRIBUTES, {}, {}, sam.copied_attention),
     **{kind: _swin(kind) for kind in _copied_swin.KINDS},
+    "swin map attention": _Kind(
+        _copied_swin.MAP_ATTRIBUTES, {"w_msa": "swin attention"}, {}, _copied_swin.copied_map_attention
+    ),
     **{kind: _deformable(kind) for kind in _copied_deformable.KINDS},
 }
 

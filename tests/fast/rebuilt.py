@@ -205,6 +205,28 @@ class SizedSwinBlock(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
+class ShiftWindowMSA(nn.Module):
+    """The attention of such a block with the windows in it; it makes its mask in every call."""
+
+    def __init__(self, window: int = 4, shift: int = 2) -> None:
+        super().__init__()
+        self.window_size, self.shift_size, self.drop = window, shift, nn.Identity()
+        self.w_msa = WindowAttention(16, 2, window)
+
+    def forward(self, query, hw_shape):
+        size, shift = tuple(hw_shape), self.shift_size
+        x = query.unflatten(1, size)
+        x = F.pad(x, (0, 0, 0, -size[1] % self.window_size, 0, -size[0] % self.window_size))
+        padded, mask = x.shape[1:3], None
+        if shift > 0:
+            x = torch.roll(x, (-shift, -shift), (1, 2))
+            mask = mask_of_shift(padded, self.window_size, shift).to(x)
+        x = joined(self.w_msa(cut(x, self.window_size).flatten(1, 2), mask=mask), self.window_size, len(x), padded)
+        if shift > 0:
+            x = torch.roll(x, (shift, shift), (1, 2))
+        return self.drop(x[:, : size[0], : size[1]].flatten(1, 2))
+
+
 def sampled(value, shapes, places, weights):
     """(B, S, h, d) read at (B, Q, h, L, K, 2) with (B, Q, h, L, K), bilinearly, zeros outside."""
     batch, queries, heads = places.shape[:3]
