@@ -120,19 +120,24 @@ class _Search:
             self.found[name] = "class of " + ", ".join(map(_path, value.__bases__))
             for method, member in list(vars(value).items()):
                 for function in _functions(member):
-                    self._function(f"{name}.{method}", function)
+                    self._function(f"{name}.{method}", _undecorated(function))
         else:
             self.found[name] = _described(value)
 
 
 def _functions(member: Any) -> tuple[FunctionType, ...]:
-    """The functions behind a member of a class, behind PyTorch's own decorators too, whose names are in the source."""
+    """The functions behind a member of a class."""
     if isinstance(member, property):
         return tuple(function for function in (member.fget, member.fset) if isinstance(function, FunctionType))
     function = getattr(member, "__func__", member)
-    while isinstance(function, FunctionType) and _of_torch(function) and hasattr(function, "__wrapped__"):
-        function = function.__wrapped__
     return (function,) if isinstance(function, FunctionType) else ()
+
+
+def _undecorated(function: FunctionType) -> FunctionType:
+    """The function within PyTorch's own decorators, whose names are in its source."""
+    while _of_torch(function) and isinstance(getattr(function, "__wrapped__", None), FunctionType):
+        function = function.__wrapped__
+    return function
 
 
 def _of_torch(value: Any) -> bool:

@@ -408,6 +408,9 @@ def test_a_method_replaced_before(module_of) -> None:
     module = module_of(TEXT + "\n\ndef changed(self, x):\n    return x\n\n\nBlock.forward = changed\n")
     report = magnet_fast.accelerate(module.Block())
     assert "forward, cut, joined of Block differ" in report.left_alone[0].remark
+    module = module_of(TEXT + "\n\nBlock.forward = torch.no_grad()(Block.forward)\n")
+    report = magnet_fast.accelerate(module.Block())
+    assert "uses variables of the function that made it" in report.left_alone[0].remark
 
 
 @pytest.mark.usefixtures("known")
