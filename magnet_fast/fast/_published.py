@@ -1,7 +1,7 @@
 """Fingerprints of published classes: what `_source.fingerprints` finds in them. A hash of a text, not the text.
 
-Each was computed from one stored version of a file, whose repository, path and commit stand beside it; `and` names
-others that were read and have the same.
+Of a package ("PyPI") they were computed from its file, of a repository from the functions that count, as they stand in
+the version named; several places were read and have the same.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class Published(NamedTuple):
         name: of the class.
         units: fingerprints of what a call runs; several where a function was written in several ways that mean the
             same.
-        places: where it stands, "repository: path @ commit".
+        places: where it stands, "repository: path @ commit" or "PyPI package version: path".
         unread: names outside the class that may be anything: the fused way makes sure that a call does not reach them,
             or reaches the same whatever they are.
     """
