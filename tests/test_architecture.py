@@ -15,7 +15,7 @@ LEVELS = [
     {"evaluation", "editing"},
     {"checkpoints"},
     {"data"},
-    {"fast"},
+    {"fast", "compat"},
     {"models"},
     {"ops"},
     {"kernels", "_cpu", "_cuda"},

@@ -1,13 +1,13 @@
 """Applied speed: the same modules on fused operators, in place, and the way back.
 
-For our own models and those of timm, transformers and torchvision.
+For our own models, those of timm, transformers and torchvision, and copies of classes that research code shares.
 
 >>> import magnet_fast, timm
 >>> model = timm.create_model("swin_base_patch4_window7_224")
 >>> print(magnet_fast.accelerate(model))
 >>> magnet_fast.restore(model)
 
-None of the three is imported here, nor are our own models: classes are known by name.
+None of the three is imported here, nor are our own models: classes are known by name, copies by their source.
 """
 
 from __future__ import annotations
@@ -20,16 +20,18 @@ from types import ModuleType
 
 from torch import nn
 
-from magnet_fast.fast import grounding_dino, sam, timm, torchvision, transformers_deformable, transformers_swin
+from magnet_fast.fast import copies, grounding_dino, sam, timm, torchvision, transformers_deformable, transformers_swin
 from magnet_fast.fast._replacement import Replacement, class_path, fused_class, upstream_class
 from magnet_fast.fast._report import ModuleReport, Report
+from magnet_fast.fast.copies import fingerprint
 from magnet_fast.ops._convolution import PackedSequential, has_foldable, pack_convolutions, unpack_convolutions
 from magnet_fast.ops._linear import PackedLinear, pack_linear, plain_linear, unpack_linear
 from magnet_fast.ops._observed import altered
 
-__all__ = ["ModuleReport", "Report", "accelerate", "accelerated", "restore"]
+__all__ = ["ModuleReport", "Report", "accelerate", "accelerated", "fingerprint", "restore"]
 
 _FAMILIES = (timm, torchvision, transformers_swin, transformers_deformable, grounding_dino, sam)
+_FAILED = "looking at it failed"
 _OUR_MODELS = "magnet_fast.models."
 
 
@@ -44,8 +46,8 @@ def accelerate(model: nn.Module, *, pack: bool = False, freeze: bool | None = No
 
     Args:
         model: any module; our own models, timm's SwinTransformer, what transformers builds on Swin layers and on
-            multi-scale deformable attention, torchvision's swin_t, swin_s and swin_b, and whatever contains them. Wrap
-            for FSDP afterwards.
+            multi-scale deformable attention, torchvision's swin_t, swin_s and swin_b, copies of published classes whose
+            source is known, and whatever contains them. Wrap for FSDP afterwards.
         pack: a promise that the weights stay as they are while the model is used for inference on a CPU. Every plain
             Linear of the model, also beside attention, then runs on oneDNN with a second copy of its weight, packed in
             the first call, and so does every convolution that a BatchNorm follows in a Sequential, with the norm
@@ -66,17 +68,24 @@ def accelerate(model: nn.Module, *, pack: bool = False, freeze: bool | None = No
         warnings.warn("accelerate: freeze= is named pack= now", DeprecationWarning, stacklevel=2)
         pack = freeze
     _check(model)
-    found = []
+    found: list[ModuleReport] = []
+    settled: set[nn.Module] = set()  # parts that go with their module, replaced or not
     for name, module in model.named_modules():
         path = class_path(upstream_class(module) or type(module))
         replacements, left_alone = _known(path)
         if path in replacements:
             found.append(_replace(name, module, replacements[path]))
+            settled.update(_parts(module, replacements[path]))
         elif path in left_alone:
             found.append(ModuleReport(name, path, None, left_alone[path]))
         elif (base := _known_base(module)) is not None:
             reason = f"a subclass of {base.rpartition('.')[2]}: what it changes is not known here"
             found.append(ModuleReport(name, path, None, reason))
+        elif module not in settled and isinstance(copy := _look(module), str):
+            found.append(ModuleReport(name, path, None, copy))
+        elif module not in settled and copy is not None:
+            found.append(_replace(name, module, copy))
+            settled.update(_parts(module, copy))
         elif plain_linear(module) and (pack or type(module) is PackedLinear):
             found.append(_pack(name, module))
         if isinstance(module, nn.Sequential) and (pack or type(module) is PackedSequential):
@@ -141,11 +150,24 @@ def _replace(name: str, module: nn.Module, replacement: Replacement) -> ModuleRe
         try:
             reason = replacement.why_not(module)
         except Exception as error:  # whatever upstream has become, its model goes on as it is
-            reason = f"looking at it failed ({type(error).__name__}: {error}): not a version this was written for"
+            reason = f"{_FAILED} ({type(error).__name__}: {error}): not a version this was written for"
         if reason is not None:
             return ModuleReport(name, replacement.path, None, reason)
         module.__class__ = fused_class(replacement, type(module))
     return ModuleReport(name, replacement.path, replacement.operator, replacement.note(module))
+
+
+def _parts(module: nn.Module, replacement: Replacement) -> Iterator[nn.Module]:
+    names = {name for name, _ in module.named_modules()}
+    return (module.get_submodule(name) for name in replacement.bypassed if name in names)
+
+
+def _look(module: nn.Module) -> Replacement | str | None:
+    """How to replace a class known by its source, or why not one that is near; None for any other."""
+    try:
+        return copies.look(module)
+    except Exception as error:  # whatever the class is, its model goes on as it is
+        return f"{_FAILED} ({type(error).__name__}: {error})"
 
 
 def _pack(name: str, layer: nn.Linear) -> ModuleReport:

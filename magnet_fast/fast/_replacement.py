@@ -34,10 +34,11 @@ class Replacement:
             those it may have. Any other means that upstream has changed.
         attributes: dotted names of what the mixin reads from the module.
         bypassed: submodules that are not called any more, by dotted name, and the class, or one of the classes, that
-            each must have exactly, when it is replaced and in every call.
+            each must have exactly, when it is replaced and in every call; by path, or the class itself.
         unfit: why a module whose class and attributes are as expected still cannot be replaced, or None.
         note: what its user should know of a replaced module, or None.
         name: of the class, where that in `path` is another library's as well.
+        remake: for a class that is not known by its path: makes a replaced module anew where a pickle is read.
     """
 
     path: str
@@ -45,10 +46,11 @@ class Replacement:
     operator: str
     parameters: dict[str, tuple[frozenset[str], frozenset[str]]]
     attributes: tuple[str, ...]
-    bypassed: dict[str, str | tuple[str, ...]]
+    bypassed: dict[str, str | type | tuple[str | type, ...]]
     unfit: Callable[[nn.Module], str | None] = lambda module: None
     note: Callable[[nn.Module], str | None] = lambda module: None
     name: str | None = None
+    remake: tuple[Callable[..., nn.Module], tuple] | None = None
 
     @property
     def fused_name(self) -> str:
@@ -73,9 +75,9 @@ class Replacement:
                 if not hasattr(found, part):
                     return f"it has no attribute {name}: not a version this was written for"
                 found = getattr(found, part)
-            expected = _alternatives(self.bypassed.get(name, class_path(type(found))))
-            if class_path(type(found)) not in expected:
-                return f"its {name} is a {class_path(type(found))}, not a {' or '.join(expected)}"
+            expected = _alternatives(self.bypassed.get(name, type(found)))
+            if type(found) not in expected and class_path(type(found)) not in expected:
+                return f"its {name} is a {class_path(type(found))}, not a {' or '.join(map(path_of, expected))}"
         if altered(module):
             return "a method was replaced, on the module itself or in its class"
         return self.unfit(module)
@@ -92,15 +94,30 @@ def fused_class(replacement: Replacement, upstream: type) -> type:
             (name.split("."), tuple(_class_at(path) for path in _alternatives(paths)))
             for name, paths in replacement.bypassed.items()
         ),
+        "_replacement": replacement,
     }
+    if replacement.remake is not None:
+        attributes["__reduce_ex__"] = _reduced
     return type(replacement.fused_name, (replacement.mixin, upstream), attributes)
 
 
-def _alternatives(paths: str | tuple[str, ...]) -> tuple[str, ...]:
-    return (paths,) if isinstance(paths, str) else paths
+def _reduced(self: nn.Module, protocol: int) -> tuple:
+    """A pickle or a copy of a replaced module, by its own class and state: no name leads to a class made for it."""
+    function, arguments = type(self)._replacement.remake
+    return function, arguments, *object.__reduce_ex__(self, max(2, protocol))[2:]
 
 
-def _class_at(path: str) -> type:
+def _alternatives(classes: str | type | tuple[str | type, ...]) -> tuple[str | type, ...]:
+    return classes if isinstance(classes, tuple) else (classes,)
+
+
+def path_of(cls: str | type) -> str:
+    return cls if isinstance(cls, str) else class_path(cls)
+
+
+def _class_at(path: str | type) -> type:
+    if isinstance(path, type):
+        return path
     module, _, name = path.rpartition(".")
     return getattr(importlib.import_module(module), name)
 

@@ -1,7 +1,8 @@
 """Blocks of SAM's image encoder and of those made after it: windows and whole maps on the unpadded map.
 
 transformers' SAM, SAM-HQ, GOT-OCR2, DeepSeek-OCR2, Unlimited-OCR, PP-FormulaNet, SLANeXt, ViTDet and SegGPT, timm's
-vision_transformer_sam, segment_anything (and what is built of its blocks, as cellpose) and segment_anything_hq.
+vision_transformer_sam, segment_anything (and what is built of its blocks, as cellpose), segment_anything_hq, and copies
+of segment_anything's block.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import ClassVar, NamedTuple
 from torch import Tensor, nn
 
 from magnet_fast.fast import _block, _relative
-from magnet_fast.fast._replacement import Replacement, must_run_original, names, parts_changed
+from magnet_fast.fast._replacement import Replacement, class_path, must_run_original, names, parts_changed, path_of
 from magnet_fast.fast._window import dropout_note
 from magnet_fast.ops._linear import linear, plain_linear
 
@@ -121,6 +122,15 @@ class _SegGptAttention:
         return self.proj(_attend(self, self.qkv(hidden_states), "num_attention_heads", 0)), None
 
 
+class _ImageAttention:
+    """The attention of segment_anything's block alone, over what it is given, on the fused operator."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if must_run_original(self, self.qkv) or not plain_linear(self.qkv):
+            return super().forward(x)
+        return self.proj(_attend(self, self.qkv(x), "num_heads", 0))
+
+
 class _ImageBlock(_Block):
     """A block of segment_anything on the fused operator."""
 
@@ -165,12 +175,12 @@ def _unfit_attention(attention: nn.Module, tables: str, heads: str) -> str | Non
 
 
 def _parts(
-    layout: _Layout, attention: tuple[str, ...], mlp: str, **more: tuple[str, ...]
+    layout: _Layout, attention: tuple[str | type, ...], mlp: str, **more: tuple[str, ...]
 ) -> dict[str, tuple[str, ...]]:
     """All modules of a block and their classes, as `_block.runs_whole` takes them; `__` in a name stands for a dot."""
     return {
         layout.norm1: _block.NORM,
-        layout.attention: attention,
+        layout.attention: tuple(map(path_of, attention)),
         f"{layout.attention}.qkv": _block.LINEAR,
         f"{layout.attention}.proj": _block.LINEAR,
         layout.norm2: _block.NORM,
@@ -186,7 +196,7 @@ def _replacement(
     path: str,
     mixin: type[_Block],
     tables: str,
-    attention: tuple[str, ...],
+    attention: tuple[str | type, ...],
     mlp: str,
     *,
     parameters: str,
@@ -194,6 +204,7 @@ def _replacement(
     parts: dict[str, tuple[str, ...]] | None = None,
     attributes: tuple[str, ...] = (),
     name: str | None = None,
+    remake: tuple[Callable[..., nn.Module], tuple] | None = None,
 ) -> Replacement:
     """Of one library's block; `mixin` gets a subclass that knows the classes of its parts."""
     layout = mixin._layout
@@ -219,6 +230,7 @@ def _replacement(
         unfit=_unfit(layout, tables),
         note=lambda block: dropout_note(_dropout(getattr(block, layout.attention))),
         name=name,
+        remake=remake,
     )
 
 
@@ -246,6 +258,39 @@ def _segment_anything(package: str, name: str) -> Replacement:
         f"{module}.common.MLPBlock",
         parameters="x",
         name=name,
+    )
+
+
+ATTENTION_ATTRIBUTES = ("qkv", "proj", "scale", "num_heads", "use_rel_pos")
+BLOCK_ATTRIBUTES = ("window_size", "norm1", "norm2", "mlp", *(f"attn.{name}" for name in ATTENTION_ATTRIBUTES))
+
+
+def copied_block(cls: type, attention: type, mlp: type | None, remake: tuple) -> Replacement:
+    """Of a copy of segment_anything's block; `mlp` is the class of its MLP where that is a copy as well."""
+    return _replacement(
+        class_path(cls),
+        _ImageBlock,
+        "use_rel_pos",
+        (attention,),
+        "" if mlp is None else class_path(mlp),
+        parameters="x",
+        name="BlockCopy",
+        remake=remake,
+    )
+
+
+def copied_attention(cls: type, remake: tuple) -> Replacement:
+    """Of a copy of segment_anything's attention in a block that is none, as one with an adapter."""
+    return Replacement(
+        path=class_path(cls),
+        mixin=_ImageAttention,
+        operator="relative_attention",
+        parameters={"forward": (names("x"), names())},
+        attributes=ATTENTION_ATTRIBUTES,
+        bypassed={},
+        unfit=lambda attention: _unfit_attention(attention, "use_rel_pos", "num_heads"),
+        name="AttentionCopy",
+        remake=remake,
     )
 
 
