@@ -48,7 +48,11 @@ format: $(STAMP)
 	$(BIN)/ruff format $(PY)
 	$(BIN)/clang-format -i $(CPP)
 
+# Something to look at first, by the weights that ship.
 demo: $(STAMP)
+	$(BIN)/magnet-fast data scenes --out $(DEMO)/first --images 40 --seed $(DEMO_SEED) --level hard
+	OMP_NUM_THREADS=1 $(BIN)/magnet-fast contact-sheet --data $(DEMO)/first --split val --out $(DEMO)/first.png
+	@echo "First pictures, by the shipped weights: $(abspath $(DEMO))/first.png"
 	$(BIN)/magnet-fast data scenes --out $(DEMO)/scenes --images $(DEMO_IMAGES) --seed $(DEMO_SEED) --level easy
 	$(TOGETHER) train --config magnet_tiny_scenes --data $(DEMO)/scenes --out $(DEMO)/run --overwrite \
 		--set max_minutes=$(DEMO_MINUTES)
