@@ -33,7 +33,10 @@ def write_files(answer: Answer, masks: list[np.ndarray], threshold: float, folde
     files = [folder / name for name in names]
     for file, mask in zip(files, masks, strict=True):
         Image.fromarray(mask.astype(np.uint8) * 255).save(file)
-    for name, content in (("rle.json", [rle(mask) for mask in masks]), ("answer.json", summary(answer, masks, threshold))):
+    for name, content in (
+        ("rle.json", [rle(mask) for mask in masks]),
+        ("answer.json", summary(answer, masks, threshold)),
+    ):
         files.append(folder / name)
         files[-1].write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
     return files

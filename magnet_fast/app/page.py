@@ -17,6 +17,7 @@ from magnet_fast.app.files import write_files
 from magnet_fast.app.segmenters import Segmenters
 from magnet_fast.app.showing import drawn, legend
 
+_KEPT = 3600  # seconds: answers, for the threshold, and files
 STYLE = """
 .legend ol { list-style-position: inside; padding: 0; }
 .legend .swatch { display: inline-block; width: 1em; height: 1em; margin-right: 0.5em; vertical-align: -0.1em; }
@@ -31,7 +32,7 @@ def build(segmenters: Segmenters, devices: list[str], device: str, folder: Path)
         segmenters: what it offers.
         devices: names of those that a model may run on.
         device: the one that is chosen at first.
-        folder: where files to download are written; whoever starts the page removes it.
+        folder: where files to download are written: in Gradio's own, GRADIO_TEMP_DIR, it removes them after an hour.
     """
 
     @said_on_the_page
@@ -57,8 +58,8 @@ def build(segmenters: Segmenters, devices: list[str], device: str, folder: Path)
     first = segmenters.names[0]
     # One forward pass at a time, whoever asks; loading counts as one.
     alone = {"concurrency_id": "model", "concurrency_limit": 1}
-    with gr.Blocks(title="magnet_fast", analytics_enabled=False) as page:
-        answer = gr.State(None, time_to_live=3600)
+    with gr.Blocks(title="magnet_fast", analytics_enabled=False, delete_cache=(600, _KEPT)) as page:
+        answer = gr.State(None, time_to_live=_KEPT)
         gr.Markdown("# magnet_fast\nA picture and sentences in, masks of what the sentences name out.")
         with gr.Row():
             with gr.Column():
@@ -69,6 +70,9 @@ def build(segmenters: Segmenters, devices: list[str], device: str, folder: Path)
                     label="Picture",
                     elem_id="picture",
                 )
+                # Gradio's own opens the file, and says little of one that is no picture. (A subclass would have Gradio
+                # write a stub of it beside this file.)
+                picture.preprocess = lambda uploaded: uploaded and uploaded.path
                 text = gr.Textbox(
                     label="Sentences, one a line",
                     info=f"What to look for: at most {MOST_SENTENCES}.",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import tempfile
 from collections.abc import Callable
@@ -18,10 +17,9 @@ if TYPE_CHECKING:
 _MOST_WAITING = 32  # requests; who comes later is told that the page is busy
 _MOST_VISITORS = 32  # whose answers are kept for the threshold
 _POLICY = (
-    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
-    "img-src 'self' data: blob:; media-src 'self' data: blob:; font-src 'self' data:; worker-src 'self' blob:"
+    b"default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
+    b"img-src 'self' data: blob:; media-src 'self' data: blob:; font-src 'self' data:; worker-src 'self' blob:"
 )
-_ELSEWHERE = re.compile(rb'<link[^>]*href="https?://[^>]*>|<script[^>]*src="https?://[^>]*>\s*</script>')
 
 
 def serve(
@@ -65,48 +63,27 @@ def serve(
             theme=gr.themes.Default(font=system, font_mono=["ui-monospace", "monospace"]),
             css=STYLE,
             footer_links=[],
+            run_history=False,
             ssr_mode=False,
             quiet=True,
             prevent_thread_lock=True,
             state_session_capacity=_MOST_VISITORS,
-            app_kwargs={"middleware": [Middleware(Offline)]},
+            app_kwargs={"middleware": [Middleware(OwnOnly)]},
         )
         ready(public or address)
         page.block_thread()
 
 
-class Offline:
-    """Answers without what a browser would fetch from elsewhere, which it is also told not to.
-
-    Gradio's page names a script and fonts of other servers, for uses that this page has not: to stand in another
-    page's frame, and themes with web fonts.
-    """
+class OwnOnly:
+    """ASGI middleware: forbids a browser to fetch anything for the page from another server."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        from starlette.datastructures import MutableHeaders
-
-        page: Message | None = None
-        content = b""
-
         async def answer(message: Message) -> None:
-            nonlocal page, content
             if message["type"] == "http.response.start":
-                headers = MutableHeaders(scope=message)
-                headers["Content-Security-Policy"] = _POLICY
-                if headers.get("content-type", "").startswith("text/html"):
-                    page = message  # its length is not yet known
-                    return
-            elif page is not None:
-                content += message.get("body", b"")
-                if message.get("more_body"):
-                    return
-                content = _ELSEWHERE.sub(b"", content)
-                MutableHeaders(scope=page)["content-length"] = str(len(content))
-                await send(page)
-                message = {"type": "http.response.body", "body": content}
+                message["headers"] = [*message.get("headers", ()), (b"content-security-policy", _POLICY)]
             await send(message)
 
-        await self.app(scope, receive, answer if scope["type"] == "http" else send)
+        await self.app(scope, receive, answer)

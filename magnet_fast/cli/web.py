@@ -23,7 +23,9 @@ def web_page(
     tokenizer: TokenizerOption = None,
     device: DeviceOption = "auto",
     host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
-    port: Annotated[int | None, typer.Option(help="The first free one from 7860 on if left out.", min=1, max=65535)] = None,
+    port: Annotated[
+        int | None, typer.Option(help="The first free one from 7860 on if left out.", min=1, max=65535)
+    ] = None,
     share: Annotated[bool, typer.Option("--share", help="A public address through Gradio's servers.")] = False,
 ) -> None:
     """Open a web page: a picture and sentences in, masks out. Needs the extra `app`."""

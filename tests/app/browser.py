@@ -37,7 +37,9 @@ _FLAGS = (
 def lacking() -> str | None:
     """Why no browser can be driven here; None where one can."""
     missing = [name for name in ("chromium", "chromedriver") if shutil.which(name) is None]
-    return f"{' and '.join(missing)} not found: make browser, or apt install chromium chromium-driver" if missing else None
+    return (
+        f"{' and '.join(missing)} not found: make browser, or apt install chromium chromium-driver" if missing else None
+    )
 
 
 @contextmanager
@@ -138,7 +140,9 @@ class Page:
         """Press a file's link: the file, once it is whole."""
         file = self.downloads / name
         file.unlink(missing_ok=True)
-        self.wait(lambda: [one for one in self.all("#files a") if name in (one.get_attribute("download") or "")])[0].click()
+        self.wait(lambda: [one for one in self.all("#files a") if name in (one.get_attribute("download") or "")])[
+            0
+        ].click()
         return self.wait(lambda: file.exists() and not list(self.downloads.glob("*.crdownload")) and file)
 
     def said(self) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,13 +15,13 @@ from magnet_fast import Segmenter
 from magnet_fast.app.examples import drawn_scenes
 from magnet_fast.app.showing import COLOURS
 from tests.app.browser import Page, chromium, lacking, served
-from tests.app.test_answer import absent, png, scene  # noqa: F401 (fixtures)
+from tests.app.test_answer import png
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(lacking() is not None, reason=str(lacking()))]
 
 
 @pytest.fixture(scope="module")
-def opened(absent, tmp_path_factory) -> Iterator[Page]:  # noqa: F811
+def opened(absent, tmp_path_factory) -> Iterator[Page]:
     """One server and one browser for all."""
     downloads = tmp_path_factory.mktemp("downloads")
     with served("--checkpoint", absent) as address, chromium(downloads) as driver:
@@ -46,7 +45,7 @@ def coloured(picture: np.ndarray, number: int) -> np.ndarray:
     return (picture == COLOURS[number]).all(axis=-1)
 
 
-def test_a_sentence_its_mask_another_threshold_and_the_download(page, segmenter, scene) -> None:  # noqa: F811
+def test_a_sentence_its_mask_another_threshold_and_the_download(page, segmenter, scene) -> None:
     path, (sentence, _) = scene
     page.upload(path)
     page.write(sentence)
@@ -64,3 +63,62 @@ def test_a_sentence_its_mask_another_threshold_and_the_download(page, segmenter,
     assert coloured(moved, 0).any() and not (coloured(moved, 0) & ~higher).any()
     assert np.array_equal(np.asarray(Image.open(page.download("mask.png"))) > 0, higher)
     assert json.loads(page.download("answer.json").read_text())["threshold"] == 0.9
+
+
+def test_several_sentences(page, segmenter, scene) -> None:
+    path, sentences = scene
+    page.upload(path)
+    page.write("\n".join(sentences))
+    shown = page.press()
+    expected = [one.mask for one in segmenter(path, sentences)]
+    for number, mask in enumerate(expected):
+        outline = coloured(shown, number)
+        assert outline.any() and not (outline & ~mask).any()
+    assert len(page.all("#legend li")) == 2
+    runs = json.loads(page.download("rle.json").read_text())
+    for number, mask in enumerate(expected):
+        assert np.array_equal(coco_mask.decode(runs[number]), mask)
+        assert np.array_equal(np.asarray(Image.open(page.download(f"mask-{number + 1}.png"))) > 0, mask)
+
+
+def test_a_model_that_finds_nothing_says_so(page, scene, absent) -> None:
+    path, (sentence, _) = scene
+    page.choose("checkpoint", absent.name)
+    page.upload(path)
+    page.write(sentence)
+    shown = page.press()
+    assert not coloured(shown, 0).any()
+    assert "nothing of that kind is here (0.9" in page.one("#legend").text
+    assert not np.asarray(Image.open(page.download("mask.png"))).any()
+
+
+def test_what_is_wrong_is_said(page, scene, tmp_path) -> None:
+    path, (sentence, _) = scene
+    (tmp_path / "letter.png").write_text("no picture")
+    (tmp_path / "bomb.png").write_bytes(png(30_000, 30_000))
+
+    def said(picture: Path | None, text: str) -> str:
+        if picture is not None:
+            page.upload(picture)
+        page.write(text)
+        page.one("#segment").click()
+        return page.said()
+
+    assert "there is no picture: upload one" in said(None, sentence)
+    assert "image letter.png cannot be read: no format that Pillow knows" in said(tmp_path / "letter.png", sentence)
+    assert "image bomb.png cannot be read" in (bomb := said(tmp_path / "bomb.png", sentence)) and "bomb DOS" in bomb
+    assert "there is no sentence: write what to look for" in said(path, " ")
+    assert "the model knows no word of '<b>東京</b>'" in said(None, "<b>東京</b>")
+    page.write(sentence)
+    page.press()  # and it goes on
+
+
+def test_a_drawn_scene_a_paste_and_a_camera(page) -> None:
+    pass
+
+
+def test_nothing_comes_from_elsewhere(opened) -> None:
+    """Of all that was asked for until here."""
+    asked = opened.requested()
+    assert any(address.startswith(opened.address) for address in asked)
+    assert [one for one in asked if not one.startswith((opened.address, "data:", "blob:"))] == []

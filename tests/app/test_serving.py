@@ -1,4 +1,4 @@
-"""How the page is served: nothing of it from elsewhere, and what the command line refuses."""
+"""How the page is served, and what the command line refuses."""
 
 from __future__ import annotations
 
@@ -8,42 +8,25 @@ from pathlib import Path
 
 from typer.testing import CliRunner
 
-from magnet_fast.app.serving import Offline
+from magnet_fast.app.serving import OwnOnly
 from magnet_fast.cli import app
 
-PAGE = b"""<html><head><link rel="preconnect" href="https://fonts.example" />
-<link rel="stylesheet" href="./own.css"><script src="https://cdn.example/a.js" async
-></script><script src="./own.js"></script></head><body>\xc3\xa9</body></html>"""
 
-
-def served(content_type: bytes, *parts: bytes) -> tuple[dict[bytes, bytes], bytes]:
-    """Headers and body of an answer that comes in parts, behind `Offline`."""
+def test_a_browser_is_told_to_fetch_nothing_from_elsewhere() -> None:
     sent: list[dict] = []
 
     async def inner(scope, receive, send) -> None:
-        length = str(sum(map(len, parts))).encode()
-        headers = [(b"content-type", content_type), (b"content-length", length)]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        for number, part in enumerate(parts, 1):
-            await send({"type": "http.response.body", "body": part, "more_body": number < len(parts)})
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/html")]})
+        await send({"type": "http.response.body", "body": b"page"})
 
     async def send(message: dict) -> None:
         sent.append(message)
 
-    asyncio.run(Offline(inner)({"type": "http"}, None, send))
-    return dict(sent[0]["headers"]), b"".join(message["body"] for message in sent[1:])
-
-
-def test_a_page_names_no_other_server() -> None:
-    headers, body = served(b"text/html; charset=utf-8", PAGE[:90], PAGE[90:])
-    assert b"https://" not in body and b"./own.css" in body and b"./own.js" in body and b"\xc3\xa9</body>" in body
-    assert int(headers[b"content-length"]) == len(body)
-    assert b"default-src 'self'" in headers[b"content-security-policy"]
-
-
-def test_other_answers_pass_as_they_are() -> None:
-    headers, body = served(b"text/event-stream", b'{"a": "<script src="https://x"></script>"}', b"2")
-    assert body == b'{"a": "<script src="https://x"></script>"}2' and int(headers[b"content-length"]) == len(body)
+    asyncio.run(OwnOnly(inner)({"type": "http"}, None, send))
+    headers = dict(sent[0]["headers"])
+    assert headers[b"content-type"] == b"text/html" and sent[1]["body"] == b"page"
+    policy = headers[b"content-security-policy"]
+    assert policy.startswith(b"default-src 'self';") and b"http" not in policy and b"*" not in policy
 
 
 def refused(*arguments: object) -> str:
