@@ -98,12 +98,21 @@ def build(segmenters: Segmenters, devices: list[str], device: str, folder: Path)
                     elem_id="threshold",
                 )
                 files = gr.Files(label="Downloads: PNG, COCO's RLE, JSON", interactive=False, elem_id="files")
-        gr.Examples([list(one) for one in drawn_scenes()], [picture, text], label="Drawn scenes", elem_id="scenes")
+        gr.Examples(_scenes(folder), [picture, text], label="Drawn scenes", elem_id="scenes")
         results = [overlay, meaning, files]
         gr.on([button.click], segment, [picture, text, model, where, threshold], [answer, *results], **alone)
         threshold.release(move, [answer, threshold], results, show_progress="hidden")
         gr.on([model.change, where.change], choose, [model, where], [threshold], **alone)
     return page
+
+
+def _scenes(folder: Path) -> list[list[str]]:
+    """Drawn scenes as files, which lose nothing, and their sentences."""
+    scenes = []
+    for number, (picture, text) in enumerate(drawn_scenes(), 1):
+        picture.save(folder / f"scene-{number}.png")
+        scenes.append([str(folder / f"scene-{number}.png"), text])
+    return scenes
 
 
 def said_on_the_page(function: Callable[..., Any]) -> Callable[..., Any]:

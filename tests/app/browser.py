@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import os
 import selectors
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -43,19 +43,23 @@ def lacking() -> str | None:
 
 
 @contextmanager
-def served(*arguments: object) -> Iterator[str]:
-    """`magnet-fast app` with these arguments in a process of its own: the address that it prints."""
+def served(*arguments: object) -> Iterator[Callable[[], str]]:
+    """`magnet-fast app` with these arguments in a process of its own. What is yielded waits for its address."""
     command = [sys.executable, "-m", "magnet_fast", "app", "--device", "cpu", *map(str, arguments)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
+
+    def address() -> str:
         with selectors.DefaultSelector() as ready:
             ready.register(process.stdout, selectors.EVENT_READ)
-            assert ready.select(PATIENCE), "the server prints nothing"
+            assert ready.select(2 * PATIENCE), "the server prints nothing"
         line = process.stdout.readline()
         assert line.startswith("http://127.0.0.1:"), line
-        yield line.split()[0]
+        return line.split()[0]
+
+    try:
+        yield address
     finally:
-        process.send_signal(signal.SIGTERM)
+        process.terminate()
         process.wait(PATIENCE)
         process.stdout.close()
 
@@ -105,8 +109,34 @@ class Page:
             assert time.monotonic() < end, f"not within {PATIENCE} s; on the page: {self.one('body').text[:2000]}"
             time.sleep(0.05)
 
+    def example(self, number: int) -> None:
+        """Choose a drawn scene."""
+        self.one(f"#scenes tbody tr:nth-child({number})").click()
+        self.wait(lambda: self.all("#picture img"))
+
+    def paste(self, picture: Path) -> None:
+        """Copy a picture elsewhere, and paste it here."""
+        self.driver.execute_cdp_cmd(
+            "Browser.grantPermissions", {"permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"]}
+        )
+        self.driver.execute_async_script(
+            "const bytes = Uint8Array.from(atob(arguments[0]), one => one.charCodeAt());"
+            "const copied = new ClipboardItem({'image/png': new Blob([bytes], {type: 'image/png'})});"
+            "navigator.clipboard.write([copied]).then(arguments[1])",
+            base64.b64encode(picture.read_bytes()).decode(),
+        )
+        self.one("#picture button[aria-label='Paste from clipboard']").click()
+        self.wait(lambda: self.all("#picture img"))
+
+    def photograph(self) -> None:
+        """Take a picture with the browser's make-believe camera."""
+        self.one("#picture button[aria-label='Capture from camera']").click()
+        self.wait(lambda: [one for one in self.all("#picture button") if "Webcam" in one.text])[0].click()
+        self.wait(lambda: [one.click() or one for one in self.all("#picture button[aria-label='capture photo']")])
+        self.wait(lambda: self.all("#picture img"))
+
     def upload(self, picture: Path) -> None:
-        for button in self.all("#picture button[aria-label='Clear'], #picture button[title='Clear']"):
+        for button in self.all("#picture button[aria-label='Remove Image']"):
             button.click()
         self.one("#picture input[type=file]").send_keys(str(picture))
         self.wait(lambda: self.all("#picture img"))
@@ -147,10 +177,9 @@ class Page:
 
     def said(self) -> str:
         """The message that stands in the page, which is then closed."""
-        message = self.wait(lambda: self.all(".toast-body.error"))[0]
-        text = message.text
-        self.one(".toast-body.error button").click()
-        self.wait(lambda: not self.all(".toast-body.error"))
+        text = self.wait(lambda: "".join(one.text for one in self.all("[data-testid=toast-text]")))
+        self.one("[data-testid=toast-close]").click()
+        self.wait(lambda: not self.all("[data-testid=toast-text]"))
         return text
 
     def choose(self, field: str, name: str) -> None:

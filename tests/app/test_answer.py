@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import struct
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
 

@@ -25,7 +25,7 @@ def opened(absent, tmp_path_factory) -> Iterator[Page]:
     """One server and one browser for all."""
     downloads = tmp_path_factory.mktemp("downloads")
     with served("--checkpoint", absent) as address, chromium(downloads) as driver:
-        yield Page(driver, address, downloads)
+        yield Page(driver, address(), downloads)
 
 
 @pytest.fixture
@@ -84,6 +84,7 @@ def test_several_sentences(page, segmenter, scene) -> None:
 def test_a_model_that_finds_nothing_says_so(page, scene, absent) -> None:
     path, (sentence, _) = scene
     page.choose("checkpoint", absent.name)
+    page.wait(lambda: page.one("#threshold input[type=number]").get_attribute("value") == "0.35")  # its own
     page.upload(path)
     page.write(sentence)
     shown = page.press()
@@ -113,8 +114,25 @@ def test_what_is_wrong_is_said(page, scene, tmp_path) -> None:
     page.press()  # and it goes on
 
 
-def test_a_drawn_scene_a_paste_and_a_camera(page) -> None:
-    pass
+def test_a_drawn_scene_a_paste_and_the_camera(page, segmenter, scene) -> None:
+    page.example(2)
+    text = page.one("#sentences textarea").get_attribute("value")
+    assert text == drawn_scenes()[1][1]
+    assert page.press().shape == (256, 256, 3)
+
+    page.open()
+    page.choose("checkpoint", "shipped")
+    path, (sentence, _) = scene
+    page.paste(path)
+    page.write(sentence)
+    page.press()
+    assert np.array_equal(np.asarray(Image.open(page.download("mask.png"))) > 0, segmenter(path, sentence).mask)
+
+    page.open()
+    page.photograph()
+    page.write(sentence)
+    page.press()
+    assert json.loads(page.download("answer.json").read_text())["width"] >= 320
 
 
 def test_nothing_comes_from_elsewhere(opened) -> None:
