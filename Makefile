@@ -96,7 +96,7 @@ browser:
 		{ apt-get update --quiet=2 && apt-get install --quiet=2 --no-install-recommends chromium chromium-driver; }
 
 app-picture: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.app.picture docs/app.png
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.app.picture docs/app.jpg
 
 # No environment of its own: a machine with a GPU often has no network, and torch for that GPU already.
 gpu-check:

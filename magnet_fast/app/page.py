@@ -21,7 +21,6 @@ _KEPT = 3600  # seconds: answers, for the threshold, and files
 STYLE = """
 .legend ol { list-style-position: inside; padding: 0; }
 .legend .swatch { display: inline-block; width: 1em; height: 1em; margin-right: 0.5em; vertical-align: -0.1em; }
-footer { display: none !important; }
 """
 
 

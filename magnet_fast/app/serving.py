@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 _MOST_WAITING = 32  # requests; who comes later is told that the page is busy
+_LARGEST = "200mb"  # file to upload
 _MOST_VISITORS = 32  # whose answers are kept for the threshold
 _POLICY = (
     b"default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
@@ -42,7 +43,7 @@ def serve(
         ready: called with the page's address as soon as it answers.
 
     Raises:
-        OSError: the port is taken, or the address is not this machine's.
+        OSError: the port is taken, the address is not this machine's, or there is no public one to be had.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="magnet_fast-") as folder:
@@ -56,20 +57,27 @@ def serve(
         system = ["ui-sans-serif", "system-ui", "sans-serif"]
         page = build(segmenters, devices, device, Path(folder))
         page.queue(max_size=_MOST_WAITING)
-        _, address, public = page.launch(
-            server_name=host,
-            server_port=port,
-            share=share,
-            theme=gr.themes.Default(font=system, font_mono=["ui-monospace", "monospace"]),
-            css=STYLE,
-            footer_links=[],
-            run_history=False,
-            ssr_mode=False,
-            quiet=True,
-            prevent_thread_lock=True,
-            state_session_capacity=_MOST_VISITORS,
-            app_kwargs={"middleware": [Middleware(OwnOnly)]},
-        )
+        try:
+            _, address, public = page.launch(
+                server_name=host,
+                server_port=port,
+                share=share,
+                theme=gr.themes.Default(font=system, font_mono=["ui-monospace", "monospace"]),
+                css=STYLE,
+                footer_links=[],
+                run_history=False,
+                ssr_mode=False,
+                quiet=True,
+                prevent_thread_lock=True,
+                max_file_size=_LARGEST,
+                state_session_capacity=_MOST_VISITORS,
+                app_kwargs={"middleware": [Middleware(OwnOnly)]},
+            )
+        except OSError as error:
+            where = f"{host}, port {port or '7860-7959'}"
+            raise OSError(f"{where}: nothing can be served there; give another --host or --port") from error
+        if share and not public:
+            raise OSError("Gradio's servers gave no public address; leave --share out, or look at the network")
         ready(public or address)
         page.block_thread()
 
