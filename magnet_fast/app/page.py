@@ -40,19 +40,17 @@ def build(segmenters: Segmenters, devices: list[str], device: str, folder: Path)
         return gr.update(value=segmenters(model, device).spec.threshold)
 
     @said_on_the_page
-    def segment(picture: str | None, text: str, model: str, device: str, threshold: float) -> tuple:
-        answer = ask(segmenters(model, device), model, picture, text)
-        return answer, *shown(answer, threshold)
+    def segment(picture: str | None, text: str, model: str, device: str) -> Answer:
+        return ask(segmenters(model, device), model, picture, text)
 
     @said_on_the_page
-    def move(answer: Answer | None, threshold: float) -> tuple:
-        """The same answer at another threshold: nothing is computed by the model."""
-        return (None, "", None) if answer is None else shown(answer, threshold)
-
-    def shown(answer: Answer, threshold: float) -> tuple:
+    def show(answer: Answer | None, threshold: float) -> tuple:
+        """An answer at a threshold; nothing of it is computed by the model."""
+        if answer is None:
+            return None, "", None
         masks = answer.masks(threshold)
         files = write_files(answer, masks, threshold, Path(tempfile.mkdtemp(dir=folder)))
-        return drawn(answer, masks), legend(answer, masks), [str(file) for file in files]
+        return drawn(answer, masks), legend(answer, masks, threshold), [str(file) for file in files]
 
     first = segmenters.names[0]
     # One forward pass at a time, whoever asks; loading counts as one.
@@ -98,10 +96,12 @@ def build(segmenters: Segmenters, devices: list[str], device: str, folder: Path)
                 )
                 files = gr.Files(label="Downloads: PNG, COCO's RLE, JSON", interactive=False, elem_id="files")
         gr.Examples(_scenes(folder), [picture, text], label="Drawn scenes", elem_id="scenes")
-        results = [overlay, meaning, files]
-        gr.on([button.click], segment, [picture, text, model, where, threshold], [answer, *results], **alone)
-        threshold.release(move, [answer, threshold], results, show_progress="hidden")
-        gr.on([model.change, where.change], choose, [model, where], [threshold], **alone)
+        asked = [picture, text, model, where]
+        shown = [answer, threshold], [overlay, meaning, files]
+        answered = gr.on([button.click, text.submit], segment, asked, answer, show_progress_on=overlay, **alone)
+        answered.success(show, *shown, show_progress="hidden")
+        threshold.change(show, *shown, show_progress="hidden", trigger_mode="always_last")
+        gr.on([model.change, where.change], choose, [model, where], threshold, **alone)
     return page
 
 

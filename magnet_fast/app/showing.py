@@ -34,24 +34,26 @@ def drawn(answer: Answer, masks: list[np.ndarray]) -> Image.Image:
     return visualize.overlay_each(picture, small, COLOURS[: len(masks)])
 
 
-def legend(answer: Answer, masks: list[np.ndarray]) -> str:
+def legend(answer: Answer, masks: list[np.ndarray], threshold: float) -> str:
     """HTML: a line a sentence with its colour, how much of the picture it names, and what of it was not read."""
     rows = []
     for sentence, one, mask, colour in zip(answer.sentences, answer.found, masks, COLOURS, strict=False):
         swatch = f'<span class="swatch" style="background: rgb{colour}"></span>'
-        rows.append(f"<li>{swatch}<b>{html.escape(sentence)}</b> {html.escape(said(one, mask))}</li>")
+        rows.append(f"<li>{swatch}<b>{html.escape(sentence)}</b> {html.escape(said(one, mask, threshold))}</li>")
     return f"<ol>{''.join(rows)}</ol>"
 
 
-def said(one: Segmentation, mask: np.ndarray) -> str:
-    """What there is to say of what was found for a sentence, at the threshold of `mask`."""
+def said(one: Segmentation, mask: np.ndarray, threshold: float) -> str:
+    """What there is to say of what was found for a sentence, with its mask at a threshold."""
     parts = []
     if one.present is False:
         parts.append(f"nothing of that kind is here ({1 - one.presence:.2f})")
     if mask.any():
-        parts.append(f"{100 * mask.mean():.1f} % of the picture, highest probability {one.probability.max():.2f}")
+        parts.append(
+            f"{100 * mask.mean():.1f} % of the picture above {threshold:g}, at most {one.probability.max():.2f}"
+        )
     elif one.present is not False:
-        parts.append(f"nothing found: the highest probability is {one.probability.max():.2f}")
+        parts.append(f"no probability above {threshold:g}, at most {one.probability.max():.2f}")
     if one.reading is not None:
         parts += one.reading.notes.values()
     return "; ".join(parts)

@@ -161,10 +161,11 @@ class Page:
         return np.asarray(Image.open(io.BytesIO(fetched(source))).convert("RGB"))
 
     def threshold(self, value: float) -> np.ndarray:
-        """Type another threshold and leave the field: the picture with its masks at it."""
-        before = self.shown()
-        self.one("#threshold input[type=number]").send_keys(Keys.CONTROL, "a", Keys.NULL, str(value), Keys.TAB)
-        return self.changed(before)
+        """Move the slider to a threshold, from its end: the picture with its masks at it."""
+        steps = [Keys.ARROW_LEFT] * round((1 - value) / 0.01)
+        self.one("#threshold input[type=range]").send_keys(Keys.END, *steps)
+        self.wait(lambda: f"above {value:g}," in self.one("#legend").text)
+        return self.changed(None)
 
     def download(self, name: str) -> Path:
         """Press a file's link: the file, once it is whole."""

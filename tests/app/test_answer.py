@@ -108,10 +108,10 @@ def test_what_is_shown(answer) -> None:
     for mask, colour in zip(masks, COLOURS, strict=False):
         outline = (shown == colour).all(axis=-1)
         assert outline.any() and not (outline & ~mask).any()
-    lines = legend(answer, masks)
+    lines = legend(answer, masks, 0.5)
     assert lines.count("<li>") == 2 and f"rgb{COLOURS[1]}" in lines
-    assert f"{100 * masks[0].mean():.1f} % of the picture" in lines
-    assert "nothing found: the highest probability is" in legend(answer, answer.masks(1.0))
+    assert f"{100 * masks[0].mean():.1f} % of the picture above 0.5, at most " in lines
+    assert "no probability above 1, at most " in legend(answer, answer.masks(1.0), 1.0)
 
 
 def test_each_sentence_has_a_colour_of_its_own() -> None:
@@ -128,8 +128,9 @@ def test_a_large_picture_is_shown_reduced_and_downloaded_whole(answer, tmp_path)
 
 
 def test_markup_in_a_sentence_is_text(segmenter, scene) -> None:
-    found = ask(segmenter, "tiny", scene[0], "<script>alert(1)</script> circle")
-    shown = legend(found, found.masks(0.5))
+    with pytest.warns(UserWarning, match="it is cut after 20 tokens"):
+        found = ask(segmenter, "tiny", scene[0], "<script>alert(1)</script> circle")
+    shown = legend(found, found.masks(0.5), 0.5)
     assert "<script" not in shown and "&lt;script&gt;" in shown
     assert "it is cut after 20 tokens" in shown  # and what is not read of it is told
 
@@ -165,7 +166,7 @@ def test_each_checkpoint_is_loaded_once(absent, scene, monkeypatch) -> None:
     found = ask(chosen, str(absent), scene[0], "the red circle")
     (mask,) = found.masks(0.5)
     assert not mask.any()
-    assert f"nothing of that kind is here ({1 - found.found[0].presence:.2f})" in legend(found, [mask])
+    assert f"nothing of that kind is here ({1 - found.found[0].presence:.2f})" in legend(found, [mask], 0.5)
     with pytest.raises(ValueError, match="checkpoint: expected one of .*shipped.*, got '/etc/passwd'"):
         segmenters("/etc/passwd", "cpu")
 

@@ -61,7 +61,7 @@ def test_one_forward_pass_at_a_time(tmp_path) -> None:
         event.fn.__name__: (event.concurrency_id, event.concurrency_limit) for event in page.fns.values() if event.fn
     }
     assert lines["segment"] == lines["choose"] == ("model", 1)
-    assert lines["move"][0] != "model"
+    assert lines["show"][0] != "model"
 
 
 def test_a_port_that_is_taken(tmp_path, monkeypatch) -> None:
