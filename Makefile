@@ -93,7 +93,7 @@ sanitize: $(STAMP)
 
 browser:
 	test -x /usr/bin/chromium -a -x /usr/bin/chromedriver || \
-		{ apt-get update --quiet=2 && apt-get install --quiet=2 --no-install-recommends chromium chromium-driver; }
+		{ apt-get update --quiet=2 && DEBIAN_FRONTEND=noninteractive apt-get install --quiet=2 --no-install-recommends chromium chromium-driver; }
 
 app-picture: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.app.picture docs/app.jpg

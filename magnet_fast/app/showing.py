@@ -50,10 +50,10 @@ def said(one: Segmentation, mask: np.ndarray, threshold: float) -> str:
         parts.append(f"nothing of that kind is here ({1 - one.presence:.2f})")
     if mask.any():
         parts.append(
-            f"{100 * mask.mean():.1f} % of the picture above {threshold:g}, at most {one.probability.max():.2f}"
+            f"{100 * mask.mean():.1f} % of the picture above {threshold:g}, highest {one.probability.max():.2f}"
         )
     elif one.present is not False:
-        parts.append(f"no probability above {threshold:g}, at most {one.probability.max():.2f}")
+        parts.append(f"no probability above {threshold:g}, highest {one.probability.max():.2f}")
     if one.reading is not None:
         parts += one.reading.notes.values()
     return "; ".join(parts)

@@ -110,8 +110,8 @@ def test_what_is_shown(answer) -> None:
         assert outline.any() and not (outline & ~mask).any()
     lines = legend(answer, masks, 0.5)
     assert lines.count("<li>") == 2 and f"rgb{COLOURS[1]}" in lines
-    assert f"{100 * masks[0].mean():.1f} % of the picture above 0.5, at most " in lines
-    assert "no probability above 1, at most " in legend(answer, answer.masks(1.0), 1.0)
+    assert f"{100 * masks[0].mean():.1f} % of the picture above 0.5, highest " in lines
+    assert "no probability above 1, highest " in legend(answer, answer.masks(1.0), 1.0)
 
 
 def test_each_sentence_has_a_colour_of_its_own() -> None:
