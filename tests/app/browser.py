@@ -112,7 +112,7 @@ class Page:
     def example(self, number: int) -> None:
         """Choose a drawn scene."""
         self.one(f"#scenes tbody tr:nth-child({number})").click()
-        self.wait(lambda: self.all("#picture img"))
+        self._chosen()
 
     def paste(self, picture: Path) -> None:
         """Copy a picture elsewhere, and paste it here."""
@@ -126,20 +126,25 @@ class Page:
             base64.b64encode(picture.read_bytes()).decode(),
         )
         self.one("#picture button[aria-label='Paste from clipboard']").click()
-        self.wait(lambda: self.all("#picture img"))
+        self._chosen()
 
     def photograph(self) -> None:
         """Take a picture with the browser's make-believe camera."""
         self.one("#picture button[aria-label='Capture from camera']").click()
         self.wait(lambda: [one for one in self.all("#picture button") if "Webcam" in one.text])[0].click()
-        self.wait(lambda: [one.click() or one for one in self.all("#picture button[aria-label='capture photo']")])
-        self.wait(lambda: self.all("#picture img"))
+        self.wait(lambda: (video := self.all("#picture video")) and int(video[0].get_property("readyState")) >= 2)
+        self.one("#picture button[aria-label='capture photo']").click()
+        self._chosen()
 
     def upload(self, picture: Path) -> None:
         for button in self.all("#picture button[aria-label='Remove Image']"):
             button.click()
         self.one("#picture input[type=file]").send_keys(str(picture))
-        self.wait(lambda: self.all("#picture img"))
+        self._chosen()
+
+    def _chosen(self) -> None:
+        """The picture has come: the server has it, and the page what the server calls it."""
+        self.wait(lambda: [one for one in self.all("#picture img") if "/file=" in (one.get_attribute("src") or "")])
 
     def write(self, text: str) -> None:
         field = self.one("#sentences textarea")
