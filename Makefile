@@ -4,6 +4,8 @@
 #   make format  rewrite to that style        make docs    the documentation, in build/docs
 #   make clean   remove everything made here
 #   make sanitize   the C++ kernels' tests with address and undefined-behaviour sanitizers (GCC)
+#   make browser    Chromium, which the tests of the web page drive (Debian, as root); they are skipped without
+#   make app-picture  the picture of the web page in docs/app.md, taken in that browser
 #   make gpu-check  tests and benchmarks on a GPU, with the Python (PYTHON=) that has torch and Triton for it
 PYTHON ?= python3
 VENV ?= .venv
@@ -25,7 +27,7 @@ TOGETHER = OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node $(DEMO_PROCESSES) 
 CPP := $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cuh' 'csrc/*.cu' 'tests/*.cpp' 'tests/*.h' 2>/dev/null)
 PY := magnet_fast kernels benchmarks tests setup.py
 
-.PHONY: env test lint format demo bench docs sanitize gpu-check clean
+.PHONY: env test lint format demo bench docs sanitize browser app-picture gpu-check clean
 
 env: $(STAMP)
 
@@ -92,6 +94,13 @@ sanitize: $(STAMP)
 	cd $(SANITIZED) && ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 		$(abspath $(BIN))/python -m pytest tests/test_cpu_*.py tests/ops/test_cpu_*.py tests/ops/test_linear_chain.py
+
+browser:
+	test -x /usr/bin/chromium -a -x /usr/bin/chromedriver || \
+		{ apt-get update --quiet=2 && DEBIAN_FRONTEND=noninteractive apt-get install --quiet=2 --no-install-recommends chromium chromium-driver; }
+
+app-picture: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.app.picture docs/app.jpg
 
 # No environment of its own: a machine with a GPU often has no network, and torch for that GPU already.
 gpu-check:

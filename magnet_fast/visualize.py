@@ -33,20 +33,46 @@ def overlay(
     Raises:
         ValueError: the mask has another size, or the image has pixels of more than 8 bits.
     """
+    return overlay_each(image, [mask], [colour], opacity)
+
+
+def overlay_each(
+    image: Image.Image | np.ndarray,
+    masks: Sequence[np.ndarray],
+    colours: Sequence[tuple[int, int, int]],
+    opacity: float = 0.35,
+) -> Image.Image:
+    """`overlay` of several masks, each in its own colour; where they meet, tints mix and the last outline lies on top.
+
+    Args:
+        image, opacity: as in `overlay`.
+        masks: (H, W) each. What is in none of them fades.
+        colours: one a mask.
+
+    Raises:
+        ValueError: a mask has another size, there are fewer colours or more, or the image has pixels of more than 8
+            bits.
+    """
     pixels = np.asarray(_rgb(image) if isinstance(image, Image.Image) else image)
-    mask = np.asarray(mask).astype(bool)
+    masks = [np.asarray(mask).astype(bool) for mask in masks]
     if pixels.dtype != np.uint8:
         raise ValueError(f"image: expected uint8, got {pixels.dtype}; magnet_fast.data.transforms.as_rgb makes it so")
-    if pixels.ndim != 3 or pixels.shape[2] != 3 or mask.shape != pixels.shape[:2]:
-        raise ValueError(
-            f"mask: expected the image's height and width, got {mask.shape} for an image of {pixels.shape}"
-        )
-    tint = np.array(colour, dtype=np.float32)
+    for mask in masks:
+        if pixels.ndim != 3 or pixels.shape[2] != 3 or mask.shape != pixels.shape[:2]:
+            raise ValueError(
+                f"mask: expected the image's height and width, got {mask.shape} for an image of {pixels.shape}"
+            )
+    if len(colours) != len(masks):
+        raise ValueError(f"colours: expected one of each of {len(masks)} masks, got {len(colours)}")
     drawn = pixels.astype(np.float32)
-    grey = drawn[~mask].mean(axis=-1, keepdims=True)
-    drawn[~mask] = 0.3 * drawn[~mask] + 0.35 * grey + 0.35 * 255
-    drawn[mask] += opacity * (tint - drawn[mask])
-    drawn[_outline(mask, max(1, round(min(mask.shape) / 100)))] = tint
+    outside = ~np.logical_or.reduce(masks)
+    grey = drawn[outside].mean(axis=-1, keepdims=True)
+    drawn[outside] = 0.3 * drawn[outside] + 0.35 * grey + 0.35 * 255
+    tints = [np.array(colour, dtype=np.float32) for colour in colours]
+    for mask, tint in zip(masks, tints, strict=True):
+        drawn[mask] += opacity * (tint - drawn[mask])
+    for mask, tint in zip(masks, tints, strict=True):
+        drawn[_outline(mask, max(1, round(min(mask.shape) / 100)))] = tint
     return Image.fromarray(drawn.round().astype(np.uint8))
 
 

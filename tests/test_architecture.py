@@ -10,6 +10,7 @@ PACKAGE = Path(__file__).parent.parent / "magnet_fast"
 # From the top to the bottom; a part imports those below it.
 LEVELS = [
     {"cli", "__main__"},
+    {"app"},
     {"training", "batch"},
     {"inference"},
     {"evaluation", "editing"},

@@ -26,7 +26,7 @@ USER_FACING = (
     "data/scenes/writing.py",
     "models/files.py", "models/released.py", "models/state.py", "models/weights.py", "models/wrapping.py",
     "cli/*.py", "evaluation/evaluate.py", "evaluation/finite.py", "evaluation/metrics.py", "evaluation/protocol.py",
-    "evaluation/table.py", "evaluation/tasks.py",
+    "evaluation/table.py", "evaluation/tasks.py", "app/answer.py", "app/segmenters.py", "app/serving.py",
     "training/building.py", "training/checkpoint.py", "training/config.py", "training/datasets.py",
     "training/distributed.py", "training/failure.py", "training/progress.py", "training/run.py",
     "training/sampling.py", "training/sections.py", "training/state.py", "training/strict.py",

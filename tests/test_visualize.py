@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from magnet_fast.visualize import Example, contact_sheet, overlay
+from magnet_fast.visualize import Example, contact_sheet, overlay, overlay_each
 
 EXPRESSION, TRUTH = 208, 427  # where these columns begin, in a sheet of cells of 192 pixels
 
@@ -39,6 +39,21 @@ def test_overlay_tints_the_mask_and_fades_the_rest() -> None:
     assert (image == (200, 40, 40)).all()
     with pytest.raises(ValueError, match="image's height and width"):
         overlay(image, mask.T)
+
+
+def test_several_masks_keep_their_colours_and_mix_where_they_meet() -> None:
+    image = np.full((40, 60, 3), (200, 40, 40), dtype=np.uint8)
+    left, right = np.zeros((2, 40, 60), dtype=bool)
+    left[10:30, 5:35], right[10:30, 25:55] = True, True
+    drawn = np.asarray(overlay_each(image, [left, right], [(0, 0, 255), (0, 255, 0)]))
+    alone = np.asarray(overlay(image, left, colour=(0, 0, 255)))
+    assert np.array_equal(drawn[:, :25], alone[:, :25])  # beside the second mask nothing changes
+    assert (drawn[10:30, 25] == (0, 255, 0)).all() and (drawn[11:29, 5] == (0, 0, 255)).all()
+    only, both = drawn[20, 15].astype(int), drawn[20, 30].astype(int)
+    assert both[1] > only[1] + 30 and both[2] < only[2]  # a second tint over the first
+    assert np.ptp(drawn[2, 2].astype(int)) < 80  # in neither: faded
+    with pytest.raises(ValueError, match="colours: expected one of each of 2 masks, got 1"):
+        overlay_each(image, [left, right], [(0, 0, 255)])
 
 
 def test_contact_sheet_shows_every_example() -> None:

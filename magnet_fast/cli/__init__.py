@@ -17,6 +17,7 @@ from magnet_fast.cli.info import info
 from magnet_fast.cli.pictures import contact_sheet, edit, segment
 from magnet_fast.cli.study import study
 from magnet_fast.cli.train import train
+from magnet_fast.cli.web import web_page
 
 app = typer.Typer(
     help="Referring image segmentation on fused operators: train, evaluate, segment.",
@@ -28,6 +29,7 @@ app = typer.Typer(
 for command in (train, evaluate, segment, edit, info, study):
     app.command()(command)
 app.command("contact-sheet")(contact_sheet)
+app.command("app")(web_page)
 app.add_typer(data_app, name="data")
 
 

@@ -74,6 +74,15 @@ def check_segmentation(segmentation: Any, height: int, width: int) -> None:
     _parts(segmentation, height, width)
 
 
+def bounding_box(mask: np.ndarray) -> list[int] | None:
+    """COCO's box [left, top, width, height] of a mask (H, W), in pixels; None where it is empty."""
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    if not rows.size:
+        return None
+    left, top = int(columns[0]), int(rows[0])
+    return [left, top, int(columns[-1]) + 1 - left, int(rows[-1]) + 1 - top]
+
+
 def usable_parts(segmentation: Any) -> list[list | dict]:
     """Polygons and RLEs of a segmentation, nested as COCO nests them; their values are not looked at.
 

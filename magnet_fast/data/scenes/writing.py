@@ -25,6 +25,7 @@ from magnet_fast.data.scenes.describing import describe_scene
 from magnet_fast.data.scenes.drawing import SHAPES, SceneObject
 from magnet_fast.data.scenes.expressions import Expression
 from magnet_fast.data.scenes.generation import LEVELS
+from magnet_fast.data.segmentation import bounding_box
 
 FORMAT = "magnet_fast.scenes/1"
 _MANIFEST = "scenes.json"
@@ -207,12 +208,10 @@ def _sentence_record(expression: Expression) -> dict:
 
 
 def _object_record(item: SceneObject, mask: np.ndarray) -> dict:
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    left, top = int(columns[0]), int(rows[0])
     return {
         "segmentation": mask_to_polygons(mask),
         "area": int(mask.sum()),
-        "bbox": [left, top, int(columns[-1]) + 1 - left, int(rows[-1]) + 1 - top],
+        "bbox": bounding_box(mask),
         "category_id": SHAPES.index(item.shape) + 1,
         "attributes": {
             "shape": item.shape,
