@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from magnet_fast.app.answer import Answer
-from magnet_fast.data.segmentation import bounding_box
+from magnet_fast.data.segmentation import bounding_box, encode_mask
 
 
 def write_files(answer: Answer, masks: list[np.ndarray], threshold: float, folder: Path) -> list[Path]:
@@ -34,20 +34,12 @@ def write_files(answer: Answer, masks: list[np.ndarray], threshold: float, folde
     for file, mask in zip(files, masks, strict=True):
         Image.fromarray(mask.astype(np.uint8) * 255).save(file)
     for name, content in (
-        ("rle.json", [rle(mask) for mask in masks]),
+        ("rle.json", [encode_mask(mask) for mask in masks]),
         ("answer.json", summary(answer, masks, threshold)),
     ):
         files.append(folder / name)
         files[-1].write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
     return files
-
-
-def rle(mask: np.ndarray) -> dict[str, Any]:
-    """A mask (H, W) as COCO's compressed RLE: `size` [H, W] and `counts`, text."""
-    from pycocotools import mask as coco_mask  # may be absent where nothing is encoded
-
-    encoded = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
-    return {"size": list(map(int, encoded["size"])), "counts": encoded["counts"].decode("ascii")}
 
 
 def summary(answer: Answer, masks: list[np.ndarray], threshold: float) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from PIL import Image
 
 from magnet_fast.atomic import write_atomically
 from magnet_fast.batch.rows import Row
+from magnet_fast.data.segmentation import bounding_box, encode_mask
 from magnet_fast.inference import Segmentation
 
 LINES, COCO, ERRORS, MASKS = "results.jsonl", "results.json", "errors.csv", "masks"
@@ -170,16 +171,15 @@ def _png(folder: Path, row: Row, found: Segmentation) -> dict[str, Any]:
     (folder / MASKS).mkdir(exist_ok=True)
     mask = Image.fromarray(found.mask.astype(np.uint8) * 255)
     write_atomically(folder / name, lambda file: mask.save(file, format="PNG"))
-    return {"mask": name, **_said(found, _encoded(found.mask))}
+    return {"mask": name, **_said(found)}
 
 
 def _rle(folder: Path, row: Row, found: Segmentation) -> dict[str, Any]:
-    return _encoded(found.mask)
+    return encode_mask(found.mask)
 
 
 def _jsonl(folder: Path, row: Row, found: Segmentation) -> dict[str, Any]:
-    runs = _encoded(found.mask)
-    return {**_said(found, runs), "segmentation": runs}
+    return {**_said(found), "segmentation": encode_mask(found.mask)}
 
 
 def _coco(folder: Path, row: Row, found: Segmentation) -> dict[str, Any]:
@@ -199,21 +199,11 @@ _MARKS = {"png": {"mask"}, "rle": {"counts"}, "jsonl": {"segmentation"}, "coco":
 _FOREIGN = {"png": set(), "rle": set(), "jsonl": {"image_id"}, "coco": set()}
 
 
-def _encoded(mask: np.ndarray) -> dict[str, Any]:
-    """COCO's RLE, its counts as text."""
-    from pycocotools import mask as coco_mask  # may be absent where no mask is written
-
-    runs = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
-    return {"size": [int(side) for side in runs["size"]], "counts": runs["counts"].decode("ascii")}
-
-
-def _said(found: Segmentation, runs: dict[str, Any]) -> dict[str, Any]:
-    from pycocotools import mask as coco_mask
-
+def _said(found: Segmentation) -> dict[str, Any]:
     inside = found.probability[found.mask]
     return {
         "score": round(float(inside.mean(dtype=np.float64)), 6) if inside.size else 0.0,
         "presence": None if found.presence is None else round(found.presence, 6),
         "area": round(float(found.mask.mean()), 6),
-        "box": [int(side) for side in coco_mask.toBbox(runs)],
+        "box": bounding_box(found.mask) or [0, 0, 0, 0],
     }

@@ -25,6 +25,14 @@ _DEEPEST = 4  # levels of lists, those of GeoJSON's MultiPolygon
 _EXPECTED = "expected [[x1, y1, x2, y2, ...], ...] or RLE"
 
 
+def encode_mask(mask: np.ndarray) -> dict[str, Any]:
+    """A mask (H, W) of bool as COCO's compressed RLE: `size` [H, W] and `counts`, text, as pycocotools reads them."""
+    from pycocotools import mask as coco_mask  # may be absent where no mask is written
+
+    runs = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
+    return {"size": [int(side) for side in runs["size"]], "counts": runs["counts"].decode("ascii")}
+
+
 def decode_segmentation(segmentation: Any, height: int, width: int) -> np.ndarray:
     """A segmentation of COCO's as a mask, uint8 (height, width) of 0 and 1.
 

@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 
 from magnet_fast.data.check import picture_header
-from magnet_fast.data.importing.drawings import encode
 from magnet_fast.data.importing.record import Problems, Record
-from magnet_fast.data.segmentation import decode_segmentation, usable_parts
+from magnet_fast.data.segmentation import bounding_box, decode_segmentation, encode_mask, usable_parts
 from magnet_fast.data.values import require_inside, shown
 
 SLACK = 2  # pixels by which an outline may slip over the picture's edge [our choice]
@@ -169,7 +168,7 @@ def draw(record: Record, picture: Picture) -> tuple[list | dict, np.ndarray]:
     size = picture.height, picture.width
     drawn = record.draw(*size)
     if isinstance(drawn, np.ndarray):
-        mask, segmentation = drawn, encode(drawn)
+        mask, segmentation = drawn, encode_mask(drawn)
     else:
         parts = usable_parts(drawn)
         mask = decode_segmentation(parts, *size) != 0
@@ -219,7 +218,4 @@ def _find(names: Sequence[str], folder: Path) -> str:
 
 
 def _annotation(picture: int, segmentation: list | dict, mask: np.ndarray, label: str | None) -> Annotation:
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    left, top = int(columns[0]), int(rows[0])
-    bbox = [left, top, int(columns[-1]) + 1 - left, int(rows[-1]) + 1 - top]
-    return Annotation(picture, segmentation, int(mask.sum()), bbox, label or UNLABELLED)
+    return Annotation(picture, segmentation, int(mask.sum()), bounding_box(mask), label or UNLABELLED)

@@ -93,14 +93,6 @@ def is_number(value: Any) -> bool:
     return type(value) in (int, float) and -_FARTHEST < value < _FARTHEST
 
 
-def encode(mask: np.ndarray) -> dict[str, Any]:
-    """A mask (H, W) of bool as COCO's compressed RLE, its counts as text."""
-    from pycocotools import mask as coco_mask  # here, as in data/segmentation.py: reading needs none of it
-
-    packed = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
-    return {"size": list(mask.shape), "counts": packed["counts"].decode("ascii")}
-
-
 def _counts(runs: str, pixels: int) -> np.ndarray:
     """The runs as int64 (N,), checked to fill so many pixels."""
     if runs.count(",") > pixels:
