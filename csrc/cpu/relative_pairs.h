@@ -15,7 +15,7 @@ namespace magnet_fast {
 namespace MAGNET_FAST_SIMD_LEVEL {
 
 /// Rows of the next block of queries when `left` remain. Tiles are 16 rows high, and a rest costs as much as
-/// a whole one: 196 queries are 13 tiles in blocks of 64, 16 in four blocks of nearly equal height.
+/// a whole one: 196 queries are 13 tiles in blocks of 64, 15 in four blocks of nearly equal height.
 static inline int64_t pair_block_rows(int64_t left) {
 #if defined(MAGNET_FAST_SIMD_AMX)
     return left < kBlock ? left : kBlock;

@@ -32,7 +32,8 @@ FLAGS += ["-Wno-maybe-uninitialized", "-ffp-contract=fast", "-fno-math-errno", "
 FLAGS += ["-DMAGNET_FAST_HAS_AVX512=1", "-DMAGNET_FAST_HAS_AVX512_BF16=1", "-DMAGNET_FAST_HAS_AMX=1"]
 FLAGS += [f"-I{ROOT / 'csrc'}"]
 # Vectors of 64 bytes that the processor has no registers for: no caller outside the file sees how they are passed.
-MODEL = ["-O1", "-mavx2", "-mfma", "-mf16c", "-DMAGNET_FAST_EMULATE_AVX512", "-Wno-psabi"]
+MODEL = ["-O1", "-mavx2", "-mfma", "-mf16c", "-DMAGNET_FAST_EMULATE_AVX512"]
+MODEL += ["-Wno-psabi", "-Wno-ignored-attributes"]
 # As setup.py compiles level amx.
 SHIPPED = ["-O3", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mfma", "-mf16c"]
 LEVELS = ("avx512", "avx512_bf16", "amx")

@@ -3,8 +3,9 @@
 
 #include "cpu/simd.h"
 
-using namespace magnet_fast::avx512_bf16;
-
+// In the model's own namespace, where its functions are found before the intrinsics.
+namespace magnet_fast {
+namespace avx512_bf16 {
 namespace {
 
 __m512bh pairs(const void* p) {
@@ -49,3 +50,6 @@ void store_words(const void* v, uint32_t mask, void* to) {
     _mm512_mask_storeu_epi32(to, static_cast<__mmask16>(mask), _mm512_loadu_si512(v));
 }
 }
+
+}  // namespace avx512_bf16
+}  // namespace magnet_fast
