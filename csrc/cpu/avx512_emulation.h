@@ -13,13 +13,14 @@
 #include <cstdint>
 #include <cstring>
 
-// With Clang, and with GCC where it does not optimise, those that take an immediate are macros.
+// Macros with some compilers, those that take an immediate above all.
 #undef _mm512_cmp_ps_mask
 #undef _mm512_cvtps_ph
 #undef _mm512_extractf32x4_ps
 #undef _mm512_extracti64x4_epi64
 #undef _mm512_reduce_ps
 #undef _mm512_roundscale_ps
+#undef _mm512_setr_epi32
 #undef _mm512_shuffle_f32x4
 #undef _mm512_shuffle_ps
 #undef _mm512_slli_epi32

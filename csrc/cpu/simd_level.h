@@ -84,7 +84,7 @@ void set_simd_level(const std::string& name);
 /// Stands at the end of a kernel file, in its level's namespace.
 #if defined(MAGNET_FAST_SIMD_FLOAT64)
 #define MAGNET_FAST_INSTANTIATE_KERNELS(Table, function) template const Table<double>& function<double>();
-#elif defined(MAGNET_FAST_SIMD_AMX)
+#elif defined(MAGNET_FAST_SIMD_AMX) || defined(MAGNET_FAST_EMULATE_BFLOAT16_ALONE)
 #define MAGNET_FAST_INSTANTIATE_KERNELS(Table, function) template const Table<BFloat16>& function<BFloat16>();
 #else
 #define MAGNET_FAST_INSTANTIATE_KERNELS(Table, function)  \

@@ -1,21 +1,18 @@
-"""Levels avx512, avx512_bf16 and amx on software models of what a processor may lack: AVX-512
-(csrc/cpu/avx512_emulation.h) and tiles (csrc/cpu/tile_emulation.h). The operators are those of the extension; the
-launchers are compiled for these levels alone, and kernels only as far as `KERNELS` says: each costs seconds."""
+"""Levels avx512, avx512_bf16 and amx on software models of what the processor may lack: AVX-512
+(csrc/cpu/avx512_emulation.h) and tiles (csrc/cpu/tile_emulation.h). The launchers are those of the extension; of the
+kernels there is what `KERNELS` lists: each costs seconds, and bindings for Python would cost ten."""
 
 from __future__ import annotations
 
 import ctypes
 import hashlib
-import importlib.machinery
-import importlib.util
 import os
 import platform
 import re
 import shlex
 import shutil
 import subprocess
-import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -32,22 +29,33 @@ FLAGS += ["-Wno-maybe-uninitialized", "-ffp-contract=fast", "-fno-math-errno", "
 FLAGS += ["-DMAGNET_FAST_HAS_AVX512=1", "-DMAGNET_FAST_HAS_AVX512_BF16=1", "-DMAGNET_FAST_HAS_AMX=1"]
 FLAGS += [f"-I{ROOT / 'csrc'}"]
 # Vectors of 64 bytes that the processor has no registers for: no caller outside the file sees how they are passed.
-MODEL = ["-O1", "-mavx2", "-mfma", "-mf16c", "-DMAGNET_FAST_EMULATE_AVX512"]
-MODEL += ["-Wno-psabi", "-Wno-ignored-attributes"]
+MODEL = ["-O1", "-mavx2", "-mfma", "-mf16c", "-DMAGNET_FAST_EMULATE_AVX512", "-Wno-psabi", "-Wno-ignored-attributes"]
 # As setup.py compiles level amx.
 SHIPPED = ["-O3", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mfma", "-mf16c"]
 LEVELS = ("avx512", "avx512_bf16", "amx")
-OPERATORS = ("cross_modal", "deformable", "relative", "window")
-LAUNCHERS = [*(f"{name}_attention" for name in OPERATORS), "window_plan", "cross_modal_plan"]
+LAUNCHERS = ["window_attention", "window_plan", "relative_attention", "cross_modal_attention", "cross_modal_plan"]
 PAIRS = ("avx512_bf16", "amx")
 KERNELS = {
     "relative_kernel": LEVELS,
     "window_kernel": PAIRS,
     "cross_modal_kernel": PAIRS,
     "cross_modal_backward_kernel": PAIRS,
-    "deformable_kernel": ("avx512_bf16",),
 }
-"""At which levels."""
+"""At which levels: avx512 for every dtype, the others for bfloat16 alone."""
+
+INPUTS = ["image_query", "text_key", "text_value", "text_query", "image_key", "image_value"]
+ORDER = {
+    "window_attention_forward": ["qkv", "bias", "pad_qkv", "settings", "threads", "out"],
+    "window_attention_backward": ["qkv", "bias", "pad_qkv", "settings", "threads", "grad_out", "grad_qkv", "grad_bias"]
+    + ["grad_pad_qkv"],
+    "relative_attention_forward": ["qkv", "rel_height", "rel_width", "pad_qkv", "settings", "threads", "out"],
+    "relative_attention_backward": ["qkv", "rel_height", "rel_width", "pad_qkv", "settings", "threads", "grad_out"]
+    + ["grad_qkv", "grad_rel_height", "grad_rel_width", "grad_pad_qkv"],
+    "cross_modal_attention_forward": [*INPUTS, "text_mask", "heads", "threads", "image_out", "text_out"],
+    "cross_modal_attention_backward": [*INPUTS, "text_mask", "heads", "threads", "grad_image_out", "grad_text_out"]
+    + [f"grad_{name}" for name in INPUTS],
+}
+"""Arguments as emulated_tiles.cpp reads them."""
 
 
 class Unit(NamedTuple):
@@ -58,12 +66,9 @@ class Unit(NamedTuple):
 
 
 class Emulated:
-    """An emulated extension, and functions of the models by ctypes."""
+    """Stands in for the extension."""
 
     def __init__(self, path: Path) -> None:
-        loader = importlib.machinery.ExtensionFileLoader("_cpu_emulated", str(path))
-        self.extension = importlib.util.module_from_spec(importlib.util.spec_from_loader("_cpu_emulated", loader))
-        loader.exec_module(self.extension)
         self.library = ctypes.CDLL(str(path))
         self.library.products.restype = ctypes.c_int64
 
@@ -74,6 +79,39 @@ class Emulated:
         message = function(*arguments)
         if message is not None:
             raise RuntimeError(message.decode())
+
+    def set_simd_level(self, name: str) -> None:
+        self.library.set_level(["portable", "avx2", "avx512", "avx512_bf16", "amx"].index(name))
+
+    def __getattr__(self, name: str):
+        if name not in ORDER:
+            raise AttributeError(name)
+        order = ORDER[name]
+
+        def run(**arguments: object) -> None:
+            if "settings" in arguments:
+                (scale,) = (number for number in arguments["settings"] if isinstance(number, float))
+                arguments["settings"] = [number for number in arguments["settings"] if not isinstance(number, float)]
+            else:
+                scale = arguments.pop("scale")
+            assert arguments.keys() == set(order)
+            numbers = [number for key in order for number in flat(key, arguments[key])]
+            self.call(f"{name}_", (ctypes.c_int64 * len(numbers))(*numbers), ctypes.c_double(scale))
+
+        return run
+
+
+def flat(name: str, value: object) -> Iterable[int]:
+    """A number, the settings' whole numbers, or a tensor: dimensions, address, dtype, sizes and strides."""
+    if name in ("heads", "threads"):
+        yield value
+    elif name == "settings":
+        yield from map(int, value)
+    elif value is None:
+        yield 0
+    else:
+        address, sizes, strides, dtype = value
+        yield from (len(sizes), address, dtype, *sizes, *strides)
 
 
 @pytest.fixture(scope="session")
@@ -94,18 +132,13 @@ def trapped() -> Emulated:
 
 def build(name: str, amx: list[str]) -> Emulated:
     """Compiled once for a state of the sources, kept under build/; what does not differ between two is shared."""
-    import pybind11
-
     compiler = shlex.split(os.environ.get("CXX", "")) or ["c++"]
     if shutil.which(compiler[0]) is None:
         pytest.skip(f"no C++ compiler ({compiler[0]}) to build the emulation with")
     if platform.machine() != "x86_64" or "avx2" not in _cpu.supported_simd_levels():
         pytest.skip("instructions of x86 are emulated, with those of AVX2")
 
-    python = ["-O0", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
-    units = [Unit(ROOT / "csrc" / "bindings" / f"{operator}_module.cpp", python) for operator in OPERATORS]
-    units += [Unit(HERE / "emulated_levels.cpp", python)]
-    units += [Unit(ROOT / "csrc" / "cpu" / f"{launcher}.cpp", ["-O1"]) for launcher in LAUNCHERS]
+    units = [Unit(ROOT / "csrc" / "cpu" / f"{launcher}.cpp", ["-O1"]) for launcher in LAUNCHERS]
     for kernel, levels in KERNELS.items():
         units += [Unit(ROOT / "csrc" / "cpu" / f"{kernel}.cpp", at_level(level, amx)) for level in levels]
     units += [Unit(HERE / "emulated_tiles.cpp", at_level("amx", amx))]
@@ -126,7 +159,8 @@ def build(name: str, amx: list[str]) -> Emulated:
 
 
 def at_level(level: str, amx: list[str]) -> list[str]:
-    macros = [f"-DMAGNET_FAST_SIMD_{name.upper()}=1" for name in LEVELS[: LEVELS.index(level) + 1]]
+    macros = [] if level == "avx512" else ["-DMAGNET_FAST_EMULATE_BFLOAT16_ALONE"]
+    macros += [f"-DMAGNET_FAST_SIMD_{name.upper()}=1" for name in LEVELS[: LEVELS.index(level) + 1]]
     return [*(amx if level == "amx" else MODEL), f"-DMAGNET_FAST_SIMD_LEVEL={level}", *macros]
 
 
@@ -159,7 +193,7 @@ def run(command: list[str], result: Path) -> None:
 @pytest.fixture
 def emulated(model: Emulated, monkeypatch: pytest.MonkeyPatch) -> Emulated:
     """The operators' backend `cpu` runs on the models."""
-    monkeypatch.setattr(_cpu_backend, "extension", model.extension)
+    monkeypatch.setattr(_cpu_backend, "extension", model)
     return model
 
 
@@ -167,12 +201,8 @@ def emulated(model: Emulated, monkeypatch: pytest.MonkeyPatch) -> Emulated:
 def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulated]:
     """The operators' backend `cpu` runs level amx on emulated tiles, and leaves none of them configured."""
     built = request.getfixturevalue(request.param)
-    monkeypatch.setattr(_cpu_backend, "extension", built.extension)
-    built.extension.set_simd_level("amx")
+    monkeypatch.setattr(_cpu_backend, "extension", built)
+    built.set_simd_level("amx")
     built.library.products()
-    if request.param == "trapped":
-        built.library.start_trap()
     yield built
-    if request.param == "trapped":
-        built.call("end_trap")
     assert not built.library.configured()

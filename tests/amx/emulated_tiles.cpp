@@ -1,20 +1,56 @@
-// The software models of instructions, and the products made of them, for tests: called with ctypes. The
-// model of the tiles stands in place of the intrinsics with MAGNET_FAST_EMULATE_AMX, else in place of the
-// instructions.
+// The operators at levels whose instructions the processor may lack, on software models of these, and the
+// model of the tile registers itself, for tests: it stands in place of the intrinsics with
+// MAGNET_FAST_EMULATE_AMX, else in place of the instructions. Which kernels are linked says conftest.py.
 #include <cstdint>
 #include <cstring>
 #include <exception>
-#include <memory>
 #include <stdexcept>
 #include <string>
 
+#include "cpu/cross_modal_attention.h"
+#include "cpu/cross_modal_kernel.h"
+#include "cpu/relative_attention.h"
+#include "cpu/relative_kernel.h"
 #include "cpu/simd_matrix.h"
 #include "cpu/tile_emulation.h"
+#include "cpu/window_attention.h"
+#include "cpu/window_kernel.h"
 #if !defined(MAGNET_FAST_EMULATE_AMX)
 #include "trapped_instructions.h"
 #endif
 
 namespace magnet_fast {
+
+static SimdLevel selected = SimdLevel::kAmx;
+
+SimdLevel selected_simd_level() {
+    return selected;
+}
+
+#define ABSENT_(level, Element, Table, function)             \
+    template <>                                              \
+    const Table<Element>& level::function<Element>() {       \
+        throw std::logic_error(#level " is not built here"); \
+    }
+#define ABSENT(Table, function)                  \
+    ABSENT_(portable, float, Table, function)    \
+    ABSENT_(portable, BFloat16, Table, function) \
+    ABSENT_(portable, Float16, Table, function)  \
+    ABSENT_(float64, double, Table, function)    \
+    ABSENT_(avx512_bf16, float, Table, function) \
+    ABSENT_(avx512_bf16, Float16, Table, function)
+#define ABSENT_AVX512(Table, function)         \
+    ABSENT_(avx512, float, Table, function)    \
+    ABSENT_(avx512, BFloat16, Table, function) \
+    ABSENT_(avx512, Float16, Table, function)
+ABSENT(RelativeKernels, relative_kernels)
+ABSENT(WindowKernels, window_kernels)
+ABSENT(CrossModalKernels, cross_modal_kernels)
+ABSENT(CrossModalBackwardKernels, cross_modal_backward_kernels)
+ABSENT_AVX512(WindowKernels, window_kernels)
+ABSENT_AVX512(CrossModalKernels, cross_modal_kernels)
+ABSENT_AVX512(CrossModalBackwardKernels, cross_modal_backward_kernels)
+
 namespace {
 
 /// Takes numbers and addresses from an array, in order.
@@ -26,6 +62,28 @@ struct Reader {
     T* pointer() {
         return reinterpret_cast<T*>(number());
     }
+    TensorView view() {
+        TensorView view;
+        view.dimensions = static_cast<int>(number());
+        if (!view.given()) return view;
+        view.data = pointer<void>();
+        view.dtype = static_cast<Dtype>(number());
+        for (int i = 0; i < view.dimensions; ++i) view.sizes[i] = number();
+        for (int i = 0; i < view.dimensions; ++i) view.strides[i] = number();
+        return view;
+    }
+    WindowAttentionInputs window(double scale) {
+        return {view(),
+                view(),
+                view(),
+                {number(), number(), number(), number(), number(), scale, number() != 0},
+                number()};
+    }
+    RelativeAttentionInputs relative(double scale) {
+        return {view(), view(), view(), view(), {number(), number(), number(), scale}, number()};
+    }
+    CrossModalTensors tensors() { return {view(), view(), view(), view(), view(), view()}; }
+    CrossModalViews cross_modal(double scale) { return {tensors(), view(), number(), scale}; }
 };
 
 /// Null, or what went wrong.
@@ -54,6 +112,65 @@ using namespace magnet_fast;
 
 #pragma GCC visibility push(default)
 extern "C" {
+
+/// By the number in SimdLevel.
+void set_level(int level) {
+    selected = static_cast<SimdLevel>(level);
+}
+
+const char* window_attention_forward_(const int64_t* numbers, double scale) {
+    return report([&] {
+        Reader r{numbers};
+        const WindowAttentionInputs inputs = r.window(scale);
+        window_attention_forward(inputs, r.view());
+    });
+}
+
+const char* window_attention_backward_(const int64_t* numbers, double scale) {
+    return report([&] {
+        Reader r{numbers};
+        const WindowAttentionInputs inputs = r.window(scale);
+        const TensorView grad_out = r.view(), grad_qkv = r.view(), grad_bias = r.view();
+        window_attention_backward(inputs, grad_out, grad_qkv, grad_bias, r.view());
+    });
+}
+
+const char* relative_attention_forward_(const int64_t* numbers, double scale) {
+    return report([&] {
+        Reader r{numbers};
+        const RelativeAttentionInputs inputs = r.relative(scale);
+        relative_attention_forward(inputs, r.view());
+    });
+}
+
+const char* relative_attention_backward_(const int64_t* numbers, double scale) {
+    return report([&] {
+        Reader r{numbers};
+        const RelativeAttentionInputs inputs = r.relative(scale);
+        const TensorView grad_out = r.view();
+        relative_attention_backward(inputs, grad_out, {r.view(), r.view(), r.view(), r.view()});
+    });
+}
+
+const char* cross_modal_attention_forward_(const int64_t* numbers, double scale) {
+    return report([&] {
+        Reader r{numbers};
+        const CrossModalViews views = r.cross_modal(scale);
+        const int64_t threads = r.number();
+        const TensorView image_out = r.view();
+        cross_modal_attention_forward(views, image_out, r.view(), threads);
+    });
+}
+
+const char* cross_modal_attention_backward_(const int64_t* numbers, double scale) {
+    return report([&] {
+        Reader r{numbers};
+        const CrossModalViews views = r.cross_modal(scale);
+        const int64_t threads = r.number();
+        const TensorView grad_image = r.view(), grad_text = r.view();
+        cross_modal_attention_backward(views, grad_image, grad_text, r.tensors(), threads);
+    });
+}
 
 /// multiply() of simd_matrix.h: rows, columns, depth, a, a_row, a_depth, b, b_depth, init, init_row, c,
 /// c_row, top.
@@ -104,17 +221,4 @@ int64_t products() {
     tile_emulation::registers().products = 0;
     return count;
 }
-
-#if !defined(MAGNET_FAST_EMULATE_AMX)
-std::unique_ptr<trapped::Trap> handler;
-
-/// For calls of the module, which know nothing of the trap.
-void start_trap() {
-    handler = std::make_unique<trapped::Trap>();
-}
-const char* end_trap() {
-    handler.reset();
-    return trapped::fault().empty() ? nullptr : trapped::fault().c_str();
-}
-#endif
 }

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.ops import test_cpu_deformable, test_cpu_relative, test_cpu_window_dtypes
+from tests.ops import test_cpu_relative, test_cpu_window_dtypes
 from tests.ops.cases import CROSS_MODAL_FORMS, random_cross_modal_case, relative_case, window_case
 
 from .test_emulated_tiles import assert_agrees, each
@@ -24,7 +24,7 @@ RELATIVE = pytest.mark.parametrize(
 @RELATIVE
 @pytest.mark.parametrize("shape", test_cpu_relative.SHAPES)
 def test_relative_attention(emulated, shape, level, dtype):
-    emulated.extension.set_simd_level(level)
+    emulated.set_simd_level(level)
     test_cpu_relative.assert_agrees(relative_case(**test_cpu_relative.SHAPES[shape], dtype=dtype))
 
 
@@ -32,14 +32,14 @@ def test_relative_attention(emulated, shape, level, dtype):
 @given(st.data())
 def test_relative_attention_for_any_sizes(emulated, data):
     level, dtype = data.draw(st.sampled_from([("avx512", BF16), ("avx512_bf16", BF16), ("amx", BF16)]), "level")
-    emulated.extension.set_simd_level(level)
+    emulated.set_simd_level(level)
     test_cpu_relative.assert_agrees(test_cpu_relative.any_case(data, dtype))
 
 
 @pytest.mark.parametrize("level", ["avx512_bf16", "amx"])
 def test_relative_attention_with_extreme_positions(emulated, level):
     """Logits of thousands that grow from block to block: the running maximum moves, sums of rounded weights with it."""
-    emulated.extension.set_simd_level(level)
+    emulated.set_simd_level(level)
     case = relative_case(batch=1, size=(40, 33), window=None, heads=1, d=4, dtype=BF16)
     with torch.no_grad():
         case.leaves[1][:] = torch.linspace(300, -300, 79)[:, None]
@@ -48,7 +48,7 @@ def test_relative_attention_with_extreme_positions(emulated, level):
 
 @pytest.mark.parametrize("level", ["avx512_bf16", "amx"])
 def test_relative_attention_with_tables_in_float32(emulated, level):
-    emulated.extension.set_simd_level(level)
+    emulated.set_simd_level(level)
     case = relative_case(**test_cpu_relative.SHAPES["odd numbers"], dtype=BF16)
     case.leaves[1:] = [leaf.detach().float().requires_grad_() for leaf in case.leaves[1:]]
     assert_agrees(case)
@@ -57,43 +57,37 @@ def test_relative_attention_with_tables_in_float32(emulated, level):
 @pytest.mark.parametrize("level", ["avx512_bf16", "amx"])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_nan_and_infinity_stay_in_their_window(emulated, level, bad):
-    emulated.extension.set_simd_level(level)
+    emulated.set_simd_level(level)
     test_cpu_relative.assert_bad_stays(relative_case(batch=1, size=(7, 9), window=(4, 5), d=8, dtype=BF16), bad)
 
 
 @pytest.mark.parametrize("level", ["avx512_bf16", "amx"])
 def test_same_bits_however_queries_are_shared(emulated, level):
     """The launcher cuts the queries by the number of threads."""
-    emulated.extension.set_simd_level(level)
+    emulated.set_simd_level(level)
     case = relative_case(batch=1, size=(40, 56), window=None, heads=1, d=8, dtype=BF16)
     test_cpu_relative.assert_same_bits(case)
 
 
 @pytest.mark.parametrize("which", range(4), ids=test_cpu_relative.NAMES[1:])
 def test_one_gradient_of_relative_attention_alone(emulated, which):
-    emulated.extension.set_simd_level("avx512_bf16")
+    emulated.set_simd_level("avx512_bf16")
     test_cpu_relative.assert_alone(relative_case(size=(5, 4), window=(3, 3), d=6, dtype=BF16), which)
 
 
 def test_relative_attention_of_views(emulated):
-    emulated.extension.set_simd_level("avx512_bf16")
+    emulated.set_simd_level("avx512_bf16")
     test_cpu_relative.assert_same_in_views(relative_case(size=(9, 7), window=(4, 4), d=6, dtype=BF16))
 
 
 @pytest.mark.parametrize("shape", test_cpu_window_dtypes.SHAPES)
 def test_window_attention(emulated, shape):
-    emulated.extension.set_simd_level("avx512_bf16")
+    emulated.set_simd_level("avx512_bf16")
     assert_agrees(window_case(**{**test_cpu_window_dtypes.SHAPES[shape], "batch": 1}, dtype=BF16))
 
 
 @pytest.mark.parametrize("form", CROSS_MODAL_FORMS)
 def test_cross_modal_attention(emulated, form):
-    emulated.extension.set_simd_level("avx512_bf16")
+    emulated.set_simd_level("avx512_bf16")
     for sizes in ({"pixels": 37, "words": 7}, {"pixels": 150, "words": 20, "heads": 1, "d": 70, "dv": 50, "dw": 36}):
         assert_agrees(random_cross_modal_case(form, **sizes, dtype=BF16))
-
-
-@pytest.mark.parametrize("d", [3, 20, 32, 64])
-def test_deformable_attention(emulated, d):
-    emulated.extension.set_simd_level("avx512_bf16")
-    assert_agrees(test_cpu_deformable.random_case(d=d, queries=20, dtype=BF16))

@@ -62,9 +62,9 @@ def product(model, a, b, c):
 
 
 def flushed(x):
-    """To float32, subnormal numbers to zero."""
+    """To float32, subnormal numbers to zeros of their sign."""
     x = np.asarray(x, np.float64).astype(np.float32)
-    return np.where(np.abs(x) < np.finfo(np.float32).tiny, np.float32(0), x)
+    return np.where(np.abs(x) < np.finfo(np.float32).tiny, np.copysign(np.float32(0), x), x)
 
 
 def in_order(a, b, c):
