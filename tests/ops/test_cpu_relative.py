@@ -108,8 +108,10 @@ def test_one_gradient_at_a_time(which):
     assert_alone(relative_case(size=(5, 4), window=(3, 3), d=6, dtype=torch.float32), which)
 
 
-def assert_same_bits(case):
-    """Whatever the number of threads."""
+@pytest.mark.parametrize("options", [{"size": (15, 17), "window": (7, 7)}, {"size": (40, 56), "window": None}], ids=str)
+def test_same_bits_whatever_the_threads(options):
+    """The larger map is shared by the threads query by query."""
+    case = relative_case(batch=1, heads=1, d=8, dtype=torch.float32, **options)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -119,12 +121,6 @@ def assert_same_bits(case):
             assert all(torch.equal(a, b) for a, b in zip(run(case, "cpu"), first, strict=True))
     finally:
         torch.set_num_threads(before)
-
-
-@pytest.mark.parametrize("options", [{"size": (15, 17), "window": (7, 7)}, {"size": (40, 56), "window": None}], ids=str)
-def test_same_bits_whatever_the_threads(options):
-    """The larger map is shared by the threads query by query."""
-    assert_same_bits(relative_case(batch=1, heads=1, d=8, dtype=torch.float32, **options))
 
 
 def assert_same_in_views(case):
