@@ -10,7 +10,7 @@ from magnet_fast import ops
 from tests.ops import test_cpu_relative, test_cpu_window_dtypes
 from tests.ops.cases import CROSS_MODAL_FORMS, random_cross_modal_case, relative_case, window_case
 
-from .test_emulated_tiles import assert_agrees, each
+from .test_emulated_tiles import RELATIVE_SHAPES, assert_agrees, each
 
 pytestmark = pytest.mark.slow
 
@@ -23,10 +23,10 @@ RELATIVE = pytest.mark.parametrize(
 
 
 @RELATIVE
-@pytest.mark.parametrize("shape", test_cpu_relative.SHAPES)
+@pytest.mark.parametrize("shape", RELATIVE_SHAPES)
 def test_relative_attention(emulated, shape, level, dtype):
     emulated.set_simd_level(level)
-    test_cpu_relative.assert_agrees(relative_case(**test_cpu_relative.SHAPES[shape], dtype=dtype))
+    test_cpu_relative.assert_agrees(relative_case(**RELATIVE_SHAPES[shape], dtype=dtype))
 
 
 @each(40)

@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from magnet_fast import ops
+from tests.ops import test_cpu_relative
 from tests.ops.cases import (
     CROSS_MODAL_FORMS,
     assert_low_precision,
@@ -20,7 +21,6 @@ from tests.ops.cases import (
     weights_like,
     window_case,
 )
-from tests.ops.test_cpu_relative import SHAPES as RELATIVE_SHAPES
 
 pytestmark = pytest.mark.slow
 
@@ -253,6 +253,13 @@ def test_cross_modal_attention(tiles, form):
     for sizes in ({"pixels": 37, "words": 7}, {"pixels": 150, "words": 20, "heads": 1, "d": 70, "dv": 50, "dw": 36}):
         assert_agrees(random_cross_modal_case(form, **sizes, dtype=BF16))
     assert tiles.library.products() > 0
+
+
+# The models take their time: the smallest map of several blocks.
+RELATIVE_SHAPES = {
+    **test_cpu_relative.SHAPES,
+    "blocks of keys": {"size": (20, 17), "window": None, "heads": 1, "d": 20},
+}
 
 
 @pytest.mark.parametrize("name", RELATIVE_SHAPES)
