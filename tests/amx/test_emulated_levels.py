@@ -37,6 +37,12 @@ def test_relative_attention_for_any_sizes(emulated, data):
     test_cpu_relative.assert_agrees(test_cpu_relative.any_case(data, dtype))
 
 
+def test_relative_attention_with_more_keys_than_fit(emulated):
+    """The backward pass takes 32 queries at a time; most of the keys are padding."""
+    emulated.set_simd_level("amx")
+    assert_agrees(relative_case(batch=1, size=(9, 6), window=(72, 31), heads=1, d=4, dtype=BF16))
+
+
 @pytest.mark.parametrize("level", ["avx512_bf16", "amx"])
 def test_relative_attention_with_extreme_positions(emulated, level):
     """Logits of thousands that grow from block to block: the running maximum moves, sums of rounded weights with it."""

@@ -22,8 +22,6 @@ SHAPES = {
     # 40 rows of 48 or 40 columns: keys in several blocks, queries in several blocks.
     "blocks of keys": {"size": (40, 33), "window": None, "heads": 1, "d": 20, "batch": 1},
     "a row longer than a block": {"size": (2, 300), "window": None, "heads": 1, "d": 4, "batch": 1},
-    # Of keys, so many that the backward pass takes few queries at a time.
-    "mostly padding": {"size": (9, 6), "window": (72, 31), "heads": 1, "d": 8, "batch": 1},
     "head_dim 72": {"size": (6, 5), "window": (4, 4), "heads": 1, "d": 72},
     "head_dim 1": {"size": (9, 6), "window": (4, 4), "d": 1},
     "one token": {"size": (1, 1), "window": None, "d": 3},
