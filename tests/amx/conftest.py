@@ -34,16 +34,19 @@ MODEL = ["-O1", "-mavx2", "-mfma", "-mf16c", "-DMAGNET_FAST_EMULATE_AVX512", "-W
 SHIPPED = ["-O3", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mfma", "-mf16c"]
 LEVELS = ("avx512", "avx512_bf16", "amx")
 LAUNCHERS = ["window_attention", "window_plan", "relative_attention", "cross_modal_attention", "cross_modal_plan"]
+LAUNCHERS += ["deformable_attention"]
 PAIRS = ("avx512_bf16", "amx")
 KERNELS = {
     "relative_kernel": LEVELS,
     "window_kernel": PAIRS,
     "cross_modal_kernel": PAIRS,
     "cross_modal_backward_kernel": PAIRS,
+    "deformable_kernel": ("avx512_bf16",),
 }
 """At which levels: avx512 for every dtype, the others for bfloat16 alone."""
 
 INPUTS = ["image_query", "text_key", "text_value", "text_query", "image_key", "image_value"]
+PLACES = ["value", "places", "weights", "reference"]
 ORDER = {
     "window_attention_forward": ["qkv", "bias", "pad_qkv", "settings", "threads", "out"],
     "window_attention_backward": ["qkv", "bias", "pad_qkv", "settings", "threads", "grad_out", "grad_qkv", "grad_bias"]
@@ -51,6 +54,9 @@ ORDER = {
     "relative_attention_forward": ["qkv", "rel_height", "rel_width", "pad_qkv", "settings", "threads", "out"],
     "relative_attention_backward": ["qkv", "rel_height", "rel_width", "pad_qkv", "settings", "threads", "grad_out"]
     + ["grad_qkv", "grad_rel_height", "grad_rel_width", "grad_pad_qkv"],
+    "deformable_attention_forward": [*PLACES, "spatial_shapes", "threads", "out"],
+    "deformable_attention_backward": [*PLACES, "spatial_shapes", "threads", "grad_out"]
+    + [f"grad_{name}" for name in PLACES],
     "cross_modal_attention_forward": [*INPUTS, "text_mask", "heads", "threads", "image_out", "text_out"],
     "cross_modal_attention_backward": [*INPUTS, "text_mask", "heads", "threads", "grad_image_out", "grad_text_out"]
     + [f"grad_{name}" for name in INPUTS],
@@ -93,7 +99,7 @@ class Emulated:
                 (scale,) = (number for number in arguments["settings"] if isinstance(number, float))
                 arguments["settings"] = [number for number in arguments["settings"] if not isinstance(number, float)]
             else:
-                scale = arguments.pop("scale")
+                scale = arguments.pop("scale", 0.0)  # deformable attention has none
             assert arguments.keys() == set(order)
             numbers = [number for key in order for number in flat(key, arguments[key])]
             self.call(f"{name}_", (ctypes.c_int64 * len(numbers))(*numbers), ctypes.c_double(scale))
@@ -102,11 +108,13 @@ class Emulated:
 
 
 def flat(name: str, value: object) -> Iterable[int]:
-    """A number, the settings' whole numbers, or a tensor: dimensions, address, dtype, sizes and strides."""
+    """A number, the settings' whole numbers, maps, or a tensor: dimensions, address, dtype, sizes and strides."""
     if name in ("heads", "threads"):
         yield value
     elif name == "settings":
         yield from map(int, value)
+    elif name == "spatial_shapes":
+        yield from (len(value), *(side for sides in value for side in sides))
     elif value is None:
         yield 0
     else:

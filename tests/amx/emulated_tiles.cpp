@@ -9,6 +9,8 @@
 
 #include "cpu/cross_modal_attention.h"
 #include "cpu/cross_modal_kernel.h"
+#include "cpu/deformable_attention.h"
+#include "cpu/deformable_kernel.h"
 #include "cpu/relative_attention.h"
 #include "cpu/relative_kernel.h"
 #include "cpu/simd_matrix.h"
@@ -47,6 +49,9 @@ ABSENT(RelativeKernels, relative_kernels)
 ABSENT(WindowKernels, window_kernels)
 ABSENT(CrossModalKernels, cross_modal_kernels)
 ABSENT(CrossModalBackwardKernels, cross_modal_backward_kernels)
+ABSENT(DeformableKernels, deformable_kernels)
+ABSENT_(amx, BFloat16, DeformableKernels, deformable_kernels)
+ABSENT_AVX512(DeformableKernels, deformable_kernels)
 ABSENT_AVX512(WindowKernels, window_kernels)
 ABSENT_AVX512(CrossModalKernels, cross_modal_kernels)
 ABSENT_AVX512(CrossModalBackwardKernels, cross_modal_backward_kernels)
@@ -81,6 +86,14 @@ struct Reader {
     }
     RelativeAttentionInputs relative(double scale) {
         return {view(), view(), view(), view(), {number(), number(), number(), scale}, number()};
+    }
+    DeformableViews deformable() {
+        DeformableViews views{view(), view(), view(), view(), {}};
+        for (int64_t maps = number(); maps > 0; --maps) {
+            const int64_t height = number();
+            views.maps.push_back({height, number()});
+        }
+        return views;
     }
     CrossModalTensors tensors() { return {view(), view(), view(), view(), view(), view()}; }
     CrossModalViews cross_modal(double scale) { return {tensors(), view(), number(), scale}; }
@@ -149,6 +162,25 @@ const char* relative_attention_backward_(const int64_t* numbers, double scale) {
         const RelativeAttentionInputs inputs = r.relative(scale);
         const TensorView grad_out = r.view();
         relative_attention_backward(inputs, grad_out, {r.view(), r.view(), r.view(), r.view()});
+    });
+}
+
+const char* deformable_attention_forward_(const int64_t* numbers, double) {
+    return report([&] {
+        Reader r{numbers};
+        const DeformableViews views = r.deformable();
+        const int64_t threads = r.number();
+        deformable_attention_forward(views, r.view(), threads);
+    });
+}
+
+const char* deformable_attention_backward_(const int64_t* numbers, double) {
+    return report([&] {
+        Reader r{numbers};
+        const DeformableViews views = r.deformable();
+        const int64_t threads = r.number();
+        const TensorView grad_out = r.view();
+        deformable_attention_backward(views, grad_out, {r.view(), r.view(), r.view(), r.view()}, threads);
     });
 }
 

@@ -7,8 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from magnet_fast import ops
-from tests.ops import test_cpu_relative, test_cpu_window_dtypes
-from tests.ops.cases import CROSS_MODAL_FORMS, random_cross_modal_case, relative_case, window_case
+from tests.ops import test_cpu_deformable, test_cpu_relative, test_cpu_window_dtypes
+from tests.ops.cases import (
+    CROSS_MODAL_FORMS,
+    random_cross_modal_case,
+    random_deformable_case,
+    relative_case,
+    window_case,
+)
 
 from .test_emulated_tiles import RELATIVE_SHAPES, assert_agrees, each
 
@@ -107,3 +113,11 @@ def test_cross_modal_attention(emulated, form):
     emulated.set_simd_level("avx512_bf16")
     for sizes in ({"pixels": 37, "words": 7}, {"pixels": 150, "words": 20, "heads": 1, "d": 70, "dv": 50, "dw": 36}):
         assert_agrees(random_cross_modal_case(form, **sizes, dtype=BF16))
+
+
+@pytest.mark.parametrize("d", [3, 20, 32, 64])
+def test_deformable_attention(emulated, d):
+    """Up to half a vector, two halves, and a multiple of 32 channels, which are multiplied in pairs."""
+    emulated.set_simd_level("avx512_bf16")
+    case = random_deformable_case(d=d, queries=20, dtype=BF16)
+    test_cpu_deformable.assert_low(case)
