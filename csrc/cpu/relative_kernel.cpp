@@ -2,52 +2,13 @@
 #include "cpu/relative_kernel.h"
 
 #include "cpu/relative_keys.h"
+#include "cpu/relative_pairs.h"
+#include "cpu/relative_softmax.h"
 #include "cpu/simd_matrix.h"
-#include "cpu/window_rows.h"
 #include "cpu/window_softmax.h"
 
 namespace magnet_fast {
 namespace MAGNET_FAST_SIMD_LEVEL {
-
-/// The q channels of `count` queries from number `first` on, to (count, round_up(d)); or what lies likewise
-/// elsewhere.
-template <typename Element>
-static void pack_queries(const RelativeWindow<Element>& w, const Element* tokens, int64_t row_stride,
-                         int64_t column_stride, int64_t first, int64_t count, Real* to) {
-    for (int64_t n = first; n < first + count; ++n, to += round_up(w.head_dim))
-        copy_row(tokens + n / w.columns * row_stride + n % w.columns * column_stride, w.head_dim, to);
-}
-
-/// One block of scores, whose maxima are `top`, becomes weights relative to the highest score so far; sums
-/// and results of the blocks before follow it.
-static void weigh_block(int64_t rows, int64_t columns, Real scale, bool first, const Vec* top, Real* score,
-                        int64_t stride, Real* highest, Vec* sum, Real* out, int64_t wide) {
-    const Vec unit = broadcast(scale * kPowerUnit);
-    constexpr Real kNothing = -std::numeric_limits<Real>::infinity();
-    for (int64_t r = 0; r < rows; ++r, score += stride, out += wide) {
-        const Real found = reduce_max(top[r]);
-        if (first) {
-            highest[r] = found;
-            sum[r] = broadcast(Real{0});
-        } else if (found > highest[r]) {
-            const Vec factor = power(broadcast(highest[r] - found) * unit);
-            sum[r] = sum[r] * factor;
-            for (int64_t c = 0; c < wide; c += kLanes) store(out + c, load(out + c) * factor);
-            highest[r] = found;
-        }
-        // Scores of -infinity alone weigh nothing; those of a block further on may be finite.
-        const Vec base = broadcast(highest[r] > kNothing ? highest[r] : Real{0});
-        int64_t j = 0;
-        for (; j + 2 * kLanes <= columns; j += 2 * kLanes) {
-            const Vec two[2] = {load(score + j), load(score + j + kLanes)};
-            sum[r] = sum[r] + write_weights<2>(two, base, unit, score + j);
-        }
-        if (j < columns) {
-            const Vec one[1] = {load(score + j)};
-            sum[r] = sum[r] + write_weights<1>(one, base, unit, score + j);
-        }
-    }
-}
 
 template <typename Element>
 static int64_t forward_bytes(const RelativeWindow<Element>& w) {
@@ -84,8 +45,8 @@ static void forward(const RelativeForward<Element>& a) {
             positions.spread_out(w, grid, i, count, block, score, grid.stride);
             multiply(count, columns, d, query, wide, 1, key_transposed + block * d * grid.stride, grid.stride,
                      score, grid.stride, score, grid.stride, top);
-            weigh_block(count, columns, a.scale, block == 0, top, score, grid.stride, highest, sum, out,
-                        wide);
+            weigh_block<1>(count, columns, a.scale, block == 0, top, score, grid.stride, score, grid.stride,
+                           highest, sum, out, wide);
             multiply(count, wide, columns, score, grid.stride, 1,
                      value + grid.first_row(block) * grid.columns * wide, wide, block ? out : nullptr, wide,
                      out, wide);
@@ -98,14 +59,6 @@ static void forward(const RelativeForward<Element>& a) {
     }
 }
 
-/// Queries of a block of the backward pass, which holds their scores with all keys: few where there are many
-/// keys.
-static inline int64_t backward_rows(int64_t score_stride) {
-    constexpr int64_t kBytes = 256 << 10;
-    const int64_t rows = kBytes / (score_stride * static_cast<int64_t>(sizeof(Real))) / 8 * 8;
-    return rows < 8 ? 8 : rows > kBlock ? kBlock : rows;
-}
-
 template <typename Element>
 static int64_t backward_bytes(const RelativeWindow<Element>& w) {
     const KeyGrid grid(w.window_h, w.window_w);
@@ -115,50 +68,6 @@ static int64_t backward_bytes(const RelativeWindow<Element>& w) {
     const int64_t numbers = 2 * grid.blocks * d * grid.stride + 3 * grid.keys() * wide +
                             rows * (3 * wide + 2 * stride + positions);
     return numbers * static_cast<int64_t>(sizeof(Real)) + 12 * 64 + Positions::bytes(grid, w.window_w, rows);
-}
-
-/// What a query's bias gets from the scores' gradient (keys of one query): to by_row and by_column, both
-/// zeroed before, at the places of its keys.
-static void sum_positions(const KeyGrid& grid, int64_t window_w, const Real* grad_score, Real* by_row,
-                          Real* by_column) {
-    for (int64_t y = 0; y < grid.rows; ++y, grad_score += grid.columns) {
-        Vec total = broadcast(Real{0});
-        int64_t x = 0;
-        for (; x + kLanes <= window_w; x += kLanes) {
-            const Vec gradient = load(grad_score + x);
-            total = total + gradient;
-            store(by_column + x, load(by_column + x) + gradient);
-        }
-        if (x < window_w) {
-            const Vec gradient = load_part(grad_score + x, window_w - x);
-            total = total + gradient;
-            store_part(by_column + x, load_part(by_column + x, window_w - x) + gradient, window_w - x);
-        }
-        by_row[y] = reduce_add(total);
-    }
-}
-
-/// The gradients of k and v (keys, round_up(d)), those of k without the scale, to where they belong.
-template <typename Element>
-static void write_key_gradients(const RelativeBackward<Element>& a, const KeyGrid& grid, const Real* grad_key,
-                                const Real* grad_value) {
-    const RelativeWindow<Element>& w = a.window;
-    const int64_t d = w.head_dim, wide = round_up(d);
-    for (int64_t y = 0; y < w.window_h; ++y) {
-        for (int64_t x = 0; x < w.window_w; ++x) {
-            const Real *key = grad_key + (y * grid.columns + x) * wide,
-                       *value = grad_value + (y * grid.columns + x) * wide;
-            if (w.within(y, x)) {
-                if (!a.grad_tokens) continue;
-                Element* to = a.grad_tokens + y * a.grad_row_stride + x * a.grad_column_stride;
-                write_row(to + w.channels, key, d, a.scale);
-                write_row(to + 2 * w.channels, value, d, Real{1});
-            } else if (a.grad_pad) {
-                for (int64_t c = 0; c < d; ++c) a.grad_pad[c] += a.scale * key[c];
-                for (int64_t c = 0; c < d; ++c) a.grad_pad[d + c] += value[c];
-            }
-        }
-    }
 }
 
 template <typename Element>
@@ -247,6 +156,15 @@ const RelativeKernels<Element>& relative_kernels() {
                                                      forward<Element>, backward<Element>};
     return kernels;
 }
+
+#if defined(MAGNET_FAST_SIMD_AVX512_BF16)
+template <>
+const RelativeKernels<BFloat16>& relative_kernels<BFloat16>() {
+    static const RelativeKernels<BFloat16> kernels = {kLanes, forward_pairs_bytes, backward_pairs_bytes,
+                                                      forward_pairs, backward_pairs};
+    return kernels;
+}
+#endif
 
 MAGNET_FAST_INSTANTIATE_KERNELS(RelativeKernels, relative_kernels)
 

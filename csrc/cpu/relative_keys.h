@@ -4,6 +4,7 @@
 
 #include <limits>
 
+#include "cpu/pair_rows.h"
 #include "cpu/relative_kernel.h"
 #include "cpu/simd_matrix.h"
 #include "cpu/simd_rows.h"
@@ -43,27 +44,46 @@ struct KeyGrid {
     }
 };
 
-/// to (blocks, d, stride): what lies `offset` channels after the tokens, transposed; zeros beyond the window.
+/// A row of d numbers as words of products, and kLanes of them from word c on; zeros past the row.
+static inline int64_t words_in(int64_t d, const Real*) {
+    return d;
+}
 template <typename Element>
-static void pack_transposed(const RelativeWindow<Element>& w, const KeyGrid& grid, int64_t offset, Real* to) {
-    const int64_t d = w.head_dim;
-    for (int64_t block = 0; block < grid.blocks; ++block, to += d * grid.stride) {
+static inline Vec words_from(const Element* row, int64_t c, int64_t d, const Real*) {
+    return d - c < kLanes ? load_part(row + c, d - c) : load(row + c);
+}
+#if defined(MAGNET_FAST_SIMD_AVX512_BF16)
+static inline int64_t words_in(int64_t d, const Pair*) {
+    return (d + 1) / 2;
+}
+static inline Vec words_from(const BFloat16* row, int64_t c, int64_t d, const Pair*) {
+    const int64_t left = d - 2 * c;
+    return _mm512_castsi512_ps(left < 2 * kLanes ? _mm512_maskz_loadu_epi16((1u << left) - 1, row + 2 * c)
+                                                 : _mm512_loadu_si512(row + 2 * c));
+}
+#endif
+
+/// to (blocks, words, stride): what lies `offset` channels after the tokens, transposed; zeros beyond the
+/// window.
+template <typename Element, typename Word>
+static void pack_transposed(const RelativeWindow<Element>& w, const KeyGrid& grid, int64_t offset, Word* to) {
+    const int64_t d = w.head_dim, depth = words_in(d, to);
+    for (int64_t block = 0; block < grid.blocks; ++block, to += depth * grid.stride) {
         for (int64_t row = 0; row < grid.rows_of(block); ++row) {
             for (int64_t x = 0; x < grid.columns; x += kLanes) {
                 const int64_t count = w.window_w - x < kLanes ? w.window_w - x : kLanes;
                 const Element* from[kLanes];
                 for (int64_t i = 0; i < count; ++i)
                     from[i] = w.token(grid.first_row(block) + row, x + i) + offset;
-                Real* column = to + row * grid.columns + x;
-                for (int64_t c = 0; c < d; c += kLanes) {
-                    const int64_t channels = d - c < kLanes ? d - c : kLanes;
+                // Moved as Reals, whatever they mean.
+                Real* column = reinterpret_cast<Real*>(to) + row * grid.columns + x;
+                for (int64_t c = 0; c < depth; c += kLanes) {
                     Vec square[kLanes];
                     for (int64_t i = 0; i < kLanes; ++i)
-                        square[i] = i >= count           ? broadcast(Real{0})
-                                    : channels == kLanes ? load(from[i] + c)
-                                                         : load_part(from[i] + c, channels);
+                        square[i] = i < count ? words_from(from[i], c, d, to) : broadcast(Real{0});
                     transpose(square);
-                    for (int64_t i = 0; i < channels; ++i) store(column + (c + i) * grid.stride, square[i]);
+                    for (int64_t i = 0; i < kLanes && c + i < depth; ++i)
+                        store(column + (c + i) * grid.stride, square[i]);
                 }
             }
         }
@@ -88,6 +108,15 @@ static void pack_rows(const RelativeWindow<Element>& w, const KeyGrid& grid, int
                 for (int64_t c = 0; c < wide; c += kLanes) store(to + c, broadcast(Real{0}));
         }
     }
+}
+
+/// The q channels of `count` queries from number `first` on, to (count, round_up(d)); or what lies likewise
+/// elsewhere.
+template <typename Element>
+static void pack_queries(const RelativeWindow<Element>& w, const Element* tokens, int64_t row_stride,
+                         int64_t column_stride, int64_t first, int64_t count, Real* to) {
+    for (int64_t n = first; n < first + count; ++n, to += round_up(w.head_dim))
+        copy_row(tokens + n / w.columns * row_stride + n % w.columns * column_stride, w.head_dim, to);
 }
 
 /// The biases of a block of queries.

@@ -24,6 +24,9 @@
 #elif defined(__SSE2__)
 #include <emmintrin.h>
 #endif
+#if defined(MAGNET_FAST_EMULATE_AVX512)
+#include "cpu/avx512_emulation.h"
+#endif
 
 namespace magnet_fast {
 namespace MAGNET_FAST_SIMD_LEVEL {

@@ -82,7 +82,9 @@ static inline __attribute__((always_inline)) void weigh_rows(QueryBlock<Word> bl
         decltype(load(b)) row[Vectors];
         for (int n = 0; n < Vectors; ++n) {
             row[n] = load(b + n * kLanes);
+#if !defined(MAGNET_FAST_EMULATE_AVX512)
             asm("" : "+v"(row[n]));  // in a register: loaded once, not once per row of the tile
+#endif
         }
         for (int m = 0; m < Rows; ++m) {
             const auto scalar = broadcast(a[m * block.query_row]);

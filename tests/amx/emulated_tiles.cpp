@@ -1,6 +1,6 @@
-// The bfloat16 kernels of level amx on the software model of the tile registers, and the model itself, for
-// tests: the model in place of the intrinsics with MAGNET_FAST_EMULATE_AMX, else in place of the
-// instructions. No other level is linked.
+// The operators at levels whose instructions the processor may lack, on software models of these, and the
+// model of the tile registers itself, for tests: it stands in place of the intrinsics with
+// MAGNET_FAST_EMULATE_AMX, else in place of the instructions. Which kernels are linked says conftest.py.
 #include <cstdint>
 #include <cstring>
 #include <exception>
@@ -9,6 +9,10 @@
 
 #include "cpu/cross_modal_attention.h"
 #include "cpu/cross_modal_kernel.h"
+#include "cpu/deformable_attention.h"
+#include "cpu/deformable_kernel.h"
+#include "cpu/relative_attention.h"
+#include "cpu/relative_kernel.h"
 #include "cpu/simd_matrix.h"
 #include "cpu/tile_emulation.h"
 #include "cpu/window_attention.h"
@@ -19,8 +23,10 @@
 
 namespace magnet_fast {
 
+static SimdLevel selected = SimdLevel::kAmx;
+
 SimdLevel selected_simd_level() {
-    return SimdLevel::kAmx;
+    return selected;
 }
 
 #define ABSENT_(level, Element, Table, function)             \
@@ -32,10 +38,23 @@ SimdLevel selected_simd_level() {
     ABSENT_(portable, float, Table, function)    \
     ABSENT_(portable, BFloat16, Table, function) \
     ABSENT_(portable, Float16, Table, function)  \
-    ABSENT_(float64, double, Table, function)
+    ABSENT_(float64, double, Table, function)    \
+    ABSENT_(avx512_bf16, float, Table, function) \
+    ABSENT_(avx512_bf16, Float16, Table, function)
+#define ABSENT_AVX512(Table, function)         \
+    ABSENT_(avx512, float, Table, function)    \
+    ABSENT_(avx512, BFloat16, Table, function) \
+    ABSENT_(avx512, Float16, Table, function)
+ABSENT(RelativeKernels, relative_kernels)
 ABSENT(WindowKernels, window_kernels)
 ABSENT(CrossModalKernels, cross_modal_kernels)
 ABSENT(CrossModalBackwardKernels, cross_modal_backward_kernels)
+ABSENT(DeformableKernels, deformable_kernels)
+ABSENT_(amx, BFloat16, DeformableKernels, deformable_kernels)
+ABSENT_AVX512(DeformableKernels, deformable_kernels)
+ABSENT_AVX512(WindowKernels, window_kernels)
+ABSENT_AVX512(CrossModalKernels, cross_modal_kernels)
+ABSENT_AVX512(CrossModalBackwardKernels, cross_modal_backward_kernels)
 
 namespace {
 
@@ -65,6 +84,17 @@ struct Reader {
                 {number(), number(), number(), number(), number(), scale, number() != 0},
                 number()};
     }
+    RelativeAttentionInputs relative(double scale) {
+        return {view(), view(), view(), view(), {number(), number(), number(), scale}, number()};
+    }
+    DeformableViews deformable() {
+        DeformableViews views{view(), view(), view(), view(), {}};
+        for (int64_t maps = number(); maps > 0; --maps) {
+            const int64_t height = number();
+            views.maps.push_back({height, number()});
+        }
+        return views;
+    }
     CrossModalTensors tensors() { return {view(), view(), view(), view(), view(), view()}; }
     CrossModalViews cross_modal(double scale) { return {tensors(), view(), number(), scale}; }
 };
@@ -93,7 +123,13 @@ const char* report(const Call& call) {
 
 using namespace magnet_fast;
 
+#pragma GCC visibility push(default)
 extern "C" {
+
+/// By the number in SimdLevel.
+void set_level(int level) {
+    selected = static_cast<SimdLevel>(level);
+}
 
 const char* window_attention_forward_(const int64_t* numbers, double scale) {
     return report([&] {
@@ -109,6 +145,42 @@ const char* window_attention_backward_(const int64_t* numbers, double scale) {
         const WindowAttentionInputs inputs = r.window(scale);
         const TensorView grad_out = r.view(), grad_qkv = r.view(), grad_bias = r.view();
         window_attention_backward(inputs, grad_out, grad_qkv, grad_bias, r.view());
+    });
+}
+
+const char* relative_attention_forward_(const int64_t* numbers, double scale) {
+    return report([&] {
+        Reader r{numbers};
+        const RelativeAttentionInputs inputs = r.relative(scale);
+        relative_attention_forward(inputs, r.view());
+    });
+}
+
+const char* relative_attention_backward_(const int64_t* numbers, double scale) {
+    return report([&] {
+        Reader r{numbers};
+        const RelativeAttentionInputs inputs = r.relative(scale);
+        const TensorView grad_out = r.view();
+        relative_attention_backward(inputs, grad_out, {r.view(), r.view(), r.view(), r.view()});
+    });
+}
+
+const char* deformable_attention_forward_(const int64_t* numbers, double) {
+    return report([&] {
+        Reader r{numbers};
+        const DeformableViews views = r.deformable();
+        const int64_t threads = r.number();
+        deformable_attention_forward(views, r.view(), threads);
+    });
+}
+
+const char* deformable_attention_backward_(const int64_t* numbers, double) {
+    return report([&] {
+        Reader r{numbers};
+        const DeformableViews views = r.deformable();
+        const int64_t threads = r.number();
+        const TensorView grad_out = r.view();
+        deformable_attention_backward(views, grad_out, {r.view(), r.view(), r.view(), r.view()}, threads);
     });
 }
 

@@ -10,10 +10,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from magnet_fast import ops
+from tests.ops import test_cpu_relative
 from tests.ops.cases import (
     CROSS_MODAL_FORMS,
     assert_low_precision,
+    in_float64,
     random_cross_modal_case,
+    relative_case,
+    run,
     weights_like,
     window_case,
 )
@@ -57,14 +61,14 @@ def product(model, a, b, c):
     return c
 
 
+def flushed(x):
+    """To float32, subnormal numbers to zeros of their sign."""
+    x = np.asarray(x, np.float64).astype(np.float32)
+    return np.where(np.abs(x) < np.finfo(np.float32).tiny, np.copysign(np.float32(0), x), x)
+
+
 def in_order(a, b, c):
     """The same in numpy: even and odd terms apart, each step rounded to float32 and flushed."""
-    tiny = np.finfo(np.float32).tiny
-
-    def flushed(x):
-        x = np.asarray(x, np.float64).astype(np.float32)
-        return np.where(np.abs(x) < tiny, np.float32(0), x)
-
     a, b = (flushed(x.float().numpy()).astype(np.float64) for x in (a, b))
     halves = []
     for half in range(2):
@@ -192,18 +196,10 @@ def test_any_product(tiles, rows, columns, pairs, transposed, start, seed):
     assert tiles.library.products() == -(-rows // 16) * (columns // 16) * -(-pairs // 16)
 
 
-def run(case, backend):
-    """Every output and every gradient."""
-    with ops.backend(backend):
-        return (*case(), *case.gradients())
-
-
 def assert_agrees(case):
     """The project's rule: the reference in bfloat16 and the kernel, both measured by the reference in float64."""
-    exactly = type(case)(
-        case.operator, [leaf.detach().double().requires_grad_() for leaf in case.leaves], case.arguments
-    )
-    results = zip(run(case, "cpu"), run(case, "reference"), run(exactly, "reference"), strict=True)
+    truth = run(in_float64(case), "reference")
+    results = zip(run(case, "cpu"), run(case, "reference"), truth, strict=False)
     for index, (ours, plain, truth) in enumerate(results):
         assert_low_precision(ours, plain, truth, BF16, f"result {index}")
 
@@ -256,4 +252,17 @@ def test_one_gradient_of_window_attention_alone(tiles, which):
 def test_cross_modal_attention(tiles, form):
     for sizes in ({"pixels": 37, "words": 7}, {"pixels": 150, "words": 20, "heads": 1, "d": 70, "dv": 50, "dw": 36}):
         assert_agrees(random_cross_modal_case(form, **sizes, dtype=BF16))
+    assert tiles.library.products() > 0
+
+
+# The models take their time: the smallest map of several blocks.
+RELATIVE_SHAPES = {
+    **test_cpu_relative.SHAPES,
+    "blocks of keys": {"size": (20, 17), "window": None, "heads": 1, "d": 20},
+}
+
+
+@pytest.mark.parametrize("name", RELATIVE_SHAPES)
+def test_relative_attention(tiles, name):
+    assert_agrees(relative_case(**RELATIVE_SHAPES[name], dtype=BF16))
     assert tiles.library.products() > 0

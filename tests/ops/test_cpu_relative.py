@@ -66,22 +66,24 @@ def test_tables_and_padding_token_in_float32(dtype):
         assert_low_precision(ours, plain, exact, dtype, name)
 
 
+def any_case(data, dtype):
+    side = st.integers(2, 18)  # over one row or column alone the gradient of a table is zero
+    return relative_case(
+        batch=data.draw(st.integers(1, 2), "batch"),
+        size=data.draw(st.tuples(side, side), "size"),
+        window=data.draw(st.none() | st.tuples(st.integers(2, 9), st.integers(2, 9)), "window"),
+        heads=data.draw(st.integers(1, 3), "heads"),
+        d=data.draw(st.integers(1, 40), "d"),
+        padding=data.draw(st.booleans(), "padding"),
+        dtype=dtype,
+    )
+
+
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.data())
 def test_any_sizes(data):
     _cpu.set_simd_level(data.draw(st.sampled_from(LEVELS), "level"))
-    side = st.integers(2, 18)  # over one row or column alone the gradient of a table is zero
-    assert_agrees(
-        relative_case(
-            batch=data.draw(st.integers(1, 2), "batch"),
-            size=data.draw(st.tuples(side, side), "size"),
-            window=data.draw(st.none() | st.tuples(st.integers(2, 9), st.integers(2, 9)), "window"),
-            heads=data.draw(st.integers(1, 3), "heads"),
-            d=data.draw(st.integers(1, 40), "d"),
-            padding=data.draw(st.booleans(), "padding"),
-            dtype=data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), "dtype"),
-        )
-    )
+    assert_agrees(any_case(data, data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), "dtype")))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -92,14 +94,18 @@ def test_float64_equals_the_reference(shape):
         torch.testing.assert_close(ours, exact, rtol=1e-10, atol=1e-11)
 
 
-@pytest.mark.parametrize("which", range(4), ids=NAMES[1:])
-def test_one_gradient_at_a_time(which):
-    case = relative_case(size=(5, 4), window=(3, 3), d=6, dtype=torch.float32)
+def assert_alone(case, which):
+    """One gradient alone has the bits that it has among all."""
     with ops.backend("cpu"):
         together = case.gradients()[which]
         leaves = [leaf if i == which else leaf.detach() for i, leaf in enumerate(case.leaves)]
         (alone,) = torch.autograd.grad(weighted_sum(case(*leaves)), leaves[which])
     assert torch.equal(alone, together)
+
+
+@pytest.mark.parametrize("which", range(4), ids=NAMES[1:])
+def test_one_gradient_at_a_time(which):
+    assert_alone(relative_case(size=(5, 4), window=(3, 3), d=6, dtype=torch.float32), which)
 
 
 @pytest.mark.parametrize("options", [{"size": (15, 17), "window": (7, 7)}, {"size": (40, 56), "window": None}], ids=str)
@@ -117,16 +123,19 @@ def test_same_bits_whatever_the_threads(options):
         torch.set_num_threads(before)
 
 
-@LOW
-def test_views(dtype):
+def assert_same_in_views(case):
     """A qkv that is a slice of a wider tensor, odd channels first, height and width exchanged in memory."""
-    case = relative_case(size=(9, 7), window=(4, 4), d=6, dtype=dtype)
     qkv = case.leaves[0].detach()
-    wide = torch.full((qkv.shape[0], qkv.shape[2], qkv.shape[1], qkv.shape[3] + 9), torch.nan, dtype=dtype)
+    wide = torch.full((qkv.shape[0], qkv.shape[2], qkv.shape[1], qkv.shape[3] + 9), torch.nan, dtype=qkv.dtype)
     sliced = wide.transpose(1, 2)[..., 3:-6]
     sliced.copy_(qkv)
     with ops.backend("cpu"):
         assert torch.equal(case(sliced, *case.leaves[1:])[0], case()[0])
+
+
+@LOW
+def test_views(dtype):
+    assert_same_in_views(relative_case(size=(9, 7), window=(4, 4), d=6, dtype=dtype))
 
 
 def test_broadcast_gradient():
@@ -150,11 +159,8 @@ def test_extreme_positions(level):
         assert (ours - truth).abs().max() <= 1e-3 * (1 + truth.abs().max())
 
 
-@pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_nan_and_infinity_stay_in_their_window(level, bad):
-    _cpu.set_simd_level(level)
-    case = relative_case(batch=1, size=(7, 9), window=(4, 5), d=8, dtype=torch.float32)
+def assert_bad_stays(case, bad):
+    """A bad number spoils the window of 4 x 5 that it is in, and nothing else."""
     leaves = [leaf.detach() for leaf in case.leaves]
     with ops.backend("cpu"):
         clean = case(*leaves)[0]
@@ -162,6 +168,13 @@ def test_nan_and_infinity_stay_in_their_window(level, bad):
         out = case(*leaves)[0]
     assert out[:, :4, :5].isnan().all()
     assert torch.equal(out[:, 4:], clean[:, 4:]) and torch.equal(out[:, :, 5:], clean[:, :, 5:])
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_nan_and_infinity_stay_in_their_window(level, bad):
+    _cpu.set_simd_level(level)
+    assert_bad_stays(relative_case(batch=1, size=(7, 9), window=(4, 5), d=8, dtype=torch.float32), bad)
 
 
 # ---- The extension called directly ---------------------------------------------------------------------------------
