@@ -14,6 +14,7 @@ from magnet_fast.cli.common import LocalRankOption
 from magnet_fast.cli.data import data_app
 from magnet_fast.cli.evaluate import evaluate
 from magnet_fast.cli.info import info
+from magnet_fast.cli.merge import merge
 from magnet_fast.cli.pictures import contact_sheet, segment
 from magnet_fast.cli.study import study
 from magnet_fast.cli.train import train
@@ -25,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (train, evaluate, segment, info, study):
+for command in (train, evaluate, segment, merge, info, study):
     app.command()(command)
 app.command("contact-sheet")(contact_sheet)
 app.add_typer(data_app, name="data")
