@@ -19,7 +19,7 @@ from tests.models.cases import open_gates
 from tests.models.sam import COMMON, DECODER_HEADS, IMAGE, their_sam
 
 SIZES: dict[str, Any] = {
-    "image": IMAGE,
+    "image": {**IMAGE, "tuning": "lora"},
     "fusion": {"width": COMMON, "layers": 1},
     "head": {"num_heads": DECODER_HEADS, "feedforward": 96},
 }
@@ -89,11 +89,14 @@ def test_what_is_not_trained_is_left_out(sam: Path, tmp_path: Path, tuning: str)
     model = built(sam, image__tuning=tuning)
     held, bases = saved(model, tmp_path / "trained.safetensors")
     entries = set(model.image_encoder.state_dict())
-    assert held == {
-        "adapter": {name for name in entries if ".adapter." in name},
-        "frozen": set(),
-        "full": entries,
-    }[tuning]
+    assert (
+        held
+        == {
+            "adapter": {name for name in entries if ".adapter." in name},
+            "frozen": set(),
+            "full": entries,
+        }[tuning]
+    )
     assert bool(bases) == (tuning != "full")
     assert_same(models.load(tmp_path / "trained.safetensors"), model)
 
