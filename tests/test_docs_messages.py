@@ -23,7 +23,8 @@ PAGE = ROOT / "docs" / "when-something-is-wrong.md"
 USER_FACING = (
     "checkpoints.py", "inference.py", "visualize.py", "fast/__init__.py",
     "data/*.py", "data/datasets/*.py", "data/tokenizers/*.py", "data/transforms/*.py", "data/scenes/writing.py",
-    "models/base_weights.py", "models/files.py", "models/released.py", "models/state.py", "models/weights.py", "models/wrapping.py",
+    "models/base_weights.py", "models/files.py", "models/released.py", "models/state.py", "models/weights.py",
+    "models/wrapping.py",
     "cli/*.py", "evaluation/evaluate.py", "evaluation/finite.py", "evaluation/metrics.py", "evaluation/protocol.py",
     "evaluation/table.py", "evaluation/tasks.py",
     "training/building.py", "training/checkpoint.py", "training/config.py", "training/datasets.py",
