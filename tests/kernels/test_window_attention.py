@@ -16,7 +16,7 @@ NAMES = ("output", "gradient of qkv", "gradient of bias_table", "gradient of pad
 # The interpreter pretends to have two multiprocessors: with one head, several programs share the windows.
 SHAPES = {
     "rectangular": {"size": (5, 4), "window": (2, 3), "shift": (1, 2), "d": 8},
-    "w 7": {"size": (9, 8), "window": (7, 7), "shift": (3, 3), "d": 32},
+    "w 7": {"size": (7, 8), "window": (7, 7), "shift": (3, 3), "d": 32},
     "odd numbers": {"size": (7, 6), "window": (3, 5), "shift": (1, 0), "d": 5},
     "map smaller than the shift": {"size": (3, 6), "window": (5, 5), "shift": (4, 2), "d": 8},
     "no padding, no shift": {"size": (8, 4), "window": (4, 4), "shift": (0, 0), "d": 16},
