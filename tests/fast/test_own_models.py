@@ -235,7 +235,6 @@ def test_forward_hooks_fire_for_every_module(name: str, pack: bool) -> None:
     assert calls_of(made, image, one_at_a_time=False) == expected
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_a_forward_hook_alone_fires(name: str) -> None:
     made, image = small_model(name), values(1, 3, 32, 32).float()
@@ -403,10 +402,8 @@ def test_fake_tensors_leave_nothing_behind(name: str) -> None:
             torch.testing.assert_close(ours, plain, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_compiled_in_one_graph_in_inference(name: str) -> None:
-    """Packed weights, and no code generator."""
     made, image = small_model(name), values(*IMAGE).float()
     torch.compiler.reset()
     with torch.no_grad():
@@ -417,10 +414,8 @@ def test_compiled_in_one_graph_in_inference(name: str) -> None:
         torch.testing.assert_close(ours, plain, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.slow
 def test_compiled_in_one_graph_in_training() -> None:
-    """Forward and backward, through the ahead-of-time compiler, without a code generator. MagNet has every part of ours
-    that LAVT has."""
+    """Forward and backward, by the ahead-of-time compiler; MagNet has every part with products that LAVT has."""
     made, image = small_model("magnet_tiny"), values(*IMAGE).float()
     torch.compiler.reset()
     plain = results(lambda x: outputs(made, x), [image], made)
