@@ -24,7 +24,7 @@ SHAPES = {
 # Several tiles of queries, rows and columns of blocks.
 LARGE = {
     "window": {"size": (6, 15), "window": (6, 14), "d": 4},
-    "columns of 16": {"size": (1, 33), "window": None, "d": 4},
+    "columns of 16": {"size": (2, 33), "window": None, "d": 4},
     "columns of 32": {"size": (4, 20), "window": None, "d": 4},
     "columns of 64": {"size": (2, 50), "window": None, "d": 4},
 }
