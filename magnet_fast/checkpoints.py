@@ -83,7 +83,8 @@ def load(path: str | os.PathLike[str] | None = None) -> Checkpoint:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it holds no model of this package, or one that cannot be read safely.
+        ValueError: it holds no model of this package, or one that cannot be read safely; or it was trained on base
+            weights that cannot be had, or that are other ones now.
     """
     path = Path(path) if path is not None else shipped_weights()
     format = safetensors_metadata(path).get("format", "") if is_safetensors(path) else ""
@@ -106,4 +107,5 @@ def _read_run(path: Path) -> tuple[ReferringModel, dict[str, str]]:
     """The model of a run's checkpoint, with averaged weights where the run keeps them."""
     run = json.loads(safetensors_metadata(path)["state"])
     weights, _ = read_safetensors(path, "ema/weights/model." if run.get("ema") else "model/")
-    return restored(run["model_config"], weights, run["metadata"], f"{path}"), run["metadata"]
+    bases = run.get("bases")
+    return restored(run["model_config"], weights, run["metadata"], f"{path}", bases), run["metadata"]

@@ -24,7 +24,8 @@ USER_FACING = (
     "checkpoints.py", "editing.py", "inference.py", "visualize.py", "fast/__init__.py", "batch/*.py",
     "data/*.py", "data/datasets/*.py", "data/importing/*.py", "data/tokenizers/*.py", "data/transforms/*.py",
     "data/scenes/writing.py",
-    "models/files.py", "models/released.py", "models/state.py", "models/weights.py", "models/wrapping.py",
+    "models/base_weights.py", "models/files.py", "models/released.py", "models/state.py", "models/weights.py",
+    "models/wrapping.py",
     "cli/*.py", "evaluation/evaluate.py", "evaluation/finite.py", "evaluation/metrics.py", "evaluation/protocol.py",
     "evaluation/table.py", "evaluation/tasks.py", "app/answer.py", "app/segmenters.py", "app/serving.py",
     "training/building.py", "training/checkpoint.py", "training/config.py", "training/datasets.py",
@@ -50,6 +51,7 @@ INTERNAL = {
     "…: ref_id (record …)", "… names image …, see above", "… names … …, see above", "…: … …", "… has …",
     # Parts of messages.
     "nothing of the kind", "the model itself", "the released checkpoint", "none of them",
+    "the published weights of its size",
     # Shown where nothing is wrong.
     "expressions shuffled between images (control)", "packed weight in inference on a CPU",
     "in inference on a CPU BatchNorms are folded into convolutions",

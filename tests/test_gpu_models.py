@@ -12,7 +12,7 @@ pytestmark = pytest.mark.slow
 
 def test_rows_on_the_cpu(monkeypatch) -> None:
     monkeypatch.setattr(gpu_models, "PATHS", ("reference", "ours"))  # compiling takes minutes here
-    rows = list(gpu_models.rows(gpu_models.SMALL, torch.device("cpu"), rounds=2))
+    rows = list(gpu_models.rows(gpu_models.SMALL, torch.device("cpu"), rounds=1))
     assert [row["path"] for row in rows] == ["reference", "ours"] * 2
     assert {row["group"] for row in rows} == {
         "MagNet tiny 64x64, inference, batch 1, bfloat16",

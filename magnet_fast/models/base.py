@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from magnet_fast.models.base_weights import Base, base_of
 from magnet_fast.models.config import InputConfig, ModelConfig
 from magnet_fast.models.contract import Features, InputSpec, Prediction, Step, Text, Words, probability
 
@@ -21,11 +22,13 @@ class ImageEncoder(nn.Module):
             repeat: who reads maps takes their sizes from the maps.
         in_stream: whether what goes into `descend` reaches the next stage. False for an encoder that makes all its
             maps at once: words then meet its maps, not the encoder itself.
+        resized: names of parameters that `load_pretrained` made by interpolation.
     """
 
     channels: tuple[int, ...]
     strides: tuple[int, ...]
     in_stream = True
+    resized: frozenset[str] = frozenset()
 
     def start(self, image: Tensor) -> Any:
         """(B, 3, H, W) to the stream that stage 0 takes."""
@@ -42,6 +45,8 @@ class ImageEncoder(nn.Module):
     def load_pretrained(self, source: str | None) -> None:
         """Load published weights: of this name or path, or, for None, those of this size.
 
+        The same name gives the same weights again: files of what was trained rely on it.
+
         Raises:
             ValueError: there are none, they cannot be had, or they do not fit.
         """
@@ -55,11 +60,13 @@ class TextEncoder(nn.Module):
         width: D, channels of a word.
         vocab_size: entries of the word embedding.
         max_positions: the most tokens an expression may have.
+        resized: as of an `ImageEncoder`.
     """
 
     width: int
     vocab_size: int
     max_positions: int
+    resized: frozenset[str] = frozenset()
 
     @property
     def word_embedding(self) -> Tensor:
@@ -135,11 +142,13 @@ class Head(nn.Module):
 
     Attributes:
         pixel_channels: C of `Prediction.pixels`; None for a head that gives none.
+        sentence_width: channels of the sentence of `Prediction.words`; None where they are the text encoder's words.
         says_presence: whether `Prediction.presence` is set, as its configuration says.
         needs: names of tensors of the context that it reads.
     """
 
     pixel_channels: int | None = None
+    sentence_width: int | None = None
     says_presence = False
 
     def forward(self, features: Features) -> Prediction:
@@ -161,11 +170,13 @@ class ReferringModel(nn.Module):
 
     Attributes:
         image_encoder, text_encoder, fusion, head, presence: the parts, by name; presence may be None.
+        bases: what the encoders were loaded with, by "image" and "text".
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.bases: dict[str, Base] = {}
         image, text = config.image, config.text
         shapes = config.shapes
         self.image_encoder: ImageEncoder = image.build()
@@ -322,6 +333,7 @@ class ReferringModel(nn.Module):
             source = sources.get(name, True)
             if source is not False:
                 encoder.load_pretrained(None if source is True else source)
+                self.bases[name] = base_of(encoder, source)
 
     def _check(self, image: Tensor, text: Text, context: Mapping[str, Tensor] | None) -> None:
         """Raise TypeError or ValueError naming what does not fit (B, 3, H, W), (B, T) and (B, T).

@@ -90,7 +90,8 @@ class Prediction(NamedTuple):
         presence: (B,) logits; sigmoid is the probability that anything is named. None: this model cannot say.
         earlier: predictions of earlier layers, first to last, for deep supervision.
         pixels: (B, C, h, w) embedding of the pixels, for training terms; None for a model without.
-        words: after the encoders; None for a model without.
+        words: those that `pixels` are aligned with, after the encoders, or the tokens that a fusion makes of them; None
+            for a model without.
         extra: what only this system has (a minimap, roles, instances), for its own terms and pictures.
         presence_weighs: how `probability` reads `presence`. False: below one half it empties the mask. True: it is a
             factor, the class of the one query, as Mask2Former and MagNet multiply them.

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from magnet_fast.models.base import ReferringModel
+from magnet_fast.models.base_weights import base_of
 from magnet_fast.models.config import ModelConfig
 from magnet_fast.models.encoders.sam_vit import SamVit
 from magnet_fast.models.encoders.sam_weights import part_of_sam, published_sam, read_sam
@@ -133,6 +134,7 @@ class RISAM(ReferringModel):
         name = published_sam(self.image_encoder.config.embed_dim) if source is True else source
         state, what = read_sam(name), f"image weights {name!r}"
         self.image_encoder.load_sam(state, what)
+        self.bases["image"] = base_of(self.image_encoder, name)
         if isinstance(self.head, TwoWay):
             found = part_of_sam(state, _HEAD, what, "mask decoder")
             found = {k: v[:1] if k == "query" else v for k, v in found.items()}  # the first of four mask tokens

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from typing import Any
 
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from magnet_fast.atomic import write_atomically
 from magnet_fast.models import former
 from magnet_fast.models.base import ReferringModel
+from magnet_fast.models.base_weights import load_bases, with_bases, without_bases
 from magnet_fast.models.files import is_safetensors, read_safetensors, safetensors_metadata
 from magnet_fast.models.registry import from_config
 from magnet_fast.models.state import load_strictly
@@ -18,10 +20,14 @@ from magnet_fast.models.wrapping import plain_name
 
 _OURS = "magnet_fast.model/"
 FORMAT = f"{_OURS}2"
-_READ = (FORMAT, f"{_OURS}1")
+FORMAT_ON_BASES = f"{_OURS}3"
+"""Of a file that names base weights in place of holding them."""
+_READ = (FORMAT, FORMAT_ON_BASES, f"{_OURS}1")
 
 
-def save(model: nn.Module, path: str | os.PathLike[str], extra: dict[str, str] | None = None) -> None:
+def save(
+    model: nn.Module, path: str | os.PathLike[str], extra: dict[str, str] | None = None, *, whole: bool = True
+) -> None:
     """Write weights and configuration to `path` (.safetensors), atomically: a reader never sees half a file.
 
     How images and expressions are prepared (`model.spec`) is part of the configuration. Names are those of the plain
@@ -29,9 +35,16 @@ def save(model: nn.Module, path: str | os.PathLike[str], extra: dict[str, str] |
 
     Args:
         extra: more metadata, text to text (vocabulary, how it was trained).
+        whole: hold all weights. Otherwise those of an encoder that were loaded (`pretrained`) and are not trained are
+            named by their source and their SHA-256, where they are at least half of it; `load` then loads them again.
     """
-    metadata = {**(extra or {}), "format": FORMAT, "config": model.config.model_dump_json()}
     tensors = {plain_name(name): tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    tensors, bases = (tensors, {}) if whole else without_bases(model, tensors)
+    format = FORMAT_ON_BASES if bases else FORMAT
+    metadata = {**(extra or {}), "format": format, "config": model.config.model_dump_json()}
+    metadata.pop("bases", None)  # of the file that the model came from
+    if bases:
+        metadata["bases"] = json.dumps(bases)
     write_atomically(path, lambda file: file.write(to_bytes(tensors, metadata)))
 
 
@@ -40,7 +53,8 @@ def load(path: str | os.PathLike[str]) -> ReferringModel:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not such a file, or weights that do not fit its configuration.
+        ValueError: not such a file, weights that do not fit its configuration, or a base that cannot be had or is
+            another one than it was trained on.
     """
     return load_with_metadata(path)[0]
 
@@ -60,21 +74,32 @@ def load_with_metadata(path: str | os.PathLike[str]) -> tuple[ReferringModel, di
     if "config" not in metadata:
         raise ValueError(f"{what} has no configuration in its metadata; models.save writes it")
     state, _ = read_safetensors(path)
-    return restored(json.loads(metadata["config"]), state, metadata, what), metadata
+    bases = json.loads(metadata.get("bases", "{}"))
+    return restored(json.loads(metadata["config"]), state, metadata, what, bases), metadata
 
 
-def restored(config: dict, state: dict[str, Tensor], metadata: dict[str, str], what: str) -> ReferringModel:
+def restored(
+    config: dict,
+    state: dict[str, Tensor],
+    metadata: dict[str, str],
+    what: str,
+    bases: dict[str, dict[str, Any]] | None = None,
+) -> ReferringModel:
     """The model of a stored configuration and state dict, of the present format or a former one, in evaluation mode.
 
     Args:
         metadata: what stood beside the weights.
         what: they are called, in errors.
+        bases: those that hold the rest of the state, as `without_bases` describes them.
     """
     state = {plain_name(name): tensor for name, tensor in state.items()}
     if former.is_former(config):
         beside = {key: int(metadata[name]) for key, name in _BESIDE.items() if name in metadata}
         config, state = former.present_config(config, **beside), former.present_state(state)
     model = from_config(config)
+    if bases:
+        load_bases(model, bases, what)
+        state = with_bases(state, model.state_dict(), bases, what)
     load_strictly(model, state, what)
     return model.eval()
 

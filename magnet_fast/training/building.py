@@ -57,6 +57,7 @@ def build_model(config: TrainConfig) -> nn.Module:
         if different:
             raise ValueError(f"model.weights: {config.model.weights} {_other_model(config.model.name, different)}")
         model.load_state_dict(start.state_dict())
+        model.bases = start.bases
     changes = {"size": config.data.image_size, "max_tokens": config.data.max_tokens}
     model.spec = spec._replace(**{key: value for key, value in changes.items() if value is not None})
     return model

@@ -42,7 +42,11 @@ class Objective(nn.Module):
             batch: `tensors_of` a collated batch, on the model's device.
         """
         with torch.autocast(batch["image"].device.type, dtype=self.dtype, enabled=self.dtype is not None):
-            prediction = self.model(batch["image"], batch["text"], batch.get("extra"))
+            shared = {}
+            if getattr(self.model, "looks_first", False) and any(term.encodes for term in self.terms.values()):
+                shared = {"seen": self.model.look(batch["image"])}  # the same for every sentence
+            prediction = self.model(batch["image"], batch["text"], batch.get("extra"), **shared)
+            batch = {**batch, **shared}
             total, values = None, {}
             for term in self.terms.values():
                 loss, parts = term(prediction, batch, self.model)

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from magnet_fast.models.base_weights import with_bases, without_bases
 from magnet_fast.training.distributed import gather_objects
+from magnet_fast.training.parallel import whole_on_cpu
 from magnet_fast.training.randomness import rng_state, seed_everything, set_rng_state
 from magnet_fast.training.weights_state import load_optimiser_state, load_weights, optimiser_state_of, weights_of
 
@@ -17,16 +19,21 @@ if TYPE_CHECKING:
 def state_of(trainer: Trainer) -> dict[str, Any]:
     """The state as tensors and plain containers. Collective; whole on the first process, which saves it."""
     weights = weights_of(trainer.objective)
+    model, bases = without_bases(trainer.model, _below("model.", weights))
+    held = _above("model.", model) | _above("terms.", _below("terms.", weights))
     averaged: dict[str, Any] = {}
-    if trainer.average:
+    if trainer.average:  # what is not trained is its own average
         with trainer.average.in_place():
-            averaged = {"weights": weights_of(trainer.objective), "updates": trainer.average.updates}
+            means = weights_of(trainer.objective)
+        means = {name: value for name, value in means.items() if name in held}
+        averaged = {"weights": means, "updates": trainer.average.updates}
     epoch, position = divmod(trainer.step, trainer.steps_per_epoch)
     return {
         "config": trainer.config.model_dump(mode="json"),
         "model_config": trainer.model.config.model_dump(mode="json"),
         "metadata": dict(trainer.metadata),
-        "model": _below("model.", weights),
+        "model": model,
+        "bases": bases,
         "terms": _below("terms.", weights),
         "ema": averaged,
         "optimiser": optimiser_state_of(trainer.objective, trainer.optimiser),
@@ -45,7 +52,7 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
 
 
 def load_state_into(trainer: Trainer, state: dict[str, Any]) -> None:
-    """Go on from a checkpoint's state; ValueError where it is of another model or amount of data."""
+    """Go on from a checkpoint's state; ValueError where it is of another model, base or amount of data."""
     present = trainer.model.config.model_dump(mode="json")
     if state["model_config"] != present:
         raise ValueError(
@@ -57,10 +64,15 @@ def load_state_into(trainer: Trainer, state: dict[str, Any]) -> None:
             f"checkpoint: its run had {state['steps_per_epoch']} steps an epoch, this one has "
             f"{trainer.steps_per_epoch}: the training data are not the same"
         )
+    own = trainer.model.state_dict()
+    own = {name: whole_on_cpu(value) for name, value in own.items() if name not in state["model"]}
+    # One of an earlier version holds everything.
+    model = with_bases(state["model"], own, state.get("bases", {}), "checkpoint")
+    weights = {**_above("model.", model), **_above("terms.", state["terms"])}
     if trainer.average:
-        load_weights(trainer.objective, state["ema"]["weights"])
+        load_weights(trainer.objective, {**weights, **state["ema"]["weights"]})
         trainer.average.begin(state["ema"]["updates"])
-    load_weights(trainer.objective, {**_above("model.", state["model"]), **_above("terms.", state["terms"])})
+    load_weights(trainer.objective, weights)
     load_optimiser_state(trainer.objective, trainer.optimiser, state["optimiser"])
     trainer.scaler.load_state_dict(state["scaler"])
     trainer.step = trainer.saved_at = state["step"]

@@ -243,7 +243,7 @@ class Trainer:
     def _export(self, exported: Objective, name: str) -> None:
         if self.world.is_main:
             extra = {**self.metadata, "step": str(self.step), "best_metric": self.config.best}
-            models.save(exported.model, self.out / name, extra)
+            models.save(exported.model, self.out / name, extra, whole=False)
 
     def _save(self) -> None:
         self._checked_means()

@@ -30,11 +30,12 @@ def load_weights(module: nn.Module, state: dict[str, Tensor]) -> None:
     """Write whole weights into a module, sharded or not; every process gives them all.
 
     Raises:
-        ValueError: names differ.
+        ValueError: names or shapes differ.
     """
-    known = module.state_dict().keys()
-    if known != state.keys():
-        raise ValueError(f"checkpoint: other weights than the model's: {sorted(known ^ state.keys())[:5]}")
+    known, given = ({name: value.shape for name, value in each.items()} for each in (module.state_dict(), state))
+    if known != given:
+        differing = sorted({name for name, _ in known.items() ^ given.items()})
+        raise ValueError(f"checkpoint: other weights than the model's: {differing[:5]}")
     set_model_state_dict(module, dict(state), options=StateDictOptions(full_state_dict=True))
 
 

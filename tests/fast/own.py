@@ -50,8 +50,8 @@ def model(name: str, **overrides: object) -> nn.Module:
 
 
 def small_model(name: str) -> nn.Module:
-    """For what takes its time for each module: MagNet with every kind of block once. LAVT is small as it is."""
-    return model(name, **(SMALL["magnet"][1] if name == "magnet_tiny" else {}))
+    """For what takes its time for each module: every kind of block once."""
+    return model(name, **SMALL[name.removesuffix("_tiny")][1])
 
 
 def text() -> Text:

@@ -22,7 +22,7 @@ WAYS, FAMILIES = ("ddp", "fsdp"), ("timm", "own")
 
 
 def build(family: str) -> nn.Module:
-    return zoo.FAMILIES["timm"].model() if family == "timm" else own.model("magnet_tiny").double()
+    return zoo.FAMILIES["timm"].model() if family == "timm" else own.small_model("magnet_tiny").double()
 
 
 def layers(model: nn.Module) -> list[nn.Module]:

@@ -23,6 +23,7 @@ import magnet_fast
 from magnet_fast.fast._replacement import upstream_class
 from magnet_fast.ops import _observed
 
+from ..models.cases import SMALL
 from . import own, zoo
 
 pytestmark = pytest.mark.slow
@@ -30,9 +31,9 @@ pytestmark = pytest.mark.slow
 # Others choose queries by their scores, and the last bit of one makes another choice.
 FAMILIES = ("timm", "torchvision", "Swin", "MaskFormer", "Donut", "CLAP", "Deformable DETR", "SAM", "timm SAM")
 OWN = {
-    "magnet_tiny": {},
-    "magnet_tiny xmha": {"fusion__form": "xmha"},
-    "lavt_tiny": {},
+    "magnet_tiny": SMALL["magnet"][1],
+    "magnet_tiny xmha": SMALL["magnet-xmha"][1],
+    "lavt_tiny": SMALL["lavt"][1],
 }
 NAMES = (*FAMILIES, *OWN)
 

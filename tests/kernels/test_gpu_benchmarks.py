@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_cases, gpu_check, plot
+from benchmarks import bench_deformable_attention, gpu, gpu_cases, gpu_check, plot
 from benchmarks.window_shapes import Shape, traffic
 
 CASES = [*gpu_cases.TINY, gpu_cases.CrossModal("pixels only", "pyramid 6x6")]
@@ -31,8 +31,9 @@ def test_dry_run(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_rivals_compute_the_same(case):
+def test_rivals_compute_the_same(case, monkeypatch):
     """In float32, every path's own code but torch.compile's; and the gradients of the same inputs."""
+    monkeypatch.setattr(bench_deformable_attention, "HEADS", 2)  # the maps have no smaller form
     for backward in (False, True):
         paths = [path for path in case.paths if path not in ("torch.compile", "FlexAttention", "cuda")]
         ours, *rivals = (gpu.runner(path, case, 1, torch.float32, backward, "cpu", 1)(0) for path in reversed(paths))

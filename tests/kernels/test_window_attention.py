@@ -6,9 +6,9 @@ from magnet_fast.kernels import window_attention
 
 from magnet_fast import ops
 from magnet_fast.ops import _triton_window
-from tests.ops.cases import weighted_sum, window_case
+from tests.ops.cases import window_case
 
-from .agreement import assert_accurate
+from .agreement import assert_accurate, assert_each_gradient_alone
 
 ORDERS = pytest.mark.parametrize("pad_first", [True, False], ids=["pad first", "roll first"])
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
@@ -16,7 +16,7 @@ NAMES = ("output", "gradient of qkv", "gradient of bias_table", "gradient of pad
 # The interpreter pretends to have two multiprocessors: with one head, several programs share the windows.
 SHAPES = {
     "rectangular": {"size": (5, 4), "window": (2, 3), "shift": (1, 2), "d": 8},
-    "w 7": {"size": (9, 8), "window": (7, 7), "shift": (3, 3), "d": 32},
+    "w 7": {"size": (7, 8), "window": (7, 7), "shift": (3, 3), "d": 32},
     "odd numbers": {"size": (7, 6), "window": (3, 5), "shift": (1, 0), "d": 5},
     "map smaller than the shift": {"size": (3, 6), "window": (5, 5), "shift": (4, 2), "d": 8},
     "no padding, no shift": {"size": (8, 4), "window": (4, 4), "shift": (0, 0), "d": 16},
@@ -57,17 +57,21 @@ def test_agrees_with_the_reference(pad_first, dtype):
     assert_agrees(small(**SHAPES["rectangular"], heads=2, pad_first=pad_first, dtype=dtype))
 
 
-@DTYPES
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
 def test_w_7(dtype):
     """A whole window in one tile in low precision, tiles of 16 in float32."""
     assert_agrees(small(**SHAPES["w 7"], dtype=dtype))
 
 
 @ORDERS
-@pytest.mark.parametrize("padding", [True, False], ids=["pad_qkv", "zeros"])
-@pytest.mark.parametrize("shape", sorted(SHAPES.keys() - {"rectangular", "w 7"}))
-def test_agrees_in_float32(shape, padding, pad_first):
-    assert_near(small(**SHAPES[shape], padding=padding, pad_first=pad_first))
+@pytest.mark.parametrize("shape", ["odd numbers", "map smaller than the shift"])
+def test_agrees_in_float32(shape, pad_first):
+    assert_near(small(**SHAPES[shape], pad_first=pad_first))
+
+
+@pytest.mark.parametrize("shape", ["odd numbers", "map smaller than the shift", "no padding, no shift"])
+def test_padding_of_zeros(shape):
+    assert_near(small(**SHAPES[shape], padding=False))
 
 
 def test_w_12():
@@ -91,23 +95,17 @@ def test_largest_window():
 
 @ORDERS
 def test_every_padding_residue(pad_first):
-    for height, width in ((2, 3), (3, 4), (4, 2), (3, 3)):
+    for height, width in ((2, 3), (3, 4), (4, 2)):
         assert_near(small(size=(height, width), window=(3, 3), shift=(2, 1), d=2, pad_first=pad_first))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["tiles", "whole window"])
-@pytest.mark.parametrize("which", range(3), ids=["qkv", "bias_table", "pad_qkv"])
-def test_one_gradient_at_a_time(which, dtype):
-    case = small(**SHAPES["rectangular"], dtype=dtype)
-    with ops.backend("triton"):
-        together = case.gradients()[which]
-        leaves = [leaf if i == which else leaf.detach() for i, leaf in enumerate(case.leaves)]
-        (alone,) = torch.autograd.grad(weighted_sum(case(*leaves)), leaves[which])
-    assert torch.equal(alone, together)
+def test_one_gradient_at_a_time(dtype):
+    assert_each_gradient_alone(small(**SHAPES["rectangular"], dtype=dtype))
 
 
 def test_same_bits_twice():
-    case = small(size=(9, 7), window=(3, 3), shift=(1, 1), d=16, dtype=torch.bfloat16)
+    case = small(size=(5, 4), window=(3, 3), shift=(1, 1), d=16, dtype=torch.bfloat16)
     assert all(torch.equal(a, b) for a, b in zip(run(case, "triton"), run(case, "triton"), strict=True))
 
 

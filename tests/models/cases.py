@@ -27,15 +27,17 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
 """The tiny presets and their variants."""
 
 _SWIN = {"image__depths": (1, 2, 1, 1)}
+_SAM = {"num_layers": 3, "global_layers": (1,), "taps": (0, 1, 2)}
+_WHOLE = {**_SWIN, "text__num_layers": 1}  # of a text that is encoded whole
 SMALL: dict[str, tuple[str, dict[str, Any]]] = {
     "magnet": ("magnet_tiny", {**_SWIN, "fusion__pyramid": (2,), "head__mask_layers": 1}),
     "magnet-xmha": ("magnet_tiny", {**_SWIN, "fusion__pyramid": (2,), "head__mask_layers": 1, "fusion__form": "xmha"}),
-    "lavt": ("lavt_tiny", _SWIN),
-    "refsegformer": ("refsegformer_tiny", _SWIN),
-    "refsegformer-topdown": ("refsegformer_tiny", {**_SWIN, "head": {"kind": "token_topdown", "head_dim": 16}}),
-    "rela": ("rela_tiny", {**_SWIN, "head__layers": 2}),
-    "cris": ("cris_tiny", {"head__layers": 1}),
-    "risam": ("risam_tiny", {"fusion__layers": 1}),
+    "lavt": ("lavt_tiny", _WHOLE),
+    "refsegformer": ("refsegformer_tiny", _WHOLE),
+    "refsegformer-topdown": ("refsegformer_tiny", {**_WHOLE, "head": {"kind": "token_topdown", "head_dim": 16}}),
+    "rela": ("rela_tiny", {**_WHOLE, "head__layers": 2}),
+    "cris": ("cris_tiny", {"head__layers": 1, "text__num_layers": 1}),
+    "risam": ("risam_tiny", {"fusion__layers": 1, "text__num_layers": 1, "image": _SAM}),
 }
 """Every kind of block once: where time goes by the number of layers."""
 

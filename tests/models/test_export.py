@@ -30,8 +30,11 @@ SMALL = {
 }
 KINDS = {
     "magnet": ("magnet_tiny", {**SMALL, "fusion__pyramid": (2,), "head__mask_layers": 1}),
-    "lavt": ("lavt_tiny", SMALL),
-    "lavt on timm": ("lavt_tiny", {"image": {"kind": "timm", "name": "test_efficientnet"}, "text__vocab_size": 100}),
+    "lavt": ("lavt_tiny", {**SMALL, "text": {**SMALL["text"], "num_layers": 1}}),
+    "lavt on timm": (
+        "lavt_tiny",
+        {"image": {"kind": "timm", "name": "test_efficientnet"}, "text__vocab_size": 100, "text__num_layers": 1},
+    ),
 }
 PAGE = Path(__file__).parents[2] / "docs" / "training.md"
 
@@ -128,8 +131,10 @@ def test_traced(kind: str, accelerated: bool) -> None:
 
 
 def test_the_documented_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And the file runs where this package is not imported."""
+    """And the file runs where this package is not imported. Of a LAVT with every kind of block once."""
     monkeypatch.chdir(tmp_path)
+    create = models.create
+    monkeypatch.setattr(models, "create", lambda name, **given: create(name, **given, **KINDS["lavt"][1]))
     section = PAGE.read_text().partition("## Taking a model out")[2].partition("\n## ")[0]
     (code,) = re.findall(r"^```python\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)
     names: dict[str, object] = {}

@@ -52,9 +52,9 @@ def test_contract(case: str, size: tuple[int, int]) -> None:
     else:
         assert prediction.earlier == ()
     assert model.needs == () and prediction.extra.keys() == ({"minimap"} if case == "rela" else set())
-    width = model.text_encoder.width
-    assert prediction.words.features.shape == (2, 9, width)
-    assert prediction.words.sentence.shape == (2, shapes.sentence_width)
+    width, sentence_width = model.text_encoder.width, model.head.sentence_width
+    assert prediction.words.features.shape == (2, 9, width if sentence_width is None else sentence_width)
+    assert prediction.words.sentence.shape == (2, sentence_width or shapes.sentence_width)
     assert torch.equal(prediction.words.mask, text.mask)
     assert model.text_encoder.word_embedding.shape == (model.text_encoder.vocab_size, width)
     assert features.size == size and len(features.maps) == len(features.tokens) == len(shapes.channels)

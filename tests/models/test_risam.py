@@ -190,6 +190,24 @@ def test_words_reach_the_decoder_in_both_ways() -> None:
     assert difference(alone) > 1e-3
 
 
+@pytest.mark.parametrize("language_guided", [True, False])
+def test_pixels_are_aligned_with_words_that_have_read_the_pixels(language_guided: bool) -> None:
+    """The mean of the fusion's words, of its width; without language-guided attention they know no image."""
+    from magnet_fast.training.terms.alignment import AlignmentConfig, AlignmentTerm
+
+    model = build(PRESETS["risam"], fusion__language_guided=language_guided)
+    image, text = batch((64, 48))
+    with torch.no_grad():
+        one, other = (model(given, text) for given in (image, image.flip(0)))
+        (tokens,) = model.encode(image, text).tokens
+    assert torch.equal(one.words.features, tokens) and torch.equal(one.words.mask, text.mask)
+    assert torch.equal(one.words.sentence, other.words.sentence) == (not language_guided)
+    term = AlignmentTerm.build(AlignmentConfig(), model, None)
+    assert term.projection.weight.shape == (model.head.pixel_channels, model.config.fusion.width)
+    loss, parts = term(one, {"mask": torch.ones(2, 64, 48).tril()}, model)
+    assert loss > 0 and parts.keys() == {"p2p", "p2t"}
+
+
 def test_lora_alone_is_trained_in_the_encoder_and_the_text_follows_the_recipe() -> None:
     from magnet_fast.training.config import load_config
     from magnet_fast.training.optim import parameter_groups

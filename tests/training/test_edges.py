@@ -54,3 +54,29 @@ def test_losses_and_gradients_stay_finite(system: str) -> None:
         for name, parameter in step.named_parameters():
             assert parameter.grad is None or parameter.grad.isfinite().all(), f"{case}: {name}"
         assert losses["total"] > 0
+
+
+@pytest.mark.parametrize("system", ["cris", "risam"])
+def test_images_are_looked_at_once_for_all_sentences(system: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mask Grounding's sentence shares what the model makes of an image before words come: all numbers stay."""
+    step = objective(system)
+    step.model.eval()  # a BatchNorm's statistics of two passes are not those of one
+    starts, found = [], []
+    start = step.model.image_encoder.start
+    monkeypatch.setattr(step.model.image_encoder, "start", lambda image: (starts.append(1), start(image))[1])
+    for looks_first in (True, False):
+        with monkeypatch.context() as patched:
+            patched.setattr(type(step.model), "looks_first", looks_first)
+            torch.manual_seed(1)
+            step.zero_grad()
+            losses = step(batch(9, (True, True, False), 101, 102))
+            losses["total"].backward()
+            gradients = {name: p.grad.clone() for name, p in step.named_parameters() if p.grad is not None}
+            found.append((losses, gradients, len(starts)))
+    (losses, gradients, once), (apart, expected, thrice) = found
+    assert (once, thrice) == (1, 3) and gradients.keys() == expected.keys()
+    for name, value in apart.items():
+        torch.testing.assert_close(losses[name], value, rtol=1e-5, atol=1e-6)
+    for name, value in expected.items():
+        scale = value.abs().max().item()
+        torch.testing.assert_close(gradients[name], value, rtol=1e-3, atol=1e-4 * scale + 1e-7, msg=name)

@@ -72,11 +72,11 @@ def test_an_environment_set_in_part(given: dict[str, str], message: str, monkeyp
 def test_two_processes_of_the_old_launcher(tmp_path) -> None:
     from magnet_fast.data.scenes import write_scenes
 
-    from .fakes import SMALL_MAGNET
+    from .fakes import SMALLEST_MAGNET
     from .processes import environment
 
     scenes = write_scenes(tmp_path / "scenes", 8, 3, level="easy", image_size=64)
-    changes = {f"model.overrides.{key}": value for key, value in SMALL_MAGNET.items()}
+    changes = {f"model.overrides.{key}": value for key, value in SMALLEST_MAGNET.items()}
     changes |= {"data.image_size": 32, "max_steps": 2, "batch_size": 4, "validate_every": "never", "device": "cpu"}
     flags = [part for key, value in changes.items() for part in ("--set", f"{key}={value}")]
     launch = [sys.executable, "-m", "torch.distributed.launch", "--standalone", "--nproc_per_node", "2"]

@@ -19,7 +19,7 @@ from magnet_fast.training.progress import MetricsFile
 from magnet_fast.training.terms import build_terms
 from magnet_fast.training.trainer import Trainer
 
-from .fakes import SMALL_MAGNET, same_weights
+from .fakes import SMALL_MAGNET, SMALLEST_MAGNET, same_weights
 
 pytestmark = pytest.mark.slow
 
@@ -29,6 +29,9 @@ GROUNDING = {"layers": 1, "heads": 4, "feedforward": 32}
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory) -> Path:
     return Path(write_scenes(tmp_path_factory.mktemp("scenes"), 24, 3, level="easy", image_size=64))
+
+
+SMALLEST = {"name": "magnet_tiny", "overrides": SMALLEST_MAGNET}
 
 
 def config(scenes: Path, **changes) -> TrainConfig:
@@ -135,20 +138,20 @@ def test_optimiser_takes_the_terms_among_the_rest(scenes: Path) -> None:
 
 
 def test_a_run_logs_learns_and_exports_the_model_alone(scenes: Path, tmp_path: Path) -> None:
-    train(config(scenes, max_steps=20, optimiser={"lr": 3e-3}), tmp_path)
+    train(config(scenes, model=SMALLEST, max_steps=20, optimiser={"lr": 3e-3}), tmp_path)
     rows = [row for row in MetricsFile(tmp_path / "metrics.jsonl").rows() if row["kind"] == "train"]
     assert len(rows) == 20
     for row in rows:
         assert row["p2p"] > 0 and row["p2t"] > 0 and row["grounding"] > 0 and 0 <= row["grounding_accuracy"] <= 1
     assert sum(row["grounding"] for row in rows[-3:]) < 0.9 * sum(row["grounding"] for row in rows[:3])
     model = models.load(tmp_path / "last.safetensors")
-    plain = models.create("magnet_tiny", **SMALL_MAGNET)
+    plain = models.create("magnet_tiny", **SMALLEST_MAGNET)
     assert model.state_dict().keys() == plain.state_dict().keys()
 
 
 def test_a_run_with_all_losses_resumes_bit_for_bit(scenes: Path, tmp_path: Path, monkeypatch) -> None:
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    train(config(scenes), whole)
+    whole, broken, settings = tmp_path / "whole", tmp_path / "broken", config(scenes, model=SMALLEST)
+    train(settings, whole)
 
     class Killed(BaseException):
         pass
@@ -163,9 +166,9 @@ def test_a_run_with_all_losses_resumes_bit_for_bit(scenes: Path, tmp_path: Path,
     with monkeypatch.context() as patched:
         patched.setattr(Trainer, "_after_step", die)
         with pytest.raises(Killed):
-            train(config(scenes), broken)
+            train(settings, broken)
     torch.manual_seed(123)
-    train(config(scenes), broken, resume=True)
+    train(settings, broken, resume=True)
     one, other = (load_checkpoint(folder / "checkpoint.safetensors") for folder in (whole, broken))
     assert {name.split(".")[0] for name in one["terms"]} == {"alignment", "grounding"}
     assert same_weights(one["terms"], other["terms"])

@@ -87,6 +87,20 @@ def test_rows_of_other_studies_build_with_their_terms(name: str, row: str) -> No
         assert "presence" not in terms and config.model.overrides["fusion__blank"] == 0
 
 
+def test_rows_of_risams_study_differ_in_one_part_each() -> None:
+    """So that what a row scores beside the whole is what that part does."""
+    study = load_study("risam")
+    configs = {name: row_config(study, name, 1) for name in study.rows}
+    built = {name: models.preset_config(c.model.name, **c.model.overrides) for name, c in configs.items()}
+    whole = built.pop("risam")
+    assert {name: whole.differences(other) for name, other in built.items() if other.architecture == "risam"} == {
+        "without_language": [("fusion.language_guided", True, False)],
+        "without_words": [("head.words", True, False)],
+    }
+    for config in configs.values():
+        assert config.model_copy(update={"model": configs["risam"].model}) == configs["risam"]
+
+
 def test_in_the_baseline_no_word_reads_a_pixel() -> None:
     """Pixels read words at full resolution, and nothing else of the alignment module is there or learns."""
     config = row_config(load_study("ablation"), "baseline", 0)

@@ -124,12 +124,14 @@ class SamVit(ImageEncoder):
         """
         own = self.state_dict()
         found = part_of_sam(state, _RULES, what, "image encoder")
-        for name, table in found.items():
+        given = dict(found)
+        for name, table in given.items():
             if name == "positions" and table.ndim == 4:
                 found[name] = resized_map(table, own[name].shape[1:3])
             layer = re.fullmatch(r"layers\.(\d+)\.attention\.rel_\w+", name)
             if layer and int(layer[1]) in self.config.global_layers and name in own:
                 found[name] = resized_table(table, len(own[name]))
+        self.resized = frozenset(name for name in found if found[name] is not given[name])
         load_strictly(self, {**{name: value for name, value in own.items() if _is_beside(name)}, **found}, what)
 
 

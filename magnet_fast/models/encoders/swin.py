@@ -82,6 +82,7 @@ class SwinEncoder(ImageEncoder):
     def load_pretrained(self, source: str | None) -> None:
         name = source or published_swin(self.config.embed_dim, self.config.depths)
         load_strictly(self, read_swin(name, self.config.window_size), f"image weights {name!r}")
+        self.resized = frozenset(name for name in self.state_dict() if name.endswith("bias_table"))
 
 
 class SwinStage(nn.Module):

@@ -72,7 +72,7 @@ class TwoWay(Head):
         super().__init__()
         width = shapes.channels[0]
         self.stride = shapes.strides[0] // _ENLARGED
-        self.pixel_channels = config.pixel_channels(shapes)
+        self.pixel_channels, self.sentence_width = config.pixel_channels(shapes), width
         self.words, self.auxiliary = config.words, config.auxiliary
         self.place = RandomPosition(width)
         self.no_mask = nn.Parameter(torch.zeros(1, width))  # what SAM adds where it is given no earlier mask
@@ -101,9 +101,10 @@ class TwoWay(Head):
 
     def forward(self, features: Features) -> Prediction:
         (x,), (words,), mask = features.maps, features.tokens, features.words.mask
+        aware = Words(words, mask)
         size = x.shape[1:3]
         pixels, place = x.flatten(1, 2) + self.no_mask, self.place(*size, x)
-        tokens = (self.query + self.sentence(Words(words, mask).sentence))[:, None]
+        tokens = (self.query + self.sentence(aware.sentence))[:, None]
         read = mask.new_ones(len(mask), 1)
         if self.words:
             tokens, read = torch.cat([tokens, words], dim=1), torch.cat([read, mask], dim=1)
@@ -116,7 +117,7 @@ class TwoWay(Head):
         tokens = self.norm(tokens + self.last_read(tokens + first, pixels + place, pixels, read))
         enlarged = enlarged if self.auxiliary else self.enlarged(pixels, size, features.size)
         last = self.predict(tokens[:, 0], enlarged)
-        return last._replace(earlier=tuple(earlier), pixels=enlarged, words=features.words)
+        return last._replace(earlier=tuple(earlier), pixels=enlarged, words=aware)
 
     def enlarged(self, pixels: Tensor, size: tuple[int, int], image_size: tuple[int, int]) -> Tensor:
         """Pixels (B, P, C) of a map of `size` to (B, C / 8, h, w), a fourth of the map's stride for `image_size`."""

@@ -53,7 +53,8 @@ class AlignmentTerm(Term):
             raise cls.refuse(
                 "the model gives no embedding of the pixels to align with the sentence (model.head.pixel_channels)"
             )
-        return cls(config, model.text_encoder.sentence_width, channels)
+        width = getattr(model.head, "sentence_width", None) or model.text_encoder.sentence_width
+        return cls(config, width, channels)
 
     def forward(
         self, prediction: Prediction, batch: dict[str, Any], model: nn.Module

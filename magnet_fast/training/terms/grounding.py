@@ -48,6 +48,7 @@ class GroundingTerm(Term):
 
     config_class = GroundingConfig
     logged = ("grounding", "grounding_accuracy")
+    encodes = True
 
     def __init__(self, config: GroundingConfig, predictor: WordPredictor, hider: TokenHider) -> None:
         super().__init__(config)
@@ -101,7 +102,8 @@ class GroundingTerm(Term):
         if self.cover is not None:
             own = F.embedding(text.ids, vocabulary)
             embedded = torch.where(hidden.covered[..., None], self.cover.to(own.dtype), own)
-        features = model.encode(image, text, batch.get("extra"), embedded=embedded)
+        shared = {"seen": batch["seen"]} if "seen" in batch and not blind else {}
+        features = model.encode(image, text, batch.get("extra"), embedded=embedded, **shared)
         words, pixels = features.words, features.maps[self.image_stage]
         return self.predictor(words.features, text.mask, pixels, mask, hidden.positions, vocabulary)
 

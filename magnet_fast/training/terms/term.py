@@ -26,12 +26,14 @@ class Term(nn.Module):
     Attributes:
         config_class: its options in a recipe.
         logged: names of the values that `forward` returns beside the loss; no two terms of a run share one.
+        encodes: whether it encodes the batch's images again, with other sentences.
         name: that of the recipe.
         weight: factor of the loss in the sum.
     """
 
     config_class: ClassVar[type[TermConfig]] = TermConfig
     logged: tuple[str, ...] = ()
+    encodes: ClassVar[bool] = False
     name: ClassVar[str]
 
     def __init__(self, config: TermConfig) -> None:
@@ -59,7 +61,8 @@ class Term(nn.Module):
 
         Args:
             prediction: the model's, for this batch.
-            batch: image, text, mask, exists and extra, as collated (see `magnet_fast.data.sample`).
+            batch: image, text, mask, exists and extra, as collated (see `magnet_fast.data.sample`); and `seen`, what
+                the model has made of the images before words come, where a term `encodes` and the model looks first.
             model: for terms that run parts of it once more.
 
         Returns:
