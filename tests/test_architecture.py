@@ -13,7 +13,7 @@ LEVELS = [
     {"app"},
     {"training", "batch"},
     {"inference"},
-    {"evaluation", "editing"},
+    {"evaluation", "editing", "exporting"},
     {"checkpoints"},
     {"data"},
     {"fast", "compat"},

@@ -13,6 +13,7 @@ from magnet_fast.cli import errors
 from magnet_fast.cli.common import LocalRankOption
 from magnet_fast.cli.data import data_app
 from magnet_fast.cli.evaluate import evaluate
+from magnet_fast.cli.export import export
 from magnet_fast.cli.info import info
 from magnet_fast.cli.merge import merge
 from magnet_fast.cli.pictures import contact_sheet, edit, segment
@@ -27,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (train, evaluate, segment, edit, merge, info, study):
+for command in (train, evaluate, segment, edit, merge, export, info, study):
     app.command()(command)
 app.command("contact-sheet")(contact_sheet)
 app.command("app")(web_page)
