@@ -152,6 +152,7 @@ def test_several_faults_of_a_row_are_all_told(folder: Path) -> None:
         ("a.csv", b"image,words,mask\n", "expected the columns image, sentence and one of"),
         ("a.csv", b"image,sentence,mask,mask\n", "expected each column once"),
         ("a.csv", b"", "expected the columns"),
+        ("a.csv", b"x" * (1 << 18), "expected the columns"),  # more than Python's reader takes for a field
         ("a.csv", "image,sentence,mask\n".encode("utf-16"), "expected text in UTF-8"),
         ("a.csv", b"image,sentence,mask\n", "expected at least one object"),
         ("a.json", b'{"images": []}', "expected COCO's dict or Label Studio's list"),
