@@ -152,9 +152,17 @@ def test_bad_operations(operation, message: str) -> None:
 def test_bad_masks_and_feathers() -> None:
     with pytest.raises(ValueError, match=r"mask: expected shape \(30, 40\), the image's, got \(40, 30\)"):
         edited(noise(30, 40), disc().T, "grey")
-    for feather in (-1, 1.5, True):
+    with pytest.raises(ValueError, match="mask has shape .* and dtype float64; expected"):
+        edited(noise(30, 40), 0.3 * disc(), "grey")  # probabilities, not where they are high
+    for feather in (-1, 1.5, True, 1001, 2**40):
         with pytest.raises(ValueError, match="feather: expected a whole number"):
             edited(noise(30, 40), disc(), "grey", feather)
+
+
+def test_a_mask_that_fills_the_frame_has_no_border(monkeypatch) -> None:
+    monkeypatch.setattr(Image.Image, "filter", lambda *_: pytest.fail("it would be eroded a thousand times"))
+    found = edited(noise(30, 40), np.ones((30, 40), bool), lambda pixels: 255 - pixels, 1000)
+    assert np.array_equal(found, 255 - noise(30, 40))
 
 
 @pytest.fixture(scope="module")
