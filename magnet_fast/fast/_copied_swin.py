@@ -134,9 +134,9 @@ def _is_size(size: Any) -> bool:
 def parts_regions(mask: Tensor, size: tuple[int, int], window: int, shift: int) -> bool:
     """Whether a mask (windows, N, N) hides from a token what the shift put beside it, all of it and nothing else.
 
-    Its values are read, which a graph that is being taken cannot do: there the answer is no.
+    Its values are read, which a graph that is being taken cannot do, and a tensor without any: there the answer is no.
     """
-    if mask.requires_grad or torch.compiler.is_compiling():
+    if mask.requires_grad or mask.is_meta or torch.compiler.is_compiling():
         return False
     if mask.is_cuda and torch.cuda.is_current_stream_capturing():
         return False

@@ -315,6 +315,7 @@ def test_another_mask_runs_the_original() -> None:
     magnet_fast.accelerate(module)
     found = module(x, torch.where(mask == 0, 0.0, -torch.inf).double())
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    assert module.to("meta")(x.to("meta"), mask.to("meta")).shape == x.shape  # nothing to be read there
 
 
 @pytest.mark.usefixtures("known")
