@@ -339,3 +339,15 @@ def test_a_stop_leaves_nothing(at: str, folder: Path, monkeypatch) -> None:
         progress = stop if at == "checking" else None
         import_data(folder / "data.csv", folder / "new/out", val=0, test=0, progress=progress)
     assert sorted(folder.rglob("*")) == before
+
+
+def test_a_full_disk_is_told_with_the_file(folder: Path, monkeypatch) -> None:
+    (folder / "data.csv").write_text(f"image,sentence,box\na.jpg,the good one,{BOX}\n")
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(writing.json, "dump", full)
+    with pytest.raises(OSError, match="No space left on device: '.*own/instances.json'"):
+        import_data(folder / "data.csv", folder / "out", val=0, test=0)
+    assert not (folder / "out").exists()
