@@ -188,7 +188,7 @@ def test_a_segmenter_edits_a_photo_as_a_viewer_shows_it(segmenter: Segmenter, tm
         segmenter.edit(tmp_path / "none.png", SQUARE, "gray")  # told before the picture is read
 
 
-def test_the_command(segmenter: Segmenter, tmp_path: Path) -> None:
+def test_the_command(segmenter: Segmenter, tmp_path: Path, monkeypatch) -> None:
     out = tmp_path / "new" / "edited.png"
 
     def run(*more: object) -> tuple[int, str]:
@@ -198,11 +198,13 @@ def test_the_command(segmenter: Segmenter, tmp_path: Path) -> None:
     status, said = run("--operation", "colour=#ff2020", "--feather", 3, "--output", out)
     assert status == 0 and f"{out}: " in said
     assert np.array_equal(Image.open(out), segmenter.edit(EXAMPLE, SQUARE, "colour=#ff2020", feather=3))
+    monkeypatch.setattr(Segmenter, "from_checkpoint", lambda *_, **__: pytest.fail("it was loaded before"))
     for more, message in (
         (["--operation", "cut-out", "--out", tmp_path / "cut.jpg"], "cut-out needs a format with transparency"),
         (["--operation", "paint", "--out", tmp_path / "cut.png"], "operation: expected one of"),
         (["--operation", f"background={tmp_path / 'none.png'}", "--out", tmp_path / "cut.png"], "does not exist"),
         (["--operation", "grey", "--out", tmp_path / "cut.txt"], "not the name of a picture"),
+        (["--operation", "grey", "--out", tmp_path / "cut.png", "--feather", 1001], "feather: expected a whole number"),
     ):
         status, said = run(*more)
         assert status == 2 and said.startswith("error: ") and message in said

@@ -174,7 +174,7 @@ def edit(
 
     check_picture_name(out)
     change = editing.find(operation)
-    tried = editing.edited(Image.new("RGB", (1, 1)), np.ones((1, 1), bool), change)
+    tried = editing.edited(Image.new("RGB", (1, 1)), np.ones((1, 1), bool), change, feather)
     if tried.mode == "RGBA" and out.suffix.lower() not in _TRANSPARENT:
         raise ValueError(f"{out}: {operation} needs a format with transparency; end it in .png")
     turned = 1 if stored_pixels else orientation(image)
