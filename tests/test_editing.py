@@ -195,7 +195,7 @@ def test_the_command(segmenter: Segmenter, tmp_path: Path, monkeypatch) -> None:
         result = CliRunner().invoke(app, ["edit", str(EXAMPLE), SQUARE, *map(str, more)])
         return result.exit_code, result.output
 
-    status, said = run("--operation", "colour=#ff2020", "--feather", 3, "--output", out)
+    status, said = run("--operation", "colour=#ff2020", "--feather", 3, "--out", out)
     assert status == 0 and f"{out}: " in said
     assert np.array_equal(Image.open(out), segmenter.edit(EXAMPLE, SQUARE, "colour=#ff2020", feather=3))
     monkeypatch.setattr(Segmenter, "from_checkpoint", lambda *_, **__: pytest.fail("it was loaded before"))

@@ -152,7 +152,7 @@ def edit(
         str, typer.Option(help="colour=#ff0000, blur, grey, brightness=1.4, cut-out or background=FILE.")
     ],
     feather: Annotated[int, typer.Option(help="Pixels over which it sets in, inside the mask.", min=0)] = 0,
-    out: Annotated[Path, typer.Option("--out", "--output", help="The edited picture.")] = Path("edited.png"),
+    out: Annotated[Path, typer.Option(help="The edited picture.")] = Path("edited.png"),
     checkpoint: CheckpointOption = None,
     tokenizer: TokenizerOption = None,
     image_size: ImageSizeOption = None,
