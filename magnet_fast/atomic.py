@@ -5,7 +5,8 @@ from __future__ import annotations
 import fcntl
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,9 +22,26 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], A
         write: receives a file open for writing; where it raises, `path` stays as it was.
 
     Raises:
-        OSError: as `open` and `os.replace` do.
+        OSError: as `open` and `os.replace` do; it names `path`.
     """
     path = Path(path)
+    with naming(path):
+        _write(path, write)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An error of the system's, as of a full disk, names `path` where it named no file, or a temporary one of it."""
+    try:
+        yield
+    except OSError as error:
+        given = error.filename
+        if error.errno is None or not (given is None or Path(str(given)).name.startswith(f".{path.name}.")):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error  # of the same kind, by its number
+
+
+def _write(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     _remove_left_behind(path)
     temporary, file = _open_temporary(path)
     try:

@@ -97,7 +97,7 @@ def ms_deform_attn_forward(
         (B, Q, h * d). Any device and dtype that `ops.deformable_attention` takes, the CPU among them.
 
     Raises:
-        ValueError: the maps do not lie one after the other.
+        ValueError: `spatial_shapes` has another shape, or the maps do not lie one after the other.
 
     Source: the header ms_deform_attn.h of Deformable DETR, as Grounding DINO's.
     """
@@ -120,7 +120,7 @@ def ms_deform_attn_backward(
         grad_output: (B, Q, h * d).
 
     Raises:
-        ValueError: the maps do not lie one after the other.
+        ValueError: `spatial_shapes` has another shape, or the maps do not lie one after the other.
     """
     sizes = _sizes(spatial_shapes, level_start_index)
     with torch.enable_grad():
@@ -130,6 +130,8 @@ def ms_deform_attn_backward(
 
 
 def _sizes(shapes: Tensor, starts: Tensor) -> list[tuple[int, int]]:
+    if shapes.dim() != 2 or shapes.shape[1] != 2:
+        raise ValueError(f"spatial_shapes: expected shape (maps, 2), got {tuple(shapes.shape)}")
     sizes = [(height, width) for height, width in shapes.tolist()]
     ends = [0]
     for height, width in sizes:

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageColor, ImageFilter, ImageOps
 
-from magnet_fast.data.transforms import Picture, as_rgb, as_shown
+from magnet_fast.data.transforms import Picture, as_mask, as_rgb, as_shown
 
 Change = Callable[[np.ndarray], np.ndarray]
 """An image (H, W, 3) uint8 to one of its size, (H, W, 3) or with opacity (H, W, 4), uint8."""
 
 _BLUR = 8.0
-_WIDEST = 1000.0
+_WIDEST = 1000  # pixels, of a blur or a feather
 
 
 @dataclass(frozen=True)
@@ -44,26 +44,26 @@ def edited(image: Picture, mask: np.ndarray, operation: str | Operation, feather
         image: the pixels as the mask lies, `data.transforms.as_shown` of a photo; an EXIF orientation is not read.
         mask: (H, W), bool or integer.
         operation: a name (see `OPERATIONS`), one of this file's, or any `Change`.
-        feather: in pixels; 0 for a hard border.
+        feather: in pixels, at most 1000; 0 for a hard border.
 
     Returns:
         RGB; RGBA where the operation returns opacity.
 
     Raises:
-        TypeError, ValueError: no such operation, or its result is no image of this size; a mask of another size, a
-            feather below 0.
+        TypeError, ValueError: no such operation, or its result is no image of this size; a mask of another size
+            or of probabilities, a feather below 0 or too wide.
     """
     operation = find(operation)
     pixels = np.asarray(as_rgb(image))
-    mask = np.asarray(mask)
+    mask = as_mask(mask)
     if mask.shape != pixels.shape[:2]:
         raise ValueError(f"mask: expected shape {pixels.shape[:2]}, the image's, got {mask.shape}")
-    if isinstance(feather, bool) or not isinstance(feather, int) or feather < 0:
-        raise ValueError(f"feather: expected a whole number of pixels, at least 0, got {feather!r}")
+    if isinstance(feather, bool) or not isinstance(feather, int) or not 0 <= feather <= _WIDEST:
+        raise ValueError(f"feather: expected a whole number of pixels, 0 to {_WIDEST}, got {feather!r}")
     outside = isinstance(operation, Outside)
     changed = _changed(operation.change if outside else operation, pixels)
     below, above = (changed, pixels) if outside else (pixels, changed)
-    mixed = _mixed(_opaque(below), _opaque(above), _depth(mask != 0, feather + 1), feather + 1)
+    mixed = _mixed(_opaque(below), _opaque(above), _depth(mask, feather + 1), feather + 1)
     return Image.fromarray(np.ascontiguousarray(mixed[..., : changed.shape[2]]))
 
 
@@ -167,14 +167,14 @@ def _opaque(image: np.ndarray) -> np.ndarray:
 
 
 def _depth(mask: np.ndarray, most: int) -> np.ndarray:
-    """How many steps, diagonal ones too, lead to outside: (H, W) int32, 0 outside, at most `most`."""
+    """How many steps, diagonal ones too, lead to outside a mask of 0 and 1: (H, W) int32, 0 outside, at most `most`."""
+    if mask.all() or not mask.any():  # no border: of a mask that fills the frame no step leads to it
+        return mask.astype(np.int32) * most
     depth = np.zeros(mask.shape, np.int32)
-    if not mask.any():
-        return depth
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     # With a pixel of what is outside around it, where there is one: the frame is no border.
     box = (slice(max(0, rows[0] - 1), rows[-1] + 2), slice(max(0, columns[0] - 1), columns[-1] + 2))
-    inner = Image.fromarray(mask[box].astype(np.uint8))
+    inner = Image.fromarray(mask[box])
     depth[box] += np.asarray(inner)
     for _ in range(most - 1):
         inner = inner.filter(ImageFilter.MinFilter(3))

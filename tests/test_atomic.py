@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import subprocess
@@ -35,6 +36,31 @@ def test_a_failing_write_leaves_the_old_file(tmp_path) -> None:
         write_atomically(path, fail)
     assert path.read_text() == "before"
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+def test_errors_name_the_file_that_was_asked_for(tmp_path) -> None:
+    def full(file) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def other(file) -> None:
+        open(tmp_path / "other")  # noqa: SIM115 (there is none)
+
+    def no_format(file) -> None:
+        raise OSError("cannot write mode L as XBM")
+
+    (tmp_path / "folder").mkdir()
+    for name, write, kind, named in (
+        ("file", full, OSError, "file"),
+        ("file", other, FileNotFoundError, "other"),
+        ("folder", lambda file: None, IsADirectoryError, "folder"),
+        ("n" * 250, lambda file: None, OSError, "n" * 250),
+    ):
+        with pytest.raises(kind) as caught:
+            write_atomically(tmp_path / name, write)
+        assert caught.value.filename == str(tmp_path / named) or caught.value.filename == tmp_path / named
+    with pytest.raises(OSError, match="^cannot write mode L as XBM$"):
+        write_atomically(tmp_path / "file", no_format)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["folder"]
 
 
 def test_the_old_file_stands_until_the_new_one_is_complete(tmp_path) -> None:

@@ -209,9 +209,14 @@ def test_bad_inputs(root, trained, picture, tmp_path) -> None:
     assert "0 bytes" in refused("segment", empty, "circle", *segment)
     assert "empty" in refused("segment", picture, " ", *segment)
     assert "does not exist" in refused("segment", tmp_path / "none.png", "circle", *segment)
-    assert "not the name of a picture" in refused(
-        "segment", picture, "circle", "--checkpoint", checkpoint, "--out", tmp_path / "mask.txt"
-    )
+    (tmp_path / "folder.png").mkdir()
+    for name, message in (
+        ("mask.txt", "not the name of a picture"),
+        ("mask.psd", "not the name of a picture"),  # Pillow reads it, and cannot write it
+        ("folder.png", "a folder; expected the name of a picture"),
+    ):
+        to = tmp_path / name
+        assert message in refused("segment", picture, "circle", "--checkpoint", checkpoint, "--out", to)
     assert not mask.exists()
     run("segment", picture, "circle " * 200, *segment)
     assert mask.exists()

@@ -107,3 +107,5 @@ def test_errors() -> None:
     value, places, weights = given()
     with pytest.raises(ValueError, match=r"level_start_index: expected \[0, 12\].*got \[0, 13\]"):
         compat.ms_deform_attn_forward(value, SHAPES, torch.tensor([0, 13]), places, weights, 64)
+    with pytest.raises(ValueError, match=r"spatial_shapes: expected shape \(maps, 2\), got \(4,\)"):
+        compat.ms_deform_attn_forward(value, SHAPES.flatten(), torch.tensor([0, 12]), places, weights, 64)

@@ -152,9 +152,17 @@ def test_bad_operations(operation, message: str) -> None:
 def test_bad_masks_and_feathers() -> None:
     with pytest.raises(ValueError, match=r"mask: expected shape \(30, 40\), the image's, got \(40, 30\)"):
         edited(noise(30, 40), disc().T, "grey")
-    for feather in (-1, 1.5, True):
+    with pytest.raises(ValueError, match="mask has shape .* and dtype float64; expected"):
+        edited(noise(30, 40), 0.3 * disc(), "grey")  # probabilities, not where they are high
+    for feather in (-1, 1.5, True, 1001, 2**40):
         with pytest.raises(ValueError, match="feather: expected a whole number"):
             edited(noise(30, 40), disc(), "grey", feather)
+
+
+def test_a_mask_that_fills_the_frame_has_no_border(monkeypatch) -> None:
+    monkeypatch.setattr(Image.Image, "filter", lambda *_: pytest.fail("it would be eroded a thousand times"))
+    found = edited(noise(30, 40), np.ones((30, 40), bool), lambda pixels: 255 - pixels, 1000)
+    assert np.array_equal(found, 255 - noise(30, 40))
 
 
 @pytest.fixture(scope="module")
@@ -180,21 +188,23 @@ def test_a_segmenter_edits_a_photo_as_a_viewer_shows_it(segmenter: Segmenter, tm
         segmenter.edit(tmp_path / "none.png", SQUARE, "gray")  # told before the picture is read
 
 
-def test_the_command(segmenter: Segmenter, tmp_path: Path) -> None:
+def test_the_command(segmenter: Segmenter, tmp_path: Path, monkeypatch) -> None:
     out = tmp_path / "new" / "edited.png"
 
     def run(*more: object) -> tuple[int, str]:
         result = CliRunner().invoke(app, ["edit", str(EXAMPLE), SQUARE, *map(str, more)])
         return result.exit_code, result.output
 
-    status, said = run("--operation", "colour=#ff2020", "--feather", 3, "--output", out)
+    status, said = run("--operation", "colour=#ff2020", "--feather", 3, "--out", out)
     assert status == 0 and f"{out}: " in said
     assert np.array_equal(Image.open(out), segmenter.edit(EXAMPLE, SQUARE, "colour=#ff2020", feather=3))
+    monkeypatch.setattr(Segmenter, "from_checkpoint", lambda *_, **__: pytest.fail("it was loaded before"))
     for more, message in (
         (["--operation", "cut-out", "--out", tmp_path / "cut.jpg"], "cut-out needs a format with transparency"),
         (["--operation", "paint", "--out", tmp_path / "cut.png"], "operation: expected one of"),
         (["--operation", f"background={tmp_path / 'none.png'}", "--out", tmp_path / "cut.png"], "does not exist"),
         (["--operation", "grey", "--out", tmp_path / "cut.txt"], "not the name of a picture"),
+        (["--operation", "grey", "--out", tmp_path / "cut.png", "--feather", 1001], "feather: expected a whole number"),
     ):
         status, said = run(*more)
         assert status == 2 and said.startswith("error: ") and message in said

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from PIL import Image
 
-from magnet_fast.atomic import write_atomically
+from magnet_fast.atomic import naming, write_atomically
 from magnet_fast.batch.rows import Row
 from magnet_fast.data.segmentation import bounding_box, encode_mask
 from magnet_fast.inference import Segmentation
@@ -94,8 +94,9 @@ class Results:
         before = self._file.seek(0, os.SEEK_END)
         try:
             left = json.dumps(record).encode() + b"\n"
-            while left:
-                left = left[self._file.write(left) :]
+            with naming(self._lines):
+                while left:
+                    left = left[self._file.write(left) :]
         except BaseException:  # the disk is full, or Ctrl-C
             os.ftruncate(self._file.fileno(), before)
             raise

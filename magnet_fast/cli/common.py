@@ -131,12 +131,17 @@ def save_text(text: str, path: Path) -> None:
 
 
 def check_picture_name(path: Path | None) -> None:
-    """ValueError, before anything is computed, for a name whose ending is no picture format."""
+    """ValueError, before anything is computed, for a name whose ending is no picture format that can be written, and
+    for a folder."""
     from PIL import Image as PillowImage
 
     PillowImage.init()
-    if path is not None and path.suffix.lower() not in PillowImage.EXTENSION:
+    if path is None:
+        return
+    if PillowImage.EXTENSION.get(path.suffix.lower()) not in PillowImage.SAVE:
         raise ValueError(f"{path}: not the name of a picture; end it in .png or .jpg")
+    if path.is_dir():
+        raise ValueError(f"{path}: a folder; expected the name of a picture to write")
 
 
 def chosen_backend(name: str | None) -> AbstractContextManager:

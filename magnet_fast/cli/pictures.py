@@ -152,7 +152,7 @@ def edit(
         str, typer.Option(help="colour=#ff0000, blur, grey, brightness=1.4, cut-out or background=FILE.")
     ],
     feather: Annotated[int, typer.Option(help="Pixels over which it sets in, inside the mask.", min=0)] = 0,
-    out: Annotated[Path, typer.Option("--out", "--output", help="The edited picture.")] = Path("edited.png"),
+    out: Annotated[Path, typer.Option(help="The edited picture.")] = Path("edited.png"),
     checkpoint: CheckpointOption = None,
     tokenizer: TokenizerOption = None,
     image_size: ImageSizeOption = None,
@@ -164,6 +164,7 @@ def edit(
     backend: BackendOption = None,
 ) -> None:
     """Edit what a sentence names in a picture, and nothing else in it."""
+    import numpy as np
     from PIL import Image
 
     from magnet_fast import editing
@@ -173,7 +174,7 @@ def edit(
 
     check_picture_name(out)
     change = editing.find(operation)
-    tried = editing.edited(Image.new("RGB", (1, 1)), [[True]], change)
+    tried = editing.edited(Image.new("RGB", (1, 1)), np.ones((1, 1), bool), change, feather)
     if tried.mode == "RGBA" and out.suffix.lower() not in _TRANSPARENT:
         raise ValueError(f"{out}: {operation} needs a format with transparency; end it in .png")
     turned = 1 if stored_pixels else orientation(image)

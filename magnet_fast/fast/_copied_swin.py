@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, ClassVar
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -90,9 +91,10 @@ def _runs(module: nn.Module, attn: nn.Module, x: Tensor, size: Any) -> bool:
     """Whether the fused way stands for this call, but for the mask."""
     if parts_changed(module) or not _is_size(size) or x.dim() != 3 or x.shape[1] != size[0] * size[1]:
         return False
-    dropped = attn.attn_drop.p > 0 and attn.attn_drop.training
+    if (attn.attn_drop.p > 0 and attn.attn_drop.training) or not plain_linear(attn.qkv) or not _over_keys(attn.softmax):
+        return False
     watched = (attn, attn.qkv, attn.softmax, attn.attn_drop)
-    return not (dropped or not plain_linear(attn.qkv) or must_run_original(module, *watched))
+    return not must_run_original(module, *watched) and _has_own_index(attn, module.window_size)
 
 
 def _attend(module: nn.Module, attn: nn.Module, qkv: Tensor, size: tuple[int, int]) -> Tensor:
@@ -132,9 +134,9 @@ def _is_size(size: Any) -> bool:
 def parts_regions(mask: Tensor, size: tuple[int, int], window: int, shift: int) -> bool:
     """Whether a mask (windows, N, N) hides from a token what the shift put beside it, all of it and nothing else.
 
-    Its values are read, which a graph that is being taken cannot do: there the answer is no.
+    Its values are read, which a graph that is being taken cannot do, and a tensor without any: there the answer is no.
     """
-    if mask.requires_grad or torch.compiler.is_compiling():
+    if mask.requires_grad or mask.is_meta or torch.compiler.is_compiling():
         return False
     if mask.is_cuda and torch.cuda.is_current_stream_capturing():
         return False
@@ -256,13 +258,37 @@ def _unfit(module: nn.Module, attn: nn.Module) -> str | None:
         return "its qkv projection does not make queries, keys and values of its input's width"
     if not _window.table_fits(attn.relative_position_bias_table, (window, window), attn.num_heads):
         return "its relative position bias table is not that of Swin v1 for its window"
-    if not torch.equal(attn.relative_position_index.cpu(), _index(window)):
+    if not _has_own_index(attn, window):
         return "its relative position index is not that of Swin v1"
     if attn.scale != (attn.qkv.in_features // attn.num_heads) ** -0.5:
         return "its scale is not that of its heads' width"
-    if attn.softmax.dim not in (-1, 3):
+    if not _over_keys(attn.softmax):
         return "its softmax is not over the keys"
     return None
+
+
+def _over_keys(softmax: nn.Softmax) -> bool:
+    return softmax.dim in (-1, 3)
+
+
+_looked_at: WeakKeyDictionary[nn.Module, tuple[ref[Tensor], tuple[int, int], bool]] = WeakKeyDictionary()
+
+
+def _has_own_index(attn: nn.Module, window: int) -> bool:
+    """Whether the relative position index is that of Swin v1. It is in the state dict, so that loading may change it:
+    its values are read again where PyTorch has counted a change."""
+    index = attn.relative_position_index
+    if torch.compiler.is_compiling() or index.is_meta:
+        return True
+    counted = None if index.is_inference() else (index._version, window)
+    if counted is not None and (seen := _looked_at.get(attn)) and seen[0]() is index and seen[1] == counted:
+        return seen[2]
+    if index.is_cuda and torch.cuda.is_current_stream_capturing():
+        return False
+    fits = torch.equal(index.cpu(), _index(window))
+    if counted is not None:
+        _looked_at[attn] = ref(index), counted, fits
+    return fits
 
 
 @lru_cache(maxsize=8)

@@ -109,6 +109,14 @@ def test_what_a_table_may_draw(column: str, value: str, delimiter: str, tmp_path
     assert same(read(folder / "out"), {("a.jpg", "the thing"): box_mask(SIZE, 3, 4, 5, 6)})
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_lines_may_end_as_on_any_system(end: str, tmp_path) -> None:
+    folder = draw_pictures(tmp_path, {"a.jpg": SIZE})
+    (folder / "data.csv").write_bytes(f'image,sentence,box{end}a.jpg,the thing,"[3, 4, 5, 6]"{end}'.encode())
+    import_data(folder / "data.csv", folder / "out", **WHOLE)
+    assert same(read(folder / "out"), {("a.jpg", "the thing"): box_mask(SIZE, 3, 4, 5, 6)})
+
+
 def test_rows_of_one_object_are_one_ref(tmp_path) -> None:
     folder = draw_pictures(tmp_path, {"a.jpg": SIZE})
     save_mask(box_mask(SIZE, 3, 4, 5, 6), folder / "m.png")

@@ -152,6 +152,7 @@ def test_several_faults_of_a_row_are_all_told(folder: Path) -> None:
         ("a.csv", b"image,words,mask\n", "expected the columns image, sentence and one of"),
         ("a.csv", b"image,sentence,mask,mask\n", "expected each column once"),
         ("a.csv", b"", "expected the columns"),
+        ("a.csv", b"x" * (1 << 18), "expected the columns"),  # more than Python's reader takes for a field
         ("a.csv", "image,sentence,mask\n".encode("utf-16"), "expected text in UTF-8"),
         ("a.csv", b"image,sentence,mask\n", "expected at least one object"),
         ("a.json", b'{"images": []}', "expected COCO's dict or Label Studio's list"),
@@ -338,3 +339,15 @@ def test_a_stop_leaves_nothing(at: str, folder: Path, monkeypatch) -> None:
         progress = stop if at == "checking" else None
         import_data(folder / "data.csv", folder / "new/out", val=0, test=0, progress=progress)
     assert sorted(folder.rglob("*")) == before
+
+
+def test_a_full_disk_is_told_with_the_file(folder: Path, monkeypatch) -> None:
+    (folder / "data.csv").write_text(f"image,sentence,box\na.jpg,the good one,{BOX}\n")
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(writing.json, "dump", full)
+    with pytest.raises(OSError, match="No space left on device: '.*own/instances.json'"):
+        import_data(folder / "data.csv", folder / "out", val=0, test=0)
+    assert not (folder / "out").exists()

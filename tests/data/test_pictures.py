@@ -202,3 +202,14 @@ def test_damaged_files_are_read_or_refused_by_name(tmp_path: Path) -> None:
             refused += 1
             assert str(error).startswith(f"image {path} ")
     assert 0 < refused < 300
+
+
+def test_a_file_that_may_not_be_read(tmp_path, monkeypatch) -> None:
+    Image.new("RGB", (2, 2)).save(tmp_path / "a.png")
+
+    def denied(path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Image, "open", denied)  # root may read everything
+    with pytest.raises(ValueError, match=r"^image .*a\.png cannot be read: permission denied$"):
+        open_image(tmp_path / "a.png")

@@ -271,6 +271,29 @@ def test_calls_left_to_the_original(name: str, change: str, monkeypatch) -> None
 
 
 @pytest.mark.usefixtures("known")
+@pytest.mark.parametrize("name", [name for name in CASES if "Swin" in name])
+def test_an_index_or_a_softmax_that_changed_runs_the_original(name: str) -> None:
+    """A checkpoint holds the index, too; what was in place is fused again."""
+    module, inputs = made(name)
+    plain = copy.deepcopy(module.double())
+    magnet_fast.accelerate(module)
+    module(*inputs)
+    kept = copy.deepcopy(module.state_dict())
+    assert any(key.endswith("relative_position_index") for key in kept)
+    other = {key: value if value.is_floating_point() else value.flip(0) for key, value in kept.items()}
+    for assign in (False, True):
+        for state in (other, kept):
+            for one in (plain, module):
+                one.load_state_dict(state, assign=assign)
+            found, expected = module(*inputs), plain(*inputs)
+            assert torch.equal(found, expected) == (state is other)
+            torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    for one in (plain, module):
+        next(part for part in one.modules() if isinstance(part, nn.Softmax)).dim = -2
+    assert torch.equal(module(*inputs), plain(*inputs))
+
+
+@pytest.mark.usefixtures("known")
 def test_another_mask_runs_the_original() -> None:
     for wrong in (None, "less", "more", "weak", "other shape"):
         module, (x, mask) = made("Swin, shifted and padded")
@@ -292,6 +315,7 @@ def test_another_mask_runs_the_original() -> None:
     magnet_fast.accelerate(module)
     found = module(x, torch.where(mask == 0, 0.0, -torch.inf).double())
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    assert module.to("meta")(x.to("meta"), mask.to("meta")).shape == x.shape  # nothing to be read there
 
 
 @pytest.mark.usefixtures("known")

@@ -117,9 +117,12 @@ def _fields(text: str, delimiter: str, problems: Problems) -> Iterator[tuple[int
 
 def _header(path: Path, text: str) -> tuple[str, list[str]]:
     """What stands between the cells, and the names of the columns."""
-    first = text.split("\n", 1)[0]
+    first = io.StringIO(text, newline="").readline().rstrip("\r\n")  # lines may end in either, or in both
     for delimiter in ",;\t":
-        header = [name.strip().lower() for name in next(csv.reader([first], delimiter=delimiter), [])]
+        try:
+            header = [name.strip().lower() for name in next(csv.reader([first], delimiter=delimiter), [])]
+        except csv.Error:  # longer than Python's limit: no header
+            break
         if {"image", "sentence"} <= set(header) and set(DRAWN) & set(header):
             if len(set(header)) < len(header):
                 raise ValueError(f"{path}: expected each column once, got {shown(first)}")

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from magnet_fast.atomic import naming
 from magnet_fast.data.importing.collecting import Collection
 
 SPLITS = ("train", "val", "test")
@@ -103,9 +104,10 @@ def write_folder(folder: Path, files: dict[str, Any]) -> None:
     partial = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        with naming(folder):
+            partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         for name, content in files.items():
-            with (partial / name).open("w", encoding="utf-8") as file:
+            with naming(folder / name), (partial / name).open("w", encoding="utf-8") as file:
                 json.dump(content, file, separators=(",", ":"))
                 file.flush()
                 os.fsync(file.fileno())

@@ -160,6 +160,8 @@ def opened(path: Path) -> Image.Image:
         raise ValueError(
             f"image {path} cannot be read: {_reason(error)}; scale it down, or raise PIL.Image.MAX_IMAGE_PIXELS"
         ) from error
+    except PermissionError as error:
+        raise ValueError(f"image {path} cannot be read: permission denied") from error
     except Exception as error:  # of a broken file, many kinds
         raise ValueError(f"image {path} cannot be read: {_reason(error)}; is the file whole?") from error
 
