@@ -55,6 +55,8 @@ INTERNAL = {
     # Shown where nothing is wrong.
     "expressions shuffled between images (control)", "packed weight in inference on a CPU",
     "in inference on a CPU BatchNorms are folded into convolutions",
+    # Sentences that exported graphs are tried with.
+    "the large red circle", "the blue triangle left of the small ring", "the one at the top",
     # Asked for by Python, not by a user.
     "module … has no attribute …",
 }  # fmt: skip

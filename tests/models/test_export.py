@@ -31,6 +31,8 @@ SMALL = {
 KINDS = {
     "magnet": ("magnet_tiny", {**SMALL, "fusion__pyramid": (2,), "head__mask_layers": 1}),
     "lavt": ("lavt_tiny", {**SMALL, "text": {**SMALL["text"], "num_layers": 1}}),
+    "cris": ("cris_tiny", {}),
+    "risam": ("risam_tiny", {}),
     "lavt on timm": (
         "lavt_tiny",
         {"image": {"kind": "timm", "name": "test_efficientnet"}, "text__vocab_size": 100, "text__num_layers": 1},
@@ -95,6 +97,14 @@ def test_exported_with_any_batch_saved_and_loaded(kind: str, caplog) -> None:
     with torch.no_grad():
         for batch in (2, 5):
             same(loaded(*inputs(batch)), model(*inputs(batch)))
+
+
+@pytest.mark.parametrize("kind", ["cris", "risam"])
+def test_exported_with_any_batch(kind: str) -> None:
+    model = build(kind)
+    program = export(model)
+    with torch.no_grad():
+        same(program.module()(*inputs(5)), model(*inputs(5)))
 
 
 def test_exported_strictly() -> None:

@@ -95,7 +95,7 @@ class ClipText(TextEncoder):
         if self.text_projection is None:
             return Words(words, text.mask)
         end = (text.mask * torch.arange(text.ids.shape[1], device=text.ids.device)).argmax(dim=1)
-        last = words[torch.arange(len(end), device=end.device), end]
+        last = words[torch.arange(end.shape[0], device=end.device), end]
         return Words(words, text.mask, last @ self.text_projection)
 
     def load_pretrained(self, source: str | None) -> None:

@@ -145,7 +145,7 @@ class Projector(nn.Module):
         kernels, bias = self.kernel(sentence).split([pixels.shape[1] * _KERNEL**2, 1], dim=1)
         # Every image is convolved with its own kernel: a group of a convolution over all of them.
         kernels = kernels.unflatten(1, (pixels.shape[1], _KERNEL, _KERNEL))
-        batch = len(pixels)
+        batch = pixels.shape[0]
         mask = F.conv2d(pixels.flatten(0, 1)[None], kernels, bias[:, 0], padding=_KERNEL // 2, groups=batch)
         return mask[0], pixels
 

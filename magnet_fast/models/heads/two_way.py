@@ -105,7 +105,7 @@ class TwoWay(Head):
         size = x.shape[1:3]
         pixels, place = x.flatten(1, 2) + self.no_mask, self.place(*size, x)
         tokens = (self.query + self.sentence(aware.sentence))[:, None]
-        read = mask.new_ones(len(mask), 1)
+        read = mask.new_ones(mask.shape[0], 1)
         if self.words:
             tokens, read = torch.cat([tokens, words], dim=1), torch.cat([read, mask], dim=1)
         first, earlier = tokens, []
