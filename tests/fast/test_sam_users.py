@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import torch
 
 import magnet_fast
@@ -60,7 +58,6 @@ print("agreed")
 """
 
 
-@pytest.mark.skipif(importlib.util.find_spec("segment_anything_hq") is None, reason="needs segment-anything-hq")
 def test_segment_anything_hq() -> None:
     """In a process of its own: when it is imported, it puts models of its own in the place of timm's."""
     path = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
