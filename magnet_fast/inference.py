@@ -20,7 +20,8 @@ from magnet_fast.fast import accelerate
 from magnet_fast.models.contract import Text
 from magnet_fast.ops._observed import observed
 
-PRECISIONS = ("float32", "bfloat16", "float16")
+INT8 = "int8"
+PRECISIONS = ("float32", "bfloat16", "float16", INT8)
 BATCH_SIZE = 16
 """Sentences in one forward pass, unless said."""
 
@@ -72,7 +73,8 @@ class Segmenter:
         tokenizer: turns expressions into what the model's text encoder was trained on.
         device: default: the device the model is on.
         dtype: "float32", "bfloat16" or "float16" for weights and features (sums, norms and softmaxes stay in
-            float32, and so do the mask's resizing and its probabilities); default: what the model has.
+            float32, and so do the mask's resizing and its probabilities); or "int8", on a CPU: float32, packed, with
+            products in int8, as `magnet_fast.accelerate(weights="int8")` has them; default: what the model has.
         compile: torch.compile the model, on a GPU with CUDA graphs. Shapes are static: the canvas is a square anyway,
             and the number of expressions is filled up to a power of two, each of which compiles at its first use (a
             minute or so). Pays where many images follow.
@@ -105,16 +107,15 @@ class Segmenter:
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
-        model = model if device is None else model.to(device)
-        self.model = (model if dtype is None else in_precision(model, dtype)).eval()
-        self.tokenizer, self.spec, self.fit = tokenizer, model.spec, open_fit(model.spec)
-        self.device = next(model.parameters()).device
         if model.needs:
             raise ValueError(
                 f"model: it needs {', '.join(model.needs)} beside image and expression, which none gives here"
             )
-        if fast:
-            accelerate(self.model, pack=pack and self.device.type == "cpu")
+        model = model if device is None else model.to(device)
+        pack = pack or dtype == INT8
+        self.model = prepared_model(model, dtype, fast=fast, pack=pack).eval()
+        self.tokenizer, self.spec, self.fit = tokenizer, model.spec, open_fit(model.spec)
+        self.device = next(model.parameters()).device
         self.compile, self.stored_pixels, self.keep_masks = compile, stored_pixels, keep_masks
         self.batch_size = batch_size
         self._keep_image, self._last = pack, None
@@ -356,8 +357,32 @@ def _of_rows(images: Tensor, which: Tensor) -> Tensor:
     return images.expand(len(which), *images.shape[1:]) if len(images) == 1 else images[which]
 
 
+def prepared_model(model: nn.Module, dtype: torch.dtype | str | None, *, fast: bool, pack: bool) -> nn.Module:
+    """The model itself, in a precision and accelerated.
+
+    Args:
+        model: on its device.
+        dtype: as in `Segmenter`; None leaves the weights as they are.
+        fast: accelerate it.
+        pack: keep packed copies of the weights where they are on a CPU; "int8" does in any case.
+
+    Raises:
+        ValueError: no such dtype, or one that does not run on the model's device, or int8 without `fast`.
+    """
+    int8 = dtype == INT8
+    if int8 and not fast:
+        raise ValueError("fast: expected True with dtype int8, which is a part of it, got False")
+    if dtype is not None:
+        model = in_precision(model, dtype)
+    if fast:
+        on_cpu = next(model.parameters()).device.type == "cpu"
+        accelerate(model, pack=on_cpu and (pack or int8), weights=INT8 if int8 else "same")
+    return model
+
+
 def in_precision(model: nn.Module, dtype: torch.dtype | str) -> nn.Module:
-    """The model with weights of a dtype, itself: inference in low precision without autocast's casts.
+    """The model with weights of a dtype, itself: inference in low precision without autocast's casts. "int8" is float32
+    here, for `accelerate` to go on with.
 
     Autocast would cast weights at every call and take norms and softmaxes in float32 through memory; the operators and
     PyTorch's norms keep float32 inside either way, and the masks agree as well (see the tests).
@@ -368,6 +393,9 @@ def in_precision(model: nn.Module, dtype: torch.dtype | str) -> nn.Module:
     name = str(dtype).removeprefix("torch.")
     if name not in PRECISIONS:
         raise ValueError(f"dtype: expected one of {', '.join(PRECISIONS)}, got {name!r}")
-    if name == "float16" and next(model.parameters()).device.type == "cpu":
+    device = next(model.parameters()).device
+    if name == INT8 and device.type != "cpu":
+        raise ValueError(f"dtype: int8 is for CPUs, got a model on {device}; take bfloat16 or float16")
+    if name == "float16" and device.type == "cpu":
         raise ValueError("dtype: float16 is for GPUs (a CPU computes it slower than float32); take bfloat16")
-    return model.to(getattr(torch, name))
+    return model.to(torch.float32 if name == INT8 else getattr(torch, name))

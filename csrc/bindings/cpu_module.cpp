@@ -15,6 +15,7 @@ void bind_deformable_attention(py::module_& m);
 void bind_linear_chain(py::module_& m);
 void bind_pixel_contrastive_loss(py::module_& m);
 void bind_relative_attention(py::module_& m);
+void bind_row_quantisation(py::module_& m);
 void bind_window_attention(py::module_& m);
 }  // namespace magnet_fast
 
@@ -31,6 +32,7 @@ PYBIND11_MODULE(_cpu, m) {
     bind_linear_chain(m);
     bind_pixel_contrastive_loss(m);
     bind_relative_attention(m);
+    bind_row_quantisation(m);
     bind_window_attention(m);
     m.def("simd_level", &simd_level,
           "Instruction set in use: 'amx', 'avx512_bf16', 'avx512', 'avx2' or 'portable'.");

@@ -24,6 +24,7 @@ class Precision(str, Enum):  # noqa: UP042 (StrEnum is younger than Python 3.10)
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
+    int8 = "int8"
 
 
 CheckpointOption = Annotated[
@@ -37,7 +38,10 @@ TokenizerOption = Annotated[
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 BackendOption = Annotated[str | None, typer.Option(help="Operators' backend: reference, cpu, triton, cuda or auto.")]
 DtypeOption = Annotated[
-    Precision, typer.Option(help="Of weights and features; float16 on a GPU only. Masks are float32 in any case.")
+    Precision,
+    typer.Option(
+        help="Of weights and features; float16 on a GPU only, int8 on a CPU only. Masks are float32 in any case."
+    ),
 ]
 LocalRankOption = Annotated[
     int | None,

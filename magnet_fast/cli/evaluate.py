@@ -89,8 +89,7 @@ def evaluate(
     from rich.console import Console
 
     from magnet_fast import checkpoints, evaluation
-    from magnet_fast.fast import accelerate
-    from magnet_fast.inference import in_precision
+    from magnet_fast.inference import prepared_model
     from magnet_fast.training.distributed import distributed_world, take_local_rank
 
     take_local_rank(local_rank)
@@ -112,9 +111,8 @@ def evaluate(
     if shuffle_expressions:
         sentences.shuffle_expressions(seed)
     with chosen_backend(backend), distributed_world(device) as world:
-        model = in_precision(loaded.model.to(world.device), dtype.value)
-        if fast:
-            accelerate(model, pack=world.device.type == "cpu")  # many images, and the weights stay
+        # Packed: many images, and the weights stay.
+        model = prepared_model(loaded.model.to(world.device), dtype.value, fast=fast, pack=True)
         with progress_bar("evaluating", enabled=world.is_main) as advance:
             scores = evaluation.evaluate(
                 model,

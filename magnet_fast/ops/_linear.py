@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from magnet_fast.ops import _autocast, _packed
+from magnet_fast.ops import _autocast, _int8, _packed
 from magnet_fast.ops._observed import moded
 from magnet_fast.ops._registry import NO_KERNEL, Explanation, Layer, register_layer, requested_backend
 
@@ -56,6 +56,8 @@ def linear(
         ValueError: an activation and a residual at once.
     """
     _check_form(activation, residual)
+    if (copy := _int8_copy(x, weight, bias, residual)) is not None:
+        return _int8.linear(x, copy, bias, activation, residual)
     if _takes_onednn(x, weight, bias, residual):
         weight = _packed.in_products(weight, x.shape[:-1].numel())
         if residual is not None:
@@ -96,9 +98,9 @@ def plain_weight(layer: nn.Module) -> bool:
     return weight is None or type(weight) in (nn.Parameter, Tensor)
 
 
-def pack_linear(layer: nn.Linear) -> None:
-    """Give a plain Linear a packed copy of its weight."""
-    _packed.pack(layer)
+def pack_linear(layer: nn.Linear, *, int8: bool = False) -> None:
+    """Give a plain Linear a packed copy of its weight, in int8 if asked for."""
+    _packed.pack(layer, int8=int8)
     layer.__class__ = PackedLinear
 
 
@@ -142,6 +144,15 @@ def _check_form(activation: Activation | None, residual: Tensor | None) -> None:
 def recorded() -> bool:
     """Whether what is called is written down, for gradients, in a graph or by a mode."""
     return torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing() or moded()
+
+
+def _int8_copy(x: Tensor, weight: Tensor, *others: Tensor | None) -> _int8.Int8Weight | None:
+    """The weight in int8 where its layer was packed so and a call like this one is for it, in bfloat16 also where oneDNN
+    has no such product."""
+    if not _packed.any_int8() or x.numel() * len(weight) < _FEWEST_MULTIPLICATIONS:
+        return None
+    tensors = (tensor for tensor in (weight, *others) if tensor is not None)
+    return _packed.in_int8(weight, x.shape[:-1].numel()) if inference_on_cpu(x, *tensors) else None
 
 
 def _takes_onednn(x: Tensor, weight: Tensor, *others: Tensor | None) -> bool:

@@ -54,7 +54,7 @@ def runs(x: Tensor, steps: Sequence[Step], residual: Tensor | None = None, aroun
         and not observed(*linears, *norms, *around)
         and _worthwhile(x.dtype)
         and all(size % _step(x.dtype) == 0 for layer in linears for size in layer.weight.shape)
-        and all(_packed.keeps(layer.weight) for layer in linears)
+        and all(_packed.keeps(layer.weight) and not _packed.is_int8(layer) for layer in linears)
         and all(parameter.is_contiguous() for parameter in parameters)
     )
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from magnet_fast.ops import _cpu_backend
+from magnet_fast.ops import _cpu_backend, _int8
 from magnet_fast.ops._view import DTYPE_CODES
 
 _COMPARED = 64  # values of a weight in every call
@@ -63,8 +63,16 @@ _layers: dict[int, weakref.ref[nn.Module]] = {}
 """By the id of the weight. A weak reference to the weight itself would forbid PyTorch's `swap_tensors`."""
 
 
-def pack(layer: nn.Module) -> None:
-    """From now on `in_products` and `in_chains` give packed copies of the layer's weight, while it has this weight."""
+_in_int8: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Of these layers, those that compute in int8."""
+
+
+def pack(layer: nn.Module, *, int8: bool = False) -> None:
+    """From now on `in_products` and `in_chains`, or `in_int8`, give packed copies of the layer's weight, while it has
+    this weight."""
+    if int8 != (layer in _in_int8):
+        _copies.pop(layer, None)  # a copy of the other kind has served
+    (_in_int8.add if int8 else _in_int8.discard)(layer)
     if _found(layer.weight) is not None:
         return
     key = id(layer.weight)
@@ -75,11 +83,22 @@ def pack(layer: nn.Module) -> None:
 def unpack(layer: nn.Module) -> None:
     """The way back; the copies are gone."""
     _copies.pop(layer, None)
+    _in_int8.discard(layer)
 
 
 def is_packed(layer: nn.Module) -> bool:
     """Whether `pack` was called for this very module."""
     return layer in _copies
+
+
+def any_int8() -> bool:
+    """Whether there is such a layer at all."""
+    return bool(_in_int8)
+
+
+def is_int8(layer: nn.Module) -> bool:
+    """Whether `pack` was last called for this very module to compute in int8."""
+    return layer in _in_int8
 
 
 def seen(tensors: Iterable[Tensor]) -> bool:
@@ -123,6 +142,20 @@ def in_chains(weight: Tensor) -> Tensor:
     """
     level = _cpu_backend.extension.simd_level()
     return _current(_found(weight), level, (weight,), lambda: _pack_for_chain(weight.detach()))
+
+
+def in_int8(weight: Tensor, rows: int) -> Any:
+    """The copy in int8 of a weight whose layer is to compute so; None for any other, and where it cannot be had.
+
+    Args:
+        weight: (D, C).
+        rows: as in `in_products`.
+    """
+    if not keeps(weight) or _layers[id(weight)]() not in _in_int8:
+        return None
+    if any(size % _int8.WIDTHS for size in weight.shape) or not _int8.works():
+        return None
+    return _current(_found(weight), "int8", (weight,), lambda: _int8.quantise(weight.detach(), rows))
 
 
 def _found(weight: Tensor) -> dict[str, _Copy] | None:
