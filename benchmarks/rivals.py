@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from magnet_fast import ops
 
 OPENVINO = "OpenVINO"
+OPENVINO_INT8 = "OpenVINO int8"
 
 
-def openvino(model: nn.Module, inputs: tuple[Tensor, ...]) -> Callable[[], Tensor] | None:
-    """The exported model, compiled once for these inputs' sizes; None where OpenVINO is not installed."""
+def openvino(
+    model: nn.Module, inputs: tuple[Tensor, ...], calibration: Sequence[tuple[Tensor, ...]] = ()
+) -> Callable[[], Tensor] | None:
+    """The exported model, compiled once for these inputs' sizes; None where OpenVINO is not installed.
+
+    Args:
+        model: of one output.
+        inputs: of that model.
+        calibration: more of them, to bring it to int8 by nncf's post-training quantisation; None without nncf.
+    """
     try:
         import openvino as runtime
+
+        if calibration:
+            import nncf
     except ImportError:
         return None
     dtype = inputs[0].dtype
@@ -27,7 +40,16 @@ def openvino(model: nn.Module, inputs: tuple[Tensor, ...]) -> Callable[[], Tenso
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_PRECISION_HINT": precision,
     }
-    request = runtime.compile_model(runtime.convert_model(exported), "CPU", options).create_infer_request()
+    converted = runtime.convert_model(exported)
     model.to(dtype)
-    arrays = [tensor.float().numpy() if tensor.is_floating_point() else tensor.numpy() for tensor in inputs]
+    if calibration:
+        samples = nncf.Dataset([_arrays(sample) for sample in calibration])
+        kind = nncf.ModelType.TRANSFORMER
+        converted = nncf.quantize(converted, samples, model_type=kind, subset_size=len(calibration))
+    request = runtime.compile_model(converted, "CPU", options).create_infer_request()
+    arrays = _arrays(inputs)
     return lambda: torch.from_numpy(request.infer(arrays)[0].copy())
+
+
+def _arrays(tensors: tuple[Tensor, ...]) -> list[np.ndarray]:
+    return [tensor.float().numpy() if tensor.is_floating_point() else tensor.numpy() for tensor in tensors]
