@@ -1,5 +1,5 @@
-"""Anything with a model in it: a run's weights, its checkpoint to resume from, what a system's authors released, a folder
-that `save_pretrained` wrote, or a repository on the hub."""
+"""Anything with a model in it: a run's weights, its checkpoint to resume from, what a system's authors released, a
+folder that `save_pretrained` wrote, or a repository on the hub."""
 
 from __future__ import annotations
 

@@ -141,9 +141,9 @@ class Segmenter:
         """Load a segmenter.
 
         Args:
-            path: what `checkpoints.load` reads: our `.safetensors` (a run's weights, or its `checkpoint.safetensors`), a
-                released `.pth`, "hub:owner/name", …; or what it has read; None for the weights of the tiny model that
-                ship with the package.
+            path: what `checkpoints.load` reads: our `.safetensors` (a run's weights, or its
+                `checkpoint.safetensors`), a released `.pth`, "hub:owner/name", …; or what it has read; None for the
+                weights of the tiny model that ship with the package.
             device: default: the CPU.
             tokenizer: a `vocab.txt`, a folder with one or with a `tokenizer.json`, or a tokenizer. None takes the
                 shipped vocabulary, where the checkpoint was trained on it. Released checkpoints need BERT's.

@@ -18,7 +18,8 @@ class Segmenters:
     A name that is not among `names` is refused, so that nobody at a browser reads another file.
 
     Args:
-        paths: checkpoints, as `checkpoints.load` takes them, called by their paths; the weights that ship with the package come last.
+        paths: checkpoints, as `checkpoints.load` takes them, called by their paths; the weights that ship with the
+            package come last.
         tokenizer: a vocabulary for those of `paths` that do not say by themselves which is theirs, or whose own does
             not ship with the package.
 

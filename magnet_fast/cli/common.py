@@ -29,7 +29,7 @@ class Precision(str, Enum):  # noqa: UP042 (StrEnum is younger than Python 3.10)
 CheckpointOption = Annotated[
     Path | None,
     typer.Option(
-        "--checkpoint", help="A run's .safetensors, a released .pth or hub:owner/name; the shipped weights if left out."
+        "--checkpoint", help="A run's .safetensors, a released .pth, hub:owner/name; shipped weights if left out."
     ),
 ]
 TokenizerOption = Annotated[

@@ -264,9 +264,7 @@ def _look(what: str, file: Callable[[str], Path]) -> Pretrained:
     found = Pretrained(what, described["model"], file(WEIGHTS), tokenizer)
     for one in (found.weights, found.tokenizer):
         if one is not None and not one.is_file():
-            raise ValueError(
-                f"{what} has no {one.name}; save it again, whole. Pickles (pytorch_model.bin) are not read"
-            )
+            raise ValueError(f"{what} has no {one.name}; save it again. Pickles (pytorch_model.bin) are not read")
     return found
 
 
