@@ -120,7 +120,9 @@ class _Handler(BaseHTTPRequestHandler):
         if not self._allowed:
             return self._send(401, {"error": "Invalid username or password."})
         status = 409 if name in self.hub.repositories else 200
-        self.hub.repositories.setdefault(name, Repository(asked.get("visibility") == "private"))
+        if status == 200:
+            self.hub.repositories[name] = Repository(asked.get("visibility") == "private")
+            self.hub.repositories[name].commit({".gitattributes": b"*.safetensors filter=lfs"})
         self._send(status, {"url": f"{self.hub.address}/{name}"})
 
     def _info(self, name: str, _: bytes) -> None:

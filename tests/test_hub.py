@@ -6,6 +6,7 @@ import json
 import pickle
 import shutil
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from magnet_fast import Segmenter, checkpoints, models
 from magnet_fast.app.segmenters import Segmenters
 from magnet_fast.cli import app
 from magnet_fast.data import Tokenizer
+from magnet_fast.data.tokenizers import PretrainedTokenizer
 from magnet_fast.models import hub as models_hub
 from magnet_fast.models.files import safetensors_metadata
 from magnet_fast.models.lavt import LAVT
@@ -127,9 +129,7 @@ def test_the_tokenizer_comes_along(model, folder, tmp_path) -> None:
     loaded = checkpoints.load(folder)
     found = loaded.tokenizer()
     assert found.vocabulary == own.vocabulary and found.digest() == own.digest() == loaded.vocabulary
-    assert torch.equal(
-        found(["w3 of w4"]).ids, Tokenizer(tmp_path / "vocab.txt", max_tokens=20)(["w3 of w4"]).ids[:, :]
-    )
+    assert found.readings(["w3 of W4"]) == Tokenizer(tmp_path / "vocab.txt", max_tokens=12).readings(["w3 of W4"])
     (folder / "tokenizer.json").write_text(Tokenizer().to_json())
     with pytest.raises(ValueError, match="was trained with another vocabulary"):
         checkpoints.load(folder).tokenizer()
@@ -150,13 +150,21 @@ def test_the_card_says_what_it_is(model, tmp_path) -> None:
     assert "/home/someone" not in text and 'Segmenter.from_pretrained("OWNER/NAME")' in body
 
 
-def test_a_card_that_is_there_is_kept(model, folder) -> None:
-    (folder / "README.md").write_text("mine")
-    with pytest.warns(UserWarning, match=r"has a README\.md already, which is kept"):
+def test_a_card_is_written_anew_until_somebody_edits_it(model, folder) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.save_pretrained(folder, license="mit")
+    card = (folder / "README.md").read_text()
+    assert "license: mit" in card
+    (folder / "README.md").write_text(card.replace("Referring", "My referring"))
+    with pytest.warns(UserWarning, match=r"has an edited README\.md, which is kept"):
         model.save_pretrained(folder)
-    assert (folder / "README.md").read_text() == "mine"
-    assert json.loads((folder / "config.json").read_text())["tokenizer"] is False
-    with pytest.raises(ValueError, match="its metadata lack tokenizer_vocab"):  # the former tokenizer is not taken
+    assert "My referring" in (folder / "README.md").read_text()
+
+
+def test_a_former_tokenizer_is_not_taken(model, folder) -> None:
+    model.save_pretrained(folder)
+    with pytest.raises(ValueError, match="its metadata lack tokenizer_vocab"):
         checkpoints.load(folder).tokenizer()
 
 
@@ -172,8 +180,8 @@ def test_wrong_scores_leave_nothing(model, tmp_path) -> None:
 def test_there_and_back(hub, model, monkeypatch) -> None:
     address = model.push_to_hub(NAME, tokenizer=Tokenizer(), license="mit")
     assert address == f"{hub.address}/{NAME}/commit/{hub.repositories[NAME].main}"
-    assert hub.files(NAME).keys() == FILES
-    assert len(hub.objects) == 1 and len(hub.repositories[NAME].commits) == 1  # weights by LFS; all in one commit
+    assert hub.files(NAME).keys() == FILES | {".gitattributes"}
+    assert len(hub.objects) == 1 and len(hub.repositories[NAME].commits) == 2  # weights by LFS; all in one commit
     assert f'Segmenter.from_pretrained("{NAME}")' in hub.files(NAME)["README.md"].decode()
     assert not hub.repositories[NAME].private
     hub.asked.clear()
@@ -237,10 +245,14 @@ def test_private_repositories(hub, model, saved, monkeypatch) -> None:
     assert "hf_other" not in str(refused.value)
 
 
-def test_a_card_on_the_hub_is_kept(hub, model, saved) -> None:
+def test_a_card_on_the_hub_is_kept_once_edited(hub, model, saved) -> None:
     stored(hub, saved)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model.push_to_hub(NAME, license="mit")
+    assert b"license: mit" in hub.files(NAME)["README.md"]
     hub.repositories[NAME].commit({"README.md": b"mine"})
-    with pytest.warns(UserWarning, match=r"has a README\.md already, which is kept"):
+    with pytest.warns(UserWarning, match=r"has an edited README\.md, which is kept"):
         model.push_to_hub(NAME)
     assert hub.files(NAME)["README.md"] == b"mine"
 
@@ -376,3 +388,21 @@ def test_a_stranger_names_no_base_and_no_file(folder, monkeypatch) -> None:
     changed(folder / "config.json", model=config)
     with pytest.raises(ValueError, match="arguments: expected what describes the network, got 'checkpoint_path'"):
         models.from_pretrained(folder)
+
+
+def test_no_code_of_a_stranger_runs(model, tmp_path, monkeypatch) -> None:
+    """Nor is anybody asked whether it may."""
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked to run code"))
+    (tmp_path / "strange.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Strange: pass\n")
+    classes = {"AutoConfig": "strange.Strange", "AutoTokenizer": ["strange.Strange", None]}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "strange", "auto_map": classes}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"auto_map": classes}))
+    with pytest.raises(ValueError, match="transformers finds no text encoder"):
+        models.create("lavt_tiny", text={"kind": "transformers", "name": str(tmp_path)})
+    with pytest.raises(ValueError, match="transformers finds no tokenizer"):
+        PretrainedTokenizer(tmp_path)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    settings = {"model_type": "bert", "vocab_size": 50, **sizes, "attn_implementation": "kernels-community/flash-attn"}
+    config = models.preset_config("lavt_tiny", text={"kind": "transformers", "name": "x", "settings": settings})
+    assert models.from_config(config).text_encoder.encoder.config._attn_implementation == "sdpa"
+    assert not (tmp_path / "ran").exists()

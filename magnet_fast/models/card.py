@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -77,7 +78,19 @@ def model_card(
         "## Licence",
         license or "Not stated.",
     ]
-    return "\n\n".join(text) + "\n"
+    body = "\n\n".join(text) + "\n"
+    return f"{body}\n{_mark(body)}\n"
+
+
+def is_untouched(text: str) -> bool:
+    """Whether a README.md is as `model_card` wrote it, so that nobody's words are lost where it is written anew."""
+    body, _, last = text.rstrip("\n").rpartition("\n\n")
+    return last == _mark(f"{body}\n")
+
+
+def _mark(body: str) -> str:
+    digest = hashlib.sha256(body.encode()).hexdigest()[:16]
+    return f"<!-- written by magnet_fast ({digest}); once edited, it is kept -->"
 
 
 def _settings(settings: Mapping[str, Any]) -> Iterable[str]:

@@ -11,13 +11,14 @@ import os
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from magnet_fast.atomic import write_text_atomically
 from magnet_fast.models import weights
-from magnet_fast.models.card import model_card
+from magnet_fast.models.card import is_untouched, model_card
 from magnet_fast.models.files import is_safetensors, read_json, safetensors_metadata
 from magnet_fast.models.registry import parse_config
 
@@ -87,7 +88,8 @@ def save_pretrained(
 ) -> None:
     """Write a model as a folder that `from_pretrained` reads, and that the hub takes as it is.
 
-    All weights go into it, also those of a base that a run left out. A README.md that is there is kept, with a warning.
+    All weights go into it, also those of a base that a run left out. A README.md that somebody edited is kept, with a
+    warning.
 
     Args:
         tokenizer: goes with the model, so that nothing else is needed to use it.
@@ -101,9 +103,7 @@ def save_pretrained(
     weights.save(model, folder / WEIGHTS, extra)
     if stored is not None:
         write_text_atomically(folder / TOKENIZER, stored)
-    if (folder / CARD).exists():
-        _tell_card_kept(str(folder))
-    else:
+    if not _keeps(folder / CARD, str(folder)):
         write_text_atomically(folder / CARD, card)
     described = {
         "library_name": "magnet_fast",
@@ -119,7 +119,7 @@ def push_to_hub(
 ) -> str:
     """Write a model to a repository on the hub, in one commit; it is made where it does not exist.
 
-    A README.md that is there is kept, with a warning.
+    A README.md that somebody edited is kept, with a warning.
 
     Args:
         repository: "owner/name".
@@ -135,6 +135,7 @@ def push_to_hub(
     """
     checked_name(repository)
     from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub.errors import RemoteEntryNotFoundError
 
     api = HfApi(token=token, library_name="magnet_fast")
     with tempfile.TemporaryDirectory() as folder:
@@ -144,9 +145,9 @@ def push_to_hub(
             api.create_repo(repository, private=private or None, exist_ok=True)
             public = private and not api.model_info(repository).private
             if not public:
-                if api.file_exists(repository, CARD):
-                    _tell_card_kept(repository)
-                    files = [file for file in files if file.name != CARD]
+                with suppress(RemoteEntryNotFoundError):
+                    if _keeps(Path(api.hf_hub_download(repository, CARD)), repository):
+                        files = [file for file in files if file.name != CARD]
                 added = [CommitOperationAdd(file.name, file) for file in files]
                 return api.create_commit(repository, added, commit_message="Model of magnet_fast").commit_url
         except Exception as error:  # the hub's client raises many kinds
@@ -296,8 +297,12 @@ def _download(repository: str, name: str, **where: Any) -> Path:
         raise ValueError(f"repository {repository!r}: {name} cannot be fetched: {_told(error)}") from error
 
 
-def _tell_card_kept(where: str) -> None:
-    warnings.warn(f"{where} has a {CARD} already, which is kept; remove it to have it written anew", stacklevel=3)
+def _keeps(card: Path, where: str) -> bool:
+    """Whether a README.md is to stay, which a warning then says."""
+    kept = card.exists() and not is_untouched(card.read_text(encoding="utf-8", errors="replace"))
+    if kept:
+        warnings.warn(f"{where} has an edited {CARD}, which is kept; remove it to have it written anew", stacklevel=4)
+    return kept
 
 
 def _told(error: BaseException) -> str:
