@@ -26,7 +26,10 @@ if TYPE_CHECKING:
     from magnet_fast.models.base import ReferringModel
 
 FORMAT = "magnet_fast.pretrained/1"
-CONFIG, WEIGHTS, TOKENIZER, CARD = "config.json", "model.safetensors", "tokenizer.json", "README.md"
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+TOKENIZER = "tokenizer.json"
+CARD = "README.md"
 
 
 class Vocabulary(Protocol):
