@@ -1,4 +1,5 @@
-"""Any file with a model in it: a run's weights, its checkpoint to resume from, or what a system's authors released."""
+"""Anything with a model in it: a run's weights, its checkpoint to resume from, what a system's authors released, a
+folder that `save_pretrained` wrote, or a repository on the hub."""
 
 from __future__ import annotations
 
@@ -7,13 +8,16 @@ import os
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from magnet_fast.data.tokenizers import ExpressionTokenizer, open_tokenizer
+from magnet_fast.models import hub
 from magnet_fast.models.base import ReferringModel
 from magnet_fast.models.files import is_safetensors, read_safetensors, safetensors_metadata
 from magnet_fast.models.released import from_released
 from magnet_fast.models.weights import load_with_metadata, restored
 
+_HUB = "hub:"
 _RUN = "magnet_fast.training/"  # format of a run's checkpoint, before its number
 
 
@@ -27,24 +31,28 @@ class Checkpoint:
         vocabulary: digest of the vocabulary it was trained with; None where the file does not say (released ones,
             those of `models.save` without it).
         metadata: everything else in the file.
+        stored_tokenizer: what was saved beside the model; None where nothing was.
     """
 
     model: ReferringModel
     source: str
     vocabulary: str | None
     metadata: dict[str, str]
+    stored_tokenizer: Path | None = None
 
     def tokenizer(self, given: str | os.PathLike[str] | ExpressionTokenizer | None = None) -> ExpressionTokenizer:
         """The tokenizer for this model, checked.
 
         Args:
-            given: a vocabulary or its folder, or a tokenizer; None for what the model's specification names: the
-                shipped vocabulary, or the transformers folder that its text encoder came from.
+            given: a vocabulary or its folder, or a tokenizer; None for the one saved beside the model, else for what
+                the model's specification names: the shipped vocabulary, or the transformers folder that its text
+                encoder came from.
 
         Raises:
             ValueError: a tokenizer is needed and none was given, or it is not the one that the model was trained with.
         """
         spec, known = self.model.spec, self.model.text_encoder.vocab_size
+        given = self.stored_tokenizer if given is None else given
         if given is None and self.vocabulary is None and self.metadata:
             raise ValueError(
                 f"tokenizer: {self.source}: its metadata lack tokenizer_vocab, so which vocabulary of {known} entries "
@@ -78,14 +86,20 @@ def load(path: str | os.PathLike[str] | None = None) -> Checkpoint:
 
     Args:
         path: our `.safetensors`, a run's weights or its `checkpoint.safetensors`; what a system's authors released, in
-            any form that `models.from_released` reads; None for the weights of the tiny model that ship with the
-            package. Files are told by what is in them, not by their names.
+            any form that `models.from_released` reads; a folder that `save_pretrained` wrote; "hub:owner/name" or
+            "hub:owner/name@revision" for a repository on the hub; None for the weights of the tiny model that ship with
+            the package. Files are told by what is in them, not by their names.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: it holds no model of this package, or one that cannot be read safely; or it was trained on base
-            weights that cannot be had, or that are other ones now.
+            weights that cannot be had, or that are other ones now; or as `models.hub.find`.
     """
+    if path is not None and os.fspath(path).startswith(_HUB):
+        repository, _, revision = os.fspath(path).removeprefix(_HUB).partition("@")
+        return _read_pretrained(hub.fetch(repository, revision or None))
+    if path is not None and is_pretrained(path):
+        return _read_pretrained(hub.find(path))
     path = Path(path) if path is not None else shipped_weights()
     format = safetensors_metadata(path).get("format", "") if is_safetensors(path) else ""
     if not format.startswith("magnet_fast."):
@@ -95,12 +109,31 @@ def load(path: str | os.PathLike[str] | None = None) -> Checkpoint:
     return Checkpoint(model, str(path), metadata.get("tokenizer_vocab"), dict(metadata))
 
 
+def load_pretrained(source: str | os.PathLike[str], **where: Any) -> Checkpoint:
+    """The model of a folder or of a repository on the hub, with the tokenizer saved beside it.
+
+    Args:
+        source, **where: as for `models.from_pretrained`, which also says what is raised.
+    """
+    return _read_pretrained(hub.find(source, **where))
+
+
+def is_pretrained(path: str | os.PathLike[str]) -> bool:
+    """Whether `path`, as `load` takes it, is no file: a repository on the hub, or a folder that holds a model."""
+    return os.fspath(path).startswith(_HUB) or (Path(path) / hub.CONFIG).is_file()
+
+
 def shipped_weights() -> Path:
     """The weights that ship with the package; FileNotFoundError where an installation lacks them."""
     path = Path(str(resources.files("magnet_fast"))) / "weights" / "magnet_tiny_scenes.safetensors"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: this installation has no shipped weights; name a checkpoint")
     return path
+
+
+def _read_pretrained(found: hub.Pretrained) -> Checkpoint:
+    model, metadata = found.load()
+    return Checkpoint(model, found.what, metadata.get("tokenizer_vocab"), dict(metadata), found.tokenizer)
 
 
 def _read_run(path: Path) -> tuple[ReferringModel, dict[str, str]]:

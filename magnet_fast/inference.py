@@ -127,7 +127,7 @@ class Segmenter:
     @classmethod
     def from_checkpoint(
         cls,
-        path: str | os.PathLike | None = None,
+        path: str | os.PathLike | checkpoints.Checkpoint | None = None,
         device: torch.device | str | None = None,
         tokenizer: str | os.PathLike | ExpressionTokenizer | None = None,
         image_size: int | None = None,
@@ -142,8 +142,9 @@ class Segmenter:
         """Load a segmenter.
 
         Args:
-            path: our `.safetensors` (a run's weights, or its `checkpoint.safetensors`), or a released `.pth`; None for
-                the weights of the tiny model that ship with the package.
+            path: what `checkpoints.load` reads: our `.safetensors` (a run's weights, or its
+                `checkpoint.safetensors`), a released `.pth`, "hub:owner/name", …; or what it has read; None for the
+                weights of the tiny model that ship with the package.
             device: default: the CPU.
             tokenizer: a `vocab.txt`, a folder with one or with a `tokenizer.json`, or a tokenizer. None takes the
                 shipped vocabulary, where the checkpoint was trained on it. Released checkpoints need BERT's.
@@ -156,7 +157,7 @@ class Segmenter:
             ValueError: not a checkpoint of a model of this package, a vocabulary that is not the checkpoint's,
                 or a dtype that does not run here.
         """
-        loaded = checkpoints.load(path)
+        loaded = path if isinstance(path, checkpoints.Checkpoint) else checkpoints.load(path)
         model = loaded.model
         if image_size is not None:
             model.spec = model.spec._replace(size=image_size)
@@ -173,6 +174,36 @@ class Segmenter:
             keep_masks=keep_masks,
             batch_size=batch_size,
         )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+        **options: Any,
+    ) -> Segmenter:
+        """Load a segmenter from the hub, or from a folder that `save_pretrained` wrote. Nothing in either is executed.
+
+        Args:
+            source: "owner/name", or the folder.
+            revision: a branch, tag or commit of the repository; None for its main branch.
+            token: of the hub, for private repositories; None for the one that `hf auth login` keeps, False for none.
+            cache_dir: None for the hub's own, which `HF_HOME` names.
+            local_files_only: take what the cache holds, without network, as with `HF_HUB_OFFLINE=1`.
+            **options: as in `from_checkpoint`.
+
+        Raises:
+            ValueError: no such name, repository, revision or file; no network and nothing in the cache; a model that is
+                none of this package; or as `from_checkpoint`.
+        """
+        loaded = checkpoints.load_pretrained(
+            source, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+        )
+        return cls.from_checkpoint(loaded, **options)
 
     @overload
     def __call__(self, image: Picture | Prepared, expression: str) -> Segmentation: ...

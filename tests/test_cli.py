@@ -72,7 +72,19 @@ def test_help_is_quick_to_import() -> None:
     code = "import sys, magnet_fast.cli; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
     output = run("--help")
-    for command in ("train", "evaluate", "segment", "edit", "contact-sheet", "merge", "export", "info", "data", "app"):
+    for command in (
+        "train",
+        "evaluate",
+        "segment",
+        "edit",
+        "contact-sheet",
+        "merge",
+        "push",
+        "export",
+        "info",
+        "data",
+        "app",
+    ):
         assert command in output
 
 

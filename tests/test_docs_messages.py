@@ -24,8 +24,8 @@ USER_FACING = (
     "checkpoints.py", "editing.py", "exporting.py", "inference.py", "visualize.py", "fast/__init__.py", "batch/*.py",
     "data/*.py", "data/datasets/*.py", "data/importing/*.py", "data/tokenizers/*.py", "data/transforms/*.py",
     "data/scenes/writing.py",
-    "models/base_weights.py", "models/files.py", "models/released.py", "models/state.py", "models/weights.py",
-    "models/wrapping.py",
+    "models/base_weights.py", "models/files.py", "models/hub.py", "models/released.py", "models/state.py",
+    "models/weights.py", "models/wrapping.py",
     "cli/*.py", "evaluation/evaluate.py", "evaluation/finite.py", "evaluation/metrics.py", "evaluation/protocol.py",
     "evaluation/table.py", "evaluation/tasks.py", "app/answer.py", "app/segmenters.py", "app/serving.py",
     "training/building.py", "training/checkpoint.py", "training/config.py", "training/datasets.py",
@@ -55,6 +55,8 @@ INTERNAL = {
     # Shown where nothing is wrong.
     "expressions shuffled between images (control)", "packed weight in inference on a CPU",
     "in inference on a CPU BatchNorms are folded into convolutions",
+    # The message of a commit on the hub.
+    "Model of magnet_fast",
     # Sentences that exported graphs are tried with.
     "the large red circle", "the blue triangle left of the small ring", "the one at the top",
     # Asked for by Python, not by a user.

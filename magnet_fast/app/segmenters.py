@@ -18,7 +18,8 @@ class Segmenters:
     A name that is not among `names` is refused, so that nobody at a browser reads another file.
 
     Args:
-        paths: checkpoints, called by their paths; the weights that ship with the package come last.
+        paths: checkpoints, as `checkpoints.load` takes them, called by their paths; the weights that ship with the
+            package come last.
         tokenizer: a vocabulary for those of `paths` that do not say by themselves which is theirs, or whose own does
             not ship with the package.
 
@@ -32,9 +33,10 @@ class Segmenters:
 
     def __init__(self, paths: Sequence[str | os.PathLike[str]] = (), tokenizer: str | None = None) -> None:
         for path in paths:
-            is_safetensors(path)
+            if not checkpoints.is_pretrained(path):
+                is_safetensors(path)
         shipped = checkpoints.shipped_weights()
-        self._paths: dict[str, Path] = {str(path): Path(path) for path in paths}
+        self._paths: dict[str, str | Path] = {str(path): str(path) for path in paths}
         self._paths[f"{shipped.stem} (shipped)"] = shipped
         self._tokenizer = tokenizer
         self._loaded: dict[tuple[str, str], Segmenter] = {}

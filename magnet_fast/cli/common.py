@@ -29,7 +29,9 @@ class Precision(str, Enum):  # noqa: UP042 (StrEnum is younger than Python 3.10)
 
 CheckpointOption = Annotated[
     Path | None,
-    typer.Option("--checkpoint", help="A run's .safetensors, or a released .pth; the shipped weights if left out."),
+    typer.Option(
+        "--checkpoint", help="A run's .safetensors, a released .pth, hub:owner/name; shipped weights if left out."
+    ),
 ]
 TokenizerOption = Annotated[
     str | None,

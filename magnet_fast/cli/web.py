@@ -17,7 +17,7 @@ def web_page(
         list[Path] | None,
         typer.Option(
             "--checkpoint",
-            help="Offered beside the shipped weights: a run's .safetensors, or a released .pth. Repeat it for several.",
+            help="Offered beside the shipped ones: a run's .safetensors, a released .pth, hub:owner/name; repeat it.",
         ),
     ] = None,
     tokenizer: TokenizerOption = None,

@@ -12,6 +12,7 @@ __all__ = [
     "Words",
     "create",
     "from_config",
+    "from_pretrained",
     "from_released",
     "list_models",
     "load",
@@ -22,7 +23,7 @@ __all__ = [
     "save",
 ]
 
-_LATER = {"from_released": "released", "load": "weights", "save": "weights"}
+_LATER = {"from_pretrained": "hub", "from_released": "released", "load": "weights", "save": "weights"}
 
 
 def __getattr__(name: str) -> object:

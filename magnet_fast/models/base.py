@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -335,6 +337,22 @@ class ReferringModel(nn.Module):
                 encoder.load_pretrained(None if source is True else source)
                 self.bases[name] = base_of(encoder, source)
 
+    @classmethod
+    def from_pretrained(cls, source: str | os.PathLike[str], **where: Any) -> ReferringModel:
+        """As `models.from_pretrained`; ValueError, too, for a model of another class than this one."""
+        model = _hub().from_pretrained(source, **where)
+        if not isinstance(model, cls):
+            raise ValueError(f"source: expected a {cls.__name__}, got {source!r}, a {type(model).__name__}")
+        return model
+
+    def save_pretrained(self, folder: str | os.PathLike[str], **contents: Any) -> None:
+        """As `models.hub.save_pretrained`."""
+        _hub().save_pretrained(self, folder, **contents)
+
+    def push_to_hub(self, repository: str, **contents: Any) -> str:
+        """As `models.hub.push_to_hub`."""
+        return _hub().push_to_hub(self, repository, **contents)
+
     def _check(self, image: Tensor, text: Text, context: Mapping[str, Tensor] | None) -> None:
         """Raise TypeError or ValueError naming what does not fit (B, 3, H, W), (B, T) and (B, T).
 
@@ -362,6 +380,12 @@ class ReferringModel(nn.Module):
         missing = [name for name in self.needs if name not in (context or {})]
         if missing:
             raise ValueError(f"context lacks {', '.join(missing)}, which this model needs")
+
+
+def _hub() -> ModuleType:
+    from magnet_fast.models import hub  # which reads and writes models, and so stands on this module
+
+    return hub
 
 
 def _listed(module: nn.Module) -> list[nn.Module]:

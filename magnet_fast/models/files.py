@@ -130,6 +130,32 @@ def safetensors_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
         return file.metadata() or {}
 
 
+def read_json(path: str | os.PathLike[str], limit: int = 1 << 20) -> dict[str, Any]:
+    """The dictionary in a JSON file of a stranger's.
+
+    Args:
+        limit: bytes; no more are read.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is larger, no JSON, or something else than a dictionary.
+    """
+    what = f"{os.fspath(path)!r}"
+    with Path(path).open("rb") as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise ValueError(f"{what} has more than {limit} bytes, which is not read as a configuration; {_AGAIN}")
+    if (meaning := foreign(content)) is not None:
+        raise ValueError(f"{what} {meaning}")
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{what} is no JSON ({_reason(error)}); {_AGAIN}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{what} holds a {type(found).__name__}, expected a dictionary in JSON")
+    return found
+
+
 def _opened(path: str | os.PathLike[str]) -> Any:
     try:
         return safe_open(path, framework="pt")

@@ -104,6 +104,16 @@ def test_clip_undoes_entities_twice_and_cuts_before_the_end(merges) -> None:
     assert torch.equal(ids[0, :5], whole[0, :5])
 
 
+@pytest.mark.parametrize("name", ["wordpiece", "clip"])
+def test_what_to_json_gives_is_read_again(merges, tmp_path, name: str) -> None:
+    tokenizer = open_tokenizer(name, {"wordpiece": SHIPPED, "clip": merges}[name])
+    (tmp_path / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
+    again = open_tokenizer(name, tmp_path)
+    assert again.vocabulary == tokenizer.vocabulary and again.digest() == tokenizer.digest()
+    for text in [*SENTENCES, "  Reddest\tSTARS\n of 2 boxes!?", "it's the man's, they'll", "東京 ☃ ñandú &amp; é"]:
+        assert again.readings([text]) == tokenizer.readings([text])
+
+
 def test_id_0_inside_a_token_counts_as_padding(merges) -> None:
     """As released: the decoder takes id != 0 as a word, and "!" has id 0 where a word goes on after it."""
     ids, mask = ClipTokenizer(merges, 8)("!?")

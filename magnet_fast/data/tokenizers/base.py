@@ -176,6 +176,10 @@ class ExpressionTokenizer(ABC):
         """Rows that an embedding table for the ids needs."""
         return max(self.vocabulary.values()) + 1
 
+    def to_json(self) -> str | None:
+        """A `tokenizer.json` that `open_tokenizer` reads again as this one; None where its name alone stands for it."""
+        return None
+
     def digest(self) -> str:
         """SHA-256 of the tokens in the order of their ids: the same in whichever file format they are stored."""
         return digest_of(self._tokens())

@@ -85,6 +85,9 @@ class ClipTokenizer(ExpressionTokenizer):
         """Ids of the start and the end token."""
         return {START: self._start, END: self._end}
 
+    def to_json(self) -> str:
+        return self._tokenizer.to_str()
+
     def _encode(self, text: str) -> tuple[list[int], bool]:
         text = html.unescape(html.unescape(text)).strip()
         words = self._tokenizer.encode(text, add_special_tokens=False).ids

@@ -26,7 +26,8 @@ class PretrainedTokenizer(ExpressionTokenizer):
 
         self._name = os.fspath(name)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(self._name, local_files_only=os.path.isdir(self._name))
+            local = os.path.isdir(self._name)
+            tokenizer = AutoTokenizer.from_pretrained(self._name, local_files_only=local, trust_remote_code=False)
         except Exception as error:  # transformers and the hub raise many kinds
             reason = str(error).split("\n", 1)[0]
             raise ValueError(f"tokenizer: transformers finds no tokenizer {self._name!r}: {reason}") from error

@@ -68,6 +68,9 @@ class Tokenizer(ExpressionTokenizer):
             [token.strip() for token in "\n".join(self._tokens()).splitlines()]
         )
 
+    def to_json(self) -> str:
+        return self._tokenizer.to_str()
+
     def _encode(self, text: str) -> tuple[list[int], bool]:
         ids = [self._begin, *self._tokenizer.encode(text, add_special_tokens=False).ids, self._end]
         return ids[: self.max_tokens], len(ids) > self.max_tokens + 1  # the end token alone is no loss

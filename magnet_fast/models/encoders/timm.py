@@ -16,6 +16,7 @@ from magnet_fast.models.base import ImageEncoder
 from magnet_fast.models.config import ImageConfig, part
 from magnet_fast.models.state import load_strictly, unreachable
 
+_FROM_ELSEWHERE = {"cache_dir", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_model_args"}
 _FINEST = 4  # stride; heads of this family make masks at a quarter of the image's side
 
 
@@ -34,6 +35,9 @@ class TimmConfig(ImageConfig):
             near = timm.list_models(f"*{self.name.split('.')[0].split('_')[0]}*")[:3]
             hint = f"; it has {', '.join(near)}" if near else ""
             raise ValueError(f"name: timm has no model {self.name!r}{hint}")
+        elsewhere = sorted(_FROM_ELSEWHERE & self.arguments.keys())
+        if elsewhere:  # a stored configuration describes a network, and reads no file
+            raise ValueError(f"arguments: expected what describes the network, got {elsewhere[0]!r}")
         self._described  # noqa: B018 (raises where the model gives no features)
         return self
 

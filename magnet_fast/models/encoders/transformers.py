@@ -39,7 +39,7 @@ class TransformersConfig(TextConfig):
         if not isinstance(values, dict) or values.get("settings") or not isinstance(values.get("name"), str):
             return values
         try:
-            found = AutoConfig.from_pretrained(values["name"])
+            found = AutoConfig.from_pretrained(values["name"], trust_remote_code=False)
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"name: transformers finds no text encoder {values['name']!r}: {reason}") from error
@@ -77,7 +77,9 @@ class TransformersEncoder(TextEncoder):
         super().__init__()
         found = config.transformers
         self.name = config.name
-        self.encoder: PreTrainedModel = AutoModel.from_config(found, **_arguments(found))
+        # A stored configuration may name code on the hub, as its class or its attention: neither is taken.
+        plain = {"trust_remote_code": False, "attn_implementation": None}
+        self.encoder: PreTrainedModel = AutoModel.from_config(found, **plain, **_arguments(found))
         self.width, self.vocab_size = found.hidden_size, found.vocab_size
         # RoBERTa and its kind count positions from behind the padding's.
         positions = getattr(self.encoder.embeddings, "position_embeddings", None)
@@ -96,7 +98,7 @@ class TransformersEncoder(TextEncoder):
     def load_pretrained(self, source: str | None) -> None:
         name = source or self.name
         try:
-            arguments = _arguments(self.encoder.config)
+            arguments = {"trust_remote_code": False, **_arguments(self.encoder.config)}
             found, report = AutoModel.from_pretrained(name, output_loading_info=True, **arguments)
         except (OSError, ValueError) as error:
             raise unreachable("text", name, error) from error
