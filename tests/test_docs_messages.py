@@ -54,6 +54,8 @@ INTERNAL = {
     "the published weights of its size",
     # Shown where nothing is wrong.
     "expressions shuffled between images (control)", "packed weight in inference on a CPU",
+    "packed weight in int8 in inference on a CPU",
+    "packed weight in inference on a CPU, not in int8: sizes are no multiples of …",
     "in inference on a CPU BatchNorms are folded into convolutions",
     # The message of a commit on the hub.
     "Model of magnet_fast",
