@@ -86,7 +86,6 @@ def test_commands_have_the_options_that_are_printed(page: Path) -> None:
             load_config(given["config"], given["set_"])
 
 
-
 def test_make_has_the_targets_that_are_printed() -> None:
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for page in PAGES:
