@@ -1,4 +1,4 @@
-"""Building the package: with a compiler, without one, and with one that fails."""
+"""Building the package: with a compiler, without one, with one that fails, and from its source distribution."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -21,11 +22,14 @@ def source(tmp_path: Path) -> Path:
     """A copy of what the build reads, so that the tests leave nothing in the repository."""
     copy = tmp_path / "source"
     copy.mkdir()
+    # An editable installation puts a link to the kernels into the package.
+    ignored = shutil.ignore_patterns("*.so", "__pycache__", "*.safetensors", "kernels")
     for name in ("csrc", "kernels", "magnet_fast"):
-        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("*.so", "__pycache__", "*.safetensors"))
+        shutil.copytree(ROOT / name, copy / name, ignore=ignored)
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE"):
         shutil.copy(ROOT / name, copy / name)
     (copy / "README.md").write_text("# magnet_fast\n")
+    (copy / "magnet_fast/weights/small.safetensors").touch()
     return copy
 
 
@@ -42,8 +46,8 @@ def with_one_operator(source: Path) -> None:
     module.write_text("".join(kept))
 
 
-def build_wheel(source: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "setup.py", "--quiet", "bdist_wheel", "--dist-dir", "dist"]
+def build_wheel(source: Path, *before: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "setup.py", "--quiet", *before, "bdist_wheel", "--dist-dir", "dist"]
     # The CUDA extension has tests of its own, tests/cuda: nvcc takes minutes.
     settings = {**os.environ, "CXXFLAGS": "-O0", "MAGNET_FAST_CUDA": "0", **environment}
     return subprocess.run(command, cwd=source, env=settings, capture_output=True, text=True)
@@ -103,3 +107,23 @@ def test_a_failing_compilation_is_an_error(source):
     assert done.returncode != 0
     assert "building the C++ extension failed" in done.stderr
     assert not (source / "dist").exists()
+
+
+def test_the_source_distribution_gives_the_same_wheel(source, tmp_path):
+    """Whole, and byte for byte: a wheel is the same wherever and whenever it is built."""
+    settings = {"CXX": "/nowhere/c++", "SOURCE_DATE_EPOCH": "1750000000"}
+    done = build_wheel(source, "sdist", **settings)
+    assert done.returncode == 0, done.stderr
+    (archive,) = (source / "dist").glob("*.tar.gz")
+    with tarfile.open(archive) as distribution:
+        distribution.extractall(tmp_path, filter="data")
+    unpacked = tmp_path / archive.name.removesuffix(".tar.gz")
+    inputs = [path for name in ("csrc", "kernels", "magnet_fast") for path in (source / name).rglob("*.*")]
+    assert [str(path) for path in inputs if not (unpacked / path.relative_to(source)).exists()] == []
+    done = build_wheel(unpacked, **settings)
+    assert done.returncode == 0, done.stderr
+    (wheel,), (again,) = (source / "dist").glob("*.whl"), (unpacked / "dist").glob("*.whl")
+    with zipfile.ZipFile(wheel) as one, zipfile.ZipFile(again) as other:
+        assert one.namelist() == other.namelist()
+        assert "magnet_fast/weights/small.safetensors" in one.namelist()
+    assert wheel.read_bytes() == again.read_bytes()
