@@ -252,7 +252,7 @@ def _check_weights(weights: str, pack: bool) -> None:
         raise ValueError("weights: int8 is of packed copies; expected pack=True with it")
     if weights == "int8" and not _int8.works():
         raise ValueError(
-            "weights: int8 needs the compiled extension and the int8 product of PyTorch's oneDNN; one of them is missing"
+            "weights: int8 needs the compiled extension and the int8 product of PyTorch's oneDNN; one is missing"
         )
 
 

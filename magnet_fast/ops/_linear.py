@@ -147,8 +147,8 @@ def recorded() -> bool:
 
 
 def _int8_copy(x: Tensor, weight: Tensor, *others: Tensor | None) -> _int8.Int8Weight | None:
-    """The weight in int8 where its layer was packed so and a call like this one is for it, in bfloat16 also where oneDNN
-    has no such product."""
+    """The weight in int8 where its layer was packed so and this call is for it, in bfloat16 also where oneDNN has no
+    such product."""
     if not _packed.any_int8() or x.numel() * len(weight) < _FEWEST_MULTIPLICATIONS:
         return None
     tensors = (tensor for tensor in (weight, *others) if tensor is not None)
