@@ -81,7 +81,9 @@ def summary(runs: Runs) -> str:
 def _short(value: Any, by_kind: tuple[str, ...]) -> Any:
     """Without texts, rounded; of kinds of sentences the scores `by_kind` and their number alone."""
     if isinstance(value, dict):
-        kept = {key: _short(one, by_kind) for key, one in value.items() if not isinstance(one, str) and key != "by_kind"}
+        kept = {
+            key: _short(one, by_kind) for key, one in value.items() if not isinstance(one, str) and key != "by_kind"
+        }
         kinds = value.get("by_kind", {})
         if kinds:
             wanted = (*by_kind, "sentences")

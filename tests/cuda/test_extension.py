@@ -50,8 +50,10 @@ def test_the_runtime_is_inside():
 @needs_extension
 @pytest.mark.skipif(cuda_report.cuobjdump() is None, reason="cuobjdump was not found: no CUDA toolkit, no Triton")
 def test_what_the_compiler_made():
-    """Nothing in local memory on any architecture, and the instructions of one: they come from the same lines of PTX for
-    all, and to disassemble takes half a minute for each."""
+    """Nothing in local memory on any architecture, and the instructions of one.
+
+    They come from the same lines for all, and to disassemble takes half a minute for each.
+    """
     stacks = cuda_report.stacks(cuda_report.extension(), cuda_report.cuobjdump())
     assert stacks and not any(stacks.values()), stacks
     one = min(architecture for architecture, _ in stacks)

@@ -218,7 +218,9 @@ def test_scores_that_a_kind_of_sentence_has_not(tmp_path) -> None:
         folder.mkdir(parents=True)
         (folder / "result.json").write_text(json.dumps(found))
     table = write_report(tmp_path, {"one": "ONE"}, {}, "result.json").read_text()
-    assert json.loads((tmp_path / "results.json").read_text())["rows"]["one"]["runs"][0]["scores"]["val"]["by_kind"] == {
+    assert json.loads((tmp_path / "results.json").read_text())["rows"]["one"]["runs"][0]["scores"]["val"][
+        "by_kind"
+    ] == {
         "absent/place": {**dict.fromkeys(("rIoU", "mIoU_ref", "mIoU"), None), "mRR": 40.0, "oIoU": None},
         "place": {"rIoU": None, "mRR": None, "mIoU_ref": 30.0, "mIoU": 30.0, "oIoU": 50.0},
     }
