@@ -1,5 +1,5 @@
-// All bindings of the emulated extension in one: to parse pybind11 takes most of the time of each. Their files
-// name functions alike, which they may when each is compiled alone.
+// All bindings of the emulated extension in one: to parse pybind11 takes most of the time of each. Their
+// files name functions alike, which they may when each is compiled alone.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
