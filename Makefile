@@ -5,6 +5,7 @@
 #   make wheels  a source distribution and a wheel in dist/, tried in an environment of their own
 #   make clean   remove everything made here
 #   make sanitize   the C++ kernels' tests with address and undefined-behaviour sanitizers (GCC)
+#   make fuzz       random and mutated annotations, FUZZ_RECORDS=60000 of them
 #   make browser    Chromium, which the tests of the web page drive (Debian, as root); they are skipped without
 #   make app-picture  the picture of the web page in docs/app.md, taken in that browser
 #   make gpu-check  tests and benchmarks on a GPU, with the Python (PYTHON=) that has torch and Triton for it
@@ -15,6 +16,7 @@ STAMP := $(VENV)/.installed
 
 # One process a core, one thread a process: small work should not wait at barriers of threads.
 TEST_PROCESSES ?= 2
+FUZZ_RECORDS ?= 60000
 
 DEMO ?= demo
 DEMO_IMAGES ?= 4000
@@ -29,7 +31,7 @@ TOGETHER = OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node $(DEMO_PROCESSES) 
 CPP := $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cuh' 'csrc/*.cu' 'tests/*.cpp' 'tests/*.h' 2>/dev/null)
 PY := magnet_fast kernels benchmarks tests setup.py
 
-.PHONY: env test lint format demo bench docs wheels sanitize browser app-picture gpu-check clean
+.PHONY: env test lint format demo bench docs wheels sanitize fuzz browser app-picture gpu-check clean
 
 env: $(STAMP)
 
@@ -115,6 +117,10 @@ sanitize: $(STAMP)
 	cd $(SANITIZED) && ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 		$(abspath $(BIN))/python -m pytest tests/test_cpu_*.py tests/ops/test_cpu_*.py tests/ops/test_linear_chain.py
+
+# A seed of its own each time; a failure names the annotation.
+fuzz: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.data.fuzz_segmentations $(FUZZ_RECORDS) $$(date +%s)
 
 browser:
 	test -x /usr/bin/chromium -a -x /usr/bin/chromedriver || \

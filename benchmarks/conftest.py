@@ -4,7 +4,8 @@ A benchmark belongs to a group and says in `extra_info["path"]` which implementa
 are to the path that `extra_info["baseline"]` names. It may add "bytes" and "flops" (compulsory traffic and operations
 of one run), "dtype" and "peak_bytes": the table then shows its share of the ceilings; "items" makes it items a second.
 
-The file is written once a minute, too, so that a run of hours that is stopped has kept what it measured.
+The file is a summary (`summary.py`), and is written once a minute, too, so that a run of hours that is stopped has kept
+what it measured.
 
 `--full` takes every shape (`full` is the fixture). A row of path "torch.compile" needs `--compile`; with both, every
 shape is compiled, which takes hours.
@@ -12,7 +13,6 @@ shape is compiled, which takes hours.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import machine
+from benchmarks import machine, summary
 
 _SECONDS_BETWEEN_WRITES = 60
 _KEPT = ("bytes", "flops", "dtype", "peak_bytes", "items")
@@ -101,10 +101,9 @@ def _measured(config: pytest.Config) -> list[dict[str, Any]]:
 def _write(config: pytest.Config, rows: list[dict[str, Any]]) -> None:
     target = config.getoption("--results")
     target.parent.mkdir(parents=True, exist_ok=True)
-    head = json.dumps({"machine": machine.description(), "ceilings": config._ceilings}, indent=1).removesuffix("\n}")
-    lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)  # one a line: all shapes are thousands
+    results = {"machine": machine.description(), "ceilings": config._ceilings, "rows": rows}
     temporary = target.with_name(f"{target.name}.part")
-    temporary.write_text(f'{head},\n "rows": [\n{lines}\n ]\n}}\n')
+    temporary.write_text(summary.text(summary.summarised(results)))
     os.replace(temporary, target)
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import ast
 import hashlib
+import itertools
 import json
 import multiprocessing
 import re
@@ -288,24 +289,51 @@ def sources() -> str:
 
 
 def results(found: Sequence[Program]) -> dict[str, Any]:
-    """What a results file holds."""
+    """What a results file holds: versions, the number of programs, and a row for each kernel in each case.
+
+    A row has the most registers a thread that any configuration takes, by dtype and architecture (in the order of
+    "archs"), the number of configurations by dtype, the most shared memory of a block, and the least occupancy. A
+    program may have a part in several cases.
+    """
+    archs = sorted({program.arch for program in found})
+    members: dict[tuple[str, str, str], list[Program]] = {}
+    operators = list(dict.fromkeys(program.operator for program in found))
+    for program in sorted(found, key=lambda program: operators.index(program.operator)):
+        for case in program.cases:
+            members.setdefault((program.operator, program.kernel, case), []).append(program)
     return {
         "date": date.today().isoformat(),
         "triton": triton.__version__,
-        "ptxas": {f"sm_{arch}": _ptxas(arch) for arch in sorted({program.arch for program in found})},
+        "ptxas": {f"sm_{arch}": _ptxas(arch) for arch in archs},
         "torch": torch.__version__,
         "sources": sources(),
-        "programs": [program._asdict() for program in found],
+        "archs": archs,
+        "programs": len(found),
+        "do_not_fit": sum(not program.fits for program in found),
+        "rows": [_row(key, each, archs) for key, each in members.items()],
+    }
+
+
+def _row(key: tuple[str, str, str], members: Sequence[Program], archs: Sequence[int]) -> dict[str, Any]:
+    dtypes = [name for name in map(_name, DTYPES) if any(program.dtype == name for program in members)]
+
+    def of(dtype: str, arch: int) -> list[Program]:
+        return [program for program in members if (program.dtype, program.arch) == (dtype, arch)]
+
+    return {
+        **dict(zip(("operator", "kernel", "case"), key, strict=True)),
+        "registers": {
+            name: [max(program.registers for program in of(name, arch)) for arch in archs if of(name, arch)]
+            for name in dtypes
+        },
+        "configurations": {name: max(len(of(name, arch)) for arch in archs) for name in dtypes},
+        "shared": max(program.shared for program in members),
+        "occupancy": round(min(program.occupancy for program in members), 4),
     }
 
 
 def _ptxas(arch: int) -> str:
     return re.search(r"release \S+, V(\S+)", get_ptxas_version(arch))[1]
-
-
-def read(contents: dict[str, Any]) -> list[Program]:
-    """The programs of a results file."""
-    return [Program(**{**row, "cases": tuple(row["cases"])}) for row in contents["programs"]]
 
 
 def main() -> None:
@@ -316,8 +344,8 @@ def main() -> None:
     names = [_name(dtype) for dtype in DTYPES]
     parser.add_argument("--dtype", nargs="+", choices=names, default=names)
     parser.add_argument("--jobs", type=int, default=1, help="processes that compile")
-    parser.add_argument("--results", type=Path, help="write everything, with versions and the date, to this JSON file")
-    parser.add_argument("--markdown", type=Path, help="write the tables of docs/kernels.md to this file")
+    parser.add_argument("--results", type=Path, help="write a summary, with versions and the date, to this JSON file")
+    parser.add_argument("--markdown", type=Path, help="write the summary as tables to this file")
     arguments = parser.parse_args()
     found = []
     dtypes = [getattr(torch, name) for name in arguments.dtype]
@@ -333,10 +361,10 @@ def main() -> None:
 
 
 def text(contents: dict[str, Any]) -> str:
-    """The results file: JSON with a line for each program."""
-    head = json.dumps({**contents, "programs": []}, indent=1)
-    rows = ",\n".join(f"  {json.dumps(row)}" for row in contents["programs"])
-    return head.replace('"programs": []', f'"programs": [\n{rows}\n ]') + "\n"
+    """The results file: JSON with a line for each row."""
+    head = json.dumps({**contents, "rows": []}, indent=1)
+    rows = ",\n".join("  " + json.dumps(row, separators=(",", ":")) for row in contents["rows"])
+    return head.replace('"rows": []', f'"rows": [\n{rows}\n ]') + "\n"
 
 
 def _line(p: Program) -> str:
@@ -348,29 +376,20 @@ def _line(p: Program) -> str:
 
 _HEAD = """# What the Triton kernels take of a chip
 
-`python -m magnet_fast.kernels.report` compiles every launch of the operators in the cases below, with every
-configuration that an autotuner may choose, for {archs}, without a GPU.
-None was run for these tables. Of {count} distinct programs, {bad} spill registers to local memory or want more shared
-memory than a block can have ({limits}).
-
-Triton {triton}, ptxas {ptxas}, {date}; `benchmarks/results/triton_kernels.json` has each program.
-A line here is a kernel in one case: the most registers a thread that any of its configurations takes ({order}),
-the most shared memory of a block, and the least occupancy. That is the share of a multiprocessor's threads that can be
-there at once, estimated from the first two and the warps of a block. "-" stands where a kernel has no part in a dtype.
-
-float32 products are three TF32 products of pieces, nearly as exact as float32, and a single one where torch allows TF32
-(`torch.backends.cuda.matmul.fp32_precision = "tf32"`); the tables have the former, which take more registers.
+Of {count} distinct programs for {archs}, {bad} spill registers to local memory or want more shared memory than a block
+can have ({limits}). Triton {triton}, ptxas {ptxas}, {date}.
+A line is a kernel in one case: the most registers a thread that any of its configurations takes ({order}), the most
+shared memory of a block, and the least occupancy. "-" stands where a kernel has no part in a dtype.
 """
 
 
 def markdown(contents: dict[str, Any]) -> str:
-    """The document of a results file."""
-    found = read(contents)
-    names = [_name(dtype) for dtype in DTYPES if any(p.dtype == _name(dtype) for p in found)]
-    archs = sorted({p.arch for p in found})
+    """The tables of a results file."""
+    names = [name for name in map(_name, DTYPES) if any(name in row["registers"] for row in contents["rows"])]
+    archs = contents["archs"]
     lines = _HEAD.format(
-        count=len(found),
-        bad=sum(not p.fits for p in found),
+        count=contents["programs"],
+        bad=contents["do_not_fit"],
         limits=", ".join(f"{SHARED_LIMIT[arch] >> 10} KB on sm_{arch}" for arch in archs),
         ptxas=", ".join(f"{version} for {arch}" for arch, version in contents["ptxas"].items()),
         archs=" and ".join(f"sm_{arch} ({_CHIPS[arch]})" for arch in archs),
@@ -379,22 +398,14 @@ def markdown(contents: dict[str, Any]) -> str:
         date=contents["date"],
     ).splitlines()
     heads = ["kernel", "case", *(f"registers, {name}" for name in names), "shared KB", "occupancy"]
-    for operator in dict.fromkeys(p.operator for p in found):
+    for operator, rows in itertools.groupby(contents["rows"], key=lambda row: row["operator"]):
         lines += ["", f"## {operator}", "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-        here = [p for p in found if p.operator == operator]
-        for kernel, case in dict.fromkeys((p.kernel, case) for p in here for case in p.cases):
-            members = [p for p in here if p.kernel == kernel and case in p.cases]
-            registers = [_most([p for p in members if p.dtype == name]) for name in names]
-            shared, occupancy = max(p.shared for p in members) / 1024, 100 * min(p.occupancy for p in members)
-            cells = [kernel.removesuffix("_kernel"), case, *registers, f"{shared:.1f}", f"{occupancy:.0f} %"]
+        for row in rows:
+            registers = [" / ".join(map(str, row["registers"].get(name, "-"))) for name in names]
+            cells = [row["kernel"].removesuffix("_kernel"), row["case"], *registers]
+            cells += [f"{row['shared'] / 1024:.1f}", f"{100 * row['occupancy']:.0f} %"]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
-
-
-def _most(members: Sequence[Program]) -> str:
-    """The most registers on each chip."""
-    archs = sorted({p.arch for p in members})
-    return " / ".join(str(max(p.registers for p in members if p.arch == arch)) for arch in archs) or "-"
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import conftest, machine, plot
+from benchmarks import conftest, machine, plot, summary
 
 BEST = {"copy": 10e9, "float32": 100e9, "bfloat16": 200e9}
 
@@ -88,3 +88,20 @@ def test_results_are_written_while_the_run_goes_on(tmp_path) -> None:
         end_of_test()
         assert len(json.loads(target.read_text())["rows"]) == rows
     assert [path.name for path in target.parent.iterdir()] == ["results.json"]
+
+
+def test_a_large_suite_is_kept_as_spreads() -> None:
+    rows = []
+    for shape in range(summary.MOST_GROUPS + 1):
+        members = [bench("plain", 2.0), bench("cpu", 2.0 / (shape + 1), bytes=8)]
+        for name in ("float32, forward", "float32, forward+backward"):
+            rows += conftest._rows(f"attention, {shape}, {name}", members, BEST)
+    few = [{**row, "suite": "few"} for row in conftest._rows("one", [bench("plain", 1.23456)], BEST)]
+    kept = json.loads(summary.text(summary.summarised({"machine": {"date": "today"}, "rows": [*rows, *few]})))
+    assert [(row["suite"], row["median_seconds"]) for row in kept["rows"]] == [("few", 1.235)]
+    assert [(row["of"], row["path"]) for row in kept["spreads"]] == [
+        (of, path) for of in ("float32, forward", "float32, forward+backward") for path in ("plain", "cpu")
+    ]
+    ours = kept["spreads"][1]
+    assert ours["shapes"] == 61 and ours["ratio"] == [1.0, 31.0, 61.0] and ours["rounds"] == [3, 3]
+    assert ours["median_seconds"] == [0.03279, 0.06452, 2.0] and kept["machine"] == {"date": "today"}

@@ -1,4 +1,4 @@
-"""What a study found: a table in Markdown, all numbers in JSON, and a picture of means and spreads."""
+"""What a study found: a table in Markdown, a summary in JSON, and a picture of means and spreads."""
 
 from __future__ import annotations
 
@@ -42,10 +42,59 @@ def write_report(out: Path, titles: dict[str, str], against: dict[str, str], res
     if not runs:
         raise FileNotFoundError(f"{out}: no finished run of a study")
     table = _table(runs, titles, against)
-    write_text_atomically(out / "results.json", json.dumps(runs, indent=1) + "\n")
+    write_text_atomically(out / "results.json", summary(runs))
     write_atomically(out / "plot.png", lambda file: _plot(runs, titles).save(file, format="PNG"))
     write_text_atomically(out / "table.md", table)
     return out / "table.md"
+
+
+def summary(runs: Runs) -> str:
+    """The file `results.json`: what all runs share said once, then a line for each run.
+
+    "machine" is theirs, its date the first and the last; "config" what is the same in every configuration, "how" in
+    every scoring. Under "rows", by name: what of the configuration is the row's own, and its runs with their scores,
+    to four significant digits; null where a kind of sentence has no such score. All of it is in the runs' own files.
+    """
+    every = [run for found in runs.values() for run in found]
+    machine = dict(every[0]["machine"])
+    for key in machine:
+        values = sorted({str(run["machine"][key]) for run in every})
+        machine[key] = machine[key] if len(values) == 1 else [values[0], values[-1]] if key == "date" else values
+    configs = [run["config"] for run in every]
+    shared = {key: value for key, value in configs[0].items() if all(one.get(key) == value for one in configs)}
+    scored = next(iter(every[0]["scores"].values()))
+    head = {
+        "machine": machine,
+        "config": shared,
+        "how": {key: value for key, value in scored.items() if isinstance(value, str)},
+    }
+    rows = []
+    for name, found in runs.items():
+        config = {key: value for key, value in found[0]["config"].items() if key not in (*shared, "seed")}
+        apart = ("variant", "config", "machine")
+        lines = [_short({key: run[key] for key in run if key not in apart}, _score_names(runs)) for run in found]
+        body = ",\n".join("    " + json.dumps(line, separators=(",", ":")) for line in lines)
+        rows.append(f'  {json.dumps(name)}: {{"config": {json.dumps(config)}, "runs": [\n{body}\n  ]}}')
+    return json.dumps(head, indent=1)[:-2] + ',\n "rows": {\n' + ",\n".join(rows) + "\n }\n}\n"
+
+
+def _short(value: Any, by_kind: tuple[str, ...]) -> Any:
+    """Without texts, rounded; of kinds of sentences the scores `by_kind` and their number alone."""
+    if isinstance(value, dict):
+        kept = {
+            key: _short(one, by_kind) for key, one in value.items() if not isinstance(one, str) and key != "by_kind"
+        }
+        kinds = value.get("by_kind", {})
+        if kinds:
+            wanted = (*by_kind, "sentences")
+            kept["by_kind"] = {
+                kind: {key: _short(one, by_kind) for key, one in scores.items() if key in wanted}
+                for kind, scores in kinds.items()
+            }
+        return kept
+    if isinstance(value, float):
+        return None if isnan(value) else float(f"{value:.4g}")
+    return value
 
 
 def _table(runs: Runs, titles: dict[str, str], against: dict[str, str]) -> str:

@@ -20,7 +20,8 @@ import torch
 
 from magnet_fast.ops import _cuda_backend
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
 ELEMENTS = ("float", "BFloat16", "Float16")
 FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", "-Wno-unused-function"]
 # The fibers' longjmp is no mistake; glibc's check of it would take it for one.
@@ -46,12 +47,10 @@ def built() -> Emulated:
     if shutil.which(compiler[0]) is None:
         pytest.skip(f"no C++ compiler ({compiler[0]}) to build the emulation with")
     headers = sorted(path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cuh"))
-    sources = sorted((ROOT / "csrc" / "bindings").glob("cuda_*.cpp")) + sorted((ROOT / "csrc" / "cuda").glob("*.c*"))
-    sources = [path for path in sources if path.suffix in (".cpp", ".cu")] + [
-        Path(__file__).parent / "emulated_device.cpp"
-    ]
+    sources = [path for path in sorted((ROOT / "csrc" / "cuda").glob("*.c*")) if path.suffix in (".cpp", ".cu")]
+    sources += [HERE / "emulated_device.cpp", HERE / "emulated_bindings.cpp"]
     common = hashlib.sha256("\0".join([*compiler, *FLAGS]).encode())
-    for path in headers:
+    for path in [*headers, *sorted((ROOT / "csrc" / "bindings").glob("cuda_*.cpp"))]:
         common.update(path.read_bytes())
     folder = ROOT / "build" / "cuda_emulation"
     target = compile_emulation(compiler, sources, folder, common)
@@ -76,7 +75,7 @@ def compile_emulation(compiler: list[str], sources: list[Path], folder: Path, co
         state = common.copy()
         state.update(source.read_bytes())
         # Kernels run for seconds, bindings do not.
-        level = "-O0" if source.parent.name == "bindings" else "-O1"
+        level = "-O0" if source.stem == "emulated_bindings" else "-O1"
         for element in ELEMENTS if source.name.endswith("_kernel.cu") else ("",):
             obj = folder / f"{source.stem}{element}-{state.hexdigest()[:16]}.o"
             flags = [f"-DMAGNET_FAST_ELEMENT={element}"] if element else []

@@ -50,7 +50,15 @@ def test_the_runtime_is_inside():
 @needs_extension
 @pytest.mark.skipif(cuda_report.cuobjdump() is None, reason="cuobjdump was not found: no CUDA toolkit, no Triton")
 def test_what_the_compiler_made():
-    found = cuda_report.kernels(cuda_report.extension(), cuda_report.cuobjdump())
+    """Nothing in local memory on any architecture, and the instructions of one.
+
+    They come from the same lines for all, and to disassemble takes half a minute for each.
+    """
+    stacks = cuda_report.stacks(cuda_report.extension(), cuda_report.cuobjdump())
+    assert stacks and not any(stacks.values()), stacks
+    one = min(architecture for architecture, _ in stacks)
+    found = cuda_report.kernels(cuda_report.extension(), cuda_report.cuobjdump(), one)
+    assert {kernel.name for kernel in found} == {name for _, name in stacks}
     expected = {"window_forward", "window_backward", "scores", "merge", "deformable_forward", "deformable_points"}
     assert {kernel.name.split("<")[0] for kernel in found} >= expected | {"deformable_value", "deformable_sort"}
     for kernel in found:
@@ -61,7 +69,7 @@ def test_what_the_compiler_made():
             assert kernel.stores > 0 or kernel.name.startswith(("scores", "gather")), what
         if kernel.reads_vectors:
             assert kernel.loads >= 8 and (kernel.stores > 0 or kernel.name.startswith("deformable_points")), what
-    assert sum(kernel.reads_vectors for kernel in found) == 9 * len({kernel.architecture for kernel in found})
+    assert sum(kernel.reads_vectors for kernel in found) == 9
 
 
 def test_registered():

@@ -54,7 +54,7 @@ class Fuzz:
         chance = self.draw.random()
         if chance < 0.97:
             return HEIGHT, WIDTH
-        if chance < 0.9995:
+        if chance < 0.998:
             side = [1, 2, 17, 500, "18", 18.0, *ODD]
             return self.draw.choice(side), self.draw.choice(side)
         return self.draw.choice([(3000, 4000), (1, 1_000_000), (13_000, 13_000), (1_000_000, 170), (2**31, 2**31)])

@@ -410,14 +410,18 @@ def test_upstream_that_moved(monkeypatch) -> None:
     assert remark().startswith("looking at it failed (ZeroDivisionError: ")
 
 
-def test_no_framework_is_imported() -> None:
+def test_no_framework_is_imported_nor_our_models_for_others() -> None:
     code = (
         "import sys, torch, magnet_fast\n"
-        "print(magnet_fast.accelerate(torch.nn.Linear(2, 2)))\n"
+        "magnet_fast.accelerate(torch.nn.Linear(2, 2))\n"
         "print(sorted({'timm', 'transformers', 'torchvision'} & set(sys.modules)))\n"
+        "import timm\n"
+        "model = timm.create_model('swin_tiny_patch4_window7_224')\n"
+        "assert magnet_fast.accelerate(model).replaced\n"
+        "print([name for name in sys.modules if name.startswith('magnet_fast.models')])\n"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert out.splitlines()[-1] == "[]"
+    assert out.splitlines()[-2:] == ["[]", "[]"]
 
 
 def test_names_of_replaced_classes_differ() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from multiprocessing import set_forkserver_preload
 from pathlib import Path
 
 import pytest
@@ -76,9 +77,10 @@ def half_of_the_gradients(rank: int, way: str, family: str) -> dict[str, Tensor]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Two processes do all: their imports take the most time."""
+    """Two processes do all, forked from one that has imported all: imports take the most time."""
     folder = tmp_path_factory.mktemp("gradients")
-    multiprocessing.spawn(process, (folder,), nprocs=2)
+    set_forkserver_preload([__name__])
+    multiprocessing.start_processes(process, (folder,), nprocs=2, start_method="forkserver")
     return folder
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .zoo_sam import SQUARE, seggpt, segment_anything, timm_sam, transformers_sam, vitdet
+from .zoo_sam import PP_FORMULANET, SQUARE, seggpt, segment_anything, timm_sam, transformers_sam, vitdet
 
 EVEN, ODD = (64, 64), (75, 53)
 
@@ -389,16 +389,22 @@ FAMILIES = {
     "SAM-HQ": Family(transformers_sam("sam_hq", "SamHQ"), pixels, {"SamHQVisionLayer": 2}, odd=SQUARE),
     "GOT-OCR2": Family(transformers_sam("got_ocr2", "GotOcr2"), pixels, {"GotOcr2VisionLayer": 2}, odd=SQUARE),
     "PP-FormulaNet": Family(
-        transformers_sam("pp_formulanet", "PPFormulaNet", "VisionModel", output_channels=256),
+        transformers_sam("pp_formulanet", "PPFormulaNet", "VisionModel", **PP_FORMULANET),
         pixels,
         {"PPFormulaNetVisionLayer": 2},
         odd=SQUARE,
     ),
     "DeepSeek-OCR2": Family(
-        transformers_sam("deepseek_ocr2", "DeepseekOcr2Sam"), pixels, {"DeepseekOcr2SamVisionLayer": 2}, odd=SQUARE
+        transformers_sam("deepseek_ocr2", "DeepseekOcr2Sam", downsample_channels=[8, 8]),
+        pixels,
+        {"DeepseekOcr2SamVisionLayer": 2},
+        odd=SQUARE,
     ),
     "Unlimited-OCR": Family(
-        transformers_sam("unlimited_ocr", "UnlimitedOcrSam"), pixels, {"UnlimitedOcrSamVisionLayer": 2}, odd=SQUARE
+        transformers_sam("unlimited_ocr", "UnlimitedOcrSam", downsample_channels=[8, 8]),
+        pixels,
+        {"UnlimitedOcrSamVisionLayer": 2},
+        odd=SQUARE,
     ),
     "SLANeXt": Family(transformers_sam("slanext", "SLANeXt"), pixels, {"SLANeXtVisionLayer": 2}, odd=SQUARE),
     "timm SAM": Family(timm_sam, image, {"Block": 2}, odd=(72, 56)),

@@ -10,6 +10,13 @@ from torch import nn
 
 # Maps of 8 x 8 tokens, whole windows, and of 9 x 9, padded ones. Layer 1 reads the whole map.
 SQUARE = (72, 72)
+# What follows the image encoder, millions of weights else.
+PP_FORMULANET = {
+    "post_conv_in_channels": 8,
+    "post_conv_mid_channels": 8,
+    "post_conv_out_channels": 8,
+    "decoder_hidden_size": 8,
+}
 
 
 def sam_settings(size: tuple[int, int]) -> dict[str, Any]:

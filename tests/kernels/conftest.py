@@ -7,6 +7,7 @@ file alone, or with a debugger: TRITON_INTERPRET=1 pytest tests/kernels/test_win
 """
 
 import dataclasses
+import functools
 from pathlib import Path
 
 from magnet_fast.ops import _triton_backend
@@ -17,7 +18,12 @@ INTERPRETED = sorted(path.name for path in Path(__file__).parent.glob("test_*.py
 collect_ignore = sorted(COMPILED) if _triton_backend.INTERPRETED else INTERPRETED
 
 if _triton_backend.INTERPRETED:
-    from triton.runtime.interpreter import interpreter_builder
+    from triton.runtime import interpreter
 
     # Shapes here are too small for an int32 to overflow, and looking for it at every sum takes a third of the time.
-    interpreter_builder.options = dataclasses.replace(interpreter_builder.options, sanitize_overflow=False)
+    builder = interpreter.interpreter_builder
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+    # The interpreter puts its own functions into triton.language at every call of a device function, and takes them
+    # out after every kernel: once for each function and for good does the same in this process, for much less.
+    interpreter._patch_lang = functools.cache(interpreter._patch_lang)
+    interpreter._LangPatchScope.restore = lambda scope: None

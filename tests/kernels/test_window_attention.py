@@ -81,8 +81,9 @@ def test_w_12():
     assert_agrees(case)
 
 
-def test_w_12_in_float32():
-    assert_near(small(**{**W_12, "d": 8}))
+def test_several_tiles_in_float32():
+    """Two pieces of keys, of which one is short; three are `test_largest_window`'s, forward, and `test_w_12`'s."""
+    assert_near(small(size=(8, 11), window=(8, 9), shift=(4, 4), d=8))
 
 
 def test_largest_window():

@@ -1,9 +1,7 @@
-"""How processes are started: torchrun, `python -m torch.distributed.launch`, and an environment set in part."""
+"""How processes are started: torchrun, `python -m torch.distributed.launch` (by `test_run`), and an environment set in
+part."""
 
 from __future__ import annotations
-
-import subprocess
-import sys
 
 import pytest
 from typer.testing import CliRunner
@@ -66,27 +64,3 @@ def test_an_environment_set_in_part(given: dict[str, str], message: str, monkeyp
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=message), distributed_world("cpu"):
         pass
-
-
-@pytest.mark.slow
-def test_two_processes_of_the_old_launcher(tmp_path) -> None:
-    from magnet_fast.data.scenes import write_scenes
-
-    from .fakes import SMALLEST_MAGNET
-    from .processes import environment
-
-    scenes = write_scenes(tmp_path / "scenes", 8, 3, level="easy", image_size=64)
-    changes = {f"model.overrides.{key}": value for key, value in SMALLEST_MAGNET.items()}
-    changes |= {"data.image_size": 32, "max_steps": 2, "batch_size": 4, "validate_every": "never", "device": "cpu"}
-    flags = [part for key, value in changes.items() for part in ("--set", f"{key}={value}")]
-    launch = [sys.executable, "-m", "torch.distributed.launch", "--standalone", "--nproc_per_node", "2"]
-    command = ["-m", "magnet_fast", "train", "--config", "magnet_tiny_scenes", "--data", str(scenes)]
-    done = subprocess.run(
-        [*launch, *command, *flags, "--out", str(tmp_path / "run")],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("cpu x 2 processes") == 1

@@ -69,7 +69,10 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.slow
 def test_two_processes_equal_one(config_file, scenes, tmp_path) -> None:
-    """The same global batch on two gloo processes: the same losses, weights and validation scores."""
+    """The same global batch on two gloo processes: the same losses, weights and validation scores.
+
+    They are started by the old launcher, which adds `--local-rank`; `make demo` starts its own by torchrun.
+    """
     changes = [
         "model.overrides.text__dropout=0.0",
         "accumulation=2",
@@ -81,8 +84,8 @@ def test_two_processes_equal_one(config_file, scenes, tmp_path) -> None:
         "precision=float32",
     ]
     flags = [argument for change in changes for argument in ("--set", change)]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*torchrun, "-m", "magnet_fast", "train", "--config", str(config_file), *flags]
+    launch = [sys.executable, "-m", "torch.distributed.launch", "--standalone", "--nproc_per_node", "2"]
+    command = [*launch, "-m", "magnet_fast", "train", "--config", str(config_file), *flags]
     done = subprocess.run(
         [*command, "--out", str(tmp_path / "two")], env=environment(), capture_output=True, text=True, timeout=200
     )

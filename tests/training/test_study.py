@@ -123,13 +123,16 @@ def test_from_end_to_end(scenes: Path, tmp_path) -> None:
     command = ["study", "ablation", "--data", str(scenes), "--out", str(out), *flags, "--seeds", "2", "--variants"]
     result = CliRunner().invoke(cli.app, [*command, "baseline,all"])
     assert result.exit_code == 0, (result.output, result.exception)
-    runs = json.loads((out / "results.json").read_text())
+    results = json.loads((out / "results.json").read_text())
+    runs = {name: row["runs"] for name, row in results["rows"].items()}
     assert {name: [run["seed"] for run in found] for name, found in runs.items()} == {"baseline": [0, 1], "all": [0, 1]}
     run = runs["all"][0]
     assert run["steps"] == 2 and set(run["scores"]) == {"val", "testA", "testB"}
     assert run["shuffled"]["sentences"] == run["scores"]["val"]["sentences"] == 6
     assert 0 <= run["hidden_words"]["accuracy"] <= 100 and "hidden_words" not in runs["baseline"][0]
-    assert run["machine"]["torch"] == torch.__version__
+    assert results["machine"]["torch"] == torch.__version__ and results["config"]["max_steps"] == 2
+    assert set(results["rows"]["all"]["config"]) <= {"model", "terms", "optimiser"}
+    assert results["how"]["task"] == "single"
     table = (out / "table.md").read_text()
     assert "| baseline (PWAM into the pixels) | 2 |" in table and "| all (pwam, correct masking) | 2 |" in table
     assert run["without_presence"]["sentences"] == 6  # MagNet's has a class for it
@@ -196,6 +199,11 @@ def test_the_table_says_mean_spread_and_difference(tmp_path) -> None:
     assert "- LAVT, against BASELINE: +0.17, not more than the spread over seeds (2.00)" in table
     assert "- BLIND, against ALL: -4.00\n" in table and "BASELINE, against" not in table and "XMHA" not in table
     assert spread([5.0]) == "5.00"
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["machine"]["processor"] == "abacus" and results["config"]["batch_size"] == 4
+    assert results["rows"]["all"]["runs"][2]["scores"]["testB"] == {
+        "oIoU": 19.0, "mIoU": 20.0, "by_kind": {"place": {"oIoU": 19.0}}
+    }  # fmt: skip
 
 
 def test_scores_that_a_kind_of_sentence_has_not(tmp_path) -> None:
@@ -211,6 +219,12 @@ def test_scores_that_a_kind_of_sentence_has_not(tmp_path) -> None:
         folder.mkdir(parents=True)
         (folder / "result.json").write_text(json.dumps(found))
     table = write_report(tmp_path, {"one": "ONE"}, {}, "result.json").read_text()
+    assert json.loads((tmp_path / "results.json").read_text())["rows"]["one"]["runs"][0]["scores"]["val"][
+        "by_kind"
+    ] == {
+        "absent/place": {**dict.fromkeys(("rIoU", "mIoU_ref", "mIoU"), None), "mRR": 40.0, "oIoU": None},
+        "place": {"rIoU": None, "mRR": None, "mIoU_ref": 30.0, "mIoU": 30.0, "oIoU": 50.0},
+    }
     assert "| variant | absent/place mRR | place mIoU_ref |" in table
     assert "| ONE | 40.50 ± 0.71 | 30.00 ± 0.00 |" in table
     assert spread([1.0, float("nan")]) == "–"
