@@ -7,7 +7,6 @@ import os
 import platform
 import time
 from collections.abc import Callable
-from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 
 import magnet_fast
 from magnet_fast import ops
+from magnet_fast.evaluation.machine import measured_on
 
 _COPY_BYTES = 256 << 20  # far beyond any cache
 _PRODUCT_SIDE = 2048
@@ -54,14 +54,10 @@ def shares(info: dict[str, Any], seconds: float, best: dict[str, float]) -> dict
 def description() -> dict[str, Any]:
     """Processor, threads, versions and the date."""
     return {
-        "date": date.today().isoformat(),
-        "processor": _processor(),
+        **measured_on(),
         "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
-        "torch": torch.__version__,
         "transformers": _version("transformers"),
         "timm": _version("timm"),
         "openvino": _version("openvino"),
@@ -110,9 +106,3 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    return names[0].split(":", 1)[1].strip() if names else platform.processor()

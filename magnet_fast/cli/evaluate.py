@@ -89,6 +89,7 @@ def evaluate(
     from rich.console import Console
 
     from magnet_fast import checkpoints, evaluation
+    from magnet_fast.evaluation.machine import measured_on
     from magnet_fast.inference import prepared_model
     from magnet_fast.training.distributed import distributed_world, take_local_rank
 
@@ -138,6 +139,7 @@ def evaluate(
             "expressions": expressions,
             "dtype": dtype.value,
             **scores,
+            "machine": measured_on(),
         }
         table = evaluation.score_table(results, f"{dataset} {split} ({split_by})", f"expressions {expressions}")
         console = Console()

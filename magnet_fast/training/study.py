@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import fcntl
 import json
-import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import date
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from magnet_fast import models
 from magnet_fast.atomic import write_text_atomically
 from magnet_fast.data import ExpressionDataset
 from magnet_fast.evaluation import evaluate
+from magnet_fast.evaluation.machine import measured_on
 from magnet_fast.training.building import build_model, build_tokenizer
 from magnet_fast.training.checkpoint import CHECKPOINT, load_checkpoint
 from magnet_fast.training.config import TrainConfig
@@ -100,13 +98,7 @@ def _run(name: str, config: TrainConfig, folder: Path) -> None:
         "steps": state["step"],
         "training_seconds": state["trained_seconds"],
         **_scores(config, folder, state["terms"]),
-        "machine": {
-            "date": date.today().isoformat(),
-            "processor": _processor(),
-            "threads": torch.get_num_threads(),
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-            "torch": torch.__version__,
-        },
+        "machine": measured_on(),
     }
     write_text_atomically(folder / RESULT, json.dumps(result, indent=1) + "\n")
 
@@ -180,9 +172,3 @@ def _in_hand(folder: Path) -> Iterator[bool]:
             yield False
             return
         yield True
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    return names[0].split(":", 1)[1].strip() if names else platform.processor()
