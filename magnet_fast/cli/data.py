@@ -31,7 +31,7 @@ def scenes(
     images: Annotated[int, typer.Option(help="Pictures over all splits.", min=1)] = 2000,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     level: Annotated[Level, typer.Option(help="easy: 2-4 objects; hard: 5-10, all kinds of sentences.")] = Level.easy,
-    image_size: Annotated[int, typer.Option(help="Side of the pictures.")] = 128,
+    image_size: Annotated[int, typer.Option(help="Side of the pictures.", min=64, max=4096)] = 128,
     negatives: Annotated[int, typer.Option(help="At most so many sentences a referent that fit nothing.", min=0)] = 0,
     several: Annotated[int, typer.Option(help="At most so many sentences a picture that name several.", min=0)] = 0,
     workers: Annotated[int, typer.Option(help="Processes; the files do not depend on it.", min=1)] = 1,

@@ -26,6 +26,7 @@ from magnet_fast.data.scenes.drawing import SHAPES, SceneObject
 from magnet_fast.data.scenes.expressions import Expression
 from magnet_fast.data.scenes.generation import LEVELS
 from magnet_fast.data.segmentation import bounding_box
+from magnet_fast.models.contract import check_side
 
 FORMAT = "magnet_fast.scenes/1"
 _MANIFEST = "scenes.json"
@@ -63,7 +64,7 @@ def write_scenes(
         images: number of pictures, at least 4.
         seed: of everything drawn.
         level: "easy" or "hard".
-        image_size: side of the pictures in pixels, at least 64.
+        image_size: side of the pictures in pixels, 64 to 4096.
         negatives: at most so many sentences a ref that name nothing: one of its sentences with one thing changed,
             proven to fit no object. Written in R-RefCOCO's way, with the key "exist" False, after the ref's other
             sentences. Their kind says what was changed: "absent/shape", "absent/colour", "absent/size",
@@ -115,10 +116,10 @@ def assign_splits(images: int, seed: int) -> list[str]:
 def _check_arguments(
     images: int, seed: int, level: str, image_size: int, negatives: int, several: int, workers: int
 ) -> None:
+    check_side(image_size, "image_size", least=64)
     for name, value, least in (
         ("images", images, 4),
         ("seed", seed, 0),
-        ("image_size", image_size, 64),
         ("negatives", negatives, 0),
         ("several", several, 0),
         ("workers", workers, 1),
