@@ -56,7 +56,9 @@ ImagesOption = Annotated[
 ]
 ImageSizeOption = Annotated[
     int | None,
-    typer.Option(help="Side of the square that images are brought to; the checkpoint's own if left out.", min=8, max=4096),
+    typer.Option(
+        help="Side of the square that images are brought to; the checkpoint's own if left out.", min=8, max=4096
+    ),
 ]
 
 

@@ -131,9 +131,11 @@ class InputSpec(NamedTuple):
 
 
 MAX_SIDE = 4096
-"""The largest side of the square that images are brought to: four times SAM's, eight times the others'. There the widest
-layer of Swin-B holds 2 GiB a picture (1024 x 1024 places, 512 channels, float32), and several such are alive at once; at
-twice the side it is 8 GiB. More is a slip of the pen, and would end as memory that runs out [our choice]."""
+"""The largest side of the square that images are brought to, four times SAM's and eight times the others'.
+
+There the widest layer of Swin-B holds 2 GiB a picture (1024 x 1024 places, 512 channels, float32), and several such are
+alive at once; at twice the side it is 8 GiB. More is a slip of the pen, and would end as memory that runs out [our
+choice]."""
 
 
 def check_side(size: object, name: str, least: int = 8) -> None:
