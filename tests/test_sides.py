@@ -7,7 +7,7 @@ import typer
 
 from magnet_fast import Segmenter, checkpoints, models
 from magnet_fast.cli import app
-from magnet_fast.models.contract import MAX_SIDE
+from magnet_fast.models.contract import MAX_INPUT_SIDE
 from magnet_fast.training import load_config
 
 
@@ -18,15 +18,15 @@ def test_every_command_line_option_has_the_bound() -> None:
         name: option for name, command in commands.items() for option in command.params if option.name == "image_size"
     }
     assert {"segment", "edit", "evaluate", "export", "contact-sheet", "scenes"} <= options.keys()
-    assert {getattr(option, "type", option).max for option in options.values()} == {MAX_SIDE}
+    assert {getattr(option, "type", option).max for option in options.values()} == {MAX_INPUT_SIDE}
 
 
-@pytest.mark.parametrize("size", [7, MAX_SIDE + 1, 100_000, True, 48.0])
+@pytest.mark.parametrize("size", [7, MAX_INPUT_SIDE + 1, 100_000, True, 48.0])
 def test_a_segmenter_refuses_it_before_the_file_is_opened(size: object) -> None:
     with pytest.raises((TypeError, ValueError), match=f"image_size is {size}; expected"):
         Segmenter.from_checkpoint("none.safetensors", image_size=size)
     with pytest.raises(FileNotFoundError):
-        Segmenter.from_checkpoint("none.safetensors", image_size=MAX_SIDE)
+        Segmenter.from_checkpoint("none.safetensors", image_size=MAX_INPUT_SIDE)
 
 
 def test_configurations_refuse_it() -> None:

@@ -16,11 +16,11 @@ import numpy as np
 from PIL import Image
 
 from magnet_fast.atomic import naming, write_atomically
-from magnet_fast.batch.rows import Row
+from magnet_fast.batch.rows import LINES, MASKS, Row
 from magnet_fast.data.segmentation import bounding_box, encode_mask
 from magnet_fast.inference import Segmentation
 
-LINES, COCO, ERRORS, MASKS = "results.jsonl", "results.json", "errors.csv", "masks"
+COCO, ERRORS = "results.json", "errors.csv"
 _ROW = ("row", "image", "sentence")
 
 

@@ -30,9 +30,9 @@ def segment_many(
 
     Exit status 1 where some rows failed, 130 after Ctrl-C.
     """
-    from magnet_fast.batch import ERRORS, MASKS, Results, read_rows, segment_rows
+    from magnet_fast.batch import ERRORS, Results, read_rows, segment_rows
 
-    rows = read_rows(source, expression, leave_out=out / MASKS)
+    rows = read_rows(source, expression)
     segmenter = load()
     with Results(out, rows, format, resume) as results:
         before = len(results.done)

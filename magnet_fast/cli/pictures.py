@@ -67,7 +67,7 @@ def segment(
     overlay: Annotated[Path | None, typer.Option(help="Also the image with the mask laid over it.")] = None,
     input: Annotated[
         Path | None,
-        typer.Option(help="Many pictures: a .csv or .jsonl with the columns image and sentence, or a folder."),
+        typer.Option(help="Many pictures: a .csv, .tsv or .jsonl with the columns image and sentence, or a folder."),
     ] = None,
     for_all: Annotated[
         str | None, typer.Option("--expression", help="With a folder: what to segment in all its pictures.")

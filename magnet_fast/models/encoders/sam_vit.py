@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from magnet_fast import ops
 from magnet_fast.models.base import ImageEncoder
 from magnet_fast.models.config import ImageConfig, part
-from magnet_fast.models.contract import MAX_SIDE
+from magnet_fast.models.contract import MAX_INPUT_SIDE
 from magnet_fast.models.encoders.sam_weights import (
     part_of_sam,
     published_sam,
@@ -51,7 +51,7 @@ class SamVitConfig(ImageConfig):
     image_size: int = Field(
         480,
         gt=0,
-        le=MAX_SIDE,
+        le=MAX_INPUT_SIDE,
         multiple_of=_PATCH,
         description="side of the square that tables of positions are kept for",
     )
