@@ -29,6 +29,14 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], A
         _write(path, write)
 
 
+def same_file(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:
+    """Whether two paths lead to one file or folder, there or not yet: by the same name, or by a link of either kind."""
+    try:
+        return os.path.samefile(one, other)
+    except OSError:
+        return os.path.realpath(one) == os.path.realpath(other)
+
+
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
     """An error of the system's, as of a full disk, names `path` where it named no file, or a temporary one of it."""

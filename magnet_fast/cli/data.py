@@ -11,6 +11,7 @@ import typer
 
 from magnet_fast.cli.common import FormatOption, ImagesOption, progress_bar
 from magnet_fast.cli.errors import user_errors
+from magnet_fast.cli.outputs import check_folder
 
 _RECIPE = "magnet_tiny_scenes"  # needs no download
 
@@ -39,6 +40,7 @@ def scenes(
     """Draw embedded scenes with unambiguous expressions."""
     from magnet_fast.data.scenes import write_scenes
 
+    check_folder("--out", out)
     write_scenes(
         out,
         images,
@@ -71,6 +73,7 @@ def import_(
     """Make a data set of your own pictures, masks and sentences; all is checked before anything is written."""
     from magnet_fast.data.importing import ImportProblemsError, import_data
 
+    check_folder("--out", out)
     try:
         with progress_bar("checking rows") as progress:
             report = import_data(

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from magnet_fast.fast import _window
+from magnet_fast.fast._as_made import own_index
 from magnet_fast.fast._replacement import Replacement, must_run_original, names
 from magnet_fast.ops._linear import plain_linear
 
@@ -25,7 +26,7 @@ class _Attention:
             self.num_heads,
             tuple(self.window_size),
             tuple(self.shift_size),
-            (self.qkv.in_features // self.num_heads) ** -0.5,
+            (self.qkv.weight.shape[1] // self.num_heads) ** -0.5,
         )
         return F.dropout(self.proj(attended), p=self.dropout, training=self.training)
 
@@ -55,6 +56,8 @@ def _unfit(attention: nn.Module) -> str | None:
         attention.relative_position_bias_table, tuple(attention.window_size), attention.num_heads
     ):
         return "its relative position bias table is not that of Swin v1 for its window"
+    if not own_index(attention, tuple(attention.window_size)):
+        return "its relative position index is not that of Swin v1"
     return None
 
 
