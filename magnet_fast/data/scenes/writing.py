@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from magnet_fast.atomic import naming
 from magnet_fast.data.polygons import mask_to_polygons
 from magnet_fast.data.scenes.describing import describe_scene
 from magnet_fast.data.scenes.drawing import SHAPES, SceneObject
@@ -91,12 +92,14 @@ def write_scenes(
     if _already_written(target, manifest):
         return out
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    with naming(target):
+        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
-        (partial / _IMAGE_FOLDER).mkdir(parents=True)
-        _write_all(partial, manifest, workers, progress)
-        partial.chmod(0o755)  # mkdtemp makes it private
-        os.replace(partial, target)  # absent or an empty folder
+        with naming(target):
+            (partial / _IMAGE_FOLDER).mkdir(parents=True)
+            _write_all(partial, manifest, workers, progress)
+            partial.chmod(0o755)  # mkdtemp makes it private
+            os.replace(partial, target)  # absent or an empty folder
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
