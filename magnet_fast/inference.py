@@ -103,8 +103,8 @@ class Segmenter:
         keep_masks: bool = False,
         batch_size: int = BATCH_SIZE,
     ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size: expected at least 1, got {batch_size!r}")
         model = model if device is None else model.to(device)
         self.model = (model if dtype is None else in_precision(model, dtype)).eval()
         self.tokenizer, self.spec, self.fit = tokenizer, model.spec, open_fit(model.spec)

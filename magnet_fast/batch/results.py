@@ -60,7 +60,8 @@ class Results:
             format; another process writes to it.
     """
 
-    def __init__(self, folder: Path, rows: Sequence[Row], format: str, resume: bool = False) -> None:
+    def __init__(self, folder: str | os.PathLike[str], rows: Sequence[Row], format: str, resume: bool = False) -> None:
+        folder = Path(folder)
         if format not in FORMATS:
             raise ValueError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
         if folder.exists() and not folder.is_dir():

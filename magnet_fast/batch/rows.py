@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,7 +37,7 @@ class Row(NamedTuple):
     problem: str = ""
 
 
-def read_rows(source: Path, expression: str | None = None) -> list[Row]:
+def read_rows(source: str | os.PathLike[str], expression: str | None = None) -> list[Row]:
     """The rows of a table (.csv, .tsv or .jsonl, see `read_table`) or of a folder.
 
     A table has the columns `image`, a path that starts at the table's folder, and `sentence`; it may have `image_id`, a
@@ -54,6 +55,7 @@ def read_rows(source: Path, expression: str | None = None) -> list[Row]:
         FileNotFoundError: there is no such file.
         ValueError: it is no such table, or there is nothing in it; a folder without an expression, or a table with one.
     """
+    source = Path(source)
     if source.is_dir():
         if expression is None or not expression.strip():
             raise ValueError(
