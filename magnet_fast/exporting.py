@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import io
 import json
@@ -175,7 +176,7 @@ def _write_openvino(program: torch.export.ExportedProgram, folder: Path) -> Run:
     try:
         openvino.save_model(converted, folder / "masks.xml", compress_to_fp16=False)
     except RuntimeError as error:  # which does not say what the system said
-        raise OSError(f"{folder / 'masks.xml'}: OpenVINO could not write it: is the disk full? ({error})") from error
+        raise OSError(errno.EIO, f"OpenVINO could not write masks.xml; is the disk full? ({error})") from error
     options = {"INFERENCE_PRECISION_HINT": "f32"}
     compiled = openvino.compile_model(openvino.Core().read_model(folder / "masks.xml"), "CPU", options)
     return lambda *inputs: compiled([one.numpy() for one in inputs])[0]
