@@ -40,6 +40,13 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+SMALL = [
+    word
+    for entry in ("data.image_size=32", "batch_size=2", "max_steps=1", "schedule.warmup=1", "data.workers=0")
+    for word in ("--set", entry)
+]
+
+
 def command(given: Path, name: str, out: Path, *more: object) -> list[str]:
     """A command with all that it needs, as small as may be."""
     tiny = ["--checkpoint", given / "tiny.safetensors"]
@@ -52,7 +59,7 @@ def command(given: Path, name: str, out: Path, *more: object) -> list[str]:
         "contact-sheet": ["contact-sheet", *data, *tiny, "--rows", 1],
         "merge": ["merge", *tiny],
         "export": ["export", *tiny],
-        "train": ["train", "--config", "magnet_tiny_scenes", *data],
+        "train": ["train", "--config", "magnet_tiny_scenes", *data, *SMALL],
         "study": ["study", "ablation", *data],
         "import": ["data", "import", given / "own.csv", "--val", 0, "--test", 0],
         "scenes": ["data", "scenes", "--images", 4, "--image-size", 64],
@@ -224,7 +231,7 @@ def small_files(size: int = 20) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.mark.parametrize("name", [*FILES, "batch", "import", "scenes"])
+@pytest.mark.parametrize("name", [*FILES, "batch", "import", "scenes", "train"])
 def test_a_full_disk_leaves_nothing_half_written(name: str, given: Path, tmp_path: Path) -> None:
     out = tmp_path / "new" / FILES.get(name, "folder")
     with small_files():

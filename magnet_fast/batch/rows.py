@@ -98,11 +98,14 @@ def _of_table(path: Path) -> list[Row]:
                 line.record[_ID] = int(given)
     with_ids = any(_ID in line.record for line in lines)
     numbers: dict[str, int] = {}
+    named: dict[int | str, str] = {}  # the picture of each id
     rows = []
     for number, line in enumerate(lines, start=1):
         record = line.record
         problem = line.problem or _problem(record, with_ids)
         image, sentence = (record[name] if isinstance(record.get(name), str) else "" for name in _COLUMNS)
+        if with_ids and not problem and (other := named.setdefault(record[_ID], image)) != image:
+            problem = f"{_ID}: expected another than {shown(record[_ID])}, which is that of {other}"
         counted = numbers.setdefault(image, len(numbers) + 1)
         image_id = record[_ID] if with_ids and not problem else counted
         rows.append(Row(number, image, sentence, path.parent / image, image_id, problem))

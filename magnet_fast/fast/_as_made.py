@@ -18,7 +18,7 @@ def as_made(module: nn.Module, name: str, key: Hashable, make: Callable[[], Tens
     Many are in the state dict, so that loading may change them, and any may be put in its place. The values are read
     once, and again where PyTorch has counted a change; in a graph that is being taken they cannot be, and pass.
     """
-    tensor = getattr(module, name)
+    tensor = held(module, name)
     if torch.compiler.is_compiling() or tensor.is_meta:
         return True
     counted = None if tensor.is_inference() else (tensor._version, key)
@@ -32,6 +32,14 @@ def as_made(module: nn.Module, name: str, key: Hashable, make: Callable[[], Tens
     if counted is not None:
         answers[name] = ref(tensor), counted, fits
     return fits
+
+
+def held(module: nn.Module, name: str) -> Tensor | None:
+    """A parameter or buffer as it is: while torch.fx takes a graph, the attribute is a stand-in without a shape."""
+    for tensors in (module._parameters, module._buffers):
+        if name in tensors:
+            return tensors[name]
+    return getattr(module, name)
 
 
 def own_index(module: nn.Module, window_size: tuple[int, int]) -> bool:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from magnet_fast.fast import _block, _window
-from magnet_fast.fast._as_made import own_index
+from magnet_fast.fast._as_made import held, own_index
 from magnet_fast.fast._replacement import Replacement, class_path, must_run_original, names, parts_changed
 from magnet_fast.ops._linear import linear, plain_linear
 
@@ -256,7 +256,7 @@ def _unfit(module: nn.Module, attn: nn.Module) -> str | None:
         return f"its qkv projection is a {type(attn.qkv).__qualname__}, not a plain Linear"
     if attn.qkv.out_features != 3 * attn.qkv.in_features or attn.qkv.in_features % attn.num_heads:
         return "its qkv projection does not make queries, keys and values of its input's width"
-    if not _window.table_fits(attn.relative_position_bias_table, (window, window), attn.num_heads):
+    if not _window.table_fits(held(attn, "relative_position_bias_table"), (window, window), attn.num_heads):
         return "its relative position bias table is not that of Swin v1 for its window"
     if not own_index(attn, (window, window)):
         return "its relative position index is not that of Swin v1"

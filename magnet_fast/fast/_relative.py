@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from magnet_fast import ops
 from magnet_fast.fast import _window
+from magnet_fast.fast._as_made import held
 from magnet_fast.ops._linear import plain_linear
 
 NO_TABLES = "it has no relative positions: PyTorch's own attention serves it"
@@ -63,6 +64,9 @@ def unfit(attention: nn.Module, num_heads: int) -> str | None:
     d = attention.qkv.in_features // num_heads
     if _pytorchs_own(attention) and attention.scale != d**-0.5:
         return _window.OTHER_SCALE
-    if any(table.dim() != 2 or table.shape[1] != d for table in (attention.rel_pos_h, attention.rel_pos_w)):
+    if any(
+        table.dim() != 2 or table.shape[1] != d
+        for table in (held(attention, "rel_pos_h"), held(attention, "rel_pos_w"))
+    ):
         return "its tables of relative positions are not those of one head's channels"
     return None

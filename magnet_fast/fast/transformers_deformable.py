@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from magnet_fast import ops
-from magnet_fast.fast._as_made import as_made
+from magnet_fast.fast._as_made import as_made, held
 from magnet_fast.fast._replacement import Replacement, must_run_original, names, parts_changed
 
 
@@ -141,7 +141,9 @@ def _unfit_v2(module: nn.Module) -> str | None:
 
 
 def _scale_of_points(module: nn.Module) -> Tensor:
-    return torch.full((module.n_levels * module.n_points,), 1 / module.n_points, dtype=module.n_points_scale.dtype)
+    return torch.full(
+        (module.n_levels * module.n_points,), 1 / module.n_points, dtype=held(module, "n_points_scale").dtype
+    )
 
 
 _REQUIRED = names(

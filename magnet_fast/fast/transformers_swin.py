@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from magnet_fast.fast import _block, _window
-from magnet_fast.fast._as_made import own_index
+from magnet_fast.fast._as_made import held, own_index
 from magnet_fast.fast._replacement import Replacement, must_run_original, names, parts_changed
 from magnet_fast.ops._linear import linear, plain_linear
 
@@ -191,7 +191,7 @@ def _unfit_parts(projections: tuple[nn.Module, ...], bias: nn.Module, num_heads:
         return "some of its query, key and value projections have a bias and others none"
     if any(projection.out_features != num_heads * width for projection in projections):
         return "its query, key and value projections are not those of its heads"
-    if not _window.table_fits(bias.relative_position_bias_table, bias.window_size, num_heads):
+    if not _window.table_fits(held(bias, "relative_position_bias_table"), bias.window_size, num_heads):
         return "its relative position bias table is not that of Swin v1 for its window"
     if not own_index(bias, tuple(bias.window_size)):
         return "its relative position index is not that of Swin v1"

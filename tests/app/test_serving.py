@@ -78,6 +78,22 @@ def test_a_port_that_is_taken(tmp_path, monkeypatch) -> None:
             serve(Idle(), ["cpu"], "cpu", host="127.0.0.1", port=port, share=False, ready=pytest.fail)
 
 
+def test_what_is_uploaded_is_bounded(tmp_path, monkeypatch) -> None:
+    given: dict = {}
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    for name in ("GRADIO_TEMP_DIR", "GRADIO_ANALYTICS_ENABLED"):
+        monkeypatch.setenv(name, "")
+
+    def launch(page: gradio.Blocks, **named: object) -> None:
+        given.update(named)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gradio.Blocks, "launch", launch)
+    with pytest.raises(KeyboardInterrupt):
+        serve(Idle(), ["cpu"], "cpu", host="127.0.0.1", port=None, share=False, ready=pytest.fail)
+    assert given["max_file_size"] == "200mb" and given["state_session_capacity"] == 32
+
+
 @pytest.fixture
 def tunnel(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., str]], None]:
     """Puts a function in place of Gradio's tunnel to its servers."""

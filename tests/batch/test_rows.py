@@ -74,6 +74,12 @@ def test_a_bad_line_leaves_the_others(tmp_path: Path, line: str, problem: str) -
     assert rows[1].problem.startswith(problem) and rows[1].number == 2
 
 
+def test_an_id_is_of_one_picture(tmp_path: Path) -> None:
+    rows = read_rows(table(tmp_path, "image,sentence,image_id\na,x,5\nb,x,5\na,y,5\nb,y,6\n"))
+    assert [row.problem for row in rows] == ["", "image_id: expected another than 5, which is that of a", "", ""]
+    assert [row.image_id for row in rows] == [5, 2, 5, 6]
+
+
 def test_a_comma_without_quotes_is_a_bad_row(tmp_path: Path) -> None:
     rows = read_rows(table(tmp_path, "image,sentence\na.jpg,the big, red car\nb.jpg\nc.jpg,x\n"))
     assert (
