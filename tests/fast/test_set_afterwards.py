@@ -15,7 +15,7 @@ from magnet_fast.fast._replacement import upstream_class
 from ..models.cases import SMALL
 from . import own, zoo
 
-# What says again how large something is: not read by the fast way, or by the original; that fails on some, or does not care.
+# What says again how large something is: read by one of the two ways alone, and wrong only by itself.
 DERIVED = ("window_area", "all_head_size", "in_features", "out_features")
 Case = tuple[Callable[[], nn.Module], Callable[[nn.Module], list[Tensor]]]
 
