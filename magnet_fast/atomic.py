@@ -29,14 +29,24 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], A
         _write(path, write)
 
 
+def same_file(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:
+    """Whether two paths lead to one file or folder, there or not yet: by the same name, or by a link of either kind."""
+    try:
+        return os.path.samefile(one, other)
+    except OSError:
+        return os.path.realpath(one) == os.path.realpath(other)
+
+
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """An error of the system's, as of a full disk, names `path` where it named no file, or a temporary one of it."""
+    """An error of the system's, as of a full disk, names `path` where it named no file, or one in a temporary's place:
+    a hidden file or folder called after it."""
     try:
         yield
     except OSError as error:
         given = error.filename
-        if error.errno is None or not (given is None or Path(str(given)).name.startswith(f".{path.name}.")):
+        parts = () if given is None else Path(str(given)).parts
+        if error.errno is None or not (given is None or any(part.startswith(f".{path.name}.") for part in parts)):
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error  # of the same kind, by its number
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from magnet_fast import ops
+from magnet_fast.ops._maps import read_maps
 
 NAMES = ("MultiScaleDeformableAttention", "groundingdino._C")
 """What can be installed: of Deformable DETR, Mask2Former and those made after them; of Grounding DINO."""
@@ -132,12 +133,9 @@ def ms_deform_attn_backward(
 def _sizes(shapes: Tensor, starts: Tensor) -> list[tuple[int, int]]:
     if shapes.dim() != 2 or shapes.shape[1] != 2:
         raise ValueError(f"spatial_shapes: expected shape (maps, 2), got {tuple(shapes.shape)}")
-    sizes = [(height, width) for height, width in shapes.tolist()]
-    ends = [0]
-    for height, width in sizes:
-        ends.append(ends[-1] + height * width)
-    if starts.tolist() != ends[:-1]:
+    maps = read_maps(shapes, starts)
+    if maps.starts != maps.ends:
         raise ValueError(
-            f"level_start_index: expected {ends[:-1]}, each map where the one before ends, got {starts.tolist()}"
+            f"level_start_index: expected {maps.ends}, each map where the one before ends, got {maps.starts}"
         )
-    return sizes
+    return maps.sizes

@@ -25,9 +25,16 @@ _WIDEST = 1000  # pixels, of a blur or a feather
 
 @dataclass(frozen=True)
 class Outside:
-    """A change of what the mask does not cover; what it covers stays."""
+    """A change of what the mask does not cover; what it covers stays: `Outside(grey())`.
+
+    Raises TypeError for what is no function, a name among them.
+    """
 
     change: Change
+
+    def __post_init__(self) -> None:
+        if not callable(self.change):
+            raise TypeError(f"change: expected a function of an image, such as editing.grey(), got {self.change!r}")
 
 
 Operation = Change | Outside
@@ -94,7 +101,7 @@ def colour(value: str) -> Change:
     """Paint in a colour, "#ff0000" or "red", lit as before: the colour times each pixel's brightest channel."""
     try:
         paint = ImageColor.getrgb(value)
-    except ValueError:
+    except (AttributeError, TypeError, ValueError):  # Pillow's, of what is no text
         paint = ()
     if len(paint) != 3:
         raise ValueError(f"colour: expected #rrggbb or a name such as red, got {value!r}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
+import io
 import json
 import os
 import shutil
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from magnet_fast import models
+from magnet_fast.atomic import naming
 from magnet_fast.data.tokenizers import ExpressionTokenizer
 from magnet_fast.models.base import ReferringModel
 
@@ -66,6 +69,7 @@ def export(
     Raises:
         FileExistsError: `out` exists.
         ImportError: the format's runtime is not installed.
+        OSError: the folder cannot be written; nothing of it stays.
         ValueError: no such format, a model that needs more than a picture and a sentence, or one whose graph answers
             otherwise than the model.
     """
@@ -87,17 +91,20 @@ def export(
     with torch.no_grad():
         program = torch.export.export(masks, inputs, dynamic_shapes=({0: batch},) * len(INPUTS))
     out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    with naming(out):
+        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
-        run = write(program, folder)
+        with naming(out):
+            run = write(program, folder)
         difference = max(_difference(masks, run, inputs, rows) for rows in (1, len(_SENTENCES)))
         if not difference <= TOLERANCE:  # nor NaN
             raise ValueError(f"format {format!r}: its graph answers otherwise than the model, by {difference:.2g}")
-        (folder / _INPUT_NAME).write_text(json.dumps(_description(model, tokenizer), indent=1) + "\n")
         vocabulary = sorted(tokenizer.vocabulary.items(), key=lambda entry: entry[1])
-        (folder / _VOCABULARY_NAME).write_text(json.dumps(dict(vocabulary), ensure_ascii=False, indent=0) + "\n")
-        folder.chmod(0o755)  # as any new folder, not a private one
-        os.rename(folder, out)
+        with naming(out):
+            (folder / _INPUT_NAME).write_text(json.dumps(_description(model, tokenizer), indent=1) + "\n")
+            (folder / _VOCABULARY_NAME).write_text(json.dumps(dict(vocabulary), ensure_ascii=False, indent=0) + "\n")
+            folder.chmod(0o755)  # as any new folder, not a private one
+            os.rename(folder, out)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -136,7 +143,10 @@ def _description(model: ReferringModel, tokenizer: ExpressionTokenizer) -> dict[
 
 
 def _write_torch(program: torch.export.ExportedProgram, folder: Path) -> Run:
-    torch.export.save(program, folder / "masks.pt2")
+    # In memory first: where the disk is full, PyTorch's own writer ends the whole process.
+    written = io.BytesIO()
+    torch.export.save(program, written)
+    (folder / "masks.pt2").write_bytes(written.getbuffer())
     loaded = torch.export.load(folder / "masks.pt2").module()
 
     def run(*inputs: Tensor) -> np.ndarray:
@@ -163,7 +173,10 @@ def _write_openvino(program: torch.export.ExportedProgram, folder: Path) -> Run:
     converted = openvino.convert_model(program)
     for port, name in zip((*converted.inputs, *converted.outputs), (*INPUTS, OUTPUT), strict=True):
         port.get_tensor().set_names({name})
-    openvino.save_model(converted, folder / "masks.xml", compress_to_fp16=False)
+    try:
+        openvino.save_model(converted, folder / "masks.xml", compress_to_fp16=False)
+    except RuntimeError as error:  # which does not say what the system said
+        raise OSError(errno.EIO, f"OpenVINO could not write masks.xml; is the disk full? ({error})") from error
     options = {"INFERENCE_PRECISION_HINT": "f32"}
     compiled = openvino.compile_model(openvino.Core().read_model(folder / "masks.xml"), "CPU", options)
     return lambda *inputs: compiled([one.numpy() for one in inputs])[0]

@@ -17,7 +17,7 @@ from magnet_fast.data.tokenizers import ExpressionTokenizer, Reading, shortened
 from magnet_fast.data.transforms import Picture, as_rgb, as_shown, open_fit
 from magnet_fast.evaluation.finite import nan_answers, where_nan_begins
 from magnet_fast.fast import accelerate
-from magnet_fast.models.contract import Text
+from magnet_fast.models.contract import Text, check_side
 from magnet_fast.ops._observed import observed
 
 INT8 = "int8"
@@ -105,8 +105,8 @@ class Segmenter:
         keep_masks: bool = False,
         batch_size: int = BATCH_SIZE,
     ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size: expected at least 1, got {batch_size!r}")
         if model.needs:
             raise ValueError(
                 f"model: it needs {', '.join(model.needs)} beside image and expression, which none gives here"
@@ -148,15 +148,18 @@ class Segmenter:
             device: default: the CPU.
             tokenizer: a `vocab.txt`, a folder with one or with a `tokenizer.json`, or a tokenizer. None takes the
                 shipped vocabulary, where the checkpoint was trained on it. Released checkpoints need BERT's.
-            image_size: side of the square that images are brought to; default: what the checkpoint was trained at.
+            image_size: side of the square that images are brought to, 8 to 4096; default: what the checkpoint was
+                trained at.
             dtype: as in `Segmenter`; default: float32.
             compile, fast, pack, stored_pixels, keep_masks, batch_size: as in `Segmenter`.
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: not a checkpoint of a model of this package, a vocabulary that is not the checkpoint's,
-                or a dtype that does not run here.
+            ValueError: an image size out of bounds; not a checkpoint of a model of this package, a vocabulary that is
+                not the checkpoint's, or a dtype that does not run here.
         """
+        if image_size is not None:
+            check_side(image_size, "image_size")
         loaded = path if isinstance(path, checkpoints.Checkpoint) else checkpoints.load(path)
         model = loaded.model
         if image_size is not None:

@@ -225,7 +225,7 @@ def test_bad_inputs(root, trained, picture, tmp_path) -> None:
     for name, message in (
         ("mask.txt", "not the name of a picture"),
         ("mask.psd", "not the name of a picture"),  # Pillow reads it, and cannot write it
-        ("folder.png", "a folder; expected the name of a picture"),
+        ("folder.png", "a folder; expected the name of a file"),
     ):
         to = tmp_path / name
         assert message in refused("segment", picture, "circle", "--checkpoint", checkpoint, "--out", to)

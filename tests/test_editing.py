@@ -149,6 +149,15 @@ def test_bad_operations(operation, message: str) -> None:
         edited(noise(30, 40), disc(), operation)
 
 
+def test_a_change_outside_is_a_function() -> None:
+    for change in ("grey", None, editing.cut_out()):
+        with pytest.raises(TypeError, match=r"change: expected a function of an image, such as editing\.grey\(\), got"):
+            Outside(change)
+    for colour in (7, None, ("red",)):
+        with pytest.raises(ValueError, match="colour: expected #rrggbb or a name such as red, got"):
+            editing.colour(colour)
+
+
 def test_bad_masks_and_feathers() -> None:
     with pytest.raises(ValueError, match=r"mask: expected shape \(30, 40\), the image's, got \(40, 30\)"):
         edited(noise(30, 40), disc().T, "grey")

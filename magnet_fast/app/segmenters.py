@@ -27,11 +27,14 @@ class Segmenters:
         names: of all checkpoints, in order; the first is the page's choice.
 
     Raises:
+        TypeError: one path in place of a list.
         FileNotFoundError: one of the paths does not exist.
         ValueError: one of them is no file of weights at the first look. A whole look is taken as it is loaded.
     """
 
     def __init__(self, paths: Sequence[str | os.PathLike[str]] = (), tokenizer: str | None = None) -> None:
+        if isinstance(paths, str | os.PathLike):
+            raise TypeError(f"paths: expected a list of paths, got {os.fspath(paths)!r}")
         for path in paths:
             if not checkpoints.is_pretrained(path):
                 is_safetensors(path)

@@ -77,7 +77,8 @@ def serve(
             where = f"{host}, port {port or '7860-7959'}"
             raise OSError(f"{where}: nothing can be served there; give another --host or --port") from error
         if share and not public:
-            raise OSError("Gradio's servers gave no public address; leave --share out, or look at the network")
+            page.close(verbose=False)
+            raise OSError("--share: Gradio's servers gave no public address; leave it out, or look at the network")
         ready(public or address)
         page.block_thread()
 

@@ -16,11 +16,11 @@ import numpy as np
 from PIL import Image
 
 from magnet_fast.atomic import naming, write_atomically
-from magnet_fast.batch.rows import Row
+from magnet_fast.batch.rows import LINES, MASKS, Row
 from magnet_fast.data.segmentation import bounding_box, encode_mask
 from magnet_fast.inference import Segmentation
 
-LINES, COCO, ERRORS, MASKS = "results.jsonl", "results.json", "errors.csv", "masks"
+COCO, ERRORS = "results.json", "errors.csv"
 _ROW = ("row", "image", "sentence")
 
 
@@ -60,7 +60,8 @@ class Results:
             format; another process writes to it.
     """
 
-    def __init__(self, folder: Path, rows: Sequence[Row], format: str, resume: bool = False) -> None:
+    def __init__(self, folder: str | os.PathLike[str], rows: Sequence[Row], format: str, resume: bool = False) -> None:
+        folder = Path(folder)
         if format not in FORMATS:
             raise ValueError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
         if folder.exists() and not folder.is_dir():

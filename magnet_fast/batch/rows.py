@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import csv
-import json
-from collections.abc import Iterator
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from PIL import Image
 
+from magnet_fast.data.tables import read_table
 from magnet_fast.data.values import shown
 
 _COLUMNS = ("image", "sentence")
 _ID = "image_id"
+LINES, MASKS = "results.jsonl", "masks"  # of a batch's results
+_TABLES = (".csv", ".tsv", ".jsonl")
 
 
 class Row(NamedTuple):
@@ -36,17 +37,16 @@ class Row(NamedTuple):
     problem: str = ""
 
 
-def read_rows(source: Path, expression: str | None = None, leave_out: Path | None = None) -> list[Row]:
-    """The rows of a table (.csv with a header, or .jsonl, UTF-8) or of a folder.
+def read_rows(source: str | os.PathLike[str], expression: str | None = None) -> list[Row]:
+    """The rows of a table (.csv, .tsv or .jsonl, see `read_table`) or of a folder.
 
     A table has the columns `image`, a path that starts at the table's folder, and `sentence`; it may have `image_id`, a
     number or a text. Other columns are not read. In a folder and those below it, all files are taken whose names end as
-    pictures' do, in the order of their names; hidden ones are not.
+    pictures' do, in the order of their names; hidden ones are not, nor masks that a batch wrote there.
 
     Args:
         source: the table or the folder.
         expression: the sentence about all pictures of a folder.
-        leave_out: a folder whose pictures are not taken: that of the masks.
 
     Returns:
         All rows, those that cannot be used with their `problem`.
@@ -55,15 +55,16 @@ def read_rows(source: Path, expression: str | None = None, leave_out: Path | Non
         FileNotFoundError: there is no such file.
         ValueError: it is no such table, or there is nothing in it; a folder without an expression, or a table with one.
     """
+    source = Path(source)
     if source.is_dir():
         if expression is None or not expression.strip():
             raise ValueError(
                 f"expression: expected a sentence for all pictures of the folder {source}, got {expression!r}"
             )
-        rows = _of_folder(source, expression, leave_out)
+        rows = _of_folder(source, expression)
     else:
-        if source.suffix.lower() not in _READERS:
-            raise ValueError(f"input: expected a folder or a table, .csv or .jsonl, got {source}")
+        if source.suffix.lower() not in _TABLES:
+            raise ValueError(f"input: expected a folder or a table, {', '.join(_TABLES)}, got {source}")
         if not source.is_file():
             raise FileNotFoundError(f"input {source} does not exist")
         if expression is not None:
@@ -74,32 +75,37 @@ def read_rows(source: Path, expression: str | None = None, leave_out: Path | Non
     return rows
 
 
-def _of_folder(folder: Path, expression: str, leave_out: Path | None) -> list[Row]:
+def _of_folder(folder: Path, expression: str) -> list[Row]:
     Image.init()
     endings = {ending for ending, format in Image.registered_extensions().items() if format in Image.OPEN}
-    root, skipped = folder.resolve(), leave_out and leave_out.resolve()
+    root = folder.resolve()
+    written = {lines.parent / MASKS for lines in root.rglob(LINES)}
     names = [
         path.relative_to(root)
         for path in sorted(root.rglob("*"))
-        if path.suffix.lower() in endings and skipped not in path.parents and path.is_file()
+        if path.suffix.lower() in endings and written.isdisjoint(path.parents) and path.is_file()
     ]
     names = [name for name in names if not any(part.startswith(".") for part in name.parts)]
     return [Row(n, str(name), expression, folder / name, n) for n, name in enumerate(names, start=1)]
 
 
 def _of_table(path: Path) -> list[Row]:
-    try:
-        records = list(_READERS[path.suffix.lower()](path))
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"input {path}: not text in UTF-8 ({error.reason} at byte {error.start}); save it so"
-        ) from error
-    with_ids = any(_ID in record for record, _ in records)
+    lines = read_table(path, [[name] for name in _COLUMNS], may=[_ID])
+    if path.suffix.lower() != ".jsonl":  # all of a cell is text
+        for line in lines:
+            given = line.record.get(_ID, "")
+            if given.isascii() and given.isdigit() and len(given) <= 18:
+                line.record[_ID] = int(given)
+    with_ids = any(_ID in line.record for line in lines)
     numbers: dict[str, int] = {}
+    named: dict[int | str, str] = {}  # the picture of each id
     rows = []
-    for number, (record, problem) in enumerate(records, start=1):
-        problem = problem or _problem(record, with_ids)
+    for number, line in enumerate(lines, start=1):
+        record = line.record
+        problem = line.problem or _problem(record, with_ids)
         image, sentence = (record[name] if isinstance(record.get(name), str) else "" for name in _COLUMNS)
+        if with_ids and not problem and (other := named.setdefault(record[_ID], image)) != image:
+            problem = f"{_ID}: expected another than {shown(record[_ID])}, which is that of {other}"
         counted = numbers.setdefault(image, len(numbers) + 1)
         image_id = record[_ID] if with_ids and not problem else counted
         rows.append(Row(number, image, sentence, path.parent / image, image_id, problem))
@@ -116,48 +122,3 @@ def _problem(record: dict[str, Any], with_ids: bool) -> str:
     if with_ids and (type(record.get(_ID)) not in (int, str) or record[_ID] == ""):
         return f"{_ID}: expected a number or a text, as in other rows, got {shown(record.get(_ID))}"
     return ""
-
-
-def _csv(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
-    """Each row as a record, and why it cannot be used."""
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, strict=True)  # an open quote would swallow the rest
-        try:
-            header = [name.strip() for name in next(reader, [])]
-            if any(header.count(name) != 1 for name in _COLUMNS) or header.count(_ID) > 1:
-                raise ValueError(
-                    f"input {path}: expected a first line with the columns image and sentence, a comma between, "
-                    f"got {shown(','.join(header))}"
-                )
-            for values in reader:
-                if not values:  # a blank line
-                    continue
-                record: dict[str, Any] = dict(zip(header, values, strict=False))
-                problem = ""
-                if len(values) != len(header):
-                    problem = (
-                        f"expected {len(header)} values, got {len(values)}; a sentence with a comma stands in quotes"
-                    )
-                given = record.get(_ID, "")
-                if given.isascii() and given.isdigit() and len(given) <= 18:
-                    record[_ID] = int(given)
-                yield record, problem
-        except csv.Error as error:
-            raise ValueError(f"input {path}: line {reader.line_num} is no CSV: {error}") from error
-
-
-def _jsonl(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
-    """Each line as a record, and why it cannot be used."""
-    with open(path, encoding="utf-8-sig") as file:
-        for line in file:
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                yield {}, f"no JSON in this line: {error}"
-                continue
-            yield (record, "") if isinstance(record, dict) else ({}, f"expected an object, got {shown(record)}")
-
-
-_READERS = {".csv": _csv, ".jsonl": _jsonl}

@@ -39,8 +39,11 @@ def segment_rows(
         the order of their numbers.
 
     Raises:
+        ValueError: no worker.
         OSError: a result cannot be written.
     """
+    if workers < 1:
+        raise ValueError(f"workers: expected at least 1, got {workers}")
     failed = [Failure(row, row.problem) for row in rows if row.problem]
     pictures: dict[str, list[Row]] = {}
     for row in rows:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from magnet_fast.cli.common import progress_bar
+from magnet_fast.cli.outputs import Inputs, check_files, check_folder
 
 if TYPE_CHECKING:
     from magnet_fast.inference import Segmenter
@@ -18,7 +19,7 @@ _INTERRUPTED = 130  # as shells report a command that Ctrl-C ended
 
 
 def segment_many(
-    source: Path,
+    inputs: Inputs,
     expression: str | None,
     out: Path,
     format: str,
@@ -26,13 +27,25 @@ def segment_many(
     workers: int,
     load: Callable[[], Segmenter],
 ) -> None:
-    """Segment the rows of a table, or the pictures of a folder, by what `load` loads once the rows are read.
+    """Segment the rows of a table, or the pictures of a folder, `--input` of the inputs, by what `load` loads once the
+    rows are read.
 
     Exit status 1 where some rows failed, 130 after Ctrl-C.
     """
-    from magnet_fast.batch import ERRORS, MASKS, Results, read_rows, segment_rows
+    from magnet_fast.batch import COCO, ERRORS, LINES, MASKS, Results, read_rows, segment_rows
 
-    rows = read_rows(source, expression, leave_out=out / MASKS)
+    source = Path(inputs["--input"])
+    # What lies in a folder of pictures and is no picture may be called as a file of results is.
+    read = {name: path for name, path in inputs.items() if not (path == source and source.is_dir())}
+    check_folder("--out", out)
+    for name in (LINES, COCO, ERRORS):
+        check_files({"--out": out / name}, read)
+    rows = read_rows(source, expression)
+    masks = (out / MASKS).resolve()
+    if any(folder.resolve() == masks for folder in {row.path.parent for row in rows}):
+        raise ValueError(
+            f"--out: pictures of {source} lie in {out / MASKS}, where masks are written; name another folder"
+        )
     segmenter = load()
     with Results(out, rows, format, resume) as results:
         before = len(results.done)

@@ -62,7 +62,9 @@ ImagesOption = Annotated[
 ]
 ImageSizeOption = Annotated[
     int | None,
-    typer.Option(help="Side of the square that images are brought to; the checkpoint's own if left out.", min=8),
+    typer.Option(
+        help="Side of the square that images are brought to; the checkpoint's own if left out.", min=8, max=4096
+    ),
 ]
 
 
@@ -120,12 +122,17 @@ def progress_bar(title: str, enabled: bool = True) -> Iterator[Callable[[int, in
 
 def save_picture(picture: Image.Image, path: Path) -> None:
     """Write a picture in the format that its name says, making its folder."""
+    import io
+
     from PIL import Image as PillowImage
 
     from magnet_fast.atomic import write_atomically
 
+    # In memory first: some of Pillow's encoders write by themselves, and do not say why that fails.
+    encoded = io.BytesIO()
+    picture.save(encoded, format=PillowImage.EXTENSION[path.suffix.lower()])
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda file: picture.save(file, format=PillowImage.EXTENSION[path.suffix.lower()]))
+    write_atomically(path, lambda file: file.write(encoded.getbuffer()))
 
 
 def save_text(text: str, path: Path) -> None:
@@ -137,8 +144,7 @@ def save_text(text: str, path: Path) -> None:
 
 
 def check_picture_name(path: Path | None) -> None:
-    """ValueError, before anything is computed, for a name whose ending is no picture format that can be written, and
-    for a folder."""
+    """ValueError, before anything is computed, for a name whose ending is no picture format that can be written."""
     from PIL import Image as PillowImage
 
     PillowImage.init()
@@ -146,8 +152,6 @@ def check_picture_name(path: Path | None) -> None:
         return
     if PillowImage.EXTENSION.get(path.suffix.lower()) not in PillowImage.SAVE:
         raise ValueError(f"{path}: not the name of a picture; end it in .png or .jpg")
-    if path.is_dir():
-        raise ValueError(f"{path}: a folder; expected the name of a picture to write")
 
 
 def chosen_backend(name: str | None) -> AbstractContextManager:

@@ -11,6 +11,7 @@ import typer
 
 from magnet_fast.cli.common import FormatOption, ImagesOption, progress_bar
 from magnet_fast.cli.errors import user_errors
+from magnet_fast.cli.outputs import check_folder
 
 _RECIPE = "magnet_tiny_scenes"  # needs no download
 
@@ -31,7 +32,7 @@ def scenes(
     images: Annotated[int, typer.Option(help="Pictures over all splits.", min=1)] = 2000,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     level: Annotated[Level, typer.Option(help="easy: 2-4 objects; hard: 5-10, all kinds of sentences.")] = Level.easy,
-    image_size: Annotated[int, typer.Option(help="Side of the pictures.")] = 128,
+    image_size: Annotated[int, typer.Option(help="Side of the pictures.", min=64, max=4096)] = 128,
     negatives: Annotated[int, typer.Option(help="At most so many sentences a referent that fit nothing.", min=0)] = 0,
     several: Annotated[int, typer.Option(help="At most so many sentences a picture that name several.", min=0)] = 0,
     workers: Annotated[int, typer.Option(help="Processes; the files do not depend on it.", min=1)] = 1,
@@ -39,6 +40,7 @@ def scenes(
     """Draw embedded scenes with unambiguous expressions."""
     from magnet_fast.data.scenes import write_scenes
 
+    check_folder("--out", out)
     write_scenes(
         out,
         images,
@@ -71,6 +73,7 @@ def import_(
     """Make a data set of your own pictures, masks and sentences; all is checked before anything is written."""
     from magnet_fast.data.importing import ImportProblemsError, import_data
 
+    check_folder("--out", out)
     try:
         with progress_bar("checking rows") as progress:
             report = import_data(

@@ -24,8 +24,10 @@ def user_errors(command: Callable[..., None]) -> Callable[..., None]:
             with warnings.catch_warnings():
                 warnings.showwarning = _show
                 command(*args, **kwargs)
-        except (ValueError, TypeError, OSError, RuntimeError) as error:
+        except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
             mendable = not isinstance(error, RuntimeError) or type(error).__name__ in ("TrainingError", "BackendError")
+            if isinstance(error, ImportError):  # Python's own name a module; ours say what to install
+                mendable = error.name is None
             if traceback_wanted or not mendable:
                 raise
             _fail(error)

@@ -31,6 +31,7 @@ from magnet_fast.cli.common import (
     save_text,
 )
 from magnet_fast.cli.errors import user_errors
+from magnet_fast.cli.outputs import check_files, check_not_of_the_data
 
 
 class Resolution(str, Enum):  # noqa: UP042 (StrEnum is younger than Python 3.10)
@@ -94,6 +95,7 @@ def evaluate(
     from magnet_fast.training.distributed import distributed_world, take_local_rank
 
     take_local_rank(local_rank)
+    check_files({"--out": out}, {"--checkpoint": checkpoint, "--tokenizer": tokenizer})
     loaded = checkpoints.load(checkpoint)
     sentences = open_dataset(
         loaded,
@@ -109,6 +111,7 @@ def evaluate(
         truth=truth and truth.value,
         protocol=protocol,
     )
+    check_not_of_the_data(out, sentences, split)
     if shuffle_expressions:
         sentences.shuffle_expressions(seed)
     with chosen_backend(backend), distributed_world(device) as world:

@@ -10,6 +10,7 @@ import typer
 
 from magnet_fast.cli.common import CheckpointOption, ImageSizeOption, TokenizerOption
 from magnet_fast.cli.errors import user_errors
+from magnet_fast.cli.outputs import check_folder
 
 
 class GraphFormat(str, Enum):  # noqa: UP042 (StrEnum is younger than Python 3.10)
@@ -31,6 +32,7 @@ def export(
     """Write a model for another runtime: picture and sentence in, probability of each pixel out, any batch."""
     from magnet_fast import checkpoints, exporting
 
+    check_folder("--out", out)
     loaded = checkpoints.load(checkpoint)
     if image_size is not None:
         loaded.model.spec = loaded.model.spec._replace(size=image_size)

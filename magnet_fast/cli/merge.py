@@ -9,6 +9,7 @@ import typer
 
 from magnet_fast.cli.common import CheckpointOption
 from magnet_fast.cli.errors import user_errors
+from magnet_fast.cli.outputs import check_files
 
 
 @user_errors
@@ -20,6 +21,7 @@ def merge(
     from magnet_fast import checkpoints, models
     from magnet_fast.models import tuning
 
+    check_files({"--out": out}, {"--checkpoint": checkpoint})
     loaded = checkpoints.load(checkpoint)
     if getattr(loaded.model.config.image, "tuning", None) == "lora":
         tuning.merge(loaded.model)

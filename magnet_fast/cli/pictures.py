@@ -30,6 +30,7 @@ from magnet_fast.cli.common import (
     save_picture,
 )
 from magnet_fast.cli.errors import user_errors
+from magnet_fast.cli.outputs import check_files, check_not_of_the_data
 
 if TYPE_CHECKING:
     from magnet_fast.inference import Segmentation, Segmenter
@@ -67,7 +68,7 @@ def segment(
     overlay: Annotated[Path | None, typer.Option(help="Also the image with the mask laid over it.")] = None,
     input: Annotated[
         Path | None,
-        typer.Option(help="Many pictures: a .csv or .jsonl with the columns image and sentence, or a folder."),
+        typer.Option(help="Many pictures: a .csv, .tsv or .jsonl with the columns image and sentence, or a folder."),
     ] = None,
     for_all: Annotated[
         str | None, typer.Option("--expression", help="With a folder: what to segment in all its pictures.")
@@ -124,13 +125,17 @@ def segment(
     if input is not None:
         chosen = (MaskFormat.png if format is None else format).value
         with chosen_backend(backend):
-            segment_many(input, for_all, out or Path("results"), chosen, resume, workers or 2, lambda: load(pack=True))
+            read = {"--input": input, "--checkpoint": checkpoint, "--tokenizer": tokenizer}
+            segment_many(read, for_all, out or Path("results"), chosen, resume, workers or 2, lambda: load(pack=True))
         return
     if image is None or expression is None:
         raise ValueError("expected IMAGE and EXPRESSION, or --input")
     out = out or Path("mask.png")
     check_picture_name(out)
     check_picture_name(overlay)
+    check_files(
+        {"--out": out, "--overlay": overlay}, {"IMAGE": image, "--checkpoint": checkpoint, "--tokenizer": tokenizer}
+    )
     turned = 1 if stored_pixels else orientation(image)
     picture = as_rgb(image) if stored_pixels else as_shown(image)
     segmenter = load(pack=False)
@@ -173,6 +178,10 @@ def edit(
     from magnet_fast.training.distributed import pick_device
 
     check_picture_name(out)
+    name, _, value = operation.partition("=")
+    background = value if name == "background" else None
+    read = {"IMAGE": image, "--operation": background, "--checkpoint": checkpoint, "--tokenizer": tokenizer}
+    check_files({"--out": out}, read)
     change = editing.find(operation)
     tried = editing.edited(Image.new("RGB", (1, 1)), np.ones((1, 1), bool), change, feather)
     if tried.mode == "RGBA" and out.suffix.lower() not in _TRANSPARENT:
@@ -215,10 +224,12 @@ def contact_sheet(
     from magnet_fast.training.distributed import pick_device
 
     check_picture_name(out)
+    check_files({"--out": out}, {"--checkpoint": checkpoint, "--tokenizer": tokenizer})
     loaded = checkpoints.load(checkpoint)
     sentences = open_dataset(
         loaded, data, dataset, split_by, split, tokenizer, image_size, images, format=format, original=True
     )
+    check_not_of_the_data(out, sentences, split)
     segmenter = Segmenter(loaded.model, sentences.tokenizer, device=pick_device(device), stored_pixels=True)
     chosen = sorted(random.Random(seed).sample(range(len(sentences)), min(rows, len(sentences))))
     examples = []

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from magnet_fast.cli.errors import user_errors
+from magnet_fast.cli.outputs import check_folder
 
 
 @user_errors
@@ -34,6 +35,7 @@ def study(
     from magnet_fast.training.study import run_study
     from magnet_fast.training.variants import load_study
 
+    check_folder("--out", out)
     chosen = load_study(name)
     if config is not None:
         chosen = chosen.model_copy(update={"config": config})

@@ -11,6 +11,7 @@ import typer
 
 from magnet_fast.cli.common import BackendOption, LocalRankOption, chosen_backend
 from magnet_fast.cli.errors import user_errors
+from magnet_fast.cli.outputs import check_folder
 
 
 @user_errors
@@ -44,6 +45,8 @@ def train(
     settings = load_config(config, overrides)
     if out is None and not rehearse:
         raise ValueError("--out: no folder given for the run (only a --dry-run needs none)")
+    if out is not None and not rehearse:
+        check_folder("--out", out)
     with chosen_backend(backend):
         if rehearse:
             report = dry_run(settings)

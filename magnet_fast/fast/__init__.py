@@ -47,8 +47,8 @@ def accelerate(
     Names, parameters, buffers and the state dict stay as they are, as do training, autocast, `torch.compile` and
     saving; `restore` is the way back. What can change from call to call (attention weights asked for, training with
     attention dropout, a hook, an adapter, another module or another `forward` on a part that the fused way does not
-    call, a transform of `torch.func`, a counter of operations, tracing, export) is looked at in every call, which then
-    runs the original.
+    call, a switch or a buffer that was set to what the operators do not have, a transform of `torch.func`, a counter of
+    operations, tracing, export) is looked at in every call, which then runs the original.
 
     Args:
         model: any module; our own models, timm's SwinTransformer, what transformers builds on Swin layers and on

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from magnet_fast import ops
 from magnet_fast.fast._replacement import Replacement, class_path, must_run_original, names
+from magnet_fast.ops._maps import read_maps
 
 
 class _DeformableAttention:
@@ -139,12 +140,8 @@ def _sizes(shapes: Tensor | None, starts: Tensor | None) -> list[tuple[int, int]
         )
     ):
         return sizes
-    flat = torch.cat([shapes.flatten(), starts]).tolist()
-    sizes = list(zip(flat[: 2 * len(starts) : 2], flat[1 : 2 * len(starts) : 2], strict=True))
-    ends = [0]
-    for height, width in sizes:
-        ends.append(ends[-1] + height * width)
-    found = sizes if ends[:-1] == flat[2 * len(starts) :] else None
+    maps = read_maps(shapes, starts)
+    found = maps.sizes if maps.starts == maps.ends else None
     if counted:
         _last = ([(weakref.ref(tensor), tensor._version) for tensor in both], found)
     return found

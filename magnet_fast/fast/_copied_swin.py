@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, ClassVar
-from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
 
 from magnet_fast.fast import _block, _window
+from magnet_fast.fast._as_made import held, own_index
 from magnet_fast.fast._replacement import Replacement, class_path, must_run_original, names, parts_changed
 from magnet_fast.ops._linear import linear, plain_linear
 
@@ -91,10 +91,10 @@ def _runs(module: nn.Module, attn: nn.Module, x: Tensor, size: Any) -> bool:
     """Whether the fused way stands for this call, but for the mask."""
     if parts_changed(module) or not _is_size(size) or x.dim() != 3 or x.shape[1] != size[0] * size[1]:
         return False
-    if (attn.attn_drop.p > 0 and attn.attn_drop.training) or not plain_linear(attn.qkv) or not _over_keys(attn.softmax):
+    if attn.attn_drop.p > 0 and attn.attn_drop.training:
         return False
     watched = (attn, attn.qkv, attn.softmax, attn.attn_drop)
-    return not must_run_original(module, *watched) and _has_own_index(attn, module.window_size)
+    return not must_run_original(module, *watched)
 
 
 def _attend(module: nn.Module, attn: nn.Module, qkv: Tensor, size: tuple[int, int]) -> Tensor:
@@ -256,43 +256,12 @@ def _unfit(module: nn.Module, attn: nn.Module) -> str | None:
         return f"its qkv projection is a {type(attn.qkv).__qualname__}, not a plain Linear"
     if attn.qkv.out_features != 3 * attn.qkv.in_features or attn.qkv.in_features % attn.num_heads:
         return "its qkv projection does not make queries, keys and values of its input's width"
-    if not _window.table_fits(attn.relative_position_bias_table, (window, window), attn.num_heads):
+    if not _window.table_fits(held(attn, "relative_position_bias_table"), (window, window), attn.num_heads):
         return "its relative position bias table is not that of Swin v1 for its window"
-    if not _has_own_index(attn, window):
+    if not own_index(attn, (window, window)):
         return "its relative position index is not that of Swin v1"
-    if attn.scale != (attn.qkv.in_features // attn.num_heads) ** -0.5:
-        return "its scale is not that of its heads' width"
-    if not _over_keys(attn.softmax):
-        return "its softmax is not over the keys"
+    if attn.scale != _window.standard_scale(attn.qkv, attn.num_heads):
+        return _window.OTHER_SCALE
+    if attn.softmax.dim not in (-1, 3):
+        return _window.OTHER_SOFTMAX
     return None
-
-
-def _over_keys(softmax: nn.Softmax) -> bool:
-    return softmax.dim in (-1, 3)
-
-
-_looked_at: WeakKeyDictionary[nn.Module, tuple[ref[Tensor], tuple[int, int], bool]] = WeakKeyDictionary()
-
-
-def _has_own_index(attn: nn.Module, window: int) -> bool:
-    """Whether the relative position index is that of Swin v1. It is in the state dict, so that loading may change it:
-    its values are read again where PyTorch has counted a change."""
-    index = attn.relative_position_index
-    if torch.compiler.is_compiling() or index.is_meta:
-        return True
-    counted = None if index.is_inference() else (index._version, window)
-    if counted is not None and (seen := _looked_at.get(attn)) and seen[0]() is index and seen[1] == counted:
-        return seen[2]
-    if index.is_cuda and torch.cuda.is_current_stream_capturing():
-        return False
-    fits = torch.equal(index.cpu(), _index(window))
-    if counted is not None:
-        _looked_at[attn] = ref(index), counted, fits
-    return fits
-
-
-@lru_cache(maxsize=8)
-def _index(window: int) -> Tensor:
-    """(N, N), where the bias of two tokens stands in the table."""
-    rows, columns = (x.flatten() for x in torch.meshgrid(torch.arange(window), torch.arange(window), indexing="ij"))
-    return (rows[:, None] - rows + window - 1) * (2 * window - 1) + columns[:, None] - columns + window - 1

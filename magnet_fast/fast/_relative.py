@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from magnet_fast import ops
+from magnet_fast.fast import _window
+from magnet_fast.fast._as_made import held
 from magnet_fast.ops._linear import plain_linear
 
 NO_TABLES = "it has no relative positions: PyTorch's own attention serves it"
@@ -47,6 +49,12 @@ def _resized(table: Tensor, side: int) -> Tensor:
     return F.interpolate(table.t()[None], size=2 * side - 1, mode="linear")[0].t()
 
 
+def _pytorchs_own(attention: nn.Module) -> bool:
+    """Whether it calls PyTorch's attention, which does not read the module's scale: a form in transformers, a switch in
+    timm."""
+    return getattr(attention, "fused_attn", False) or type(attention).__name__.endswith("SdpaAttention")
+
+
 def unfit(attention: nn.Module, num_heads: int) -> str | None:
     """Why the operator does not fit an attention that has tables, or None."""
     if not plain_linear(attention.qkv):
@@ -54,6 +62,11 @@ def unfit(attention: nn.Module, num_heads: int) -> str | None:
     if attention.qkv.out_features != 3 * attention.qkv.in_features or attention.qkv.in_features % num_heads:
         return "its qkv projection does not make queries, keys and values of its input's width"
     d = attention.qkv.in_features // num_heads
-    if any(table.dim() != 2 or table.shape[1] != d for table in (attention.rel_pos_h, attention.rel_pos_w)):
+    if _pytorchs_own(attention) and attention.scale != d**-0.5:
+        return _window.OTHER_SCALE
+    if any(
+        table.dim() != 2 or table.shape[1] != d
+        for table in (held(attention, "rel_pos_h"), held(attention, "rel_pos_w"))
+    ):
         return "its tables of relative positions are not those of one head's channels"
     return None

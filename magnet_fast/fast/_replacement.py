@@ -35,7 +35,8 @@ class Replacement:
         attributes: dotted names of what the mixin reads from the module.
         bypassed: submodules that are not called any more, by dotted name, and the class, or one of the classes, that
             each must have exactly, when it is replaced and in every call; by path, or the class itself.
-        unfit: why a module whose class and attributes are as expected still cannot be replaced, or None.
+        unfit: why a module whose class and attributes are as expected still cannot be replaced, or None; asked again in
+            every call, for what its user has set since.
         note: what its user should know of a replaced module, or None.
         name: of the class, where that in `path` is another library's as well.
         remake: for a class that is not known by its path: makes a replaced module anew where a pickle is read.
@@ -138,14 +139,17 @@ def must_run_original(module: nn.Module, *bypassed: nn.Module) -> bool:
     It has to where a graph is taken for use elsewhere (`torch.jit.trace`, `torch.export`, ONNX): that graph must not
     ask for this package. Where something wants to see every module or every function: hooks for all modules, a mode, a
     transform of `torch.func`, forward-mode differentiation. Where a submodule that the fused way does not call has a
-    hook to be called, or a `forward` of its own. And where another method of the module was replaced, or one of its
-    class.
+    hook to be called, or a `forward` of its own. Where another method of the module was replaced, or one of its
+    class. And where something was set on the module since that the fused way does not fit.
 
     Args:
         module: the replaced one.
         bypassed: what the fused way does not call.
     """
-    return torch.jit.is_tracing() or torch.compiler.is_exporting() or altered(module) or observed(*bypassed)
+    if torch.jit.is_tracing() or torch.compiler.is_exporting() or altered(module) or observed(*bypassed):
+        return True
+    replacement = getattr(type(module), "_replacement", None)
+    return replacement is not None and replacement.unfit(module) is not None
 
 
 def parts_changed(module: nn.Module) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from magnet_fast import ops
 
@@ -39,6 +39,15 @@ torch.fx.wrap("attend")
 def table_fits(table: Tensor, window_size: tuple[int, int], num_heads: int) -> bool:
     """Whether the relative position bias table is that of Swin v1 for this window."""
     return tuple(table.shape) == ((2 * window_size[0] - 1) * (2 * window_size[1] - 1), num_heads)
+
+
+OTHER_SOFTMAX = "its softmax is not over the keys"
+OTHER_SCALE = "its scale is not that of its heads' width"
+
+
+def standard_scale(qkv: nn.Linear, num_heads: int) -> float:
+    """One over the root of a head's width, for a projection to queries, keys and values."""
+    return (qkv.out_features // 3 // num_heads) ** -0.5
 
 
 def dropout_note(probability: float) -> str | None:

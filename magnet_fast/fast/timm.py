@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from magnet_fast.fast import _block, _window
+from magnet_fast.fast._as_made import as_made, held, own_index
 from magnet_fast.fast._replacement import Replacement, must_run_original, names, parts_changed
 from magnet_fast.ops._linear import linear, plain_linear
 
@@ -77,9 +79,30 @@ def _unfit(block: nn.Module) -> str | None:
     attn = block.attn
     if not plain_linear(attn.qkv):
         return f"its qkv projection is a {type(attn.qkv).__qualname__}, not a plain Linear"
-    if not _window.table_fits(attn.relative_position_bias_table, block.window_size, attn.num_heads):
+    if not _window.table_fits(held(attn, "relative_position_bias_table"), block.window_size, attn.num_heads):
         return "its relative position bias table is not that of Swin v1 for its window"
+    if not own_index(attn, tuple(block.window_size)):
+        return "its relative position index is not that of Swin v1"
+    # PyTorch's own attention, which the switch calls, does not read the scale.
+    if attn.fused_attn and attn.scale != _window.standard_scale(attn.qkv, attn.num_heads):
+        return _window.OTHER_SCALE
+    if not attn.fused_attn and attn.softmax.dim not in (-1, 3):
+        return _window.OTHER_SOFTMAX
+    if not _own_mask(block):
+        return "its mask is not that of its shift"
     return None
+
+
+def _own_mask(block: nn.Module) -> bool:
+    """Whether the mask that a block keeps is the one it would make now; older versions of timm do not say how."""
+    make = getattr(block, "get_attn_mask", None)
+    if getattr(block, "dynamic_mask", False) or make is None:
+        return True
+    mask = held(block, "attn_mask")
+    if mask is None or not any(block.shift_size):
+        return mask is None and not any(block.shift_size)
+    key = (tuple(block.window_size), tuple(block.shift_size), tuple(block.input_resolution), mask.dtype)
+    return as_made(block, "attn_mask", key, lambda: make(device=torch.device("cpu"), dtype=mask.dtype))
 
 
 REPLACEMENTS = (
@@ -95,6 +118,7 @@ REPLACEMENTS = (
             "attn.relative_position_bias_table",
             "attn.num_heads",
             "attn.scale",
+            "attn.fused_attn",
             "attn.softmax",
             "attn.attn_drop.p",
             "attn.proj",

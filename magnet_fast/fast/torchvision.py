@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from magnet_fast.fast import _window
+from magnet_fast.fast._as_made import held, own_index
 from magnet_fast.fast._replacement import Replacement, must_run_original, names
 from magnet_fast.ops._linear import plain_linear
 
@@ -51,10 +52,11 @@ torch.fx.wrap("_attend")
 def _unfit(attention: nn.Module) -> str | None:
     if not plain_linear(attention.qkv, attention.proj):
         return "its projections are not plain Linears"
-    if not _window.table_fits(
-        attention.relative_position_bias_table, tuple(attention.window_size), attention.num_heads
-    ):
+    table = held(attention, "relative_position_bias_table")
+    if not _window.table_fits(table, tuple(attention.window_size), attention.num_heads):
         return "its relative position bias table is not that of Swin v1 for its window"
+    if not own_index(attention, tuple(attention.window_size)):
+        return "its relative position index is not that of Swin v1"
     return None
 
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from magnet_fast import ops
+from magnet_fast.fast._as_made import as_made, held
 from magnet_fast.fast._replacement import Replacement, must_run_original, names, parts_changed
 
 
@@ -134,7 +135,15 @@ def _unfit_v2(module: nn.Module) -> str | None:
         return f"its sampling method is {module.method!r}, not bilinear"
     if any(points != module.n_points for points in module.n_points_list):
         return "its levels have different numbers of points"
+    if not as_made(module, "n_points_scale", module.n_points, lambda: _scale_of_points(module)):
+        return "it scales its points otherwise than by their number"
     return _unfit(module)
+
+
+def _scale_of_points(module: nn.Module) -> Tensor:
+    return torch.full(
+        (module.n_levels * module.n_points,), 1 / module.n_points, dtype=held(module, "n_points_scale").dtype
+    )
 
 
 _REQUIRED = names(
@@ -164,7 +173,9 @@ def deformable_replacement(path: str, mixin: type = _DeformableAttention) -> Rep
         mixin=mixin,
         operator="fused_deformable_attention",
         parameters={"forward": (_REQUIRED, _OPTIONAL)},
-        attributes=(*_ATTRIBUTES, "method", "n_points_list", "offset_scale") if second else _ATTRIBUTES,
+        attributes=(*_ATTRIBUTES, "method", "n_points_list", "n_points_scale", "offset_scale")
+        if second
+        else _ATTRIBUTES,
         bypassed={} if by_function else {"attn": sampling},
         unfit=_unfit_v2 if second else _unfit,
     )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from magnet_fast.fast import _block, _window
+from magnet_fast.fast._as_made import held, own_index
 from magnet_fast.fast._replacement import Replacement, must_run_original, names, parts_changed
 from magnet_fast.ops._linear import linear, plain_linear
 
@@ -173,28 +174,27 @@ def _attend(
 def _unfit(layer: nn.Module) -> str | None:
     bias = layer.attention.relative_position_bias
     projections = (layer.attention.q_proj, layer.attention.k_proj, layer.attention.v_proj)
-    return _unfit_parts(
-        projections, bias.relative_position_bias_table, bias.window_size, layer.attention.num_attention_heads
-    )
+    return _unfit_parts(projections, bias, layer.attention.num_attention_heads, layer.attention.head_dim)
 
 
 def _older_unfit(layer: nn.Module) -> str | None:
     attention = layer.attention.self
     projections = (attention.query, attention.key, attention.value)
-    return _unfit_parts(
-        projections, attention.relative_position_bias_table, attention.window_size, attention.num_attention_heads
-    )
+    return _unfit_parts(projections, attention, attention.num_attention_heads, attention.attention_head_size)
 
 
-def _unfit_parts(
-    projections: tuple[nn.Module, ...], table: Tensor, window_size: tuple[int, int], num_heads: int
-) -> str | None:
+def _unfit_parts(projections: tuple[nn.Module, ...], bias: nn.Module, num_heads: int, width: int) -> str | None:
+    """Of the projections, the module that has the table, and the number of heads and their width."""
     if not plain_linear(*projections):
         return "its query, key and value projections are not plain Linears"
     if len({projection.bias is None for projection in projections}) > 1:
         return "some of its query, key and value projections have a bias and others none"
-    if not _window.table_fits(table, window_size, num_heads):
+    if any(projection.out_features != num_heads * width for projection in projections):
+        return "its query, key and value projections are not those of its heads"
+    if not _window.table_fits(held(bias, "relative_position_bias_table"), bias.window_size, num_heads):
         return "its relative position bias table is not that of Swin v1 for its window"
+    if not own_index(bias, tuple(bias.window_size)):
+        return "its relative position index is not that of Swin v1"
     return None
 
 
@@ -261,6 +261,7 @@ REPLACEMENTS = (
             "attention.scaling",
             "attention.attention_dropout",
             "attention.num_attention_heads",
+            "attention.head_dim",
             "attention.relative_position_bias.window_size",
             "attention.relative_position_bias.relative_position_bias_table",
         ),

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple, get_args
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, model_validator
 from torch import nn
 
-from magnet_fast.models.contract import InputSpec
+from magnet_fast.models.contract import MAX_INPUT_SIDE, InputSpec
 
 ROLES = ("image", "text", "fusion", "head", "presence")
 """What parts a model is made of."""
@@ -165,7 +165,7 @@ class PresenceConfig(PartConfig):
 class InputConfig(Settings):
     """How images and expressions are prepared: an `InputSpec`, in which None takes what the encoders ask for."""
 
-    size: int = Field(480, ge=8)
+    size: int = Field(480, ge=8, le=MAX_INPUT_SIDE)
     fit: Literal["squash", "letterbox", "longest"] = "squash"
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None

@@ -130,6 +130,22 @@ class InputSpec(NamedTuple):
     threshold: float = 0.5
 
 
+MAX_INPUT_SIDE = 4096
+"""The largest side of the square that images are brought to, four times SAM's and eight times the others'.
+
+There the widest layer of Swin-B holds 2 GiB a picture (1024 x 1024 places, 512 channels, float32), and several such are
+alive at once; at twice the side it is 8 GiB. More is a slip of the pen, and would end as memory that runs out [our
+choice]."""
+
+
+def check_side(size: object, name: str, least: int = 8) -> None:
+    """TypeError or ValueError for what is no side, in pixels, from `least` to `MAX_INPUT_SIDE`."""
+    if isinstance(size, bool) or not isinstance(size, int):
+        raise TypeError(f"{name} is {size!r}; expected an int")
+    if not least <= size <= MAX_INPUT_SIDE:
+        raise ValueError(f"{name} is {size}; expected {least} to {MAX_INPUT_SIDE} pixels")
+
+
 # So that `torch.export.save` can write a program that takes and returns them, and `load` reads it safely.
 for _contract in (Text, Words, Prediction):
     _register_namedtuple(_contract, serialized_type_name=f"magnet_fast.models.{_contract.__name__}")

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from magnet_fast.atomic import write_text_atomically
+from magnet_fast.atomic import same_file, write_text_atomically
 from magnet_fast.training.building import build_trainer
 from magnet_fast.training.checkpoint import CHECKPOINT, hand_out, load_checkpoint
 from magnet_fast.training.config import TrainConfig, dump_config, parse_config
@@ -77,6 +77,12 @@ def _state_in_folder(config: TrainConfig, out: Path, resume: bool, overwrite: bo
         raise FileExistsError(
             f"{out}: the folder already holds a run ({', '.join(found)}); pass --resume to go on with it, "
             "--overwrite to delete it, or choose another folder"
+        )
+    pretrained = config.model.pretrained
+    starts = [config.model.weights, *(pretrained.values() if isinstance(pretrained, dict) else ())]
+    if lost := [one for one in starts if isinstance(one, str) and any(same_file(one, out / name) for name in found)]:
+        raise ValueError(
+            f"{lost[0]}: the run starts from this file, and --overwrite would delete it; name another folder"
         )
     if not resume or not (out / CHECKPOINT).exists():
         return None

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from magnet_fast.models.contract import MAX_INPUT_SIDE
 from magnet_fast.training.strict import Strict
 
 
@@ -42,7 +43,9 @@ class DataSection(Strict):
         "sentences",
         description="an epoch sees every sentence once, or every referent once with one of its sentences",
     )
-    image_size: int | None = Field(None, ge=8, description="side that images are brought to; none: the model's own")
+    image_size: int | None = Field(
+        None, ge=8, le=MAX_INPUT_SIDE, description="side that images are brought to; none: the model's own"
+    )
     max_tokens: int | None = Field(None, ge=3, description="with the special ones; none: the model's own")
     tokenizer: str | None = Field(None, description="a vocabulary or its folder; none: what the model's spec names")
     truth: Literal["resized", "polygons"] | None = Field(

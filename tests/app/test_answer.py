@@ -159,6 +159,8 @@ def test_files(answer, segmenter, scene, tmp_path) -> None:
 def test_each_checkpoint_is_loaded_once(absent, scene, monkeypatch) -> None:
     loads, load = [], checkpoints.load
     monkeypatch.setattr(checkpoints, "load", lambda path: loads.append(path) or load(path))
+    with pytest.raises(TypeError, match="paths: expected a list of paths, got"):
+        Segmenters(absent)
     segmenters = Segmenters([absent, absent])
     assert segmenters.names == [str(absent), "magnet_tiny_scenes (shipped)"] and not loads
     chosen = segmenters(str(absent), "cpu")

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import gradio
+import httpx
 import pytest
 from typer.testing import CliRunner
 
@@ -74,6 +76,57 @@ def test_a_port_that_is_taken(tmp_path, monkeypatch) -> None:
         port = other.getsockname()[1]
         with pytest.raises(OSError, match=f"127.0.0.1, port {port}: nothing can be served there"):
             serve(Idle(), ["cpu"], "cpu", host="127.0.0.1", port=port, share=False, ready=pytest.fail)
+
+
+def test_what_is_uploaded_is_bounded(tmp_path, monkeypatch) -> None:
+    given: dict = {}
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    for name in ("GRADIO_TEMP_DIR", "GRADIO_ANALYTICS_ENABLED"):
+        monkeypatch.setenv(name, "")
+
+    def launch(page: gradio.Blocks, **named: object) -> None:
+        given.update(named)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gradio.Blocks, "launch", launch)
+    with pytest.raises(KeyboardInterrupt):
+        serve(Idle(), ["cpu"], "cpu", host="127.0.0.1", port=None, share=False, ready=pytest.fail)
+    assert given["max_file_size"] == "200mb" and given["state_session_capacity"] == 32
+
+
+@pytest.fixture
+def tunnel(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., str]], None]:
+    """Puts a function in place of Gradio's tunnel to its servers."""
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    for name in ("GRADIO_TEMP_DIR", "GRADIO_ANALYTICS_ENABLED"):
+        monkeypatch.setenv(name, "")  # is put back
+    return lambda stand_in: monkeypatch.setattr("gradio.networking.setup_tunnel", stand_in)
+
+
+def test_no_public_address_is_said_and_nothing_is_served(tunnel) -> None:
+    ports = []
+
+    def no_network(*_: object, local_port: int, **__: object) -> str:
+        ports.append(local_port)
+        raise httpx.ConnectError("Name or service not known")
+
+    tunnel(no_network)
+    with pytest.raises(OSError, match="--share: Gradio's servers gave no public address; leave it out, or look at the"):
+        serve(Idle(), ["cpu"], "cpu", host="127.0.0.1", port=None, share=True, ready=pytest.fail)
+    with socket.socket() as again:
+        assert again.connect_ex(("127.0.0.1", ports[0])) != 0
+
+
+def test_the_public_address_is_told(tunnel) -> None:
+    class Told(Exception):
+        pass
+
+    def ready(address: str) -> None:
+        raise Told(address)
+
+    tunnel(lambda *_, **__: "http://0a1b.gradio.live")
+    with pytest.raises(Told, match="https://0a1b.gradio.live"):
+        serve(Idle(), ["cpu"], "cpu", host="127.0.0.1", port=None, share=True, ready=ready)
 
 
 def refused(*arguments: object) -> str:

@@ -73,5 +73,6 @@ def test_bad_lists(segmenter: Segmenter, pictures: Path) -> None:
         segmenter([7], "circle")
     with pytest.raises(ValueError, match="expression 1 is empty"):
         segmenter([a, a], ["circle", " "])
-    with pytest.raises(ValueError, match="batch_size: expected at least 1, got 0"):
-        Segmenter(models.create("lavt_tiny"), Tokenizer(), batch_size=0)
+    for count in (0, "16", True, 2.0):
+        with pytest.raises(ValueError, match=f"batch_size: expected at least 1, got {count!r}"):
+            Segmenter(models.create("lavt_tiny"), Tokenizer(), batch_size=count)

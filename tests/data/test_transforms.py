@@ -232,6 +232,7 @@ def test_back_needs_a_map_on_the_canvas(fit):
         ({"mean": (0.5, 0.5)}, "expected three numbers each"),
         ({"std": (0.5, 0.0, 0.5)}, "expected three numbers each, std above 0"),
         ({"size": 0}, "size is 0"),
+        ({"size": 100_000}, "size is 100000; expected 1 to 4096 pixels"),
     ],
 )
 def test_specification_is_checked(change, message):

@@ -14,7 +14,7 @@ from magnet_fast.data.importing.cvat import read_cvat
 from magnet_fast.data.importing.folders import read_folders
 from magnet_fast.data.importing.label_studio import read_label_studio
 from magnet_fast.data.importing.record import Problems, Record
-from magnet_fast.data.importing.table import read_table
+from magnet_fast.data.importing.table import read_drawings
 from magnet_fast.data.importing.writing import REFS_NAME, SPLITS, assign_splits, records, write_folder
 
 _EXPECTED = (
@@ -139,7 +139,7 @@ def _records(source: Path, folder: Path, problems: Problems) -> Iterator[Record]
     if source.is_dir():
         return read_folders(source, folder, problems)
     if ending in (".csv", ".tsv", ".jsonl"):
-        return read_table(source, problems)
+        return read_drawings(source, problems)
     if ending == ".xml":
         return read_cvat(source, problems)
     if ending == ".json":

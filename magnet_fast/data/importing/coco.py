@@ -19,7 +19,8 @@ class _Image(NamedTuple):
 def read_coco(path: Path, content: dict[str, Any], problems: Problems) -> Iterator[Record]:
     """The annotations of a file that holds COCO's `images`, `annotations` and, maybe, `categories`.
 
-    An annotation's sentences stand under any of `SENTENCE_KEYS`, each a text or a list of texts.
+    An annotation's sentences stand under any of `SENTENCE_KEYS`, each a text or a list of texts, or so among its
+    `attributes`, where CVAT and datumaro put what was written beside a shape.
 
     Args:
         path: of the file, for messages.
@@ -54,10 +55,18 @@ def read_coco(path: Path, content: dict[str, Any], problems: Problems) -> Iterat
                 where,
                 (image.file_name,),
                 _drawing(annotation),
-                tuple(text for key in SENTENCE_KEYS for text in as_texts(annotation.get(key))),
+                _sentences(annotation),
                 labels.get(label) if isinstance(label, int) else None,
                 image.size,
             )
+
+
+def _sentences(annotation: dict[str, Any]) -> tuple[Any, ...]:
+    beside = annotation.get("attributes")
+    named = beside.items() if isinstance(beside, dict) else ()
+    values = [annotation.get(key) for key in SENTENCE_KEYS]
+    values += [value for key, value in named if key.strip().lower() in SENTENCE_KEYS and value != ""]  # left blank
+    return tuple(text for value in values for text in as_texts(value))
 
 
 def _drawing(annotation: dict[str, Any]) -> Drawing:

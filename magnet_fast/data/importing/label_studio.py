@@ -11,7 +11,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import numpy as np
 from PIL import Image
 
-from magnet_fast.data.importing.drawings import box, is_number, outline
+from magnet_fast.data.importing.drawings import box, is_number
 from magnet_fast.data.importing.record import Drawing, Problems, Record, require_list
 from magnet_fast.data.segmentation import MAX_CHARACTERS
 from magnet_fast.data.values import require_size, shown
@@ -143,15 +143,16 @@ def _record(where: str, names: tuple[str, ...], results: list[dict[str, Any]]) -
         raise ValueError(f"region is {kinds}; expected a polygon, a rectangle or a brush (texts: perRegion)")
     if shape.get("image_rotation"):
         raise ValueError(f"image_rotation is {shown(shape['image_rotation'])}; expected pictures that were not turned")
-    size = require_size({"height": shape.get("original_height"), "width": shape.get("original_width")}, "it")
+    said = {"height": shape.get("original_height"), "width": shape.get("original_width")}
+    size = None if set(said.values()) == {None} else require_size(said, "it")  # regions that a program made have none
     texts = [text for one in results if one["type"] == "textarea" for text in _listed(one["value"].get("text"))]
     keys = {key for one in results for key in (one["type"], "labels")}
     labels = [text for one in results for key in sorted(keys) for text in _listed(one["value"].get(key))]
     label = next((one for one in labels if isinstance(one, str)), None)
-    return Record(where, names, _drawing(shape, *size), tuple(texts), label, size)
+    return Record(where, names, _drawing(shape), tuple(texts), label, size)
 
 
-def _drawing(shape: dict[str, Any], height: int, width: int) -> Drawing:
+def _drawing(shape: dict[str, Any]) -> Drawing:
     value = shape["value"]
     if shape["type"].startswith("brush"):
         if value.get("format") != "rle":
@@ -162,12 +163,17 @@ def _drawing(shape: dict[str, Any], height: int, width: int) -> Drawing:
         pairs = [point for point in points if isinstance(point, list) and len(point) == 2]
         if len(pairs) < len(points) or not all(map(is_number, chain.from_iterable(pairs))):
             raise ValueError(f"points is {shown(points)}; expected [[x, y], ...]")
-        return outline([[part for x, y in pairs for part in (x * width / 100, y * height / 100)]])
+        return lambda height, width: [[part for x, y in pairs for part in (x * width / 100, y * height / 100)]]
     corner = [value.get(key) for key in ("x", "y", "width", "height")]
     if not all(map(is_number, corner)):
         raise ValueError(f"value is {shown(value)}; expected x, y, width and height")
-    scaled = [share * side / 100 for share, side in zip(corner, (width, height) * 2, strict=True)]
-    return box(scaled, value.get("rotation") or 0)
+    box(corner, value.get("rotation") or 0)  # told before the picture is looked at
+
+    def draw(height: int, width: int) -> list | np.ndarray:
+        scaled = [share * side / 100 for share, side in zip(corner, (width, height) * 2, strict=True)]
+        return box(scaled, value.get("rotation") or 0)(height, width)
+
+    return draw
 
 
 def _path_of(address: str) -> str:

@@ -20,12 +20,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from magnet_fast.atomic import naming
 from magnet_fast.data.polygons import mask_to_polygons
 from magnet_fast.data.scenes.describing import describe_scene
 from magnet_fast.data.scenes.drawing import SHAPES, SceneObject
 from magnet_fast.data.scenes.expressions import Expression
 from magnet_fast.data.scenes.generation import LEVELS
 from magnet_fast.data.segmentation import bounding_box
+from magnet_fast.models.contract import check_side
 
 FORMAT = "magnet_fast.scenes/1"
 _MANIFEST = "scenes.json"
@@ -63,7 +65,7 @@ def write_scenes(
         images: number of pictures, at least 4.
         seed: of everything drawn.
         level: "easy" or "hard".
-        image_size: side of the pictures in pixels, at least 64.
+        image_size: side of the pictures in pixels, 64 to 4096.
         negatives: at most so many sentences a ref that name nothing: one of its sentences with one thing changed,
             proven to fit no object. Written in R-RefCOCO's way, with the key "exist" False, after the ref's other
             sentences. Their kind says what was changed: "absent/shape", "absent/colour", "absent/size",
@@ -90,12 +92,14 @@ def write_scenes(
     if _already_written(target, manifest):
         return out
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    with naming(target):
+        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
-        (partial / _IMAGE_FOLDER).mkdir(parents=True)
-        _write_all(partial, manifest, workers, progress)
-        partial.chmod(0o755)  # mkdtemp makes it private
-        os.replace(partial, target)  # absent or an empty folder
+        with naming(target):
+            (partial / _IMAGE_FOLDER).mkdir(parents=True)
+            _write_all(partial, manifest, workers, progress)
+            partial.chmod(0o755)  # mkdtemp makes it private
+            os.replace(partial, target)  # absent or an empty folder
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -115,10 +119,10 @@ def assign_splits(images: int, seed: int) -> list[str]:
 def _check_arguments(
     images: int, seed: int, level: str, image_size: int, negatives: int, several: int, workers: int
 ) -> None:
+    check_side(image_size, "image_size", least=64)
     for name, value, least in (
         ("images", images, 4),
         ("seed", seed, 0),
-        ("image_size", image_size, 64),
         ("negatives", negatives, 0),
         ("several", several, 0),
         ("workers", workers, 1),

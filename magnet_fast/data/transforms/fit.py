@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from magnet_fast.data.transforms.pictures import Picture, as_mask, as_rgb, resize_nearest
-from magnet_fast.models.contract import Prediction, probability
+from magnet_fast.models.contract import Prediction, check_side, probability
 
 
 class Fit(ABC):
@@ -25,10 +25,7 @@ class Fit(ABC):
     """
 
     def __init__(self, size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
-        if isinstance(size, bool) or not isinstance(size, int):
-            raise TypeError(f"size is {size!r}; expected an int")
-        if size < 1:
-            raise ValueError(f"size is {size}; expected at least 1")
+        check_side(size, "size", least=1)
         if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
             raise ValueError(f"mean is {mean}, std is {std}; expected three numbers each, std above 0")
         self.size, self.mean, self.std = size, tuple(mean), tuple(std)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from magnet_fast import ops
 from magnet_fast.models.base import ImageEncoder
 from magnet_fast.models.config import ImageConfig, part
+from magnet_fast.models.contract import MAX_INPUT_SIDE
 from magnet_fast.models.encoders.sam_weights import (
     part_of_sam,
     published_sam,
@@ -48,7 +49,11 @@ class SamVitConfig(ImageConfig):
     global_layers: tuple[int, ...] = Field((2, 5, 8, 11), description="layers whose window is the whole map")
     taps: tuple[int, ...] = Field((5, 8, 11), min_length=1, description="layers after which a map is given")
     image_size: int = Field(
-        480, gt=0, multiple_of=_PATCH, description="side of the square that tables of positions are kept for"
+        480,
+        gt=0,
+        le=MAX_INPUT_SIDE,
+        multiple_of=_PATCH,
+        description="side of the square that tables of positions are kept for",
     )
     tuning: Literal["lora", "adapter", "frozen", "full"] = Field(
         "lora", description="low-rank updates, bottlenecks beside the MLPs, nothing, or every weight is trained"
