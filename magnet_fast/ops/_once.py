@@ -82,8 +82,7 @@ def _look(operator: str, args: Sequence[Any], kwargs: dict[str, Any]) -> _Known:
     arguments = prepare(*args, **kwargs)
     if _registry.choose(operator, arguments) != "cpu":
         return _Known(implementations, None, ())
-    bound = list(inspect.signature(prepare).bind(*args, **kwargs).arguments)
-    order = [*bound[: len(args)], *kwargs]  # the names of the arguments as they were given
+    order = [*list(inspect.signature(prepare).parameters)[: len(args)], *kwargs]  # names as they were given
     names = [
         argument.name
         for argument in getattr(torch.ops.magnet_fast, operator).default._schema.arguments

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import wraps
+
 import pytest
 import torch
 from torch import Tensor
@@ -32,7 +34,7 @@ def checks(monkeypatch) -> list[str]:
     made: list[str] = []
 
     def counting(name: str, prepare):
-        return lambda *args, **kwargs: made.append(name) or prepare(*args, **kwargs)
+        return wraps(prepare)(lambda *args, **kwargs: made.append(name) or prepare(*args, **kwargs))
 
     for name, prepare in list(_registry._prepare.items()):
         monkeypatch.setitem(_registry._prepare, name, counting(name, prepare))
