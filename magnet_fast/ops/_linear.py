@@ -99,8 +99,9 @@ def plain_weight(layer: nn.Module) -> bool:
 
 def small(layer: nn.Module, x: Tensor) -> bool:
     """Whether `linear` surely leaves a layer's product to PyTorch, being small; quickly said, of any module."""
-    outputs = layer.__dict__.get("out_features", 0)
-    return not torch.compiler.is_compiling() and x.numel() * outputs < _FEWEST_MULTIPLICATIONS
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not isinstance(x, Tensor):  # sizes may be unknown
+        return False
+    return x.numel() * layer.__dict__.get("out_features", 0) < _FEWEST_MULTIPLICATIONS
 
 
 def pack_linear(layer: nn.Linear) -> None:
