@@ -47,7 +47,7 @@ def _wait_asleep() -> None:
     """Threads that wait for each other give their core away, unless the environment says how they wait.
 
     OpenMP else lets them wait busily for some milliseconds: where other processes want the cores, at every meeting of
-    threads. Small models, which have hundreds of them, then take forty times as long. It is read when torch is loaded.
+    threads. Beside eight of them a small model took seconds instead of a tenth of one. It is read when torch is loaded.
     """
     if "torch" not in sys.modules and not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
         os.environ["OMP_WAIT_POLICY"] = "passive"
