@@ -77,8 +77,8 @@ class Segmenter:
             float32, and so do the mask's resizing and its probabilities); default: what the model has.
         compile: torch.compile the model, on a GPU with CUDA graphs. Shapes are static: the canvas is a square anyway,
             and the number of expressions is filled up to a power of two, each of which compiles at its first use (a
-            minute or so; on a CPU minutes, by a C++ compiler). Pays where many images follow, for small models most. Where
-            there is no such compiler a warning says so, and the model runs uncompiled.
+            minute or so; on a CPU minutes, by a C++ compiler). Pays where many images follow, for small models most.
+            Where there is no such compiler a warning says so, and the model runs uncompiled.
         fast: accelerate the model, in place, as `magnet_fast.accelerate(model)` does.
         pack: with `fast` on a CPU, keep packed copies of the weights, as `magnet_fast.accelerate(model, pack=True)`
             does: every image after the first is faster, for the memory of the weights once more. Also keep what the
