@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import warnings
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, NamedTuple, overload
@@ -77,7 +79,8 @@ class Segmenter:
             products in int8, as `magnet_fast.accelerate(weights="int8")` has them; default: what the model has.
         compile: torch.compile the model, on a GPU with CUDA graphs. Shapes are static: the canvas is a square anyway,
             and the number of expressions is filled up to a power of two, each of which compiles at its first use (a
-            minute or so). Pays where many images follow.
+            minute or so; on a CPU minutes, by a C++ compiler). Pays where many images follow, for small models most.
+            Where there is no such compiler a warning says so, and the model runs uncompiled.
         fast: accelerate the model, in place, as `magnet_fast.accelerate(model)` does.
         pack: with `fast` on a CPU, keep packed copies of the weights, as `magnet_fast.accelerate(model, pack=True)`
             does: every image after the first is faster, for the memory of the weights once more. Also keep what the
@@ -116,6 +119,9 @@ class Segmenter:
         self.model = prepared_model(model, dtype, fast=fast, pack=pack).eval()
         self.tokenizer, self.spec, self.fit = tokenizer, model.spec, open_fit(model.spec)
         self.device = next(model.parameters()).device
+        if compile and self.device.type == "cpu" and (lacking := _lacking_compiler()) is not None:
+            warnings.warn(f"compile: no C++ compiler {lacking} here; the model runs uncompiled", stacklevel=2)
+            compile = False
         self.compile, self.stored_pixels, self.keep_masks = compile, stored_pixels, keep_masks
         self.batch_size = batch_size
         self._keep_image, self._last = pack, None
@@ -412,6 +418,12 @@ def prepared_model(model: nn.Module, dtype: torch.dtype | str | None, *, fast: b
         on_cpu = next(model.parameters()).device.type == "cpu"
         accelerate(model, pack=on_cpu and (pack or int8), weights=INT8 if int8 else "same")
     return model
+
+
+def _lacking_compiler() -> str | None:
+    """The command that torch.compile would call to compile for a CPU, where there is none; None where there is."""
+    command = os.environ.get("CXX", "g++")
+    return None if shutil.which(command) else repr(command)
 
 
 def in_precision(model: nn.Module, dtype: torch.dtype | str) -> nn.Module:

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from magnet_fast import checkpoints, fast, models
+from magnet_fast import checkpoints, cli, fast, models
 from magnet_fast.cli import app
 from magnet_fast.ops import _registry
 
@@ -86,6 +87,24 @@ def test_help_is_quick_to_import() -> None:
         "app",
     ):
         assert command in output
+
+
+@pytest.mark.parametrize(
+    ("given", "loaded", "expected"),
+    [
+        ({}, [], {"OMP_WAIT_POLICY": "passive"}),
+        ({"OMP_WAIT_POLICY": "active"}, [], {"OMP_WAIT_POLICY": "active"}),
+        ({"GOMP_SPINCOUNT": "9"}, [], {"GOMP_SPINCOUNT": "9"}),
+        ({}, ["torch"], {}),
+    ],
+)
+def test_threads_wait_asleep_unless_told_otherwise(given, loaded, expected, monkeypatch) -> None:
+    monkeypatch.setattr(cli, "sys", SimpleNamespace(modules=dict.fromkeys(loaded)))
+    monkeypatch.setattr(cli, "os", SimpleNamespace(environ=dict(given)))
+    seen = []
+    monkeypatch.setattr(cli, "app", lambda: seen.append(dict(cli.os.environ)))
+    cli.main()
+    assert seen == [expected]
 
 
 def test_python_dash_m(tmp_path) -> None:

@@ -373,6 +373,19 @@ def test_released_checkpoints_need_berts_vocabulary(checkpoint, tmp_path) -> Non
     assert released.tokenizer(full).vocab_size == 1280
 
 
+def test_without_a_compiler_the_segmenter_says_so_and_runs(picture, monkeypatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr(nn.Module, "compile", lambda module, **options: pytest.fail("compiled"))
+    torch.manual_seed(0)
+    model = models.create("magnet_tiny", input={"size": SIZE, "max_tokens": 16}).eval()
+    expected = Segmenter(model, Tokenizer(max_tokens=16))(picture, "red circle")
+    with pytest.warns(
+        UserWarning, match="compile: no C\\+\\+ compiler 'no-such-compiler' here; the model runs uncompiled"
+    ):
+        segmenter = Segmenter(model, Tokenizer(max_tokens=16), compile=True)
+    assert np.array_equal(segmenter(picture, "red circle").probability, expected.probability)
+
+
 def test_compiled_segmenter_fills_up_the_expressions(metadata, picture, monkeypatch) -> None:
     """Three expressions run the graph of four, and what a row gives does not depend on what fills it up."""
     torch.compiler.reset()

@@ -183,13 +183,14 @@ class QueryAttention:
             return self.norm(x + self.output(with_zero_gradients(self.value(value), query, key, *unread)))
         heads = (self.num_heads, -1)
         q = self.query(query).squeeze(1).unflatten(1, heads)  # (B, h, d)
-        absorbed = torch.einsum("bhd,hdc->bhc", q * q.shape[2] ** -0.5, self.key.weight.unflatten(0, heads))
+        q = (q * q.shape[2] ** -0.5).transpose(0, 1)
+        absorbed = (q @ self.key.weight.unflatten(0, heads)).transpose(0, 1)  # (B, h, C)
         mask = None if allowed is None else allowed.expand(-1, 1, 1, -1)
         read = F.scaled_dot_product_attention(
             absorbed[:, None], key[:, None], value[:, None], attn_mask=mask, scale=1.0
         ).squeeze(1)  # (B, h, C)
-        values = torch.einsum("bhc,hdc->bhd", read, self.value.weight.unflatten(0, heads))
-        attended = with_zero_gradients(values.flatten(1) + self.value.bias, self.key.bias)
+        values = read.transpose(0, 1) @ self.value.weight.unflatten(0, heads).transpose(1, 2)
+        attended = with_zero_gradients(values.transpose(0, 1).flatten(1) + self.value.bias, self.key.bias)
         return self.norm(x + self.output(attended)[:, None])
 
     def _absorbable(self) -> bool:

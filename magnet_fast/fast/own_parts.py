@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from magnet_fast.models.position import sine_position
-from magnet_fast.ops._linear import Activation, linear, plain_linear, then
+from magnet_fast.ops._linear import Activation, linear, plain_linear, small, then
 from magnet_fast.ops._observed import moded, observed
 
 # The allocator keeps smaller memory than this for the next result; larger results are fresh pages every time.
@@ -25,9 +25,15 @@ def project(
     """`layer(x)`, then the activation, or plus the residual: (..., C) to (..., D).
 
     While gradients are recorded, and where the layer is anything but an `nn.Linear` without hooks (quantised, adapted,
-    sharded, observed), the layer is called as a module.
+    sharded, observed), or has little to do, the layer is called as a module.
     """
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not plain_linear(layer) or observed(layer):
+    if (
+        torch.compiler.is_compiling()
+        or torch.is_grad_enabled()
+        or small(layer, x)
+        or not plain_linear(layer)
+        or observed(layer)
+    ):
         return then(layer(x), activation, residual)
     return linear(x, layer.weight, layer.bias, activation=activation, residual=residual)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,7 @@ from magnet_fast.ops import (
     _triton_cross_modal,
 )
 from magnet_fast.ops._binding import bind
+from magnet_fast.ops._once import checked_once
 
 _NAME = "cross_modal_attention"
 
@@ -74,7 +77,7 @@ def cross_modal_attention(
 
     Source: MagNet (arXiv 2312.12198), after GLIP's X-MHA; LAVT (arXiv 2112.02244), PWAM.
     """
-    arguments = _prepare(
+    image_out, text_out = _attend(
         image_query,
         text_key,
         text_value,
@@ -85,12 +88,18 @@ def cross_modal_attention(
         num_heads=num_heads,
         scale=scale,
     )
+    return image_out if text_value is not None else None, text_out if image_value is not None else None
+
+
+@checked_once(_NAME)
+def _attend(*args: Tensor | None, **kwargs: Any) -> tuple[Tensor | None, Tensor | None]:
+    """Both directions; one without values is an empty tensor, or None from the reference."""
+    arguments = _prepare(*args, **kwargs)
     backend = _registry.choose(_NAME, arguments)
     with _autocast.disabled(next(t for t in arguments[:6] if t is not None)):
         if backend == "reference":
             return cross_modal_attention_reference(*arguments)
-        image_out, text_out = _run(*arguments, backend)
-    return image_out if text_value is not None else None, text_out if image_value is not None else None
+        return _run(*arguments, backend)
 
 
 def cross_modal_attention_reference(

@@ -20,10 +20,12 @@ from magnet_fast.ops import (
     _triton_deformable,
 )
 from magnet_fast.ops._binding import bind
+from magnet_fast.ops._once import checked_once
 
 _NAME = "deformable_attention"
 
 
+@checked_once(_NAME)
 def deformable_attention(
     value: Tensor,
     spatial_shapes: Sequence[tuple[int, int]],

@@ -20,10 +20,12 @@ from magnet_fast.ops import (
 )
 from magnet_fast.ops._binding import bind
 from magnet_fast.ops._deformable_attention import deformable_attention_reference, flat_sizes
+from magnet_fast.ops._once import checked_once
 
 _NAME = "fused_deformable_attention"
 
 
+@checked_once(_NAME)
 def fused_deformable_attention(
     value: Tensor,
     spatial_shapes: Sequence[tuple[int, int]],

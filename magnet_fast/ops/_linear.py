@@ -82,7 +82,8 @@ class PackedLinear(nn.Linear):
     _upstream_class = nn.Linear
 
     def forward(self, input: Tensor) -> Tensor:
-        if nn.Linear.forward is not _LINEAR_FORWARD:  # replaced for all Linears since
+        # Or it is replaced for all Linears since.
+        if small(self, input) or nn.Linear.forward is not _LINEAR_FORWARD:
             return super().forward(input)
         return linear(input, self.weight, self.bias)
 
@@ -96,6 +97,13 @@ def plain_weight(layer: nn.Module) -> bool:
     """Whether the layer's weight is an ordinary tensor: some quantise by a subclass and leave the layer's class."""
     weight = layer._parameters.get("weight")
     return weight is None or type(weight) in (nn.Parameter, Tensor)
+
+
+def small(layer: nn.Module, x: Tensor) -> bool:
+    """Whether `linear` surely leaves a layer's product to PyTorch, being small; quickly said, of any module."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not isinstance(x, Tensor):  # sizes may be unknown
+        return False
+    return x.numel() * layer.__dict__.get("out_features", 0) < _FEWEST_MULTIPLICATIONS
 
 
 def pack_linear(layer: nn.Linear, *, int8: bool = False) -> None:

@@ -43,7 +43,7 @@ def runs(x: Tensor, steps: Sequence[Step], residual: Tensor | None = None, aroun
         around: modules that hold the layers and would not be called; none of them may be observed.
     """
     linears = [step.linear for step in steps]
-    if not all(type(layer) is PackedLinear for layer in linears):  # quickly said
+    if not all(type(layer) is PackedLinear for layer in linears) or not _worthwhile(x.dtype):  # quickly said
         return False
     norms = [norm for step in steps for norm in (step.before, step.after) if norm is not None]
     if not all(type(norm) is nn.LayerNorm and len(norm.normalized_shape) == 1 for norm in norms):
@@ -52,7 +52,6 @@ def runs(x: Tensor, steps: Sequence[Step], residual: Tensor | None = None, aroun
     return (
         inference_on_cpu(x, *parameters, *(() if residual is None else (residual,)))
         and not observed(*linears, *norms, *around)
-        and _worthwhile(x.dtype)
         and all(size % _step(x.dtype) == 0 for layer in linears for size in layer.weight.shape)
         and all(_packed.keeps(layer.weight) and not _packed.is_int8(layer) for layer in linears)
         and all(parameter.is_contiguous() for parameter in parameters)

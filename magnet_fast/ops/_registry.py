@@ -205,6 +205,16 @@ def implementation(operator: str, name: str) -> Implementation:
     return item
 
 
+def implementations(operator: str) -> tuple[Implementation | None, ...]:
+    """All that `choose` has to choose from, the preferred first."""
+    return tuple([_implementations.get((operator, name)) for name in _KERNELS])
+
+
+def prepare_of(operator: str) -> Callable[..., tuple]:
+    """What `register_operator` was given."""
+    return _prepare[operator]
+
+
 def choose(operator: str, arguments: tuple) -> str:
     """The backend that runs this call.
 

@@ -17,6 +17,7 @@ from magnet_fast.ops import (
     _triton_relative,
 )
 from magnet_fast.ops._binding import bind
+from magnet_fast.ops._once import checked_once
 from magnet_fast.ops._windows import diagonals, padded
 
 _NAME = "relative_attention"
@@ -33,6 +34,7 @@ class RelativeSettings(NamedTuple):
     """Factor of the similarity alone, above 0."""
 
 
+@checked_once(_NAME)
 def relative_attention(
     qkv: Tensor,
     rel_height: Tensor,

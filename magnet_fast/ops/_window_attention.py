@@ -17,12 +17,14 @@ from magnet_fast.ops import (
     _triton_window,
 )
 from magnet_fast.ops._binding import bind
+from magnet_fast.ops._once import checked_once
 from magnet_fast.ops._window_settings import SCHEMA, WindowSettings
 from magnet_fast.ops._windows import diagonals, padded
 
 _NAME = "window_attention"
 
 
+@checked_once(_NAME)
 def window_attention(
     qkv: Tensor,
     bias_table: Tensor,
