@@ -11,9 +11,10 @@ tensors it comes from is seen to have changed (`_packed`).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from enum import Enum
 from functools import cache
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -58,42 +59,76 @@ def unpack_convolutions(layers: Sequence[nn.Module]) -> None:
             _packed.unpack(layer)
 
 
-def run_layers(layers: Sequence[nn.Module], x: Tensor, residual: Tensor | None = None) -> Tensor:
-    """The layers one after the other, then, given a residual, `relu(x + residual)`.
+def run_layers(
+    layers: Sequence[nn.Module], x: Tensor, residual: Tensor | None = None, activation: nn.Module | None = None
+) -> Tensor:
+    """The layers one after the other, then, given a residual, the sum with it and the activation of that.
 
-    A convolution and the BatchNorm after it, with the ReLU or the residual that follows, are one call where the
+    A convolution and the BatchNorm after it, with the activation or the residual that follows, are one call where the
     convolution is packed, in inference in float32 or bfloat16 on an x86 CPU; everything else is called as a module.
 
     Args:
         layers: modules of one input each.
         x: input of the first.
         residual: of the last one's size, or None.
+        activation: what is done to the sum with the residual, or None.
     """
+    layers = [layer for layer in layers if type(layer) is not nn.Identity or observed(layer)]
     index, count = 0, len(layers)
     while index < count:
         pair = layers[index : index + 2]
-        if len(pair) == 2 and _folds(*pair, x):
-            after = layers[index + 2] if index + 2 < count else None
-            if type(after) is nn.ReLU and not observed(after):
-                x = _convolve(*pair, x, "relu")
-                index += 3
-                continue
-            index += 2
-            if residual is not None and index == count:
-                return _convolve(*pair, x, "none", residual)
-            x = _convolve(*pair, x, "none")
-        else:
+        if len(pair) < 2 or not _folds(*pair, x):
             x = layers[index](x)
             index += 1
-    return x if residual is None else F.relu(x + residual)
+            continue
+        index += 2
+        unary = _unary_within(pair[1])
+        if unary is None and index < count and (unary := _unary(layers[index])) is not None:
+            index += 1
+        if unary is None and index == count and residual is not None and inference_on_cpu(residual, x):
+            rectified = type(activation) is nn.ReLU and not observed(activation)
+            x = _convolve(*pair, x, _NONE, residual, "relu" if rectified else None)
+            return x if rectified or activation is None else activation(x)
+        x = _convolve(*pair, x, unary or _NONE)
+    if residual is None:
+        return x
+    return x + residual if activation is None else activation(x + residual)
+
+
+class _Unary(NamedTuple):
+    """An activation as oneDNN's operators take it."""
+
+    name: str
+    scalars: list[float]
+    algorithm: str
+
+
+_NONE = _Unary("none", [], "")
+_UNARIES = {
+    nn.ReLU: _Unary("relu", [], ""),
+    nn.ReLU6: _Unary("hardtanh", [0.0, 6.0], ""),
+    nn.SiLU: _Unary("swish", [], ""),
+    nn.Hardswish: _Unary("hardswish", [], ""),
+}
+
+
+def _unary(layer: nn.Module) -> _Unary | None:
+    """The activation that a layer is, if oneDNN has it and nobody watches the layer."""
+    return None if (found := _UNARIES.get(type(layer))) is None or observed(layer) else found
+
+
+def _unary_within(norm: nn.Module) -> _Unary | None:
+    """The activation that is part of a norm of timm's."""
+    return _unary(norm.act) if _norm_kind(type(norm)) is _Norm.ACTIVATED else None
 
 
 def _convolve(
     convolution: nn.Conv2d,
-    norm: nn.BatchNorm2d,
+    norm: nn.Module,
     x: Tensor,
-    activation: Literal["relu", "none"],
+    unary: _Unary,
     residual: Tensor | None = None,
+    after_sum: Literal["relu"] | None = None,
 ) -> Tensor:
     shape = convolution.padding, convolution.stride, convolution.dilation, convolution.groups
 
@@ -102,16 +137,16 @@ def _convolve(
         # The layout is chosen for this size; it is right for any.
         return torch.ops.mkldnn._reorder_convolution_weight(weight, *shape, x.shape), bias
 
-    weight, bias = _packed.folded(convolution, norm.eps, _sources(convolution, norm), make)
+    weight, bias = _packed.folded(convolution, _eps(norm), _sources(convolution, norm), make)
     if residual is not None:
         operator = torch.ops.mkldnn._convolution_pointwise.binary
-        return operator(x, residual, weight, bias, *shape, "add", None, "relu", [], None)
-    return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *shape, activation, [], "")
+        return operator(x, residual, weight, bias, *shape, "add", None, after_sum, [], None)
+    return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *shape, *unary)
 
 
-def _fold(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+def _fold(convolution: nn.Conv2d, norm: nn.Module) -> tuple[Tensor, Tensor]:
     """Weight and bias of the convolution that does the work of both, computed in float32."""
-    scale = torch.rsqrt(norm.running_var.float() + norm.eps)
+    scale = torch.rsqrt(norm.running_var.float() + _eps(norm))
     if norm.weight is not None:
         scale = scale * norm.weight.float()
     bias = -norm.running_mean.float() if convolution.bias is None else convolution.bias.float() - norm.running_mean
@@ -123,42 +158,97 @@ def _fold(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]
     return weight.to(dtype, memory_format=torch.channels_last), bias.to(dtype)
 
 
-def _sources(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> list[Tensor]:
+class _Norm(Enum):
+    """Kinds of norms that a convolution takes with it."""
+
+    PLAIN = "PyTorch's BatchNorm2d"
+    FROZEN = "one with statistics that no training changes, of torchvision's or transformers'"
+    ACTIVATED = "timm's, with an activation as part of it"
+
+
+@cache
+def _norm_kind(cls: type) -> _Norm | None:
+    if cls is nn.BatchNorm2d:
+        return _Norm.PLAIN
+    if f"{cls.__module__}.{cls.__qualname__}" == "timm.layers.norm_act.BatchNormAct2d":
+        return _Norm.ACTIVATED
+    library = cls.__module__.partition(".")[0]
+    if library in ("torchvision", "transformers") and cls.__name__.endswith("FrozenBatchNorm2d"):
+        return _Norm.FROZEN if _normalises(cls) else None
+    return None
+
+
+def _normalises(cls: type) -> bool:
+    """Whether a frozen norm computes what is folded here: each library has a copy of its own, tried out once."""
+    try:
+        norm = cls(3)
+        names = ("weight", "bias", "running_mean", "running_var")
+        if [name for name, _ in norm.named_buffers()] != list(names) or next(norm.parameters(), None) is not None:
+            return False
+        values = torch.tensor([[2.0, -1.0, 0.5], [0.5, 1.0, -2.0], [1.0, 0.25, -1.0], [0.0, 4.0, 1e-5]])
+        for name, value in zip(names, values, strict=True):
+            getattr(norm, name).copy_(value)
+        x = torch.arange(-6.0, 6.0).view(1, 3, 2, 2)
+        weight, bias, mean, variance = values[:, :, None, None]
+        return torch.allclose(norm(x), (x - mean) / torch.sqrt(variance + _eps(norm)) * weight + bias)
+    except (TypeError, RuntimeError, AttributeError):  # made or written in another way by now
+        return False
+
+
+def _eps(norm: nn.Module) -> float:
+    """transformers' frozen norms have it in their code alone."""
+    return getattr(norm, "eps", 1e-5)
+
+
+def _sources(convolution: nn.Conv2d, norm: nn.Module) -> list[Tensor]:
     tensors = (convolution.weight, convolution.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var)
     return [tensor for tensor in tensors if tensor is not None]
 
 
 def _foldable(convolution: nn.Module, norm: nn.Module) -> bool:
-    """Whether they are what PyTorch makes them, one reading the other."""
+    """Whether they are what their libraries make them, one reading the other."""
     return (
         type(convolution) is nn.Conv2d
-        and type(norm) is nn.BatchNorm2d
+        and _norm_kind(type(norm)) is not None
         and plain_weight(convolution)
         and convolution.padding_mode == "zeros"
         and not isinstance(convolution.padding, str)
-        and convolution.out_channels == norm.num_features
         and norm.running_mean is not None
+        and convolution.out_channels == len(norm.running_mean)
+        and _foldable_activation(norm)
+    )
+
+
+def _foldable_activation(norm: nn.Module) -> bool:
+    """Whether nothing, or an activation that oneDNN has, is part of the norm."""
+    return _norm_kind(type(norm)) is not _Norm.ACTIVATED or (
+        type(norm.drop) is nn.Identity
+        and (type(norm.act) is nn.Identity or type(norm.act) in _UNARIES)
+        and not observed(norm.drop, norm.act)
     )
 
 
 def _folds(convolution: nn.Module, norm: nn.Module, x: Tensor) -> bool:
     """Whether this call may take the two as one."""
-    return (
+    if not (
         type(convolution) is nn.Conv2d
         and type(x) is Tensor  # and no proxy of a graph
         # First what is quickly said: small models are dozens of convolutions that this is not for.
         and x.dim() == 4
-        and x.numel() // x.shape[1] * convolution.weight.numel() >= _FEWEST_MULTIPLICATIONS
+        and _worth(convolution, x)
         and not recorded()
         and _packed.is_packed(convolution)
         and _foldable(convolution, norm)
         and not norm.training
         and not observed(convolution, norm)
-        and inference_on_cpu(x, *_sources(convolution, norm))
-        and _packed.seen(_sources(convolution, norm))
-        and torch.backends.mkldnn.enabled
-        and _works(x.dtype)
-    )
+    ):
+        return False
+    sources = _sources(convolution, norm)
+    return inference_on_cpu(x, *sources) and _packed.seen(sources) and torch.backends.mkldnn.enabled and _works(x.dtype)
+
+
+def _worth(convolution: nn.Conv2d, x: Tensor) -> bool:
+    return x.numel() // x.shape[1] * convolution.weight.numel() >= _FEWEST_MULTIPLICATIONS
 
 
 @cache
@@ -178,11 +268,12 @@ def _works(dtype: torch.dtype) -> bool:
             return False
         pairs = [
             (operator(x, weight, bias, *shape, "none", [], ""), expected),
-            (operator(x, weight, bias, *shape, "relu", [], ""), F.relu(expected)),
+            *((operator(x, weight, bias, *shape, *unary), cls()(expected)) for cls, unary in _UNARIES.items()),
             (
                 operator.binary(x, other, weight, bias, *shape, "add", None, "relu", [], None),
                 F.relu(expected + other.float()),
             ),
+            (operator.binary(x, other, weight, bias, *shape, "add", None, None, [], None), expected + other.float()),
             (operator(x, reorder(weight, *shape, x.shape), bias, *shape, "none", [], ""), expected),
         ]
     except (AttributeError, TypeError, RuntimeError):  # gone, or called in another way by now
