@@ -1,8 +1,8 @@
-"""Convolutions of inference with the BatchNorm after each folded in, and the ReLU or the sum after that, in one call.
+"""Convolutions of inference with the BatchNorm after each folded in, and what follows that, in one call.
 
 In inference a BatchNorm multiplies and shifts each channel by constants, so it can be part of the convolution's weight
-and bias. What is left, a ReLU or the sum with a residual, oneDNN does while the result is in registers. Otherwise each
-of them reads and writes the whole map once more.
+and bias. What is left, an activation or the sum with a residual, oneDNN does while the result is in registers.
+Otherwise each of them reads and writes the whole map once more. Maps come out with channels last.
 
 The folded weight is a second copy, kept under the same promise as a packed Linear's, and made again when one of the
 tensors it comes from is seen to have changed (`_packed`).
@@ -10,7 +10,7 @@ tensors it comes from is seen to have changed (`_packed`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from enum import Enum
 from functools import cache
 from itertools import pairwise
@@ -42,12 +42,12 @@ class PackedSequential(nn.Sequential):
 
 def has_foldable(layers: Sequence[nn.Module]) -> bool:
     """Whether a BatchNorm follows one of the convolutions."""
-    return any(_foldable(*pair) for pair in pairwise(layers))
+    return any(_foldable(*pair) for pair in pairwise(_active(layers)))
 
 
 def pack_convolutions(layers: Sequence[nn.Module]) -> None:
     """Let the convolutions that a BatchNorm follows keep folded weights."""
-    for convolution, norm in pairwise(layers):
+    for convolution, norm in pairwise(_active(layers)):
         if _foldable(convolution, norm):
             _packed.pack(convolution)
 
@@ -73,7 +73,7 @@ def run_layers(
         residual: of the last one's size, or None.
         activation: what is done to the sum with the residual, or None.
     """
-    layers = [layer for layer in layers if type(layer) is not nn.Identity or observed(layer)]
+    layers = _active(layers)
     index, count = 0, len(layers)
     while index < count:
         pair = layers[index : index + 2]
@@ -85,7 +85,7 @@ def run_layers(
         unary = _unary_within(pair[1])
         if unary is None and index < count and (unary := _unary(layers[index])) is not None:
             index += 1
-        if unary is None and index == count and residual is not None and inference_on_cpu(residual, x):
+        if unary is None and index == count and residual is not None and _adds(residual, pair[0], x):
             rectified = type(activation) is nn.ReLU and not observed(activation)
             x = _convolve(*pair, x, _NONE, residual, "relu" if rectified else None)
             return x if rectified or activation is None else activation(x)
@@ -93,6 +93,11 @@ def run_layers(
     if residual is None:
         return x
     return x + residual if activation is None else activation(x + residual)
+
+
+def _active(layers: Iterable[nn.Module]) -> list[nn.Module]:
+    """Without those that do nothing."""
+    return [layer for layer in layers if type(layer) is not nn.Identity or observed(layer)]
 
 
 class _Unary(NamedTuple):
@@ -200,6 +205,14 @@ def _eps(norm: nn.Module) -> float:
     return getattr(norm, "eps", 1e-5)
 
 
+def _adds(residual: Tensor, convolution: nn.Conv2d, x: Tensor) -> bool:
+    """Whether the convolution of `x` may add a residual: one value for each of its own."""
+    size = zip(x.shape[2:], convolution.padding, convolution.dilation, convolution.kernel_size, strict=True)
+    covered = (side + 2 * padding - dilation * (kernel - 1) for side, padding, dilation, kernel in size)
+    sides = ((one - 1) // stride + 1 for one, stride in zip(covered, convolution.stride, strict=True))
+    return inference_on_cpu(residual, x) and residual.shape == (x.shape[0], convolution.out_channels, *sides)
+
+
 def _sources(convolution: nn.Conv2d, norm: nn.Module) -> list[Tensor]:
     tensors = (convolution.weight, convolution.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var)
     return [tensor for tensor in tensors if tensor is not None]
@@ -235,7 +248,7 @@ def _folds(convolution: nn.Module, norm: nn.Module, x: Tensor) -> bool:
         and type(x) is Tensor  # and no proxy of a graph
         # First what is quickly said: small models are dozens of convolutions that this is not for.
         and x.dim() == 4
-        and _worth(convolution, x)
+        and x.numel() // x.shape[1] * convolution.weight.numel() >= _FEWEST_MULTIPLICATIONS
         and not recorded()
         and _packed.is_packed(convolution)
         and _foldable(convolution, norm)
@@ -245,10 +258,6 @@ def _folds(convolution: nn.Module, norm: nn.Module, x: Tensor) -> bool:
         return False
     sources = _sources(convolution, norm)
     return inference_on_cpu(x, *sources) and _packed.seen(sources) and torch.backends.mkldnn.enabled and _works(x.dtype)
-
-
-def _worth(convolution: nn.Conv2d, x: Tensor) -> bool:
-    return x.numel() // x.shape[1] * convolution.weight.numel() >= _FEWEST_MULTIPLICATIONS
 
 
 @cache
