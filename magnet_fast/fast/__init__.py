@@ -60,8 +60,9 @@ def accelerate(model: nn.Module, *, pack: bool = False, freeze: bool | None = No
             source is known, and whatever contains them. Wrap for FSDP afterwards.
         pack: a promise that the weights stay as they are while the model is used for inference on a CPU. Every plain
             Linear of the model, also beside attention, then runs on oneDNN with a second copy of its weight, packed in
-            the first call, and so does every convolution that a BatchNorm follows in a Sequential, with the norm
-            folded in; that takes the memory of the weights once more. Changes that PyTorch counts (loading,
+            the first call, and so does every convolution that a BatchNorm follows in a Sequential or in a block of a
+            known class (ResNets, EfficientNets, RT-DETR's pyramid), with the norm folded in; that takes the memory of
+            the weights once more. Changes that PyTorch counts (loading,
             optimisers, casts) are seen nevertheless, and what changes a weight as a whole (a merged adapter); a few
             values written through `.data` are not. Training, gradients, other devices and processors that oneDNN is
             not used on are as without it. Our choice.

@@ -186,7 +186,7 @@ def _replacement(
         attributes=tuple(one for one in (*order, *more.split(), activation) if one),
         bypassed={},
         unfit=lambda module: _unfit(module, order),
-        note=lambda module: "norms are folded into packed convolutions in inference on a CPU",
+        note=lambda module: "in inference on a CPU BatchNorms are folded into convolutions",
         name=f"{library.capitalize()}{kind}",
     )
 
