@@ -88,7 +88,7 @@ def accelerate(model: nn.Module, *, pack: bool = False, freeze: bool | None = No
             found.append(_replace(name, module, replacements[path]))
             settled.update(_parts(module, replacements[path]))
             if pack and isinstance(module, FoldedBlock):
-                pack_convolutions(module.folded_layers())
+                pack_convolutions(module.layers_of(module))
         elif path in left_alone:
             found.append(ModuleReport(name, path, None, left_alone[path]))
         elif (base := _known_base(module, pack)) is not None:
@@ -153,7 +153,7 @@ def _undo(model: nn.Module, kept: Mapping[nn.Module, type]) -> None:
         if isinstance(module, nn.Sequential):
             unpack_convolutions(list(module))
         elif isinstance(module, FoldedBlock):
-            unpack_convolutions(module.folded_layers())
+            unpack_convolutions(module.layers_of(module))
         if isinstance(module, PackedLinear):
             unpack_linear(module)
         else:

@@ -15,17 +15,16 @@ from magnet_fast.ops._convolution import PackedSequential, has_foldable, run_lay
 from magnet_fast.ops._linear import recorded
 from magnet_fast.ops._observed import observed
 
-PathNames = tuple[str, ...]
-
 
 class FoldedBlock:
     """A block whose layers stand in its attributes."""
 
-    _layers: PathNames
+    _layers: tuple[str, ...]
 
-    def folded_layers(self) -> list[nn.Module]:
+    @classmethod
+    def layers_of(cls, block: nn.Module) -> list[nn.Module]:
         """In the order they are called in; what is None, or not there, is not called."""
-        layers = (getattr(self, name, None) for name in self._layers)
+        layers = (getattr(block, name, None) for name in cls._layers)
         return [layer for layer in layers if layer is not None]
 
     def _as_written(self) -> bool:
@@ -38,14 +37,15 @@ class _Chain(FoldedBlock):
     def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor:
         if named or len(inputs) != 1 or self._as_written():
             return super().forward(*inputs, **named)
-        return run_layers(self.folded_layers(), *inputs)
+        return run_layers(self.layers_of(self), *inputs)
 
 
 class _Sequential(_Chain):
     """Those of a Sequential."""
 
-    def folded_layers(self) -> list[nn.Module]:
-        return list(self)
+    @classmethod
+    def layers_of(cls, block: nn.Module) -> list[nn.Module]:
+        return list(block)
 
 
 class _Residual(FoldedBlock):
@@ -57,7 +57,7 @@ class _Residual(FoldedBlock):
         if self._as_written():
             return super().forward(x)
         shortcut = x if self.downsample is None else self.downsample(x)
-        return run_layers(self.folded_layers(), x, shortcut, getattr(self, self._activation))
+        return run_layers(self.layers_of(self), x, shortcut, getattr(self, self._activation))
 
 
 class _Inverted(FoldedBlock):
@@ -66,7 +66,7 @@ class _Inverted(FoldedBlock):
     def forward(self, x: Tensor) -> Tensor:
         if self._as_written():
             return super().forward(x)
-        layers = self.folded_layers()
+        layers = self.layers_of(self)
         if not self.has_skip:
             return run_layers(layers, x)
         # In inference the drop of whole paths does nothing.
@@ -74,15 +74,16 @@ class _Inverted(FoldedBlock):
         return run_layers([*layers, self.drop_path] if dropped else layers, x, x)
 
 
-class _LastOfThree(FoldedBlock):
+class _ResidualOfLayers(FoldedBlock):
     """A ResNet's block of transformers': its `layer` are convolutional layers, the last without an activation."""
 
-    def folded_layers(self) -> list[nn.Module]:
+    @classmethod
+    def layers_of(cls, block: nn.Module) -> list[nn.Module]:
         return []  # each of the layers packs its own
 
     def forward(self, hidden_state: Tensor) -> Tensor:
         layers = self.layer
-        if self._as_written() or type(layers) not in (nn.Sequential, PackedSequential):
+        if self._as_written() or type(layers) not in (nn.Sequential, PackedSequential) or not layers:
             return super().forward(hidden_state)
         *first, last = layers
         if observed(layers, last) or not isinstance(last, _Chain):
@@ -90,34 +91,35 @@ class _LastOfThree(FoldedBlock):
         shortcut = self.shortcut(hidden_state)
         for layer in first:
             hidden_state = layer(hidden_state)
-        return run_layers(last.folded_layers(), hidden_state, shortcut, self.activation)
+        return run_layers(last.layers_of(last), hidden_state, shortcut, self.activation)
 
 
 class _RepVgg(FoldedBlock):
     """RT-DETR's two convolutions of one map: the second one adds what the first gave."""
 
-    def folded_layers(self) -> list[nn.Module]:
+    @classmethod
+    def layers_of(cls, block: nn.Module) -> list[nn.Module]:
         return []
 
     def forward(self, x: Tensor) -> Tensor:
         first, second = self.conv1, self.conv2
         if self._as_written() or observed(second) or not isinstance(second, _Chain):
             return super().forward(x)
-        return run_layers(second.folded_layers(), x, first(x), self.activation)
+        return run_layers(second.layers_of(second), x, first(x), self.activation)
 
 
 class _ResNetStem(FoldedBlock):
     """timm's ResNet: the first convolution, or the last of several, with what follows it."""
 
-    def folded_layers(self) -> list[nn.Module]:
-        first = self.conv1
-        # Observed or not is asked in every call; what is packed here is the same.
-        return [*(first if type(first) in (nn.Sequential, PackedSequential) else [first]), self.bn1, self.act1]
+    @classmethod
+    def layers_of(cls, block: nn.Module) -> list[nn.Module]:
+        several = type(block.conv1) in (nn.Sequential, PackedSequential)
+        return [*(block.conv1 if several else [block.conv1]), block.bn1, block.act1]
 
     def forward_features(self, x: Tensor) -> Tensor:
         if self._as_written() or self.grad_checkpointing or observed(self.conv1):
             return super().forward_features(x)
-        x = self.maxpool(run_layers(self.folded_layers(), x))
+        x = self.maxpool(run_layers(self.layers_of(self), x))
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             x = stage(x)
         return x
@@ -126,8 +128,7 @@ class _ResNetStem(FoldedBlock):
 class _EfficientNetEnds(FoldedBlock):
     """timm's EfficientNet: the first convolution and the last."""
 
-    def folded_layers(self) -> list[nn.Module]:
-        return [self.conv_stem, self.bn1, self.conv_head, self.bn2]
+    _layers = ("conv_stem", "bn1", "conv_head", "bn2")
 
     def forward_features(self, x: Tensor) -> Tensor:
         if self._as_written() or self.grad_checkpointing:
@@ -144,7 +145,7 @@ class _TorchvisionStem(FoldedBlock):
     def _forward_impl(self, x: Tensor) -> Tensor:
         if self._as_written():
             return super()._forward_impl(x)
-        x = self.maxpool(run_layers(self.folded_layers(), x))
+        x = self.maxpool(run_layers(self.layers_of(self), x))
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             x = stage(x)
         return self.fc(torch.flatten(self.avgpool(x), 1))
@@ -177,22 +178,23 @@ def _replacement(
     name, parameter = method.split(": ")
     order = tuple(layers.split())
     library, kind = path.partition(".")[0], path.rpartition(".")[2]
-    mixin = type(form.__name__, (form,), {"_layers": order, "_activation": activation, "__doc__": form.__doc__})
+    mixin = form
+    if order:
+        mixin = type(form.__name__, (form,), {"_layers": order, "_activation": activation, "__doc__": form.__doc__})
     return Replacement(
         path=path,
-        mixin=mixin if order else form,
+        mixin=mixin,
         operator="convolution",
         parameters={name: (names(parameter), names())},
         attributes=tuple(one for one in (*order, *more.split(), activation) if one),
         bypassed={},
-        unfit=lambda module: _unfit(module, order),
+        unfit=lambda module: _unfit(mixin.layers_of(module)),
         note=lambda module: "in inference on a CPU BatchNorms are folded into convolutions",
         name=f"{library.capitalize()}{kind}",
     )
 
 
-def _unfit(module: nn.Module, order: PathNames) -> str | None:
-    layers = [layer for layer in (getattr(module, name) for name in order) if layer is not None]
+def _unfit(layers: Sequence[nn.Module]) -> str | None:
     return "no BatchNorm follows its convolutions" if layers and not has_foldable(layers) else None
 
 
@@ -267,14 +269,12 @@ def _transformers() -> Sequence[Replacement]:
     found = []
     for path in ("resnet.modeling_resnet.ResNet", "rt_detr.modeling_rt_detr_resnet.RTDetrResNet"):
         prefix = f"transformers.models.{path}"
-        layers = "convolution normalization"
+        layers, read = "convolution normalization", "shortcut layer activation"
         found += [
             _replacement(f"{prefix}ConvLayer", _Chain, f"{layers} activation", method="forward: hidden_states"),
             _replacement(f"{prefix}ShortCut", _Chain, layers, method="forward: input"),
             *(
-                _replacement(
-                    f"{prefix}{kind}", _LastOfThree, method="forward: hidden_state", more="shortcut layer activation"
-                )
+                _replacement(f"{prefix}{kind}", _ResidualOfLayers, method="forward: hidden_state", more=read)
                 for kind in ("BasicLayer", "BottleNeckLayer")
             ),
         ]
