@@ -50,6 +50,12 @@ def timm_efficientnet(blocks: list[list[str]]) -> nn.Module:
     return EfficientNet(decode_arch_def(blocks), num_classes=5, num_features=24, stem_size=8, act_layer=nn.SiLU)
 
 
+def timm_layer() -> nn.Module:
+    from timm.layers import ConvNormAct
+
+    return ConvNormAct(3, 10, kernel_size=3, stride=2, groups=1, act_layer=nn.Hardswish)
+
+
 def torchvision_resnet(block: str, **options: object) -> nn.Module:
     from torchvision.models import resnet
 
@@ -100,6 +106,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "timm, EfficientNet": lambda: timm_efficientnet(
         [["ds_r1_k3_s1_e1_c8"], ["ir_r2_k5_s2_e2_c12_se0.25"], ["er_r1_k3_s2_e2_c12"], ["cn_r2_k3_s1_c12_skip"]]
     ),
+    "timm, one layer": timm_layer,
     "torchvision, basic blocks": lambda: torchvision_resnet("BasicBlock"),
     "torchvision, bottlenecks": lambda: torchvision_resnet("Bottleneck", groups=4, width_per_group=4),
     "torchvision, frozen": frozen_torchvision_resnet,
