@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from magnet_fast.ops import _packed
-from magnet_fast.ops._linear import inference_on_cpu, plain_weight, recorded
+from magnet_fast.ops._linear import inference_on_cpu, plain_weight
 from magnet_fast.ops._observed import observed
 
 # Below this, what is saved is less than what it takes to look whether anything changed.
@@ -75,21 +75,27 @@ def run_layers(
     """
     layers = _active(layers)
     index, count = 0, len(layers)
+    allowed = None  # asked of x when it is needed, and again when a module gave x
     while index < count:
-        pair = layers[index : index + 2]
-        if len(pair) < 2 or not _folds(*pair, x):
-            x = layers[index](x)
+        layer = layers[index]
+        norm = layers[index + 1] if index + 1 < count else None
+        folded = None
+        if norm is not None and type(layer) is nn.Conv2d and _worth(layer, x):
+            allowed = _allowed(x) if allowed is None else allowed
+            folded = _folded(layer, norm, x) if allowed else None
+        if folded is None:
+            x, allowed = layer(x), None
             index += 1
             continue
         index += 2
-        unary = _unary_within(pair[1])
+        unary = _unary_within(norm)
         if unary is None and index < count and (unary := _unary(layers[index])) is not None:
             index += 1
-        if unary is None and index == count and residual is not None and _adds(residual, pair[0], x):
+        if unary is None and index == count and residual is not None and _adds(residual, layer, x):
             rectified = type(activation) is nn.ReLU and not observed(activation)
-            x = _convolve(*pair, x, _NONE, residual, "relu" if rectified else None)
+            x = _convolve(x, folded, _NONE, residual, "relu" if rectified else None)
             return x if rectified or activation is None else activation(x)
-        x = _convolve(*pair, x, unary or _NONE)
+        x = _convolve(x, folded, unary or _NONE)
     if residual is None:
         return x
     return x + residual if activation is None else activation(x + residual)
@@ -127,26 +133,53 @@ def _unary_within(norm: nn.Module) -> _Unary | None:
     return _unary(norm.act) if _norm_kind(type(norm)) is _Norm.ACTIVATED else None
 
 
+class _Folded(NamedTuple):
+    """A convolution that does the work of two, as oneDNN's operators take it."""
+
+    weight: Tensor
+    bias: Tensor
+    shape: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]
+
+
 def _convolve(
-    convolution: nn.Conv2d,
-    norm: nn.Module,
-    x: Tensor,
-    unary: _Unary,
-    residual: Tensor | None = None,
-    after_sum: Literal["relu"] | None = None,
+    x: Tensor, folded: _Folded, unary: _Unary, residual: Tensor | None = None, after_sum: Literal["relu"] | None = None
 ) -> Tensor:
-    shape = convolution.padding, convolution.stride, convolution.dilation, convolution.groups
-
-    def make() -> tuple[Tensor, Tensor]:
-        weight, bias = _fold(convolution, norm)
-        # The layout is chosen for this size; it is right for any.
-        return torch.ops.mkldnn._reorder_convolution_weight(weight, *shape, x.shape), bias
-
-    weight, bias = _packed.folded(convolution, _eps(norm), _sources(convolution, norm), make)
+    weight, bias, shape = folded
     if residual is not None:
         operator = torch.ops.mkldnn._convolution_pointwise.binary
         return operator(x, residual, weight, bias, *shape, "add", None, after_sum, [], None)
     return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *shape, *unary)
+
+
+def _worth(convolution: nn.Conv2d, x: Tensor) -> bool:
+    """What is quickly said: small models are dozens of convolutions that this is not for. No proxy of a graph is."""
+    if type(x) is not Tensor or x.dim() != 4:
+        return False
+    return x.numel() // x.shape[1] * convolution.weight.numel() >= _FEWEST_MULTIPLICATIONS
+
+
+def _allowed(x: Tensor) -> bool:
+    """Whether this is inference that oneDNN's operators may take."""
+    return inference_on_cpu(x) and torch.backends.mkldnn.enabled and _works(x.dtype)
+
+
+def _folded(convolution: nn.Conv2d, norm: nn.Module, x: Tensor) -> _Folded | None:
+    """The two as one, made in the first call and when something changed; None where they are called as modules."""
+    if not _foldable(convolution, norm) or norm.training or observed(convolution, norm):
+        return None
+    sources = _sources(convolution, norm)
+    if sources[0].dtype != x.dtype:
+        return None
+    shape = convolution.padding, convolution.stride, convolution.dilation, convolution.groups
+
+    def make() -> _Folded | None:
+        if not inference_on_cpu(x, *sources):
+            return None
+        weight, bias = _fold(convolution, norm)
+        # The layout is chosen for this size; it is right for any.
+        return _Folded(torch.ops.mkldnn._reorder_convolution_weight(weight, *shape, x.shape), bias, shape)
+
+    return _packed.folded(convolution, (_eps(norm), shape), sources, make)
 
 
 def _fold(convolution: nn.Conv2d, norm: nn.Module) -> tuple[Tensor, Tensor]:
@@ -214,7 +247,10 @@ def _adds(residual: Tensor, convolution: nn.Conv2d, x: Tensor) -> bool:
 
 
 def _sources(convolution: nn.Conv2d, norm: nn.Module) -> list[Tensor]:
-    tensors = (convolution.weight, convolution.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var)
+    """The weight first. Read where modules keep them: as attributes they are searched for, which takes as long again as
+    all the rest that a call asks."""
+    given, held = convolution._parameters, {**norm._buffers, **norm._parameters}
+    tensors = (given["weight"], given.get("bias"), *map(held.get, ("weight", "bias", "running_mean", "running_var")))
     return [tensor for tensor in tensors if tensor is not None]
 
 
@@ -239,25 +275,6 @@ def _foldable_activation(norm: nn.Module) -> bool:
         and (type(norm.act) is nn.Identity or type(norm.act) in _UNARIES)
         and not observed(norm.drop, norm.act)
     )
-
-
-def _folds(convolution: nn.Module, norm: nn.Module, x: Tensor) -> bool:
-    """Whether this call may take the two as one."""
-    if not (
-        type(convolution) is nn.Conv2d
-        and type(x) is Tensor  # and no proxy of a graph
-        # First what is quickly said: small models are dozens of convolutions that this is not for.
-        and x.dim() == 4
-        and x.numel() // x.shape[1] * convolution.weight.numel() >= _FEWEST_MULTIPLICATIONS
-        and not recorded()
-        and _packed.is_packed(convolution)
-        and _foldable(convolution, norm)
-        and not norm.training
-        and not observed(convolution, norm)
-    ):
-        return False
-    sources = _sources(convolution, norm)
-    return inference_on_cpu(x, *sources) and _packed.seen(sources) and torch.backends.mkldnn.enabled and _works(x.dtype)
 
 
 @cache

@@ -6,6 +6,7 @@ import copy
 import importlib
 import pickle
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -22,14 +23,14 @@ SIZE = (43, 36)
 
 
 @pytest.fixture(autouse=True)
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Convolutions, of any size, that took their norm with them."""
-    found: list[nn.Module] = []
+    found: list[Any] = []
     convolve = _convolution._convolve
 
-    def counted(convolution: nn.Module, *rest: object) -> Tensor:
-        found.append(convolution)
-        return convolve(convolution, *rest)
+    def counted(x: Tensor, folded: Any, *rest: Any) -> Tensor:
+        found.append(folded)
+        return convolve(x, folded, *rest)
 
     monkeypatch.setattr(_convolution, "_convolve", counted)
     monkeypatch.setattr(_convolution, "_FEWEST_MULTIPLICATIONS", 0)
@@ -138,7 +139,7 @@ def normed(model: nn.Module) -> int:
 
 @needs_onednn
 @pytest.mark.parametrize("name", MODELS)
-def test_against_float64_and_the_way_back(name: str, calls: list[nn.Module]) -> None:
+def test_against_float64_and_the_way_back(name: str, calls: list[Any]) -> None:
     model = model_of(name)
     x = zoo.image(SIZE, batch=3)
     before = {key: (type(module), set(vars(module))) for key, module in model.named_modules()}
@@ -166,7 +167,7 @@ def test_against_float64_and_the_way_back(name: str, calls: list[nn.Module]) -> 
 
 
 @needs_onednn
-def test_low_precision(calls: list[nn.Module]) -> None:
+def test_low_precision(calls: list[Any]) -> None:
     x = zoo.image(SIZE)
     with torch.no_grad():
         (truth,) = zoo.call(model_of("timm, bottlenecks"), x)
@@ -180,7 +181,7 @@ def test_low_precision(calls: list[nn.Module]) -> None:
 
 @needs_onednn
 @pytest.mark.parametrize("name", ["torchvision, bottlenecks", "transformers, basic", "timm, EfficientNet", "RT-DETR"])
-def test_changed_weights_and_statistics_are_seen(name: str, calls: list[nn.Module]) -> None:
+def test_changed_weights_and_statistics_are_seen(name: str, calls: list[Any]) -> None:
     model, x = model_of(name), zoo.image(SIZE)
     with torch.no_grad():
         magnet_fast.accelerate(model, pack=True)
@@ -199,7 +200,7 @@ def test_changed_weights_and_statistics_are_seen(name: str, calls: list[nn.Modul
 
 
 @pytest.mark.parametrize("name", ["torchvision, bottlenecks", "transformers, bottlenecks", "timm, squeezed"])
-def test_training_is_as_without(name: str, calls: list[nn.Module]) -> None:
+def test_training_is_as_without(name: str, calls: list[Any]) -> None:
     states = []
     for pack in (False, True):
         model = model_of(name).train()
@@ -262,7 +263,7 @@ def test_what_is_watched_or_exchanged_is_called(name: str, part: str, how: str) 
     assert count == len(seen) - count > 0
 
 
-def test_graphs_hold_the_modules(calls: list[nn.Module]) -> None:
+def test_graphs_hold_the_modules(calls: list[Any]) -> None:
     torch.compiler.reset()
     block = model_of("torchvision, bottlenecks").layer2[1]
     x = zoo.image((9, 7), channels=512)
@@ -275,7 +276,7 @@ def test_graphs_hold_the_modules(calls: list[nn.Module]) -> None:
     assert calls == []
 
 
-def test_what_is_not_known_is_left_alone(calls: list[nn.Module]) -> None:
+def test_what_is_not_known_is_left_alone(calls: list[Any]) -> None:
     from torchvision.models.resnet import BasicBlock
 
     class Theirs(BasicBlock):

@@ -35,9 +35,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     found: list[str] = []
     convolve = _convolution._convolve
 
-    def counted(convolution: nn.Module, norm: nn.Module, x: Tensor, unary: tuple[str, ...], *residual: Any) -> Tensor:
+    def counted(x: Tensor, folded: Any, unary: tuple[str, ...], *residual: Any) -> Tensor:
         found.append("sum" if residual else unary[0])
-        return convolve(convolution, norm, x, unary, *residual)
+        return convolve(x, folded, unary, *residual)
 
     monkeypatch.setattr(_convolution, "_convolve", counted)
     monkeypatch.setattr(_convolution, "_FEWEST_MULTIPLICATIONS", 0)
