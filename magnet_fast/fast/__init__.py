@@ -21,9 +21,19 @@ from typing import Literal, get_args
 
 from torch import nn
 
-from magnet_fast.fast import copies, grounding_dino, sam, timm, torchvision, transformers_deformable, transformers_swin
+from magnet_fast.fast import (
+    convolutional,
+    copies,
+    grounding_dino,
+    sam,
+    timm,
+    torchvision,
+    transformers_deformable,
+    transformers_swin,
+)
 from magnet_fast.fast._replacement import Replacement, class_path, fused_class, upstream_class
 from magnet_fast.fast._report import ModuleReport, Report
+from magnet_fast.fast.convolutional import FoldedBlock
 from magnet_fast.fast.copies import fingerprint
 from magnet_fast.ops import _int8, _packed
 from magnet_fast.ops._convolution import PackedSequential, has_foldable, pack_convolutions, unpack_convolutions
@@ -56,8 +66,9 @@ def accelerate(
             source is known, and whatever contains them. Wrap for FSDP afterwards.
         pack: a promise that the weights stay as they are while the model is used for inference on a CPU. Every plain
             Linear of the model, also beside attention, then runs on oneDNN with a second copy of its weight, packed in
-            the first call, and so does every convolution that a BatchNorm follows in a Sequential, with the norm
-            folded in; that takes the memory of the weights once more. Changes that PyTorch counts (loading,
+            the first call, and so does every convolution that a BatchNorm follows in a Sequential or in a block of a
+            known class (ResNets, EfficientNets, RT-DETR's pyramid), with the norm folded in; that takes the memory of
+            the weights once more. Changes that PyTorch counts (loading,
             optimisers, casts) are seen nevertheless, and what changes a weight as a whole (a merged adapter); a few
             values written through `.data` are not. Training, gradients, other devices and processors that oneDNN is
             not used on are as without it. Our choice.
@@ -84,13 +95,15 @@ def accelerate(
     settled: set[nn.Module] = set()  # parts that go with their module, replaced or not
     for name, module in model.named_modules():
         path = class_path(upstream_class(module) or type(module))
-        replacements, left_alone = _known(path)
+        replacements, left_alone = _known(path, pack or upstream_class(module) is not None)
         if path in replacements:
             found.append(_replace(name, module, replacements[path]))
             settled.update(_parts(module, replacements[path]))
+            if pack and isinstance(module, FoldedBlock):
+                pack_convolutions(module.layers_of(module))
         elif path in left_alone:
             found.append(ModuleReport(name, path, None, left_alone[path]))
-        elif (base := _known_base(module)) is not None:
+        elif (base := _known_base(module, pack)) is not None:
             reason = f"a subclass of {base.rpartition('.')[2]}: what it changes is not known here"
             found.append(ModuleReport(name, path, None, reason))
         elif module not in settled and isinstance(copy := _look(module), str):
@@ -152,6 +165,8 @@ def _undo(model: nn.Module, kept: Mapping[nn.Module, type]) -> None:
             continue
         if isinstance(module, nn.Sequential):
             unpack_convolutions(list(module))
+        elif isinstance(module, FoldedBlock):
+            unpack_convolutions(module.layers_of(module))
         if isinstance(module, PackedLinear):
             unpack_linear(module)
         else:
@@ -215,9 +230,11 @@ def _pack_sequential(name: str, module: nn.Sequential) -> Iterator[ModuleReport]
         yield ModuleReport(name, path, "convolution", "in inference on a CPU BatchNorms are folded into convolutions")
 
 
-def _known(path: str) -> tuple[Mapping[str, Replacement], Mapping[str, str]]:
+def _known(path: str, pack: bool) -> tuple[Mapping[str, Replacement], Mapping[str, str]]:
     """The tables that a class of this path may be in; those of our models are imported when they are needed."""
-    return _tables_of(_own()) if path.startswith(_OUR_MODELS) else (_REPLACEMENTS, _LEFT_ALONE)
+    if path.startswith(_OUR_MODELS):
+        return _tables_of(_own())
+    return (_CONVOLUTIONAL if pack and path in _CONVOLUTIONAL else _REPLACEMENTS), _LEFT_ALONE
 
 
 def _tables_of(*families: ModuleType) -> tuple[dict[str, Replacement], dict[str, str]]:
@@ -226,16 +243,17 @@ def _tables_of(*families: ModuleType) -> tuple[dict[str, Replacement], dict[str,
 
 
 _REPLACEMENTS, _LEFT_ALONE = _tables_of(*_FAMILIES)
+_CONVOLUTIONAL = {item.path: item for item in convolutional.REPLACEMENTS}  # replaced where weights are packed
 
 
 def _own() -> ModuleType:
     return importlib.import_module(f"{__name__}.own")
 
 
-def _known_base(module: nn.Module) -> str | None:
+def _known_base(module: nn.Module, pack: bool) -> str | None:
     for base in type(module).__mro__[1:]:
         path = class_path(base)
-        if any(path in table for table in _known(path)):
+        if any(path in table for table in _known(path, pack)):
             return path
     return None
 
@@ -259,7 +277,7 @@ def _check_weights(weights: str, pack: bool) -> None:
 def __getattr__(name: str) -> type:
     """The class of a replaced module, which a pickle of it asks for."""
     if name.startswith("Fused"):
-        for replacement in (*_REPLACEMENTS.values(), *_own().REPLACEMENTS):
+        for replacement in (*_REPLACEMENTS.values(), *_CONVOLUTIONAL.values(), *_own().REPLACEMENTS):
             if replacement.fused_name == name:
                 module, _, upstream = replacement.path.rpartition(".")
                 return fused_class(replacement, getattr(importlib.import_module(module), upstream))

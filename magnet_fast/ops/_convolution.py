@@ -1,8 +1,8 @@
-"""Convolutions of inference with the BatchNorm after each folded in, and the ReLU or the sum after that, in one call.
+"""Convolutions of inference with the BatchNorm after each folded in, and what follows that, in one call.
 
 In inference a BatchNorm multiplies and shifts each channel by constants, so it can be part of the convolution's weight
-and bias. What is left, a ReLU or the sum with a residual, oneDNN does while the result is in registers. Otherwise each
-of them reads and writes the whole map once more.
+and bias. What is left, an activation or the sum with a residual, oneDNN does while the result is in registers.
+Otherwise each of them reads and writes the whole map once more. Maps come out with channels last.
 
 The folded weight is a second copy, kept under the same promise as a packed Linear's, and made again when one of the
 tensors it comes from is seen to have changed (`_packed`).
@@ -10,17 +10,18 @@ tensors it comes from is seen to have changed (`_packed`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from enum import Enum
 from functools import cache
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from magnet_fast.ops import _packed
-from magnet_fast.ops._linear import inference_on_cpu, plain_weight, recorded
+from magnet_fast.ops._linear import inference_on_cpu, plain_weight
 from magnet_fast.ops._observed import observed
 
 # Below this, what is saved is less than what it takes to look whether anything changed.
@@ -41,12 +42,12 @@ class PackedSequential(nn.Sequential):
 
 def has_foldable(layers: Sequence[nn.Module]) -> bool:
     """Whether a BatchNorm follows one of the convolutions."""
-    return any(_foldable(*pair) for pair in pairwise(layers))
+    return any(_foldable(*pair) for pair in pairwise(_active(layers)))
 
 
 def pack_convolutions(layers: Sequence[nn.Module]) -> None:
     """Let the convolutions that a BatchNorm follows keep folded weights."""
-    for convolution, norm in pairwise(layers):
+    for convolution, norm in pairwise(_active(layers)):
         if _foldable(convolution, norm):
             _packed.pack(convolution)
 
@@ -58,60 +59,132 @@ def unpack_convolutions(layers: Sequence[nn.Module]) -> None:
             _packed.unpack(layer)
 
 
-def run_layers(layers: Sequence[nn.Module], x: Tensor, residual: Tensor | None = None) -> Tensor:
-    """The layers one after the other, then, given a residual, `relu(x + residual)`.
+def run_layers(
+    layers: Sequence[nn.Module], x: Tensor, residual: Tensor | None = None, activation: nn.Module | None = None
+) -> Tensor:
+    """The layers one after the other, then, given a residual, the sum with it and the activation of that.
 
-    A convolution and the BatchNorm after it, with the ReLU or the residual that follows, are one call where the
+    A convolution and the BatchNorm after it, with the activation or the residual that follows, are one call where the
     convolution is packed, in inference in float32 or bfloat16 on an x86 CPU; everything else is called as a module.
 
     Args:
         layers: modules of one input each.
         x: input of the first.
         residual: of the last one's size, or None.
+        activation: what is done to the sum with the residual, or None.
     """
+    layers = _active(layers)
     index, count = 0, len(layers)
+    allowed = None  # asked of x when it is needed, and again when a module gave x
     while index < count:
-        pair = layers[index : index + 2]
-        if len(pair) == 2 and _folds(*pair, x):
-            after = layers[index + 2] if index + 2 < count else None
-            if type(after) is nn.ReLU and not observed(after):
-                x = _convolve(*pair, x, "relu")
-                index += 3
-                continue
-            index += 2
-            if residual is not None and index == count:
-                return _convolve(*pair, x, "none", residual)
-            x = _convolve(*pair, x, "none")
-        else:
-            x = layers[index](x)
+        layer = layers[index]
+        norm = layers[index + 1] if index + 1 < count else None
+        folded = None
+        if norm is not None and type(layer) is nn.Conv2d and _worth(layer, x):
+            allowed = _allowed(x) if allowed is None else allowed
+            folded = _folded(layer, norm, x) if allowed else None
+        if folded is None:
+            x, allowed = layer(x), None
             index += 1
-    return x if residual is None else F.relu(x + residual)
+            continue
+        index += 2
+        unary = _unary_within(norm)
+        if unary is None and index < count and (unary := _unary(layers[index])) is not None:
+            index += 1
+        if unary is None and index == count and residual is not None and _adds(residual, layer, x):
+            rectified = type(activation) is nn.ReLU and not observed(activation)
+            x = _convolve(x, folded, _NONE, residual, "relu" if rectified else None)
+            return x if rectified or activation is None else activation(x)
+        x = _convolve(x, folded, unary or _NONE)
+    if residual is None:
+        return x
+    return x + residual if activation is None else activation(x + residual)
+
+
+def _active(layers: Iterable[nn.Module]) -> list[nn.Module]:
+    """Without those that do nothing."""
+    return [layer for layer in layers if type(layer) is not nn.Identity or observed(layer)]
+
+
+class _Unary(NamedTuple):
+    """An activation as oneDNN's operators take it."""
+
+    name: str
+    scalars: list[float]
+    algorithm: str
+
+
+_NONE = _Unary("none", [], "")
+_UNARIES = {
+    nn.ReLU: _Unary("relu", [], ""),
+    nn.ReLU6: _Unary("hardtanh", [0.0, 6.0], ""),
+    nn.SiLU: _Unary("swish", [], ""),
+    nn.Hardswish: _Unary("hardswish", [], ""),
+}
+
+
+def _unary(layer: nn.Module) -> _Unary | None:
+    """The activation that a layer is, if oneDNN has it and nobody watches the layer."""
+    return None if (found := _UNARIES.get(type(layer))) is None or observed(layer) else found
+
+
+def _unary_within(norm: nn.Module) -> _Unary | None:
+    """The activation that is part of a norm of timm's."""
+    return _unary(norm.act) if _norm_kind(type(norm)) is _Norm.ACTIVATED else None
+
+
+class _Folded(NamedTuple):
+    """A convolution that does the work of two, as oneDNN's operators take it."""
+
+    weight: Tensor
+    bias: Tensor
+    shape: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]
 
 
 def _convolve(
-    convolution: nn.Conv2d,
-    norm: nn.BatchNorm2d,
-    x: Tensor,
-    activation: Literal["relu", "none"],
-    residual: Tensor | None = None,
+    x: Tensor, folded: _Folded, unary: _Unary, residual: Tensor | None = None, after_sum: Literal["relu"] | None = None
 ) -> Tensor:
-    shape = convolution.padding, convolution.stride, convolution.dilation, convolution.groups
-
-    def make() -> tuple[Tensor, Tensor]:
-        weight, bias = _fold(convolution, norm)
-        # The layout is chosen for this size; it is right for any.
-        return torch.ops.mkldnn._reorder_convolution_weight(weight, *shape, x.shape), bias
-
-    weight, bias = _packed.folded(convolution, norm.eps, _sources(convolution, norm), make)
+    weight, bias, shape = folded
     if residual is not None:
         operator = torch.ops.mkldnn._convolution_pointwise.binary
-        return operator(x, residual, weight, bias, *shape, "add", None, "relu", [], None)
-    return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *shape, activation, [], "")
+        return operator(x, residual, weight, bias, *shape, "add", None, after_sum, [], None)
+    return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *shape, *unary)
 
 
-def _fold(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+def _worth(convolution: nn.Conv2d, x: Tensor) -> bool:
+    """What is quickly said: small models are dozens of convolutions that this is not for. No proxy of a graph is."""
+    if type(x) is not Tensor or x.dim() != 4:
+        return False
+    return x.numel() // x.shape[1] * convolution.weight.numel() >= _FEWEST_MULTIPLICATIONS
+
+
+def _allowed(x: Tensor) -> bool:
+    """Whether this is inference that oneDNN's operators may take."""
+    return inference_on_cpu(x) and torch.backends.mkldnn.enabled and _works(x.dtype)
+
+
+def _folded(convolution: nn.Conv2d, norm: nn.Module, x: Tensor) -> _Folded | None:
+    """The two as one, made in the first call and when something changed; None where they are called as modules."""
+    if not _foldable(convolution, norm) or norm.training or observed(convolution, norm):
+        return None
+    sources = _sources(convolution, norm)
+    if sources[0].dtype != x.dtype:
+        return None
+    shape = convolution.padding, convolution.stride, convolution.dilation, convolution.groups
+
+    def make() -> _Folded | None:
+        if not inference_on_cpu(x, *sources):
+            return None
+        weight, bias = _fold(convolution, norm)
+        # The layout is chosen for this size; it is right for any.
+        return _Folded(torch.ops.mkldnn._reorder_convolution_weight(weight, *shape, x.shape), bias, shape)
+
+    return _packed.folded(convolution, (_eps(norm), shape), sources, make)
+
+
+def _fold(convolution: nn.Conv2d, norm: nn.Module) -> tuple[Tensor, Tensor]:
     """Weight and bias of the convolution that does the work of both, computed in float32."""
-    scale = torch.rsqrt(norm.running_var.float() + norm.eps)
+    scale = torch.rsqrt(norm.running_var.float() + _eps(norm))
     if norm.weight is not None:
         scale = scale * norm.weight.float()
     bias = -norm.running_mean.float() if convolution.bias is None else convolution.bias.float() - norm.running_mean
@@ -123,41 +196,84 @@ def _fold(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]
     return weight.to(dtype, memory_format=torch.channels_last), bias.to(dtype)
 
 
-def _sources(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> list[Tensor]:
-    tensors = (convolution.weight, convolution.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var)
+class _Norm(Enum):
+    """Kinds of norms that a convolution takes with it."""
+
+    PLAIN = "PyTorch's BatchNorm2d"
+    FROZEN = "one with statistics that no training changes, of torchvision's or transformers'"
+    ACTIVATED = "timm's, with an activation as part of it"
+
+
+@cache
+def _norm_kind(cls: type) -> _Norm | None:
+    if cls is nn.BatchNorm2d:
+        return _Norm.PLAIN
+    if f"{cls.__module__}.{cls.__qualname__}" == "timm.layers.norm_act.BatchNormAct2d":
+        return _Norm.ACTIVATED
+    library = cls.__module__.partition(".")[0]
+    if library in ("torchvision", "transformers") and cls.__name__.endswith("FrozenBatchNorm2d"):
+        return _Norm.FROZEN if _normalises(cls) else None
+    return None
+
+
+def _normalises(cls: type) -> bool:
+    """Whether a frozen norm computes what is folded here: each library has a copy of its own, tried out once."""
+    try:
+        norm = cls(3)
+        names = ("weight", "bias", "running_mean", "running_var")
+        if [name for name, _ in norm.named_buffers()] != list(names) or next(norm.parameters(), None) is not None:
+            return False
+        values = torch.tensor([[2.0, -1.0, 0.5], [0.5, 1.0, -2.0], [1.0, 0.25, -1.0], [0.0, 4.0, 1e-5]])
+        for name, value in zip(names, values, strict=True):
+            getattr(norm, name).copy_(value)
+        x = torch.arange(-6.0, 6.0).view(1, 3, 2, 2)
+        weight, bias, mean, variance = values[:, :, None, None]
+        return torch.allclose(norm(x), (x - mean) / torch.sqrt(variance + _eps(norm)) * weight + bias)
+    except (TypeError, RuntimeError, AttributeError):  # made or written in another way by now
+        return False
+
+
+def _eps(norm: nn.Module) -> float:
+    """transformers' frozen norms have it in their code alone."""
+    return getattr(norm, "eps", 1e-5)
+
+
+def _adds(residual: Tensor, convolution: nn.Conv2d, x: Tensor) -> bool:
+    """Whether the convolution of `x` may add a residual: one value for each of its own."""
+    size = zip(x.shape[2:], convolution.padding, convolution.dilation, convolution.kernel_size, strict=True)
+    covered = (side + 2 * padding - dilation * (kernel - 1) for side, padding, dilation, kernel in size)
+    sides = ((one - 1) // stride + 1 for one, stride in zip(covered, convolution.stride, strict=True))
+    return inference_on_cpu(residual, x) and residual.shape == (x.shape[0], convolution.out_channels, *sides)
+
+
+def _sources(convolution: nn.Conv2d, norm: nn.Module) -> list[Tensor]:
+    """The weight first. Read where modules keep them: as attributes they are searched for, which takes as long again as
+    all the rest that a call asks."""
+    given, held = convolution._parameters, {**norm._buffers, **norm._parameters}
+    tensors = (given["weight"], given.get("bias"), *map(held.get, ("weight", "bias", "running_mean", "running_var")))
     return [tensor for tensor in tensors if tensor is not None]
 
 
 def _foldable(convolution: nn.Module, norm: nn.Module) -> bool:
-    """Whether they are what PyTorch makes them, one reading the other."""
+    """Whether they are what their libraries make them, one reading the other."""
     return (
         type(convolution) is nn.Conv2d
-        and type(norm) is nn.BatchNorm2d
+        and _norm_kind(type(norm)) is not None
         and plain_weight(convolution)
         and convolution.padding_mode == "zeros"
         and not isinstance(convolution.padding, str)
-        and convolution.out_channels == norm.num_features
         and norm.running_mean is not None
+        and convolution.out_channels == len(norm.running_mean)
+        and _foldable_activation(norm)
     )
 
 
-def _folds(convolution: nn.Module, norm: nn.Module, x: Tensor) -> bool:
-    """Whether this call may take the two as one."""
-    return (
-        type(convolution) is nn.Conv2d
-        and type(x) is Tensor  # and no proxy of a graph
-        # First what is quickly said: small models are dozens of convolutions that this is not for.
-        and x.dim() == 4
-        and x.numel() // x.shape[1] * convolution.weight.numel() >= _FEWEST_MULTIPLICATIONS
-        and not recorded()
-        and _packed.is_packed(convolution)
-        and _foldable(convolution, norm)
-        and not norm.training
-        and not observed(convolution, norm)
-        and inference_on_cpu(x, *_sources(convolution, norm))
-        and _packed.seen(_sources(convolution, norm))
-        and torch.backends.mkldnn.enabled
-        and _works(x.dtype)
+def _foldable_activation(norm: nn.Module) -> bool:
+    """Whether nothing, or an activation that oneDNN has, is part of the norm."""
+    return _norm_kind(type(norm)) is not _Norm.ACTIVATED or (
+        type(norm.drop) is nn.Identity
+        and (type(norm.act) is nn.Identity or type(norm.act) in _UNARIES)
+        and not observed(norm.drop, norm.act)
     )
 
 
@@ -178,11 +294,12 @@ def _works(dtype: torch.dtype) -> bool:
             return False
         pairs = [
             (operator(x, weight, bias, *shape, "none", [], ""), expected),
-            (operator(x, weight, bias, *shape, "relu", [], ""), F.relu(expected)),
+            *((operator(x, weight, bias, *shape, *unary), cls()(expected)) for cls, unary in _UNARIES.items()),
             (
                 operator.binary(x, other, weight, bias, *shape, "add", None, "relu", [], None),
                 F.relu(expected + other.float()),
             ),
+            (operator.binary(x, other, weight, bias, *shape, "add", None, None, [], None), expected + other.float()),
             (operator(x, reorder(weight, *shape, x.shape), bias, *shape, "none", [], ""), expected),
         ]
     except (AttributeError, TypeError, RuntimeError):  # gone, or called in another way by now

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -31,22 +31,19 @@ class _Seen:
     """A tensor as it was when a copy was made of it. It keeps no memory alive."""
 
     def __init__(self, tensor: Tensor) -> None:
+        # The reference keeps the storage's place from being taken by another, not its memory.
         self.storage, self.state = StorageWeakRef(tensor.untyped_storage()), _state(tensor)
         self.compared = _compared(tensor)  # a view of some values; only `state` makes it valid
         self.values = self.compared.tobytes()
 
     def still(self, tensor: Tensor) -> bool:
         """Whether `tensor` is that one, and nobody seems to have written to it."""
-        # The reference keeps the storage's place from being taken by another, not its memory.
-        return (
-            self.state == _state(tensor)
-            and self.storage == StorageWeakRef(tensor.untyped_storage())
-            and self.compared.tobytes() == self.values
-        )
+        return self.state == _state(tensor) and self.compared.tobytes() == self.values
 
 
 def _state(tensor: Tensor) -> tuple[object, ...]:
-    return tensor.dtype, tensor.shape, tensor.stride(), tensor.data_ptr(), tensor._version
+    storage = tensor.untyped_storage()._cdata
+    return type(tensor), tensor.dtype, tensor.shape, tensor.stride(), tensor.data_ptr(), storage, tensor._version
 
 
 class _Copy(NamedTuple):
@@ -54,6 +51,15 @@ class _Copy(NamedTuple):
 
     made: Any
     seen: list[_Seen]
+
+    def still(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether they are those, as they were."""
+        if len(self.seen) != len(tensors):
+            return False
+        for one, tensor in zip(self.seen, tensors, strict=True):  # noqa: SIM110 (a generator takes longer than this)
+            if not one.still(tensor):
+                return False
+        return True
 
 
 _copies: WeakKeyDictionary[nn.Module, dict[str, _Copy]] = WeakKeyDictionary()
@@ -86,9 +92,22 @@ def unpack(layer: nn.Module) -> None:
     _in_int8.discard(layer)
 
 
-def is_packed(layer: nn.Module) -> bool:
-    """Whether `pack` was called for this very module."""
-    return layer in _copies
+def folded(
+    layer: nn.Module, settings: tuple[object, ...], sources: Sequence[Tensor], make: Callable[[], Any | None]
+) -> Any | None:
+    """What `make` gives, kept with a packed layer until `settings` or one of `sources` changes.
+
+    None for a layer that is not packed, where a change of a source would not be seen (they must count their versions,
+    and their values must lie side by side), and where `make` gives none.
+    """
+    if (copies := _copies.get(layer)) is None or any(tensor.is_inference() for tensor in sources):
+        return None
+    copy = copies.get("folded")
+    if copy is None or copy.made[0] != settings or not copy.still(sources):
+        if not all(_dense(tensor) for tensor in sources) or (made := make()) is None:
+            return None
+        copy = copies["folded"] = _Copy((settings, made), [_Seen(tensor) for tensor in sources])
+    return copy.made[1]
 
 
 def any_int8() -> bool:
@@ -101,16 +120,8 @@ def is_int8(layer: nn.Module) -> bool:
     return layer in _in_int8
 
 
-def seen(tensors: Iterable[Tensor]) -> bool:
-    """Whether changes of all these would be seen: they count their versions, and their values lie side by side."""
-    return not any(tensor.is_inference() for tensor in tensors) and all(
-        tensor.is_contiguous() or tensor.is_contiguous(memory_format=torch.channels_last) for tensor in tensors
-    )
-
-
-def folded(layer: nn.Module, eps: float, sources: Sequence[Tensor], make: Callable[[], Any]) -> Any:
-    """What `make` gives, kept with a packed layer until `eps` or one of `sources`, which are `seen`, changes."""
-    return _current(_copies[layer], f"folded with {eps}", sources, make)
+def _dense(tensor: Tensor) -> bool:
+    return tensor.is_contiguous() or tensor.is_contiguous(memory_format=torch.channels_last)
 
 
 def keeps(weight: Tensor) -> bool:
@@ -167,11 +178,7 @@ def _found(weight: Tensor) -> dict[str, _Copy] | None:
 
 def _current(copies: dict[str, _Copy], layout: str, tensors: Sequence[Tensor], make: Callable[[], Any]) -> Any:
     copy = copies.get(layout)
-    if (
-        copy is None
-        or len(copy.seen) != len(tensors)
-        or not all(one.still(tensor) for one, tensor in zip(copy.seen, tensors, strict=True))
-    ):
+    if copy is None or not copy.still(tensors):
         copy = copies[layout] = _Copy(make(), [_Seen(tensor) for tensor in tensors])
     return copy.made
 

@@ -6,11 +6,15 @@ import copy
 import gc
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
+from torchvision.ops import FrozenBatchNorm2d
+from transformers.models.detr.modeling_detr import DetrFrozenBatchNorm2d
 
 import magnet_fast
 from magnet_fast import ops
@@ -31,9 +35,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     found: list[str] = []
     convolve = _convolution._convolve
 
-    def counted(convolution: nn.Module, norm: nn.Module, x: Tensor, activation: str, *residual: Tensor) -> Tensor:
-        found.append("sum" if residual else activation)
-        return convolve(convolution, norm, x, activation, *residual)
+    def counted(x: Tensor, folded: Any, unary: tuple[str, ...], *residual: Any) -> Tensor:
+        found.append("sum" if residual else unary[0])
+        return convolve(x, folded, unary, *residual)
 
     monkeypatch.setattr(_convolution, "_convolve", counted)
     monkeypatch.setattr(_convolution, "_FEWEST_MULTIPLICATIONS", 0)
@@ -61,6 +65,17 @@ LAYERS: dict[str, Callable[[], list[nn.Module]]] = {
     "stride, dilation": lambda: [nn.Conv2d(6, 10, (3, 2), stride=(2, 1), dilation=2), nn.BatchNorm2d(10)],
     "groups": lambda: [nn.Conv2d(6, 12, 3, groups=3, padding=(0, 2)), nn.BatchNorm2d(12), nn.ReLU()],
     "not affine": lambda: [nn.Conv2d(6, 10, 3), nn.BatchNorm2d(10, eps=0.1, affine=False), nn.ReLU()],
+    "silu": lambda: [nn.Conv2d(6, 10, 1), nn.BatchNorm2d(10), nn.SiLU(inplace=True)],
+    "relu6, depthwise": lambda: [nn.Conv2d(6, 12, 5, groups=6, bias=False), nn.BatchNorm2d(12), nn.ReLU6()],
+    "hardswish, nothing between": lambda: [
+        nn.Conv2d(6, 10, 3), nn.Identity(), nn.BatchNorm2d(10), nn.Identity(), nn.Hardswish(),
+    ],
+    "frozen norm": lambda: [nn.Conv2d(6, 10, 3, bias=False), FrozenBatchNorm2d(10, eps=0.1), nn.ReLU()],
+    "transformers' frozen norm": lambda: [nn.Conv2d(6, 10, 3, bias=False), DetrFrozenBatchNorm2d(10)],
+    "norm with its activation": lambda: [
+        nn.Conv2d(6, 10, 3, bias=False), BatchNormAct2d(10, act_layer=nn.SiLU), nn.ReLU(),
+        nn.Conv2d(10, 8, 1, bias=False), BatchNormAct2d(8, apply_act=False),
+    ],
     "two, another layer between": lambda: [
         nn.Conv2d(6, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AvgPool2d(2), nn.Conv2d(8, 10, 1), nn.BatchNorm2d(10),
     ],
@@ -79,11 +94,11 @@ def test_against_float64(case: str, dtype: torch.dtype, layout: torch.memory_for
         magnet_fast.accelerate(layers, pack=True)
         found, again = layers(x), layers(x)
         other_size = layers(x[:1, :, :9])  # the layout of the first call serves any
-    norms = sum(isinstance(layer, nn.BatchNorm2d) for layer in layers)
+    norms = sum(hasattr(layer, "running_var") for layer in layers)
     assert (
         type(layers) is PackedSequential
         and len(calls) == 3 * norms
-        and ("relu" in calls) == (any(isinstance(layer, nn.ReLU) for layer in layers))
+        and ("none" in calls) == (type(layers[-1]) in (nn.BatchNorm2d, BatchNormAct2d, DetrFrozenBatchNorm2d))
     )
     assert torch.equal(found, again) and found.dtype == dtype
     torch.testing.assert_close(other_size, plain_of(x[:1, :, :9]))
@@ -102,6 +117,22 @@ def test_a_residual_is_added_in_the_same_call(stride: int, calls: list[str]) -> 
         assert calls == (["none"] if stride == 2 else []) + ["relu", "relu", "sum"]
         magnet_fast.restore(block)
         assert torch.equal(block(x), expected) and type(block) is Bottleneck and type(block.branch) is nn.Sequential
+
+
+@pytest.mark.parametrize("activation", [None, nn.ReLU(), nn.SiLU()])
+@pytest.mark.parametrize("shape", [(2, 10, 5, 3), (10, 1, 1), (2, 10, 5, 3, "strided")])
+def test_sums_with_residuals_of_any_kind(shape: tuple, activation: nn.Module | None, calls: list[str]) -> None:
+    layers = filled(nn.Sequential(nn.Conv2d(6, 10, (3, 4), stride=2, padding=(1, 0)), nn.BatchNorm2d(10)))
+    x = values(2, 6, 9, 8)
+    residual = values(10, 2, 3, 5).permute(1, 0, 3, 2) if "strided" in shape else values(*shape)
+    with torch.no_grad():
+        expected = layers(x) + residual
+        _convolution.pack_convolutions(list(layers))
+        found = _convolution.run_layers(list(layers), x, residual, activation)
+        again = _convolution.run_layers(list(layers), x, residual, activation)
+        torch.testing.assert_close(found, expected if activation is None else activation(expected))
+    assert torch.equal(found, again)  # the residual was not written to
+    assert calls == ["sum" if len(shape) > 3 else "none"] * 2
 
 
 def test_a_subclass_of_ours_and_one_of_others(calls: list[str]) -> None:
