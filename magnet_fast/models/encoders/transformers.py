@@ -96,7 +96,8 @@ class TransformersEncoder(TextEncoder):
     def load_pretrained(self, source: str | None) -> None:
         name = source or self.name
         try:
-            arguments = _arguments(self.encoder.config)
+            # Of a source with more layers, the first ones: the configuration says how many.
+            arguments = {**_arguments(self.encoder.config), "config": self.encoder.config}
             found, report = AutoModel.from_pretrained(name, output_loading_info=True, **arguments)
         except (OSError, ValueError) as error:
             raise unreachable("text", name, error) from error
