@@ -27,7 +27,9 @@ class Objective(nn.Module):
         logged: names of the values that `forward` returns beside the total.
     """
 
-    def __init__(self, model: nn.Module, terms: Mapping[str, Term], precision: str, sentences_per_image: int = 1) -> None:
+    def __init__(
+        self, model: nn.Module, terms: Mapping[str, Term], precision: str, sentences_per_image: int = 1
+    ) -> None:
         super().__init__()
         self.model, self.terms = model, nn.ModuleDict(terms)
         self.dtype = AUTOCAST_DTYPE[precision]

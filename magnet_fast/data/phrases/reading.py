@@ -39,7 +39,9 @@ class RegionReader:
         self.reader, self.side = reader, side
         path = getattr(reader, "instances_path", None)
         if path is None:
-            raise ValueError(f"data.phrases: {reader.source} has no instances.json, whose regions sentences are made of")
+            raise ValueError(
+                f"data.phrases: {reader.source} has no instances.json, whose regions sentences are made of"
+            )
         self.path = Path(path)
         elsewhere = {ref.image_id for other in reader.splits if other != split for ref in reader.refs(other)}
         self.images = sorted({ref.image_id for ref in reader.refs(split)} - elsewhere)
@@ -92,9 +94,7 @@ class RegionReader:
             try:
                 mask = decode_segmentation(usable_parts(record.get("segmentation")), height, width)
             except ValueError as error:
-                raise ValueError(
-                    f"{self.path}: annotation {record.get('id')} cannot be decoded: {error}"
-                ) from error
+                raise ValueError(f"{self.path}: annotation {record.get('id')} cannot be decoded: {error}") from error
             mask = resize_nearest(mask, size).astype(bool)
             name = self._category.get(record.get("category_id"))
             if mask.any() and name is not None:

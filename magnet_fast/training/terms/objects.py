@@ -47,11 +47,16 @@ class ObjectsTerm(Term):
             raise cls.refuse("the model has no fusion that says boxes (objects)")
         return cls(config, width)
 
+    def check(self, dataset: Any) -> None:
+        if not set(_KNOWN) <= set(dataset.context):
+            raise self.refuse("the data's samples have no classes and boxes; data.phrases makes them")
+        known = self.classify.out_channels - 1
+        if len(dataset.names) > known:
+            raise ValueError(f"terms.objects.classes: expected at least the data's {len(dataset.names)}, got {known}")
+
     def forward(
         self, prediction: Prediction, batch: dict[str, Any], model: nn.Module
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        if not set(_KNOWN) <= batch.get("extra", {}).keys():
-            raise self.refuse("the data's samples have no classes and boxes (data.phrases makes them)")
         _, middle, _, said = batch["looked"]
         each = len(batch["image"]) // len(middle)
         classes, boxes = (batch["extra"][name][::each] for name in _KNOWN)

@@ -74,6 +74,9 @@ class Term(nn.Module):
         """
         raise NotImplementedError
 
+    def check(self, dataset: Any) -> None:
+        """Raise a ValueError for training data that lack what the term reads."""
+
     def repeated_layers(self) -> list[nn.Module]:
         """Layers whose activations may be recomputed, and that are sharded one by one; as of a model."""
         return []
