@@ -13,8 +13,9 @@ class WeightAverage:
     """average ← d · average + (1 - d) · weight after each step, with d = min(decay, (1 + n) / (10 + n)) at step n.
 
     The rise of d (that of TensorFlow's moving average) keeps the random first weights out of it. Parameters and
-    floating buffers (a BatchNorm's statistics) are averaged, other buffers copied; what is held fixed stays. `torch.optim.swa_utils` copies
-    the whole module instead, which a sharded one does not survive, and knows no exchange in place.
+    floating buffers (a BatchNorm's statistics) are averaged, other buffers copied; what is held fixed stays.
+    `torch.optim.swa_utils` copies the whole module instead, which a sharded one does not survive, and knows no exchange
+    in place.
 
     Args:
         model: on its device, sharded or not; the average begins at its present weights.

@@ -44,10 +44,11 @@ class EpochBatches:
             raise ValueError(
                 f"batch_size={batch_size} is not a multiple of accumulation ({accumulation}) x processes ({world_size})"
             )
-        if batch_size // (accumulation * world_size) % together:
+        share = batch_size // (accumulation * world_size)
+        if share % together:
             raise ValueError(
-                f"batch_size={batch_size} gives each process and micro-batch {batch_size // (accumulation * world_size)} "
-                f"sentences, no multiple of the {together} about one image"
+                f"batch_size={batch_size} gives each process and micro-batch {share} sentences, no multiple of the "
+                f"{together} about one image"
             )
         if batch_size > length:
             raise ValueError(f"batch_size={batch_size} exceeds the {length} items of the training split")

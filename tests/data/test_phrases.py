@@ -14,7 +14,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
 from magnet_fast.data.datasets import open_reader
 from magnet_fast.data.phrases import Photograph, Phrase, PhraseDataset, phrases
@@ -22,41 +21,9 @@ from magnet_fast.data.phrases.changing import Cutout, changed, cropped, cut_out,
 from magnet_fast.data.phrases.colours import NAMES, colour_shares
 from magnet_fast.data.phrases.names import GROUPS, OTHERS, plural, words_for
 from magnet_fast.data.phrases.saying import KINDS
-from magnet_fast.data.segmentation import encode_mask
 from magnet_fast.data.tokenizers import Tokenizer
 from magnet_fast.models import InputSpec
-
-COLOURS = {"red": (200, 20, 20), "green": (20, 160, 20), "blue": (30, 40, 200), "white": (245, 245, 245)}
-THINGS = ("person", "dog", "cup", "traffic light")
-STUFF = ("sky-other-merged", "grass-merged")
-
-
-def photograph(seed: int, side: int = 36, most: int = 7) -> Photograph:
-    """Ellipses of known colours before stuff, the later ones in front."""
-    draw = random.Random(seed)
-    pixels = np.full((side, side, 3), 128, dtype=np.uint8)
-    masks, names, things, crowds = [], [], [], []
-    for _ in range(draw.randint(0, most)):
-        thing = draw.random() < 0.8
-        rows, columns = np.mgrid[:side, :side]
-        y, x, h, w = (draw.uniform(0, side), draw.uniform(0, side), draw.uniform(2, 14), draw.uniform(2, 14))
-        mask = ((rows - y) / h) ** 2 + ((columns - x) / w) ** 2 <= 1
-        for other in masks:
-            other &= ~mask
-        pixels[mask] = COLOURS[draw.choice(list(COLOURS))]
-        masks.append(mask)
-        names.append(draw.choice(THINGS if thing else STUFF))
-        things.append(thing)
-        crowds.append(thing and draw.random() < 0.05)
-    seen = [i for i, mask in enumerate(masks) if mask.any()]
-    return Photograph(
-        pixels,
-        np.stack([masks[i] for i in seen]) if seen else np.zeros((0, side, side), bool),
-        tuple(names[i] for i in seen),
-        np.array([things[i] for i in seen], bool),
-        np.array([crowds[i] for i in seen], bool),
-        np.zeros(len(seen), bool),
-    )
+from tests.data.photographs import COLOURS, STUFF, THINGS, photograph, write_photographs
 
 
 def middle(mask: np.ndarray) -> tuple[float, float]:
@@ -66,8 +33,12 @@ def middle(mask: np.ndarray) -> tuple[float, float]:
 
 def share_of(photo: Photograph, region: int, colour: str) -> float:
     """By the standard library's hue, as coarse as the colours of these photographs allow."""
-    hues = {"red": lambda h, s, v: s > 0.5 and (h < 0.05 or h > 0.95), "green": lambda h, s, v: s > 0.5 and 0.2 < h < 0.45,
-            "blue": lambda h, s, v: s > 0.5 and 0.5 < h < 0.72, "white": lambda h, s, v: s < 0.1 and v > 0.9}  # fmt: skip
+    hues = {
+        "red": lambda h, s, v: s > 0.5 and (h < 0.05 or h > 0.95),
+        "green": lambda h, s, v: s > 0.5 and 0.2 < h < 0.45,
+        "blue": lambda h, s, v: s > 0.5 and 0.5 < h < 0.72,
+        "white": lambda h, s, v: s < 0.1 and v > 0.9,
+    }
     if colour not in hues:
         return 0.0
     seen = photo.pixels[photo.masks[region]] / 255
@@ -251,30 +222,7 @@ def test_plurals() -> None:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
-    """Five photographs in REFER's layout: four to train, one of them named by both splits, and one for validation."""
-    root = tmp_path_factory.mktemp("photos")
-    (root / "images").mkdir()
-    (root / "own").mkdir()
-    names = [*THINGS, *STUFF]
-    images, annotations, refs = [], [], []
-    several = [photo for seed in range(40) if len((photo := photograph(seed, side=64)).names) > 2]
-    for number, photo in enumerate(several[:5]):
-        Image.fromarray(photo.pixels).save(root / "images" / f"{number}.png")
-        images.append({"id": number, "file_name": f"{number}.png", "height": 64, "width": 64})
-        for name, mask, crowd in zip(photo.names, photo.masks, photo.crowds, strict=True):
-            annotations.append(
-                {"id": len(annotations) + 1, "image_id": number, "category_id": 1 + names.index(name),
-                 "iscrowd": int(crowd), "segmentation": encode_mask(mask)}
-            )  # fmt: skip
-        for split in ["train"] * (number < 4) + ["val"] * (number >= 3):
-            sentence = {"sent_id": len(refs), "raw": "it", "sent": "it", "tokens": ["it"]}
-            refs.append({"ref_id": len(refs), "ann_id": annotations[-1]["id"], "image_id": number, "split": split,
-                         "sentences": [sentence]})  # fmt: skip
-    categories = [{"id": 1 + i, "name": name, "isthing": int(name in THINGS)} for i, name in enumerate(names)]
-    instances = {"images": images, "annotations": annotations, "categories": categories}
-    (root / "own" / "instances.json").write_text(json.dumps(instances))
-    (root / "own" / "refs(unc).json").write_text(json.dumps(refs))
-    return root
+    return write_photographs(tmp_path_factory.mktemp("photos"))
 
 
 def dataset(root: Path, **changes) -> PhraseDataset:

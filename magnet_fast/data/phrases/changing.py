@@ -1,6 +1,7 @@
 """Photographs changed at random: mirrored, cropped, with objects pasted in, in other light.
 
-Sentences are made afterwards, from what is to be seen then: so "left" is left, and what a crop cut off is not spoken of.
+Sentences are made afterwards, from what is to be seen then: so "left" is left, and what a crop cut off is not
+spoken of.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A late fusion for photographs: pixels first say which box their object has, then words come in [our own, no paper].
 
-Every pixel of an object says the same middle and size. What is asked of whole objects, the leftmost, the largest, is then
-asked of each pixel, and gets one answer all over an object.
+Every pixel of an object says the same middle and size. What is asked of whole objects, the leftmost, the largest, is
+then asked of each pixel, and gets one answer all over an object.
 """
 
 from __future__ import annotations
