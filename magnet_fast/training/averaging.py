@@ -13,8 +13,9 @@ class WeightAverage:
     """average ← d · average + (1 - d) · weight after each step, with d = min(decay, (1 + n) / (10 + n)) at step n.
 
     The rise of d (that of TensorFlow's moving average) keeps the random first weights out of it. Parameters and
-    floating buffers (a BatchNorm's statistics) are averaged, other buffers copied. `torch.optim.swa_utils` copies
-    the whole module instead, which a sharded one does not survive, and knows no exchange in place.
+    floating buffers (a BatchNorm's statistics) are averaged, other buffers copied; what is held fixed stays.
+    `torch.optim.swa_utils` copies the whole module instead, which a sharded one does not survive, and knows no exchange
+    in place.
 
     Args:
         model: on its device, sharded or not; the average begins at its present weights.
@@ -38,9 +39,10 @@ class WeightAverage:
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
         present = self.model.state_dict()
-        floating = [name for name, value in self.weights.items() if value.is_floating_point()]
+        fixed = {name for name, parameter in self.model.named_parameters() if not parameter.requires_grad}
+        floating = [name for name, value in self.weights.items() if value.is_floating_point() and name not in fixed]
         torch._foreach_lerp_([self.weights[name] for name in floating], [present[name] for name in floating], 1 - decay)
-        for name in self.weights.keys() - set(floating):
+        for name in self.weights.keys() - set(floating) - fixed:
             self.weights[name].copy_(present[name])
 
     @contextmanager

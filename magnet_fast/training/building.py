@@ -38,6 +38,8 @@ def build_trainer(config: TrainConfig, out: Path, world: World) -> Trainer:
     if world.is_main:
         training_set.tell_unread()
     terms = build_terms(config.terms, model, tokenizer)
+    for term in terms.values():
+        term.check(training_set)
     metadata = {"model_name": config.model.name, "tokenizer_vocab": tokenizer.digest()}
     return Trainer(config, model, terms, training_set, validation_set, out, world, metadata)
 

@@ -141,6 +141,11 @@ class TrainConfig(Strict):
         """The score that chooses the best weights."""
         return self.best_metric or TASKS[self.task].best
 
+    @property
+    def sentences_per_image(self) -> int:
+        """How many samples in a row have the same image."""
+        return 1 if self.data.phrases is None else self.data.phrases.per_image
+
     @model_validator(mode="after")
     def _one_length(self) -> TrainConfig:
         given = [name for name in ("epochs", "max_steps", "max_minutes") if getattr(self, name) is not None]
@@ -149,6 +154,8 @@ class TrainConfig(Strict):
             raise ValueError(f"exactly one of epochs, max_steps, max_minutes must be given, found {found}")
         if self.parallel == "fsdp" and self.optimiser.name == "muon":
             raise ValueError("optimiser.name=muon needs whole matrices, and parallel=fsdp cuts them up: take adamw")
+        if self.data.phrases is not None and self.data.also:
+            raise ValueError("data.phrases makes sentences of one data set; leave out data.also")
         if self.batch_size % self.accumulation:
             raise ValueError(f"batch_size={self.batch_size} is not a multiple of accumulation={self.accumulation}")
         return self

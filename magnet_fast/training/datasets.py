@@ -6,6 +6,7 @@ from typing import Any
 
 from magnet_fast.data import ExpressionDataset, MixedDataset
 from magnet_fast.data.datasets import open_reader
+from magnet_fast.data.phrases import PhraseDataset
 from magnet_fast.evaluation.protocol import choose_truth
 from magnet_fast.models.contract import InputSpec
 from magnet_fast.training.config import TrainConfig
@@ -39,7 +40,7 @@ def check_split(reader: Any, root: str, key: str, split: str) -> None:
 
 def build_datasets(
     config: TrainConfig, readers: list[Any], tokenizer: Any, spec: InputSpec
-) -> tuple[ExpressionDataset | MixedDataset, ExpressionDataset | None]:
+) -> tuple[ExpressionDataset | MixedDataset | PhraseDataset, ExpressionDataset | None]:
     """The training split and, unless validation is off, the validation split.
 
     With `data.also` images that any of the sets holds outside its training split are trained on in none: the sets
@@ -54,22 +55,34 @@ def build_datasets(
         for ref in reader.refs(split)
     }
     truth = chosen_truth(config, readers[0], spec)
-    parts = [
-        ExpressionDataset(
-            reader,
+    training_set: Any
+    if data.phrases is not None:
+        training_set = PhraseDataset(
+            readers[0],
             data.train_split,
             tokenizer,
             spec,
-            mode=data.mode,
             seed=config.seed,
             cache=data.cache,
-            cache_shared=data.workers > 0,
-            without_images=held_out,
-            truth=truth,
+            **data.phrases.model_dump(),
         )
-        for reader in readers
-    ]
-    training_set = MixedDataset(parts) if data.also else parts[0]
+    else:
+        parts = [
+            ExpressionDataset(
+                reader,
+                data.train_split,
+                tokenizer,
+                spec,
+                mode=data.mode,
+                seed=config.seed,
+                cache=data.cache,
+                cache_shared=data.workers > 0,
+                without_images=held_out,
+                truth=truth,
+            )
+            for reader in readers
+        ]
+        training_set = MixedDataset(parts) if data.also else parts[0]
     if config.validate_every == "never":
         return training_set, None
     original = config.resolution == "original"

@@ -21,15 +21,19 @@ class Objective(nn.Module):
         model: as `magnet_fast.models` makes them.
         terms: the losses by name.
         precision: "float32", "bf16" or "fp16"; of the model under autocast.
+        sentences_per_image: so many samples in a row have the same image; a model that looks first looks once.
 
     Attributes:
         logged: names of the values that `forward` returns beside the total.
     """
 
-    def __init__(self, model: nn.Module, terms: Mapping[str, Term], precision: str) -> None:
+    def __init__(
+        self, model: nn.Module, terms: Mapping[str, Term], precision: str, sentences_per_image: int = 1
+    ) -> None:
         super().__init__()
         self.model, self.terms = model, nn.ModuleDict(terms)
         self.dtype = AUTOCAST_DTYPE[precision]
+        self.sentences_per_image = sentences_per_image
         self.logged = tuple(name for term in terms.values() for name in term.logged)
         twice = sorted({name for name in self.logged if self.logged.count(name) > 1})
         if twice:
@@ -42,10 +46,9 @@ class Objective(nn.Module):
             batch: `tensors_of` a collated batch, on the model's device.
         """
         with torch.autocast(batch["image"].device.type, dtype=self.dtype, enabled=self.dtype is not None):
-            shared = {}
-            if getattr(self.model, "looks_first", False) and any(term.encodes for term in self.terms.values()):
-                shared = {"seen": self.model.look(batch["image"])}  # the same for every sentence
-            prediction = self.model(batch["image"], batch["text"], batch.get("extra"), **shared)
+            shared = self._look(batch["image"])
+            seen = {"seen": shared["seen"]} if shared else {}
+            prediction = self.model(batch["image"], batch["text"], batch.get("extra"), **seen)
             batch = {**batch, **shared}
             total, values = None, {}
             for term in self.terms.values():
@@ -54,6 +57,16 @@ class Objective(nn.Module):
                 total = term.weight * loss if total is None else total + term.weight * loss
                 values.update(parts)
         return {"total": total, **values}
+
+    def _look(self, image: Tensor) -> dict[str, list[Tensor]]:
+        """`looked`, once for each image, and `seen`, for each sentence; nothing where they would serve nobody."""
+        each = self.sentences_per_image
+        wanted = each > 1 or any(term.encodes or term.looks for term in self.terms.values())
+        if not (wanted and getattr(self.model, "looks_first", False)):
+            return {}
+        looked = self.model.look(image[::each])
+        seen = looked if each == 1 else [one.repeat_interleave(each, dim=0) for one in looked]
+        return {"looked": looked, "seen": seen}
 
     def repeated_layers(self) -> list[nn.Module]:
         """Those of the model and of every term: units of recomputation and of sharding."""

@@ -22,9 +22,10 @@ class EpochBatches:
         rank, world_size: this process among all.
         seed, epoch: what the order is a function of.
         first_step: optimiser steps of this epoch to skip.
+        together: so many items in a row stay together, in their order: sentences about one image.
 
     Raises:
-        ValueError: `batch_size` is not a multiple of `accumulation * world_size`, or exceeds `length`.
+        ValueError: `batch_size` is not a multiple of `accumulation * world_size * together`, or exceeds `length`.
     """
 
     def __init__(
@@ -37,16 +38,23 @@ class EpochBatches:
         seed: int = 0,
         epoch: int = 0,
         first_step: int = 0,
+        together: int = 1,
     ) -> None:
         if batch_size % (accumulation * world_size):
             raise ValueError(
                 f"batch_size={batch_size} is not a multiple of accumulation ({accumulation}) x processes ({world_size})"
             )
+        share = batch_size // (accumulation * world_size)
+        if share % together:
+            raise ValueError(
+                f"batch_size={batch_size} gives each process and micro-batch {share} sentences, no multiple of the "
+                f"{together} about one image"
+            )
         if batch_size > length:
             raise ValueError(f"batch_size={batch_size} exceeds the {length} items of the training split")
         self.length, self.batch_size, self.accumulation = length, batch_size, accumulation
         self.rank, self.world_size = rank, world_size
-        self.seed, self.epoch, self.first_step = seed, epoch, first_step
+        self.seed, self.epoch, self.first_step, self.together = seed, epoch, first_step, together
 
     @property
     def steps(self) -> int:
@@ -58,7 +66,8 @@ class EpochBatches:
 
     def __iter__(self) -> Iterator[list[int]]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(self.length, generator=generator).tolist()
+        groups = torch.randperm(self.length // self.together, generator=generator)
+        order = (groups[:, None] * self.together + torch.arange(self.together)).flatten().tolist()
         share = self.batch_size // (self.accumulation * self.world_size)
         for step in range(self.first_step, self.steps):
             for micro in range(self.accumulation):

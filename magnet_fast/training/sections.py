@@ -25,6 +25,14 @@ class ModelSection(Strict):
         return self
 
 
+class PhrasesSection(Strict):
+    """Sentences made of the regions in instances.json, over photographs changed at random; for training alone."""
+
+    size: int = Field(256, ge=32, multiple_of=8, description="side that photographs are brought to in training")
+    per_image: int = Field(6, gt=0, description="sentences about each photograph, which is encoded once")
+    pastes: float = Field(1.0, ge=0, le=2, description="objects pasted into a photograph, on average")
+
+
 class DataSection(Strict):
     """Which data, and how they are brought to the model."""
 
@@ -53,6 +61,9 @@ class DataSection(Strict):
     )
     cache: bool = Field(False, description="keep prepared images in memory, shared by loader workers")
     workers: int = Field(0, ge=0, description="loader processes per training process")
+    phrases: PhrasesSection | None = Field(
+        None, description="train on sentences made of the training images' regions, in place of those of the data"
+    )
     val_limit: int | None = Field(None, gt=0, description="validate on the first so many sentences only")
 
 

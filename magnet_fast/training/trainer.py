@@ -44,7 +44,8 @@ class Trainer:
         config: the run.
         model: a `ReferringModel`, or whatever has its methods and parts, on any device; it is moved to the world's.
         terms: the losses by name, as `build_terms` makes them; trained with the model, never exported.
-        training_set: items are samples; with `set_epoch` where `config.data.mode` is "refs".
+        training_set: items are samples; with `set_epoch` where `config.data.mode` is "refs" or
+            `config.data.phrases` is given.
         validation_set: a dataset by sentences, or None to train without validation.
         out: an existing folder for `checkpoint.safetensors`, `best.safetensors`, `last.safetensors`, `metrics.jsonl`.
         world: this process among all; default: one process on `config.device`.
@@ -99,7 +100,7 @@ class Trainer:
         """Objective, its form for several processes, optimiser, average: in the one order in which they fit."""
         config, world = self.config, self.world
         freeze_parameters(self.model, config.optimiser.freeze)
-        objective = Objective(self.model, terms, config.precision).to(world.device)
+        objective = Objective(self.model, terms, config.precision, config.sentences_per_image).to(world.device)
         if config.fast:
             accelerate(self.model)
         self.objective = synchronise_batch_norm(objective, world)
@@ -304,7 +305,7 @@ class Trainer:
         )
 
     def _enter_epoch(self, epoch: int) -> None:
-        if self.config.data.mode == "refs":
+        if self.config.data.mode == "refs" or self.config.data.phrases is not None:
             self.training_set.set_epoch(epoch)
 
     def _batches(self, epoch: int, first_step: int = 0) -> EpochBatches:
@@ -318,6 +319,7 @@ class Trainer:
             config.seed,
             epoch,
             first_step,
+            config.sentences_per_image,
         )
 
     def elapsed(self) -> float:

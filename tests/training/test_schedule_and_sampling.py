@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from magnet_fast.training.sampling import EpochBatches
@@ -65,6 +65,21 @@ def test_entering_an_epoch_in_the_middle_goes_on_where_it_was() -> None:
     assert list(later) == whole[10:]
     assert len(later) == 4
     assert later.steps == 7
+
+
+@given(together=st.integers(1, 4), groups=st.integers(2, 9), share=st.integers(1, 2), world=st.sampled_from([1, 2]))
+@settings(max_examples=30, deadline=None)
+def test_items_of_one_image_stay_together(together: int, groups: int, share: int, world: int) -> None:
+    length, batch_size = together * groups, together * share * world
+    assume(batch_size <= length)
+    for rank in range(world):
+        for batch in EpochBatches(length, batch_size, rank=rank, world_size=world, together=together):
+            for start in range(0, len(batch), together):
+                first = batch[start]
+                assert first % together == 0 and batch[start : start + together] == [*range(first, first + together)]
+    if together > 1:
+        with pytest.raises(ValueError, match=f"no multiple of the {together} about one image"):
+            EpochBatches(length, together * world + world, world_size=world, together=together)
 
 
 def test_epochs_and_seeds_differ() -> None:

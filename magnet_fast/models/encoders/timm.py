@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 
 from magnet_fast.models.base import ImageEncoder
 from magnet_fast.models.config import ImageConfig, part
-from magnet_fast.models.state import load_strictly, unreachable
+from magnet_fast.models.files import read_contents
+from magnet_fast.models.state import is_derived, load_strictly, unreachable
+from magnet_fast.models.wrapping import unwrap
 
 _FROM_ELSEWHERE = {"cache_dir", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_model_args"}
 _FINEST = 4  # stride; heads of this family make masks at a quarter of the image's side
@@ -27,6 +30,7 @@ class TimmConfig(ImageConfig):
     kind: Literal["timm"] = "timm"
     name: str = Field(min_length=1, description="as timm.create_model takes it")
     frozen: bool = Field(False, description="weights are not trained, and norms keep their statistics")
+    frozen_norms: bool = Field(False, description="BatchNorms keep their statistics, for small batches; weights train")
     arguments: dict[str, Any] = Field(default_factory=dict, description="more for timm.create_model: img_size, …")
 
     @model_validator(mode="after")
@@ -74,7 +78,7 @@ class TimmEncoder(ImageEncoder):
     def __init__(self, config: TimmConfig) -> None:
         super().__init__()
         indices, self.channels, self.strides = config._described
-        self.name, self.frozen = config.name, config.frozen
+        self.name, self.frozen, self.frozen_norms = config.name, config.frozen, config.frozen_norms
         self._arguments = {**config.arguments, "features_only": True, "out_indices": indices}
         self.backbone = timm.create_model(config.name, pretrained=False, **self._arguments)
         self._channels_last = getattr(self.backbone, "output_fmt", Format.NCHW) == Format.NHWC
@@ -92,15 +96,38 @@ class TimmEncoder(ImageEncoder):
         super().train(mode)
         if self.frozen:
             self.backbone.eval()
+        elif self.frozen_norms:
+            for module in self.backbone.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
         return self
 
     def load_pretrained(self, source: str | None) -> None:
         name = source or self.name
+        if os.path.isfile(name):
+            self._load_file(name)
+            return
         try:
             found = timm.create_model(name, pretrained=True, **self._arguments)
         except (OSError, RuntimeError, ValueError) as error:
             raise unreachable("image", name, error) from error
         load_strictly(self.backbone, found.state_dict(), f"image weights {name!r}")
+
+    def _load_file(self, path: str) -> None:
+        """Weights of the whole backbone in a file, under timm's names or, in the same order and shapes, others.
+
+        What features do not need (a classifier) may be there, or not.
+        """
+        what = f"image weights {path!r}"
+        state = {name: tensor for name, tensor in unwrap(read_contents(path), what).items() if not is_derived(name)}
+        expected = {name: tensor for name, tensor in self.backbone.state_dict().items() if not is_derived(name)}
+        if not expected.keys() <= state.keys():
+            pairs = list(zip(expected, state.values(), strict=False))
+            alike = len(pairs) == len(expected) and all(expected[name].shape == found.shape for name, found in pairs)
+            state = dict(pairs) if alike else state
+        else:
+            state = {name: state[name] for name in expected}
+        load_strictly(self.backbone, state, what)
 
 
 @lru_cache(maxsize=32)

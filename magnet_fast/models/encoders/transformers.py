@@ -98,7 +98,9 @@ class TransformersEncoder(TextEncoder):
     def load_pretrained(self, source: str | None) -> None:
         name = source or self.name
         try:
-            arguments = {"trust_remote_code": False, **_arguments(self.encoder.config)}
+            # Of a source with more layers, the first ones: the configuration says how many.
+            config = self.encoder.config
+            arguments = {"trust_remote_code": False, **_arguments(config), "config": config}
             found, report = AutoModel.from_pretrained(name, output_loading_info=True, **arguments)
         except (OSError, ValueError) as error:
             raise unreachable("text", name, error) from error

@@ -27,6 +27,7 @@ class Term(nn.Module):
         config_class: its options in a recipe.
         logged: names of the values that `forward` returns beside the loss; no two terms of a run share one.
         encodes: whether it encodes the batch's images again, with other sentences.
+        looks: whether it reads `looked`.
         name: that of the recipe.
         weight: factor of the loss in the sum.
     """
@@ -34,6 +35,7 @@ class Term(nn.Module):
     config_class: ClassVar[type[TermConfig]] = TermConfig
     logged: tuple[str, ...] = ()
     encodes: ClassVar[bool] = False
+    looks: ClassVar[bool] = False
     name: ClassVar[str]
 
     def __init__(self, config: TermConfig) -> None:
@@ -62,7 +64,8 @@ class Term(nn.Module):
         Args:
             prediction: the model's, for this batch.
             batch: image, text, mask, exists and extra, as collated (see `magnet_fast.data.sample`); and `seen`, what
-                the model has made of the images before words come, where a term `encodes` and the model looks first.
+                the model has made of the images before words come, where a term `encodes` or `looks` and the model
+                looks first; `looked` is the same, once for images that several samples in a row share.
             model: for terms that run parts of it once more.
 
         Returns:
@@ -70,6 +73,9 @@ class Term(nn.Module):
             `logged`.
         """
         raise NotImplementedError
+
+    def check(self, dataset: Any) -> None:
+        """Raise a ValueError for training data that lack what the term reads."""
 
     def repeated_layers(self) -> list[nn.Module]:
         """Layers whose activations may be recomputed, and that are sharded one by one; as of a model."""
