@@ -145,17 +145,16 @@ def test_evaluate(root, trained, tmp_path) -> None:
 def test_models_are_accelerated_and_packed_for_many_images(root, trained, picture, tmp_path, monkeypatch) -> None:
     calls, accelerate = [], fast.accelerate
 
-    def noted(model, *, pack=False):
-        calls.append(pack)
-        return accelerate(model, pack=pack)
+    def noted(model, *, pack=False, weights="same"):
+        calls.append((pack, weights))
+        return accelerate(model, pack=pack, weights=weights)
 
-    monkeypatch.setattr(fast, "accelerate", noted)
     monkeypatch.setattr("magnet_fast.inference.accelerate", noted)
     checkpoint = ["--checkpoint", trained / "best.safetensors", "--device", "cpu"]
     run("segment", picture, "circle", *checkpoint, "--out", tmp_path / "mask.png")
-    assert calls == [False]
+    assert calls == [(False, "same")]
     run("evaluate", *checkpoint, "--data", root, "--limit", 2)
-    assert calls[1] is True
+    assert calls[1] == (True, "same")
     calls.clear()
     run("segment", picture, "circle", *checkpoint, "--out", tmp_path / "mask.png", "--no-fast")
     run("evaluate", *checkpoint, "--data", root, "--limit", 2, "--no-fast")

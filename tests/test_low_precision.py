@@ -101,7 +101,7 @@ def test_segmenter_in_bfloat16(dtype) -> None:
 
 @pytest.mark.parametrize(
     ("dtype", "message"),
-    [("float16", "float16 is for GPUs"), ("int4", "expected one of float32, bfloat16, float16, int8")],
+    [("float16", "float16 is for GPUs"), ("int4", "expected one of float32, bfloat16, ")],
 )
 def test_precisions_that_do_not_run_here(dtype: str, message: str) -> None:
     with pytest.raises(ValueError, match=f"^dtype: {message}"):
