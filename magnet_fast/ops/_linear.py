@@ -101,7 +101,8 @@ def plain_weight(layer: nn.Module) -> bool:
 
 def small(layer: nn.Module, x: Tensor) -> bool:
     """Whether `linear` surely leaves a layer's product to PyTorch, being small; quickly said, of any module."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not isinstance(x, Tensor):  # sizes may be unknown
+    # In a graph that is taken sizes may be unknown, and a mode would see that they are asked for.
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or moded() or not isinstance(x, Tensor):
         return False
     return x.numel() * layer.__dict__.get("out_features", 0) < _FEWEST_MULTIPLICATIONS
 

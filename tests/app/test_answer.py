@@ -164,7 +164,7 @@ def test_each_checkpoint_is_loaded_once(absent, scene, monkeypatch) -> None:
     segmenters = Segmenters([absent, absent])
     assert segmenters.names == [str(absent), "magnet_tiny_scenes (shipped)"] and not loads
     chosen = segmenters(str(absent), "cpu")
-    assert segmenters(str(absent), "cpu") is chosen and loads == [absent]
+    assert segmenters(str(absent), "cpu") is chosen and loads == [str(absent)]
     found = ask(chosen, str(absent), scene[0], "the red circle")
     (mask,) = found.masks(0.5)
     assert not mask.any()

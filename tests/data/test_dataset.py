@@ -13,6 +13,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from magnet_fast.data import ExpressionDataset, MixedDataset, Refer, Tokenizer, prepare_image, prepare_mask
+from magnet_fast.data import cache as cache_module
 from magnet_fast.data import dataset as dataset_module
 from magnet_fast.data.cache import ArrayCache
 from magnet_fast.data.dataset import require_context
@@ -278,9 +279,10 @@ def test_cache_serves_all_workers_and_epochs(easy_root, tokenizer, tmp_path, mon
     assert all(torch.equal(epoch, expected) for epoch in epochs)
 
 
-def test_cache_without_memory_is_refused_before_anything_starts(root, tokenizer):
+def test_cache_without_memory_is_refused_before_anything_starts(root, tokenizer, monkeypatch):
+    monkeypatch.setattr(cache_module, "_free_shared_memory", lambda: 2.0**20)
     with pytest.raises(ValueError, match=r"cache: 1 images need \d+ MiB of shared memory, \d+ MiB .* switch the cache"):
-        ExpressionDataset(Refer(root), "train", tokenizer, 10_000_000, cache=True)
+        ExpressionDataset(Refer(root), "train", tokenizer, 4096, cache=True)
 
 
 def test_shared_cache_keeps_arrays_apart():

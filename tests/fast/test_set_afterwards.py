@@ -100,7 +100,7 @@ def compare(case: Case, plain: nn.Module, fast: nn.Module, path: str, name: str,
 def test_whatever_is_set(name: str) -> None:
     case = of_zoo(name)
     plain, fast = pair(case)
-    assert sum(compare(case, plain, fast, *one) for one in settings(fast)) >= 4
+    assert sum(compare(case, plain, fast, *one) for one in settings(fast)) >= 2
 
 
 @pytest.mark.slow
@@ -108,7 +108,7 @@ def test_whatever_is_set(name: str) -> None:
 def test_whatever_is_set_on_others(name: str) -> None:
     case = of_zoo(name)
     plain, fast = pair(case)
-    assert sum(compare(case, plain, fast, *one) for one in settings(fast)) >= 4
+    assert sum(compare(case, plain, fast, *one) for one in settings(fast)) >= 2
 
 
 @pytest.mark.slow
@@ -116,7 +116,7 @@ def test_whatever_is_set_on_others(name: str) -> None:
 def test_whatever_is_set_on_ours(name: str) -> None:
     case = of_ours(name)
     plain, fast = pair(case)
-    assert sum(compare(case, plain, fast, *one) for one in settings(fast)) >= 4
+    assert sum(compare(case, plain, fast, *one) for one in settings(fast)) >= 2
 
 
 @pytest.mark.parametrize(
