@@ -30,7 +30,7 @@ WEIGHTS = {
     "colour": 1.0,
     "relation": 0.7,
     "general": 0.5,
-    "absent": 0.6,
+    "absent": 0.8,
 }
 """How often each kind of sentence is drawn, among the kinds that a photograph has a sentence of [our choice]."""
 
