@@ -68,11 +68,8 @@ CASES = {
 
 def model_of(case: Case, dtype: torch.dtype) -> nn.Module:
     torch.manual_seed(0)
-    model = (
-        FirstResult(case.build(), ["pixel_values"] if "transformers" in case.title or "DETR" in case.title else ["x"])
-        .eval()
-        .requires_grad_(False)
-    )
+    made = case.build()
+    model = FirstResult(made, [getattr(made, "main_input_name", "x")]).eval()
     for module in model.modules():
         if hasattr(module, "running_var"):
             module.running_mean.normal_(0, 0.1)
