@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import magnet_fast
-from benchmarks import PACKED
+from benchmarks import COMPILED, PACKED
 from benchmarks.bench_magnet import operations
 from benchmarks.rivals import ONNX_RUNTIME, OPENVINO, onnx_runtime, openvino
 from benchmarks.turns import in_turns
@@ -46,9 +46,10 @@ def compare(
 ) -> None:
     """Time every way in turns and record the rows. Answers are compared before anything is timed.
 
-    Rows: "plain"; "cpu" after `accelerate(model)`; "cpu, packed weights" after `accelerate(model, pack=True)`; the
-    rivals have the plain model: "torch.compile" (with `--compile`), "OpenVINO" and, in float32, "ONNX Runtime", where
-    they are installed (extra `bench`). A rival that cannot take the model is warned of, with its reason.
+    Rows: "plain"; "cpu" after `accelerate(model)`; "cpu, packed weights" after `accelerate(model, pack=True)`; with
+    `--compile` "cpu, torch.compile", which is "cpu" compiled. The rivals have the plain model: "torch.compile" (with
+    `--compile`), "OpenVINO" and, in float32, "ONNX Runtime", where they are installed (extra `bench`). A rival that
+    cannot take the model is warned of, with its reason.
 
     Args:
         suite, title: of the rows; the title is completed by "inference" and the dtype.
@@ -72,6 +73,9 @@ def compare(
         PACKED: lambda: packed(*inputs),
         **(more or {}),
     }
+    if request.config.getoption("--compile"):
+        compiled = torch.compile(ours, dynamic=False)
+        runs[COMPILED] = lambda: compiled(*inputs)
     if rivals:
         runs |= _rivals(request, title, first, inputs, as_it_is, dtype)
     with torch.no_grad():
