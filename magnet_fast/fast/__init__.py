@@ -25,6 +25,7 @@ from magnet_fast.fast import (
     convolutional,
     copies,
     grounding_dino,
+    mmcv,
     sam,
     timm,
     torchvision,
@@ -42,7 +43,7 @@ from magnet_fast.ops._observed import altered
 
 __all__ = ["ModuleReport", "Report", "accelerate", "accelerated", "fingerprint", "restore"]
 
-_FAMILIES = (timm, torchvision, transformers_swin, transformers_deformable, grounding_dino, sam)
+_FAMILIES = (timm, torchvision, transformers_swin, transformers_deformable, grounding_dino, mmcv, sam)
 _FAILED = "looking at it failed"
 _OUR_MODELS = "magnet_fast.models."
 
