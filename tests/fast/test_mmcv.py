@@ -147,4 +147,4 @@ def test_another_number_of_outputs_is_left_alone(cls: type) -> None:
     module = cls()
     module.attention_weights = nn.Linear(32, 12)
     (left,) = magnet_fast.accelerate(module).left_alone
-    assert "its attention_weights does not have 24 outputs" in str(left)
+    assert "its attention_weights does not have 24 outputs" in left.remark
