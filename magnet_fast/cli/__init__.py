@@ -14,6 +14,7 @@ import typer
 from magnet_fast.cli import errors
 from magnet_fast.cli.common import LocalRankOption
 from magnet_fast.cli.data import data_app
+from magnet_fast.cli.doctor import doctor
 from magnet_fast.cli.evaluate import evaluate
 from magnet_fast.cli.export import export
 from magnet_fast.cli.info import info
@@ -31,7 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (train, evaluate, segment, edit, merge, push, export, info, study):
+for command in (train, evaluate, segment, edit, merge, push, export, info, doctor, study):
     app.command()(command)
 app.command("contact-sheet")(contact_sheet)
 app.command("app")(web_page)
