@@ -21,6 +21,7 @@ from magnet_fast.cli.info import info
 from magnet_fast.cli.merge import merge
 from magnet_fast.cli.pictures import contact_sheet, edit, segment
 from magnet_fast.cli.push import push
+from magnet_fast.cli.shrink import shrink
 from magnet_fast.cli.study import study
 from magnet_fast.cli.train import train
 from magnet_fast.cli.web import web_page
@@ -32,7 +33,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (train, evaluate, segment, edit, merge, push, export, info, doctor, study):
+for command in (train, evaluate, segment, edit, merge, push, shrink, export, info, doctor, study):
     app.command()(command)
 app.command("contact-sheet")(contact_sheet)
 app.command("app")(web_page)
