@@ -154,6 +154,11 @@ class ExpressionDataset(Dataset):
         place, sentence = self._own(0)
         return tuple(self.reader.extra(self._refs[place], sentence))
 
+    @property
+    def categories(self) -> frozenset[int]:
+        """COCO's category ids that are named; empty where the data say none."""
+        return frozenset(ref.category_id for ref in self._refs if ref.category_id is not None)
+
     def set_epoch(self, epoch: int) -> None:
         """Choose the sentences of mode "refs" anew; no effect in mode "sentences"."""
         self._epoch = epoch
@@ -309,6 +314,11 @@ class MixedDataset(Dataset):
     def context(self) -> tuple[str, ...]:
         """Names of the context tensors that the samples of every part carry."""
         return tuple(name for name in self.parts[0].context if all(name in part.context for part in self.parts))
+
+    @property
+    def categories(self) -> frozenset[int]:
+        """`ExpressionDataset.categories` of all parts together."""
+        return frozenset().union(*(part.categories for part in self.parts))
 
     def set_epoch(self, epoch: int) -> None:
         """`ExpressionDataset.set_epoch` of every part."""
