@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -90,3 +91,12 @@ def everything(prediction: Prediction) -> Tensor:
 def without_gradient(model: nn.Module) -> list[str]:
     """Trained parameters that the backward pass did not reach."""
     return [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+
+
+def context_of(model: ReferringModel, image: Tensor) -> dict[str, Tensor]:
+    """Noise for the tensors that a model needs beside image and text."""
+    return {name: CONTEXT[name](image) for name in model.needs}
+
+
+CONTEXT: dict[str, Callable[[Tensor], Tensor]] = {}
+"""By name, the tensor for a batch of images."""

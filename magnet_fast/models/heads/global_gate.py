@@ -39,8 +39,8 @@ class GlobalGateConfig(HeadConfig):
 class GlobalGate(Head):
     """Every map is projected to d channels and multiplied by 1 + g, g between 0 and 1 for each channel.
 
-        v = sum_p softmax_p((W_q s) . (W_k x_p) / sqrt(d)) W_v x_p        over the coarsest map, which is the last
-        g = sigmoid(W_2 ReLU(W_1 [v; W_t s]))
+    v = sum_p softmax_p((W_q s) . (W_k x_p) / sqrt(d)) W_v x_p        over the coarsest map, which is the last
+    g = sigmoid(W_2 ReLU(W_1 [v; W_t s]))
     """
 
     def __init__(self, shapes: Shapes, width: int) -> None:

@@ -71,7 +71,8 @@ def category_loss(prediction: Prediction, category: Tensor, classify: nn.Linear)
     """Cross-entropy of classify(sum_p y_p h_p / sum_p y_p), a mean over the samples whose category is known.
 
     Args:
-        prediction: mask logits (B, h, w), of which y is the sigmoid at the pixels' size, and `pixels` (B, C, h', w'), h.
+        prediction: mask logits (B, h, w), y being their sigmoid at the size of the pixels, and `pixels` (B, C, h', w'),
+            which is h.
         category: (B,) int64 ids from 1 on; -1 where unknown.
         classify: C to the number of categories.
 

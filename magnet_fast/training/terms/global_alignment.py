@@ -61,8 +61,9 @@ class GlobalAlignmentTerm(Term):
 def global_alignment_loss(
     found: Tensor, said: Tensor, image: Tensor, text: Tensor, paired: Tensor, temperature: float
 ) -> Tensor:
-    """Cross-entropy both ways over the matrix of all pictures and sentences, with a = found / |found|, b = said / |said|:
+    """Cross-entropy both ways over the matrix of all pictures and sentences:
 
+        a = found / |found|,  b = said / |said|
         L = 1/2 mean_i [ -log softmax_j(a_i . b_j / t)_i  - log softmax_j(a_j . b_i / t)_i ]
 
     A pair j of the same image as i, or of the same sentence, is not wrong: it stays out of i's sums. A pair that does
