@@ -110,9 +110,9 @@ class Segmenter:
     ) -> None:
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size: expected at least 1, got {batch_size!r}")
-        if model.needs:
+        if model.required:
             raise ValueError(
-                f"model: it needs {', '.join(model.needs)} beside image and expression, which none gives here"
+                f"model: it needs {', '.join(model.required)} beside image and expression, which none gives here"
             )
         model = model if device is None else model.to(device)
         pack = pack or dtype == INT8

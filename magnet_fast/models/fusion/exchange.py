@@ -88,7 +88,7 @@ class PooledLevel(nn.Module):
         self.reduce = nn.Linear(channels, out_channels, bias=False)
 
     def forward(self, feature: Tensor) -> Tensor:
-        pooled = _average(feature, self.side)
+        pooled = averaged(feature, self.side)
         return self.reduce(F.gelu(self.contract(self.norm(self.expand(pooled)))))
 
 
@@ -207,7 +207,7 @@ def upsample(level: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(grid, size=tuple(size), mode="bilinear", align_corners=True).permute(0, 2, 3, 1)
 
 
-def _average(feature: Tensor, side: int) -> Tensor:
+def averaged(feature: Tensor, side: int) -> Tensor:
     """(B, H, W, C) to (B, side², C): means over the bins of adaptive average pooling.
 
     Where PyTorch is asked for deterministic algorithms the sums are matrix products: the backward pass of
