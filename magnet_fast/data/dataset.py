@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import warnings
 from bisect import bisect_right
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -107,7 +107,7 @@ class ExpressionDataset(Dataset):
         self._images = self._masks = None
         if cache:
             side = self.spec.size
-            self._images = ArrayCache([ref.image_id for ref in self._refs], side * side * 3, "images", cache_shared)
+            self._images = ArrayCache(self._cached_images(), side * side * 3, "images", cache_shared)
             self._masks = ArrayCache(range(len(self._refs)), -(-side * side // 8), "masks", cache_shared)
 
     def __len__(self) -> int:
@@ -268,9 +268,16 @@ class ExpressionDataset(Dataset):
         def make() -> np.ndarray:
             return self.fit.pixels(self.load_image(index))
 
+        return self._kept(ref.image_id, size, make)
+
+    def _cached_images(self) -> list[int]:
+        return [ref.image_id for ref in self._refs]
+
+    def _kept(self, image_id: int, size: tuple[int, int], make: Callable[[], np.ndarray]) -> np.ndarray:
+        """An image's pixels out of the cache, or made: `size` is that of its file."""
         if self._images is None:
             return make()
-        return self._images.get(ref.image_id, (*self.fit.extent(size), 3), make)
+        return self._images.get(image_id, (*self.fit.extent(size), 3), make)
 
     def _mask(self, place: int, sentence: Sentence) -> torch.Tensor:
         side, ref = self.spec.size, self._refs[place]

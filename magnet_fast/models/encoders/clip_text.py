@@ -71,9 +71,10 @@ class ClipTextConfig(TextConfig):
 
 
 class ClipText(TextEncoder):
-    """Whole, or in three slices of layers. Words are the last norm's output; the sentence is that of the end token in the joint space, where that is kept.
+    """Whole, or in three slices of layers.
 
-    The end token is the last that is read. CLIP finds it as the largest id, which with its vocabulary is the same. No
+    Words are the last norm's output; the sentence is that of the end token in the joint space, where that is kept. The
+    end token is the last that is read. CLIP finds it as the largest id, which with its vocabulary is the same. No
     padding mask: what stands behind the end token is not seen by what stands before it.
     """
 
