@@ -15,12 +15,13 @@ from magnet_fast.models.heads.mask_decoder import DecoderLayer
 from magnet_fast.models.heads.pixel_decoder import DeformableLayer
 from tests.models.cases import PRESETS, batch, build, everything, open_gates, without_gradient
 
-CORRECT = ["magnet", "magnet-xmha", "lavt", "refsegformer", "refsegformer-topdown", "cris", "risam", "fsfi", "wgfm"]
+CORRECT = ["magnet", "magnet-xmha", "lavt", "refsegformer", "refsegformer-topdown", "cris", "risam", "fsfi", "wgfm", "two-stage"]
 """Padding is no word; ReLA reads it, as released."""
 
 SAYS_PRESENCE = ("magnet", "refsegformer", "rela", "risam")
 MASK_STRIDES = {"wgfm": 8}
 """Of masks and pixels; 4 unless said."""
+EXTRA = {"rela": {"minimap"}, "two-stage": {"global_pixels", "global_sentence"}}
 
 
 @pytest.mark.parametrize("case", PRESETS)
@@ -40,11 +41,8 @@ def test_contract(case: str, size: tuple[int, int]) -> None:
     assert (prediction.presence is None) != says and (prediction.presence is None or prediction.presence.shape == (2,))
     shapes = model.config.shapes
     assert model.head.pixel_channels == model.config.head.pixel_channels(shapes)
-    if case == "lavt":
-        assert prediction.pixels is None and model.head.pixel_channels is None
-    else:
-        pixels = mask_size if case != "refsegformer-topdown" else tuple(-(-side // 8) for side in size)
-        assert prediction.pixels.shape == (2, model.head.pixel_channels, *pixels)
+    pixels = mask_size if case != "refsegformer-topdown" else tuple(-(-side // 8) for side in size)
+    assert prediction.pixels.shape == (2, model.head.pixel_channels, *pixels)
     if case.startswith("magnet"):
         assert [(p.mask.shape, p.presence.shape) for p in prediction.earlier] == [((2, *mask_size), (2,))] * 9
     elif case == "refsegformer-topdown":
@@ -55,7 +53,7 @@ def test_contract(case: str, size: tuple[int, int]) -> None:
         assert [(p.mask.shape, p.presence.shape) for p in prediction.earlier] == [((2, *mask_size), (2,))] * 2
     else:
         assert prediction.earlier == ()
-    assert model.needs == () and prediction.extra.keys() == ({"minimap"} if case == "rela" else set())
+    assert model.needs == () and prediction.extra.keys() == EXTRA.get(case, set())
     width, sentence_width = model.text_encoder.width, model.head.sentence_width
     assert prediction.words.features.shape == (2, 9, width if sentence_width is None else sentence_width)
     assert prediction.words.sentence.shape == (2, sentence_width or shapes.sentence_width)

@@ -26,10 +26,11 @@ def test_the_gate_is_the_formulas() -> None:
         s, coarse = features.words.sentence, features.maps[-1].flatten(1, 2)
         gated = [torch.empty(2, *x.shape[1:3], d, dtype=torch.float64) for x in features.maps]
         for b in range(2):
-            query = head.query.weight @ s[b] + head.query.bias
-            scores = [query @ (head.key.weight @ x + head.key.bias) / math.sqrt(d) for x in coarse[b]]
+            read = head.find
+            query = read.query.weight @ s[b] + read.query.bias
+            scores = [query @ (read.key.weight @ x + read.key.bias) / math.sqrt(d) for x in coarse[b]]
             weights = torch.stack(scores).exp() / torch.stack(scores).exp().sum()
-            v = sum(w * (head.value.weight @ x + head.value.bias) for w, x in zip(weights, coarse[b], strict=True))
+            v = sum(w * (read.value.weight @ x + read.value.bias) for w, x in zip(weights, coarse[b], strict=True))
             t = head.sentence.weight @ s[b] + head.sentence.bias
             first, last = head.gate[0], head.gate[2]
             hidden = (first.weight @ torch.cat([v, t]) + first.bias).clamp(min=0)

@@ -10,9 +10,9 @@ from typing import Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 
-from magnet_fast import ops
+from magnet_fast.models.attention import SentenceRead
 from magnet_fast.models.base import Head
 from magnet_fast.models.config import HeadConfig, Shapes, part
 from magnet_fast.models.contract import Features, Prediction
@@ -46,9 +46,7 @@ class GlobalGate(Head):
     def __init__(self, shapes: Shapes, width: int) -> None:
         super().__init__()
         self.pixel_channels = width
-        coarsest = shapes.channels[-1]
-        self.query = nn.Linear(shapes.sentence_width, width)
-        self.key, self.value = nn.Linear(coarsest, width), nn.Linear(coarsest, width)
+        self.find = SentenceRead(shapes.channels[-1], shapes.sentence_width, width)
         self.sentence = nn.Linear(shapes.sentence_width, width)
         self.gate = nn.Sequential(nn.Linear(2 * width, width), nn.ReLU(), nn.Linear(width, width), nn.Sigmoid())
         self.projections = nn.ModuleList(nn.Linear(channels, width) for channels in shapes.channels)
@@ -60,11 +58,3 @@ class GlobalGate(Head):
         maps = [projection(x) * gate for projection, x in zip(self.projections, features.maps, strict=True)]
         prediction = self.topdown(features._replace(maps=maps))
         return prediction._replace(extra={PIXELS: seen, SENTENCE: said})
-
-    def find(self, x: Tensor, sentence: Tensor) -> Tensor:
-        """x (B, H, W, C) and the sentence (B, S) to v (B, d)."""
-        pixels, query = x.flatten(1, 2), self.query(sentence)[:, None]
-        _, found = ops.cross_modal_attention(
-            None, None, None, text_query=query, image_key=self.key(pixels), image_value=self.value(pixels)
-        )
-        return found[:, 0]

@@ -22,10 +22,13 @@ class TopDownConfig(HeadConfig):
     width: int | None = Field(None, gt=0, description="channels between the maps; none: four times the finest's")
 
     def pixel_channels(self, shapes: Shapes) -> int:
-        return self.width or 4 * shapes.channels[0]
+        return self._width(shapes) if len(shapes.channels) > 1 else shapes.channels[0]
 
     def build(self, shapes: Shapes) -> TopDown:
-        return TopDown(shapes.channels, self.pixel_channels(shapes))
+        return TopDown(shapes.channels, self._width(shapes))
+
+    def _width(self, shapes: Shapes) -> int:
+        return self.width or 4 * shapes.channels[0]
 
 
 class TopDown(Head):
@@ -36,13 +39,13 @@ class TopDown(Head):
 
     def __init__(self, channels: tuple[int, ...], width: int) -> None:
         super().__init__()
-        self.pixel_channels = width
         coarse, *finer = reversed(channels)
         blocks = []
         for skip in finer:
             blocks.append(ConvBlock(coarse + skip, width))
             coarse = width
         self.blocks = nn.ModuleList(blocks)
+        self.pixel_channels = coarse
         self.classify = nn.Conv2d(coarse, 2, 1)
 
     def forward(self, features: Features) -> Prediction:
