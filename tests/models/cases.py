@@ -23,6 +23,8 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "cris": ("cris_tiny", {}),
     "risam": ("risam_tiny", {}),
     "risam-pixels": ("risam_tiny", {"fusion__language_guided": False}),
+    "fsfi": ("fsfi_tiny", {}),
+    "wgfm": ("wgfm_tiny", {}),
 }
 """The tiny presets and their variants."""
 
@@ -38,6 +40,8 @@ SMALL: dict[str, tuple[str, dict[str, Any]]] = {
     "rela": ("rela_tiny", {**_WHOLE, "head__layers": 2}),
     "cris": ("cris_tiny", {"head__layers": 1, "text__num_layers": 1}),
     "risam": ("risam_tiny", {"fusion__layers": 1, "text__num_layers": 1, "image": _SAM}),
+    "fsfi": ("fsfi_tiny", {"text__num_layers": 1}),
+    "wgfm": ("wgfm_tiny", {"text__num_layers": 1}),
 }
 """Every kind of block once: where time goes by the number of layers."""
 
