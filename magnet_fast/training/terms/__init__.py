@@ -8,6 +8,7 @@ from magnet_fast.training.terms.global_alignment import GlobalAlignmentTerm
 from magnet_fast.training.terms.grounding import GroundingTerm
 from magnet_fast.training.terms.mask import MaskTerm
 from magnet_fast.training.terms.minimap import MinimapTerm
+from magnet_fast.training.terms.node_choice import NodeChoiceTerm
 from magnet_fast.training.terms.objects import ObjectsTerm
 from magnet_fast.training.terms.presence import PresenceTerm
 from magnet_fast.training.terms.term import TERMS, Term, TermConfig, build_terms, read_terms, register
@@ -22,6 +23,7 @@ __all__ = [
     "GroundingTerm",
     "MaskTerm",
     "MinimapTerm",
+    "NodeChoiceTerm",
     "ObjectsTerm",
     "PresenceTerm",
     "Term",
