@@ -100,9 +100,15 @@ def without_gradient(model: nn.Module) -> list[str]:
 
 
 def context_of(model: ReferringModel, image: Tensor) -> dict[str, Tensor]:
-    """Noise for the tensors that a model needs beside image and text."""
-    return {name: CONTEXT[name](image) for name in model.needs}
-
-
-CONTEXT: dict[str, Callable[[Tensor], Tensor]] = {}
-"""By name, the tensor for a batch of images."""
+    """The tensors that a model needs beside text and images (B, 3, H, W), of noise, squares and halves."""
+    count, _, height, width = image.shape
+    generator = torch.Generator().manual_seed(3)
+    made: dict[str, Callable[[], Tensor]] = {
+        "reference_image": lambda: torch.randn(image.shape, generator=generator),
+        "superpixels": lambda: (torch.arange(height)[:, None] // 16 * 4 + torch.arange(width) // 16).expand(
+            count, -1, -1
+        ),
+        "proposals": lambda: torch.rand(count, 5, height // 4, width // 4, generator=generator).round(),
+        "node_features": lambda: torch.randn(count, 5, model.config.node_width, generator=generator),
+    }
+    return {name: made[name]() for name in model.needs}
