@@ -16,7 +16,8 @@ from magnet_fast.models.heads.pixel_decoder import DeformableLayer
 from tests.models.cases import PRESETS, batch, build, everything, open_gates, without_gradient
 
 CORRECT = [
-    "magnet", "magnet-xmha", "lavt", "refsegformer", "refsegformer-topdown", "cris", "risam", "fsfi", "wgfm", "two-stage",
+    "magnet", "magnet-xmha", "lavt", "refsegformer", "refsegformer-topdown", "cris", "risam", "fsfi", "wgfm",
+    "two-stage",
 ]  # fmt: skip
 """Padding is no word; ReLA reads it, as released."""
 
