@@ -15,8 +15,16 @@ from magnet_fast.models.heads.mask_decoder import DecoderLayer
 from magnet_fast.models.heads.pixel_decoder import DeformableLayer
 from tests.models.cases import PRESETS, batch, build, everything, open_gates, without_gradient
 
-CORRECT = ["magnet", "magnet-xmha", "lavt", "refsegformer", "refsegformer-topdown", "cris", "risam"]
+CORRECT = [
+    "magnet", "magnet-xmha", "lavt", "refsegformer", "refsegformer-topdown", "cris", "risam", "fsfi", "wgfm",
+    "two-stage",
+]  # fmt: skip
 """Padding is no word; ReLA reads it, as released."""
+
+SAYS_PRESENCE = ("magnet", "refsegformer", "rela", "risam")
+MASK_STRIDES = {"wgfm": 8}
+"""Of masks and pixels; 4 unless said."""
+EXTRA = {"rela": {"minimap"}, "two-stage": {"global_pixels", "global_sentence"}}
 
 
 @pytest.mark.parametrize("case", PRESETS)
@@ -24,34 +32,31 @@ CORRECT = ["magnet", "magnet-xmha", "lavt", "refsegformer", "refsegformer-topdow
 def test_contract(case: str, size: tuple[int, int]) -> None:
     model = build(PRESETS[case])
     image, text = batch(size)
-    quarter = (-(-size[0] // 4), -(-size[1] // 4))
+    mask_size = tuple(-(-side // MASK_STRIDES.get(case, 4)) for side in size)
     with torch.inference_mode():
         prediction = model(image, text)
         features = model.encode(image, text)
         probability = model.predict(image, *text)
         resized = model.predict(image, *text, size=(51, 38))
-    assert prediction.mask.shape == (2, *quarter)
+    assert prediction.mask.shape == (2, *mask_size)
     says = model.head.says_presence or model.presence is not None
-    assert says == (case not in ("lavt", "cris"))
+    assert says == case.startswith(SAYS_PRESENCE)
     assert (prediction.presence is None) != says and (prediction.presence is None or prediction.presence.shape == (2,))
     shapes = model.config.shapes
     assert model.head.pixel_channels == model.config.head.pixel_channels(shapes)
-    if case == "lavt":
-        assert prediction.pixels is None and model.head.pixel_channels is None
-    else:
-        pixels = quarter if case != "refsegformer-topdown" else tuple(-(-side // 8) for side in size)
-        assert prediction.pixels.shape == (2, model.head.pixel_channels, *pixels)
+    pixels = mask_size if case != "refsegformer-topdown" else tuple(-(-side // 8) for side in size)
+    assert prediction.pixels.shape == (2, model.head.pixel_channels, *pixels)
     if case.startswith("magnet"):
-        assert [(p.mask.shape, p.presence.shape) for p in prediction.earlier] == [((2, *quarter), (2,))] * 9
+        assert [(p.mask.shape, p.presence.shape) for p in prediction.earlier] == [((2, *mask_size), (2,))] * 9
     elif case == "refsegformer-topdown":
         assert [p.mask.shape[1:] for p in prediction.earlier] == [
             tuple(-(-side // stride) for side in size) for stride in (32, 16, 8)
         ]
     elif case.startswith("risam"):
-        assert [(p.mask.shape, p.presence.shape) for p in prediction.earlier] == [((2, *quarter), (2,))] * 2
+        assert [(p.mask.shape, p.presence.shape) for p in prediction.earlier] == [((2, *mask_size), (2,))] * 2
     else:
         assert prediction.earlier == ()
-    assert model.needs == () and prediction.extra.keys() == ({"minimap"} if case == "rela" else set())
+    assert model.needs == () and prediction.extra.keys() == EXTRA.get(case, set())
     width, sentence_width = model.text_encoder.width, model.head.sentence_width
     assert prediction.words.features.shape == (2, 9, width if sentence_width is None else sentence_width)
     assert prediction.words.sentence.shape == (2, sentence_width or shapes.sentence_width)

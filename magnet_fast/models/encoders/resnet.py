@@ -8,9 +8,9 @@ from typing import Literal
 
 import timm
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveInt, model_validator
 from timm.models.resnet import ResNet
-from torch import Tensor
+from torch import Tensor, nn
 
 from magnet_fast.models.config import part
 from magnet_fast.models.encoders.timm import TimmConfig, TimmEncoder
@@ -27,10 +27,16 @@ class ResNetConfig(TimmConfig):
 
     kind: Literal["resnet"] = "resnet"
     stem: bool = Field(False, description="the stem's map, of stride 4, is the first stage")
+    multi_grid: tuple[PositiveInt, ...] = Field(
+        (), description="a dilation for each block of the last stage (DeepLabv3: 2, 4, 8); none: timm's"
+    )
 
     @model_validator(mode="after")
     def _is_resnet(self) -> ResNetConfig:
         self._stem_channels  # noqa: B018 (raises for another class)
+        if self.multi_grid:
+            with torch.device("meta"):
+                _dilate(timm.create_model(self.name, pretrained=False, **self.arguments).layer4, self.multi_grid)
         return self
 
     @property
@@ -61,6 +67,8 @@ class ResNetEncoder(TimmEncoder):
     def __init__(self, config: ResNetConfig) -> None:
         super().__init__(config)
         self.channels, self.strides = config.channels, config.strides
+        if config.multi_grid:
+            _dilate(self.backbone["layer4"], config.multi_grid)
         self._stages = (*(("stem",) if config.stem else ()), "layer1", "layer2", "layer3", "layer4")
 
     def start(self, image: Tensor) -> Tensor:
@@ -85,3 +93,22 @@ def _stem_of(name: str, arguments: str) -> tuple[int]:
     if not isinstance(model, ResNet):
         raise ValueError(f"name: expected one of timm's ResNets, got {name!r}, of class {type(model).__name__}")
     return (model.feature_info[0]["num_chs"],)
+
+
+def _dilate(stage: nn.Sequential, dilations: tuple[int, ...]) -> None:
+    """Give each block of a stage a dilation of its own, and leave its weights: a multi-grid (Chen et al., "Rethinking
+    Atrous Convolution for Semantic Image Segmentation", 2017).
+
+    Raises:
+        ValueError: a stage of another number of blocks, or one that steps.
+    """
+    if len(stage) != len(dilations):
+        raise ValueError(
+            f"multi_grid={dilations} gives {len(dilations)} dilations for the {len(stage)} blocks of the last stage"
+        )
+    for block, dilation in zip(stage, dilations, strict=True):
+        for conv in (one for one in block.modules() if isinstance(one, nn.Conv2d) and one.kernel_size != (1, 1)):
+            if conv.stride != (1, 1):
+                raise ValueError(f"multi_grid={dilations}: the last stage steps; add output_stride=16 to arguments")
+            conv.dilation = (dilation, dilation)
+            conv.padding = tuple(dilation * (side - 1) // 2 for side in conv.kernel_size)

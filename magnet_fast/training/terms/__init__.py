@@ -1,7 +1,10 @@
 """Training losses by name. A new one is a file here with a class under `register`, imported below."""
 
+from magnet_fast.training.terms.adversarial import AdversarialTerm
 from magnet_fast.training.terms.alignment import AlignmentTerm
+from magnet_fast.training.terms.category import CategoryTerm
 from magnet_fast.training.terms.cross_entropy import CrossEntropyTerm
+from magnet_fast.training.terms.global_alignment import GlobalAlignmentTerm
 from magnet_fast.training.terms.grounding import GroundingTerm
 from magnet_fast.training.terms.mask import MaskTerm
 from magnet_fast.training.terms.minimap import MinimapTerm
@@ -12,8 +15,11 @@ from magnet_fast.training.terms.term import TERMS, Term, TermConfig, build_terms
 
 __all__ = [
     "TERMS",
+    "AdversarialTerm",
     "AlignmentTerm",
+    "CategoryTerm",
     "CrossEntropyTerm",
+    "GlobalAlignmentTerm",
     "GroundingTerm",
     "MaskTerm",
     "MinimapTerm",
