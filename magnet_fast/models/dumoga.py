@@ -150,6 +150,10 @@ class NodeChoice(ReferringModel):
     def needs(self) -> tuple[str, ...]:
         return self.head.needs
 
+    @property
+    def required(self) -> tuple[str, ...]:
+        return self.needs
+
     def load_pretrained(self, sources: Mapping[str, str | bool]) -> None:
         if sources.get("image", False) is not False:
             raise ValueError(f"pretrained: this model has no image encoder; got {sources['image']!r} for one")
