@@ -29,6 +29,7 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "rnr": ("rnr_tiny", {}),
     "lda": ("lda_tiny", {}),
     "two-stage": ("two_stage_tiny", {}),
+    "nsnpris": ("nsnpris_tiny", {}),
 }
 """The tiny presets and their variants."""
 
@@ -49,6 +50,7 @@ SMALL: dict[str, tuple[str, dict[str, Any]]] = {
     "rnr": ("rnr_tiny", {"fusion__side": 4}),
     "lda": ("lda_tiny", {"text__num_layers": 1}),
     "two-stage": ("two_stage_tiny", {**_SWIN, "fusion__pyramid": (2,)}),
+    "nsnpris": ("nsnpris_tiny", {"head__layers": 1}),
 }
 """Every kind of block once: where time goes by the number of layers."""
 

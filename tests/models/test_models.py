@@ -28,6 +28,7 @@ CORRECT = [
     "rnr",
     "lda",
     "two-stage",
+    "nsnpris",
 ]
 """Padding is no word; ReLA reads it, as released."""
 
