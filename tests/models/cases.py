@@ -41,7 +41,7 @@ SMALL: dict[str, tuple[str, dict[str, Any]]] = {
     "cris": ("cris_tiny", {"head__layers": 1, "text__num_layers": 1}),
     "risam": ("risam_tiny", {"fusion__layers": 1, "text__num_layers": 1, "image": _SAM}),
     "fsfi": ("fsfi_tiny", {"text__num_layers": 1}),
-    "wgfm": ("wgfm_tiny", {"text__num_layers": 1}),
+    "wgfm": ("wgfm_tiny", {}),
 }
 """Every kind of block once: where time goes by the number of layers."""
 
