@@ -46,7 +46,7 @@ SMALL: dict[str, tuple[str, dict[str, Any]]] = {
     "cris": ("cris_tiny", {"head__layers": 1, "text__num_layers": 1}),
     "risam": ("risam_tiny", {"fusion__layers": 1, "text__num_layers": 1, "image": _SAM}),
     "fsfi": ("fsfi_tiny", {"text__num_layers": 1}),
-    "wgfm": ("wgfm_tiny", {"text__num_layers": 1}),
+    "wgfm": ("wgfm_tiny", {}),
     "rnr": ("rnr_tiny", {"fusion__side": 4}),
     "lda": ("lda_tiny", {"text__num_layers": 1}),
     "two-stage": ("two_stage_tiny", {**_SWIN, "fusion__pyramid": (2,)}),
