@@ -26,7 +26,10 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "risam-pixels": ("risam_tiny", {"fusion__language_guided": False}),
     "fsfi": ("fsfi_tiny", {}),
     "wgfm": ("wgfm_tiny", {}),
+    "rnr": ("rnr_tiny", {}),
+    "lda": ("lda_tiny", {}),
     "two-stage": ("two_stage_tiny", {}),
+    "nsnpris": ("nsnpris_tiny", {}),
 }
 """The tiny presets and their variants."""
 
@@ -43,8 +46,11 @@ SMALL: dict[str, tuple[str, dict[str, Any]]] = {
     "cris": ("cris_tiny", {"head__layers": 1, "text__num_layers": 1}),
     "risam": ("risam_tiny", {"fusion__layers": 1, "text__num_layers": 1, "image": _SAM}),
     "fsfi": ("fsfi_tiny", {"text__num_layers": 1}),
-    "wgfm": ("wgfm_tiny", {"text__num_layers": 1}),
+    "wgfm": ("wgfm_tiny", {}),
+    "rnr": ("rnr_tiny", {"fusion__side": 4}),
+    "lda": ("lda_tiny", {"text__num_layers": 1}),
     "two-stage": ("two_stage_tiny", {**_SWIN, "fusion__pyramid": (2,)}),
+    "nsnpris": ("nsnpris_tiny", {"head__layers": 1}),
 }
 """Every kind of block once: where time goes by the number of layers."""
 

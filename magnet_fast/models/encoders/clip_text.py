@@ -41,6 +41,8 @@ class ClipTextConfig(TextConfig):
     def _divisible(self) -> ClipTextConfig:
         if self.hidden_size % self.heads:
             raise ValueError(f"num_heads={self.heads} does not divide hidden_size={self.hidden_size}")
+        if self.schedule == "slices" and self.num_layers % SLICES:
+            raise ValueError(f"num_layers={self.num_layers} must be a multiple of {SLICES}: one slice for each stage")
         return self
 
     @property
