@@ -102,7 +102,7 @@ def open_dataset(
     chosen = loaded.tokenizer(tokenizer)
     spec = loaded.model.spec
     truth = choose_truth(truth, protocol, reader, spec.fit)
-    options = {"original": original, "truth": truth}
+    options = {"original": original, "truth": truth, "needs": loaded.model.needs}
     if references is not None:
         return RetrievalDataset(reader, split, chosen, spec, references=references, **options)
     return ExpressionDataset(reader, split, chosen, spec, **options)
