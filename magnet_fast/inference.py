@@ -334,8 +334,9 @@ class Segmenter:
             reads = ", ".join(self.model.needs) or "nothing"
             raise ValueError(f"context: expected what the model reads beside the picture, {reads}; got {unread[0]!r}")
         if missing := [name for name in self.lacking if name not in given]:
+            named = ", ".join(missing)
             raise ValueError(
-                f"context: the model needs {', '.join(missing)} beside the picture; give prepare(picture, context={{…}})"
+                f"context: the model needs {named} beside the picture; give prepare(picture, context={{…}})"
             )
         picture = self._picture(image)
         pixels = self.fit.pixels(picture)

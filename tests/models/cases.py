@@ -30,6 +30,8 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "lda": ("lda_tiny", {}),
     "two-stage": ("two_stage_tiny", {}),
     "nsnpris": ("nsnpris_tiny", {}),
+    "cmt": ("cmt_tiny", {}),
+    "relation": ("relation_alignment_tiny", {}),
 }
 """The tiny presets and their variants."""
 
@@ -51,6 +53,8 @@ SMALL: dict[str, tuple[str, dict[str, Any]]] = {
     "lda": ("lda_tiny", {"text__num_layers": 1}),
     "two-stage": ("two_stage_tiny", {**_SWIN, "fusion__pyramid": (2,)}),
     "nsnpris": ("nsnpris_tiny", {"head__layers": 1}),
+    "cmt": ("cmt_tiny", _WHOLE),
+    "relation": ("relation_alignment_tiny", _WHOLE),
 }
 """Every kind of block once: where time goes by the number of layers."""
 

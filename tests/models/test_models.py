@@ -29,13 +29,19 @@ CORRECT = [
     "lda",
     "two-stage",
     "nsnpris",
+    "cmt",
+    "relation",
 ]
 """Padding is no word; ReLA reads it, as released."""
 
 SAYS_PRESENCE = ("magnet", "refsegformer", "rela", "risam")
 MASK_STRIDES = {"wgfm": 8, "lda": 8}
 """Of masks and pixels; 4 unless said."""
-EXTRA = {"rela": {"minimap"}, "two-stage": {"global_pixels", "global_sentence"}}
+EXTRA = {
+    "rela": {"minimap"},
+    "two-stage": {"global_pixels", "global_sentence"},
+    "relation": {"roles", "instances"},
+}
 FIXED = {"rnr": (32, 8)}
 """Sides of masks, and of the maps below them, that are the same for every image."""
 
@@ -68,6 +74,8 @@ def test_contract(case: str, size: tuple[int, int]) -> None:
         ]
     elif case.startswith("risam"):
         assert [(p.mask.shape, p.presence.shape) for p in prediction.earlier] == [((2, *mask_size), (2,))] * 2
+    elif case in ("cmt", "relation"):
+        assert [p.mask.shape for p in prediction.earlier] == [(2, *(-(-side // 16) for side in size))]
     else:
         assert prediction.earlier == ()
     assert model.needs == () and prediction.extra.keys() == EXTRA.get(case, set())
