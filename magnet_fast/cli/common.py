@@ -97,7 +97,7 @@ def open_dataset(
     chosen = loaded.tokenizer(tokenizer)
     spec = loaded.model.spec
     truth = choose_truth(truth, protocol, reader, spec.fit)
-    return ExpressionDataset(reader, split, chosen, spec, original=original, truth=truth)
+    return ExpressionDataset(reader, split, chosen, spec, original=original, truth=truth, needs=loaded.model.needs)
 
 
 @contextmanager

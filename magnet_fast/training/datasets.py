@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from magnet_fast.data import ExpressionDataset, MixedDataset
@@ -39,12 +40,15 @@ def check_split(reader: Any, root: str, key: str, split: str) -> None:
 
 
 def build_datasets(
-    config: TrainConfig, readers: list[Any], tokenizer: Any, spec: InputSpec
+    config: TrainConfig, readers: list[Any], tokenizer: Any, spec: InputSpec, needs: Collection[str] = ()
 ) -> tuple[ExpressionDataset | MixedDataset | PhraseDataset, ExpressionDataset | None]:
     """The training split and, unless validation is off, the validation split.
 
     With `data.also` images that any of the sets holds outside its training split are trained on in none: the sets
     share COCO's images, and what one trains on may be what another is tested on.
+
+    Args:
+        needs: tensors of the context that the model needs.
     """
     data = config.data
     held_out = {
@@ -79,6 +83,7 @@ def build_datasets(
                 cache_shared=data.workers > 0,
                 without_images=held_out,
                 truth=truth,
+                needs=needs,
             )
             for reader in readers
         ]
@@ -95,6 +100,7 @@ def build_datasets(
         cache_shared=data.workers > 0,
         original=original,
         truth=truth,
+        needs=needs,
     )
 
 

@@ -138,7 +138,11 @@ def _presence_ignored(model: nn.Module) -> Iterator[None]:
 
 def _own_sets(config: TrainConfig, reader: Any, model: nn.Module) -> dict[str, ExpressionDataset]:
     """Every split but that of training, as the model takes it."""
-    options = {"original": config.resolution == "original", "truth": chosen_truth(config, reader, model.spec)}
+    options = {
+        "original": config.resolution == "original",
+        "truth": chosen_truth(config, reader, model.spec),
+        "needs": model.needs,
+    }
     tokenizer = build_tokenizer(config, model)
     return {
         split: ExpressionDataset(reader, split, tokenizer, model.spec, **options)

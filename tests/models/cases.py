@@ -25,6 +25,8 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "risam-pixels": ("risam_tiny", {"fusion__language_guided": False}),
     "fsfi": ("fsfi_tiny", {}),
     "wgfm": ("wgfm_tiny", {}),
+    "rnr": ("rnr_tiny", {}),
+    "lda": ("lda_tiny", {}),
 }
 """The tiny presets and their variants."""
 
@@ -42,6 +44,8 @@ SMALL: dict[str, tuple[str, dict[str, Any]]] = {
     "risam": ("risam_tiny", {"fusion__layers": 1, "text__num_layers": 1, "image": _SAM}),
     "fsfi": ("fsfi_tiny", {"text__num_layers": 1}),
     "wgfm": ("wgfm_tiny", {}),
+    "rnr": ("rnr_tiny", {"fusion__side": 4}),
+    "lda": ("lda_tiny", {"text__num_layers": 1}),
 }
 """Every kind of block once: where time goes by the number of layers."""
 

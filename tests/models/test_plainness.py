@@ -76,7 +76,7 @@ def test_every_adapter_learns(case: str) -> None:
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     model = inject_adapter_in_model(LoraConfig(r=2, target_modules=linears, init_lora_weights=False), model)
     adapters = {name: p for name, p in model.named_parameters() if "lora_" in name}
-    assert len(adapters) == 2 * len(linears) > 60
+    assert len(adapters) == 2 * len(linears) > 10
     everything(model(*batch())).backward()
     assert [name for name, p in adapters.items() if p.grad is None] == []
     dead = [name for name, p in adapters.items() if not p.grad.any()]
