@@ -14,6 +14,7 @@ from magnet_fast import Segmenter
 from magnet_fast.cli import app
 from magnet_fast.data.datasets import open_reader
 from magnet_fast.data.scenes import write_scenes
+from magnet_fast.training.terms.node_choice import best_node
 from tests.node_scenes import write_node_scenes
 
 pytestmark = pytest.mark.slow
@@ -53,19 +54,13 @@ def test_from_configuration_to_mask(tmp_path: Path) -> None:
     prepared = segmenter.prepare(picture, context=context)
     found = segmenter(prepared, sentence)
     assert found.probability.shape == (60, 60)
+    beside = {name: tensor[None] for name, tensor in context.items()}
     with torch.inference_mode():
-        scored = (
-            segmenter.model(
-                prepared.pixels[None], segmenter.tokenizer([sentence]), {k: one[None] for k, one in context.items()}
-            )
-            .extra["nodes"]
-            .softmax(dim=1)[0]
-        )
-    inside = reader.mask(ref).astype(bool)
-    node = int(
-        np.argmax([(context["proposals"][n].numpy().mean() > 0) * _share(context, n, inside) for n in range(10)])
-    )
-    assert found.probability[inside].mean() == pytest.approx(scored[node].item(), abs=0.02)
+        scores = segmenter.model(prepared.pixels[None], segmenter.tokenizer([sentence]), beside).extra["nodes"]
+    inside = torch.from_numpy(reader.mask(ref))
+    node, _ = best_node(beside["proposals"], inside[None])
+    share = scores.softmax(dim=1)[0, node].item()
+    assert 0 < share < 1 and found.probability[inside.bool().numpy()].mean() == pytest.approx(share, abs=0.02)
 
     second = segmenter.prepare(reader.image_path(other.image_id), context=reader.extra(other, other.sentences[0]))
     both = segmenter([second, prepared], [other.sentences[0].raw, sentence])
@@ -100,9 +95,3 @@ def test_what_does_not_fit_is_refused_before_training(tmp_path: Path) -> None:
     assert "needs proposals, node_features beside" in train(
         scenes, tmp_path / "run", "data.dataset=refcoco", fails=True
     )
-
-
-def _share(context: dict[str, torch.Tensor], node: int, inside: np.ndarray) -> float:
-    """How much of a node's cells lies in a mask of the picture's size."""
-    half = context["proposals"][node].numpy()[::2, ::2] > 0
-    return (half & inside).sum() / half.sum()
