@@ -93,9 +93,9 @@ def test_small_ones_join_the_nearest_large_one(height: int, width: int, given: i
 
 def test_refused_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     pixels = np.zeros((4, 4, 3), dtype=np.uint8)
-    with pytest.raises(TypeError, match="pixels must be uint8; got float64"):
+    with pytest.raises(TypeError, match="pixels: expected uint8, got float64"):
         superpixels(pixels.astype(float))
-    with pytest.raises(ValueError, match=r"pixels must be \(H, W, 3\)"):
+    with pytest.raises(ValueError, match=r"pixels: expected \(H, W, 3\)"):
         superpixels(pixels[..., 0])
     with pytest.raises(ValueError, match="count is 256; expected 1 to 255"):
         superpixels(pixels, 256)
