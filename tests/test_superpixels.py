@@ -20,6 +20,8 @@ from magnet_fast.data.scenes import write_scenes
 from magnet_fast.data.superpixels import NONE, at_most, superpixels
 from magnet_fast.evaluation import evaluate
 from magnet_fast.models.contract import InputSpec
+from magnet_fast.training import train
+from magnet_fast.training.config import parse_config
 
 SIDE = 48
 
@@ -187,3 +189,18 @@ def test_on_canvas_stands_at_the_top_left() -> None:
     maker = MAKERS["superpixels"]._replace(make=quarters)
     canvas = on_canvas(maker, np.zeros((3, 5, 3), dtype=np.uint8), 6)
     assert np.array_equal(canvas[:3, :5], quarters(np.zeros((3, 5, 3)))) and (canvas[3:] == NONE).all()
+
+
+def test_a_model_is_trained_on_them(root: Path, made: list, tmp_path: Path) -> None:
+    values = {
+        "model": {"name": "superpixel_tiny"},
+        "data": {"root": str(root), "image_size": 32, "max_tokens": 12, "cache": True},
+        "max_steps": 2,
+        "batch_size": 4,
+        "validate_every": "2 steps",
+        "precision": "float32",
+        "device": "cpu",
+    }
+    assert 0 <= train(parse_config(values), tmp_path / "run")["oIoU"] <= 100
+    shipped = Segmenter.from_checkpoint(tmp_path / "run" / "best.safetensors")
+    assert shipped(np.zeros((20, 36, 3), dtype=np.uint8), "the circle").mask.shape == (20, 36)
