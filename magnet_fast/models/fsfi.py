@@ -11,13 +11,14 @@ from typing import Any
 from magnet_fast.models.base import ReferringModel
 from magnet_fast.models.config import ModelConfig
 from magnet_fast.models.registry import register
-from magnet_fast.models.sizes import TINY_BERT
+from magnet_fast.models.sizes import TINY_BERT, TINY_DILATED_RESNET
 
 
-def _parts(backbone: str, text: dict[str, Any], fusion: dict[str, Any], head: dict[str, Any]) -> dict[str, Any]:
-    image = {"kind": "resnet", "name": backbone, "stem": True, "arguments": {"output_stride": 16}}
+def _parts(
+    resnet: dict[str, Any], text: dict[str, Any], fusion: dict[str, Any], head: dict[str, Any]
+) -> dict[str, Any]:
     return {
-        "image": image,
+        "image": {**resnet, "stem": True},
         "text": text,
         "fusion": {"kind": "funnel", "skip": 1, **fusion},
         "head": {"kind": "maed", **head},
@@ -25,11 +26,14 @@ def _parts(backbone: str, text: dict[str, Any], fusion: dict[str, Any], head: di
     }
 
 
+_RESNEST101 = {"kind": "resnet", "name": "resnest101e", "arguments": {"output_stride": 16}}
+
+
 @register(
     "fsfi",
     presets={
-        "fsfi_tiny": _parts("test_resnet", TINY_BERT, {"width": 32, "heads": 4, "grid": 4}, {"width": 16}),
-        "fsfi_resnest101": _parts("resnest101e", {"kind": "bert"}, {}, {}),
+        "fsfi_tiny": _parts(TINY_DILATED_RESNET, TINY_BERT, {"width": 32, "heads": 4, "grid": 4}, {"width": 32}),
+        "fsfi_resnest101": _parts(_RESNEST101, {"kind": "bert"}, {}, {}),
     },
 )
 class FSFI(ReferringModel):

@@ -16,6 +16,8 @@ from magnet_fast.models.heads.sentence_context import Context, SentenceContextCo
 from tests.models.cases import PRESETS, batch, build
 from tests.models.plain_forms import conv_block, convolve, layer_norm, linear, pooled, randomised, resize
 
+_DILATED = {"output_stride": 16}
+
 
 def words(count: int, masked: int, width: int = 6) -> Words:
     generator = torch.Generator().manual_seed(3)
@@ -64,12 +66,13 @@ def test_film_starts_as_nothing() -> None:
 def test_film_leaves_finer_stages_alone() -> None:
     config = models.preset_config("wgfm_tiny")
     assert config.shapes.strides == (8, 16, 32) and config.shapes.channels == config.image.channels[1:]
-    assert models.preset_config("wgfm_tiny", fusion__finest=4).shapes.strides == (4, 8, 16, 32)
-    dilated = models.preset_config("wgfm_tiny", image__arguments={"output_stride": 16})
+    assert models.preset_config("wgfm_tiny", fusion__stages=None).shapes.strides == (4, 8, 16, 32)
+    dilated = models.preset_config("wgfm_tiny", image={"kind": "timm", "name": "test_resnet", "arguments": _DILATED})
     assert dilated.shapes.strides == (8, 16, 16)
-    with pytest.raises(ValueError, match=r"fusion.finest=33: the image encoder's coarsest stride is 32"):
-        models.preset_config("wgfm_tiny", fusion__finest=33)
-    with pytest.raises(ValueError, match=r"fusion.heads=5 does not divide a stage's 48 channels"):
+    for stages in ((), (2, 1), (3, 4), (-1,), (1, 1)):
+        with pytest.raises(ValueError, match=r"fusion.stages=\(.*\): expected some of 0 to 3 in order, each once"):
+            models.preset_config("wgfm_tiny", fusion__stages=stages)
+    with pytest.raises(ValueError, match=r"fusion.heads=5 does not divide a stage's 32 channels"):
         models.preset_config("wgfm_tiny", fusion__heads=5)
 
 
@@ -77,8 +80,8 @@ def context_of(x: Tensor, sentence: Tensor, context: Context) -> Tensor:
     """The formula, (B, H, W, C) to (B, C, H, W), row by row of the batch."""
     joined = []
     for pixels, s in zip(x.flatten(1, 2), sentence, strict=True):
-        weights = (linear(pixels, context.key) @ linear(s, context.query) / math.sqrt(x.shape[3])).softmax(0)
-        whole = torch.cat([weights @ linear(pixels, context.value), linear(s, context.sentence)])
+        weights = (linear(pixels, context.read.key) @ linear(s, context.read.query) / math.sqrt(x.shape[3])).softmax(0)
+        whole = torch.cat([weights @ linear(pixels, context.read.value), linear(s, context.sentence)])
         joined.append(torch.stack([torch.cat([pixel, whole]) for pixel in pixels]))
     joined = torch.stack(joined).transpose(1, 2).unflatten(2, x.shape[1:3])
     return conv_block(joined, context.join)
@@ -105,10 +108,10 @@ def test_head_is_its_formula() -> None:
 
 def test_output_is_the_norm_of_the_stream() -> None:
     fusion = randomised(build(PRESETS["wgfm"]).fusion)
-    x, read = torch.randn(2, 3, 2, 48, dtype=torch.float64), words(4, 1, width=64)
+    x, read = torch.randn(2, 3, 2, 32, dtype=torch.float64), words(4, 1, width=64)
     step = fusion(1, x, read, None, {})
     torch.testing.assert_close(step.output, layer_norm(step.stream, fusion.norms["1"]))
     assert (step.stream - x).abs().max() > 0.1
-    first = torch.randn(2, 6, 4, 32, dtype=torch.float64)
+    first = torch.randn(2, 6, 4, 16, dtype=torch.float64)
     step = fusion(0, first, read, None, {})
     assert step.output is None and step.stream is first

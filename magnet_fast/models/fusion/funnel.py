@@ -112,7 +112,7 @@ class DynamicConvolution(nn.Module):
     def __init__(self, width: int, kernels: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.mix = nn.Conv2d(heads * kernels, width, 1, groups=heads)
+        self.mix = nn.Conv2d(heads * kernels, width, 1, groups=heads, bias=False)  # a BatchNorm follows
 
     def forward(self, x: Tensor, kernels: Tensor) -> Tensor:
         """x (B, C, H, W) and kernels (B, K, C) to (B, C, H, W)."""

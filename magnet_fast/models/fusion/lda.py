@@ -12,40 +12,23 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor, nn
 
 from magnet_fast.models.base import Fusion
-from magnet_fast.models.config import FusionConfig, ImageConfig, TextConfig, part
+from magnet_fast.models.config import ImageConfig, TextConfig, part
 from magnet_fast.models.contract import Step, Words
 from magnet_fast.models.fusion.pixel_word import Gate
+from magnet_fast.models.fusion.stages import StagesConfig
 
 
 @part
-class LDAConfig(FusionConfig):
-    """Language-driven attention after the stages that fuse; the others give the head nothing."""
+class LDAConfig(StagesConfig):
+    """Language-driven attention after the stages that fuse."""
 
     kind: Literal["lda"] = "lda"
-    stages: tuple[int, ...] | None = Field(None, description="that fuse; none: all of them")
-
-    def check(self, image: ImageConfig, text: TextConfig) -> None:
-        stages = self._stages(image)
-        if not stages or list(stages) != sorted(set(stages)) or not 0 <= stages[0] <= stages[-1] < len(image.channels):
-            raise ValueError(
-                f"fusion.stages={self.stages}: expected some of 0 to {len(image.channels) - 1} in order, each once"
-            )
-
-    def channels(self, image: ImageConfig) -> tuple[int, ...]:
-        return tuple(image.channels[stage] for stage in self._stages(image))
-
-    def strides(self, image: ImageConfig) -> tuple[int, ...]:
-        return tuple(image.strides[stage] for stage in self._stages(image))
 
     def build(self, image: ImageConfig, text: TextConfig) -> LDAFusion:
-        return LDAFusion(image, text, self._stages(image))
-
-    def _stages(self, image: ImageConfig) -> tuple[int, ...]:
-        return tuple(range(len(image.channels))) if self.stages is None else self.stages
+        return LDAFusion(image, text, self.fused(image))
 
 
 class LDAFusion(Fusion):

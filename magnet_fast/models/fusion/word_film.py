@@ -15,45 +15,34 @@ from torch import Tensor, nn
 
 from magnet_fast import ops
 from magnet_fast.models.base import Fusion
-from magnet_fast.models.config import FusionConfig, ImageConfig, TextConfig, part
+from magnet_fast.models.config import ImageConfig, TextConfig, part
 from magnet_fast.models.contract import Step, Words
+from magnet_fast.models.fusion.stages import StagesConfig
 
 
 @part
-class WordFilmConfig(FusionConfig):
-    """Words enter the stream after the stages that the head gets."""
+class WordFilmConfig(StagesConfig):
+    """Words enter the stream after the stages that fuse."""
 
     kind: Literal["word_film"] = "word_film"
-    finest: int = Field(8, gt=0, description="stride of the finest map that words enter, and that the head gets")
     heads: int = Field(1, gt=0, description="of every stage's attention")
 
     def check(self, image: ImageConfig, text: TextConfig) -> None:
-        stages = self._stages(image)
-        if not stages:
-            raise ValueError(f"fusion.finest={self.finest}: the image encoder's coarsest stride is {image.strides[-1]}")
+        super().check(image, text)
         for channels in self.channels(image):
             if channels % self.heads:
                 raise ValueError(f"fusion.heads={self.heads} does not divide a stage's {channels} channels")
-
-    def channels(self, image: ImageConfig) -> tuple[int, ...]:
-        return tuple(image.channels[i] for i in self._stages(image))
-
-    def strides(self, image: ImageConfig) -> tuple[int, ...]:
-        return tuple(image.strides[i] for i in self._stages(image))
-
-    def _stages(self, image: ImageConfig) -> list[int]:
-        return [i for i, stride in enumerate(image.strides) if stride >= self.finest]
 
     def build(self, image: ImageConfig, text: TextConfig) -> WordFilmFusion:
         return WordFilmFusion(self, image, text)
 
 
 class WordFilmFusion(Fusion):
-    """A `WordFilm` and a norm for each stage that words enter; the others give the head nothing."""
+    """A `WordFilm` for each stage that fuses, and a norm of what the head gets."""
 
     def __init__(self, config: WordFilmConfig, image: ImageConfig, text: TextConfig) -> None:
         super().__init__()
-        stages = config._stages(image)
+        stages = config.fused(image)
         self.stages = nn.ModuleDict({str(i): WordFilm(image.channels[i], text.width, config.heads) for i in stages})
         self.norms = nn.ModuleDict({str(i): nn.LayerNorm(image.channels[i]) for i in stages})
 
