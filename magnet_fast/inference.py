@@ -360,25 +360,14 @@ class Segmenter:
         return as_rgb(image) if self.stored_pixels else as_shown(image)
 
     def _read(self, image: Picture | Prepared, where: str) -> Prepared:
-        """What `prepare` makes of an image, or that itself, checked; a message begins with `where`."""
+        """`prepare`, or nothing to do; a message begins with `where`."""
         try:
-            prepared = image if isinstance(image, Prepared) else self.prepare(image)
-            self._check_context(prepared.context)
-            return prepared
+            return image if isinstance(image, Prepared) else self.prepare(image)
         except (FileNotFoundError, TypeError, ValueError) as error:
             if not where:
                 raise
             kind = next(one for one in (FileNotFoundError, TypeError, ValueError) if isinstance(error, one))
             raise kind(f"{where}{error}") from error
-
-    def _check_context(self, context: dict[str, Tensor]) -> None:
-        """ValueError where a picture's context lacks what the model needs, or holds it in another form."""
-        side = self.spec.size
-        for name in self._makers:
-            tensor = context.get(name)
-            if tensor is None or tensor.shape != (side, side) or tensor.is_floating_point():
-                found = "nothing" if tensor is None else f"{tuple(tensor.shape)} of {tensor.dtype}"
-                raise ValueError(f"context[{name!r}] is {found}; expected integers ({side}, {side})")
 
     def _look(self, pixels: Tensor) -> list[Tensor] | None:
         """What the model makes of images (U, 3, S, S) before words come; None where it makes nothing without them,
