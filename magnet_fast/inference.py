@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, NamedTuple, overload
@@ -61,8 +62,7 @@ class Prepared:
     Attributes:
         pixels: (3, S, S) float32.
         size: (H, W) of the picture, to which masks come back.
-        context: tensors beside the picture that the model needs and that are made of it, uint8 (S, S). Others of that
-            form may stand in their place: `dataclasses.replace(prepared, context={"superpixels": labels})`.
+        context: tensors beside the picture that the model reads, by name: made of it, or given to `prepare`.
     """
 
     pixels: Tensor
@@ -96,6 +96,10 @@ class Segmenter:
         keep_masks: masks as the model draws them, also where it says that nothing is named. Otherwise they are empty
             there (weighed by the presence in models such as MagNet, see `models.Prediction`).
         batch_size: sentences in one forward pass, about one image or several.
+
+    Attributes:
+        lacking: names of tensors that the model needs beside a picture and that are not made of it (`proposals`): it is
+            asked about what `prepare` made of picture and tensors.
     """
 
     def __init__(
@@ -115,8 +119,7 @@ class Segmenter:
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size: expected at least 1, got {batch_size!r}")
         self._makers = makers_of(model.needs)
-        if lacking := [name for name in model.required if name not in self._makers]:
-            raise ValueError(f"model: it needs {', '.join(lacking)} beside image and expression, which none gives here")
+        self.lacking = tuple(name for name in model.required if name not in self._makers)
         model = model if device is None else model.to(device)
         pack = pack or dtype == INT8
         self.model = prepared_model(model, dtype, fast=fast, pack=pack).eval()
@@ -278,10 +281,7 @@ class Segmenter:
                     self.tokenizer.tell(text, reading)
                 if list(ready) != looked:
                     pixels = torch.stack([one.pixels for one in ready.values()]).to(self.device)
-                    context = {
-                        name: torch.stack([one.context[name] for one in ready.values()]).to(self.device)
-                        for name in self._makers
-                    }
+                    context = self._context(list(ready.values()))
                     seen, looked = self._look(pixels), list(ready)
                 asked = _Asked(
                     torch.tensor([looked.index(key) for key in keys]),
@@ -317,18 +317,44 @@ class Segmenter:
         picture = self._picture(image)
         return editing.edited(picture, self(picture, expression).mask, operation, feather)
 
-    def prepare(self, image: Picture) -> Prepared:
+    def prepare(self, image: Picture, context: Mapping[str, Tensor] | None = None) -> Prepared:
         """Read a picture as the model takes it. Any thread may do so, ahead of the call that it is given to.
 
+        Args:
+            image: as for a call.
+            context: tensors that the model reads beside the picture, without a batch's dimension, as a data set's
+                samples carry them in `extra`. They come before what would be made of the picture.
+
         Raises:
-            FileNotFoundError, ValueError, TypeError: it cannot be read, or has another layout.
+            FileNotFoundError, ValueError, TypeError: it cannot be read, or has another layout; the model reads no such
+                tensor, or lacks one.
         """
+        given = dict(context or {})
+        if unread := sorted(given.keys() - set(self.model.needs)):
+            reads = ", ".join(self.model.needs) or "nothing"
+            raise ValueError(f"context: expected what the model reads beside the picture, {reads}; got {unread[0]!r}")
+        if missing := [name for name in self.lacking if name not in given]:
+            named = ", ".join(missing)
+            raise ValueError(
+                f"context: the model needs {named} beside the picture; give prepare(picture, context={{…}})"
+            )
         picture = self._picture(image)
         pixels = self.fit.pixels(picture)
-        context = {
-            name: torch.from_numpy(on_canvas(maker, pixels, self.spec.size)) for name, maker in self._makers.items()
-        }
-        return Prepared(self.fit.normalise(pixels), (picture.height, picture.width), context)
+        for name, maker in self._makers.items():
+            if name not in given:
+                given[name] = torch.from_numpy(on_canvas(maker, pixels, self.spec.size))
+        return Prepared(self.fit.normalise(pixels), (picture.height, picture.width), given)
+
+    def _context(self, prepared: list[Prepared]) -> dict[str, Tensor]:
+        """What stands beside pictures of one batch, stacked."""
+        shapes = [{name: tuple(tensor.shape) for name, tensor in one.context.items()} for one in prepared]
+        other = next((one for one in shapes if one != shapes[0]), None)
+        if other is not None:
+            raise ValueError(
+                f"image: expected the same tensors beside all pictures of a batch, got {shapes[0]} and {other}; ask "
+                "about each alone, or with batch_size=1"
+            )
+        return {name: torch.stack([one.context[name] for one in prepared]).to(self.device) for name in shapes[0]}
 
     def _picture(self, image: Picture) -> Image.Image:
         return as_rgb(image) if self.stored_pixels else as_shown(image)

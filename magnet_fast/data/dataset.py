@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import warnings
 from bisect import bisect_right
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -112,7 +112,7 @@ class ExpressionDataset(Dataset):
         self._makers: dict[str, Maker] = {}
         if cache:
             side = self.spec.size
-            self._images = ArrayCache([ref.image_id for ref in self._refs], side * side * 3, "images", cache_shared)
+            self._images = ArrayCache(self._cached_images(), side * side * 3, "images", cache_shared)
             self._masks = ArrayCache(range(len(self._refs)), -(-side * side // 8), "masks", cache_shared)
         self._makers = makers_of([name for name in needs if name not in self.context])
         self._made = {
@@ -164,6 +164,11 @@ class ExpressionDataset(Dataset):
             return ()
         place, sentence = self._own(0)
         return (*self.reader.extra(self._refs[place], sentence), *self._makers)
+
+    @property
+    def categories(self) -> frozenset[int]:
+        """COCO's category ids that are named; empty where the data say none."""
+        return frozenset(ref.category_id for ref in self._refs if ref.category_id is not None)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the sentences of mode "refs" anew; no effect in mode "sentences"."""
@@ -274,9 +279,16 @@ class ExpressionDataset(Dataset):
         def make() -> np.ndarray:
             return self.fit.pixels(self.load_image(index))
 
+        return self._kept(ref.image_id, size, make)
+
+    def _cached_images(self) -> list[int]:
+        return [ref.image_id for ref in self._refs]
+
+    def _kept(self, image_id: int, size: tuple[int, int], make: Callable[[], np.ndarray]) -> np.ndarray:
+        """An image's pixels out of the cache, or made: `size` is that of its file."""
         if self._images is None:
             return make()
-        return self._images.get(ref.image_id, (*self.fit.extent(size), 3), make)
+        return self._images.get(image_id, (*self.fit.extent(size), 3), make)
 
     def _context_of(self, ref: Ref, pixels: np.ndarray) -> dict[str, torch.Tensor]:
         """What is made of a picture, uint8 (S, S) each."""
@@ -333,6 +345,11 @@ class MixedDataset(Dataset):
     def context(self) -> tuple[str, ...]:
         """Names of the context tensors that the samples of every part carry."""
         return tuple(name for name in self.parts[0].context if all(name in part.context for part in self.parts))
+
+    @property
+    def categories(self) -> frozenset[int]:
+        """`ExpressionDataset.categories` of all parts together."""
+        return frozenset().union(*(part.categories for part in self.parts))
 
     def set_epoch(self, epoch: int) -> None:
         """`ExpressionDataset.set_epoch` of every part."""

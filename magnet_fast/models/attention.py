@@ -45,6 +45,28 @@ class TokenAttention(nn.Module):
         return self.output(attended)
 
 
+class SentenceRead(nn.Module):
+    """What a sentence finds in a map: v = sum_p softmax_p((W_q s) . (W_k x_p) / sqrt(d)) W_v x_p.
+
+    forward(x (B, H, W, C), sentence (B, S)) returns (B, d).
+
+    Args:
+        channels: C. sentence_width: S. width: d.
+    """
+
+    def __init__(self, channels: int, sentence_width: int, width: int) -> None:
+        super().__init__()
+        self.query = nn.Linear(sentence_width, width)
+        self.key, self.value = nn.Linear(channels, width), nn.Linear(channels, width)
+
+    def forward(self, x: Tensor, sentence: Tensor) -> Tensor:
+        pixels, query = x.flatten(1, 2), self.query(sentence)[:, None]
+        _, found = ops.cross_modal_attention(
+            None, None, None, text_query=query, image_key=self.key(pixels), image_value=self.value(pixels)
+        )
+        return found[:, 0]
+
+
 class Attention(nn.Module):
     """Multi-head attention with dropout on its weights."""
 

@@ -298,7 +298,12 @@ class ReferringModel(nn.Module):
 
     @torch.no_grad()
     def predict(
-        self, image: Tensor, input_ids: Tensor, attention_mask: Tensor, size: tuple[int, int] | None = None
+        self,
+        image: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        size: tuple[int, int] | None = None,
+        context: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """The probability (B, H, W) float32 that a pixel belongs to what is named; the short form of a call.
 
@@ -307,8 +312,9 @@ class ReferringModel(nn.Module):
             input_ids: (B, T) int64.
             attention_mask: (B, T), 1 or True for a token that is read.
             size: (H, W) of the result; default: the image's.
+            context: as for `forward`.
         """
-        prediction = self(image, Text(input_ids, attention_mask.bool()))
+        prediction = self(image, Text(input_ids, attention_mask.bool()), context)
         return probability(prediction, size or (image.shape[2], image.shape[3]))
 
     @property

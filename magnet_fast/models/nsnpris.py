@@ -57,9 +57,7 @@ _TINY: dict[str, Any] = {
 }
 
 
-@register(
-    "nsnpris", presets={"nsnpris_tiny": _TINY, "nsnpris_clip_r50": _CLIP, "nsnpris_swin_b": _SWIN}, released=None
-)
+@register("nsnpris", presets={"nsnpris_tiny": _TINY, "nsnpris_clip_r50": _CLIP, "nsnpris_swin_b": _SWIN}, released=None)
 class NSNPRIS(ReferringModel):
     """Maps of strides 8, 16 and 32 meet the words after a third of the text's layers each; masks have ⌈H/4⌉×⌈W/4⌉."""
 

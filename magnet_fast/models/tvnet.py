@@ -35,6 +35,6 @@ def _parts(image: dict[str, Any], text: dict[str, Any], head: dict[str, Any]) ->
     released=None,
 )
 class TVNet(ReferringModel):
-    """Its context holds `reference_image`; without one it answers by image and sentence alone. Masks are ⌈H/4⌉×⌈W/4⌉."""
+    """Its context holds `reference_image`; without one image and sentence alone answer. Masks have ⌈H/4⌉×⌈W/4⌉."""
 
     config: ModelConfig

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from functools import partial
 from typing import Any
 
 from magnet_fast.data import ExpressionDataset, MixedDataset
 from magnet_fast.data.datasets import open_reader
 from magnet_fast.data.phrases import PhraseDataset
+from magnet_fast.data.retrieval import RetrievalDataset
 from magnet_fast.evaluation.protocol import choose_truth
 from magnet_fast.models.contract import InputSpec
 from magnet_fast.training.config import TrainConfig
@@ -59,6 +61,7 @@ def build_datasets(
         for ref in reader.refs(split)
     }
     truth = chosen_truth(config, readers[0], spec)
+    dataset_of = dataset_kind(config)
     training_set: Any
     if data.phrases is not None:
         training_set = PhraseDataset(
@@ -72,7 +75,7 @@ def build_datasets(
         )
     else:
         parts = [
-            ExpressionDataset(
+            dataset_of(
                 reader,
                 data.train_split,
                 tokenizer,
@@ -91,7 +94,7 @@ def build_datasets(
     if config.validate_every == "never":
         return training_set, None
     original = config.resolution == "original"
-    return training_set, ExpressionDataset(
+    return training_set, dataset_of(
         readers[0],
         data.val_split,
         tokenizer,
@@ -102,6 +105,12 @@ def build_datasets(
         truth=truth,
         needs=needs,
     )
+
+
+def dataset_kind(config: TrainConfig) -> Callable[..., ExpressionDataset]:
+    """What makes a run's data sets of readers and splits: with the pictures of `data.references`, where there are."""
+    references = config.data.references
+    return ExpressionDataset if references is None else partial(RetrievalDataset, references=references)
 
 
 def chosen_truth(config: TrainConfig, reader: Any, spec: InputSpec) -> str:

@@ -27,12 +27,21 @@ CORRECT = [
     "wgfm",
     "rnr",
     "lda",
+    "two-stage",
+    "nsnpris",
+    "cmt",
+    "relation",
 ]
 """Padding is no word; ReLA reads it, as released."""
 
 SAYS_PRESENCE = ("magnet", "refsegformer", "rela", "risam")
 MASK_STRIDES = {"wgfm": 8, "lda": 8}
 """Of masks and pixels; 4 unless said."""
+EXTRA = {
+    "rela": {"minimap"},
+    "two-stage": {"global_pixels", "global_sentence"},
+    "relation": {"roles", "instances"},
+}
 FIXED = {"rnr": (32, 8)}
 """Sides of masks, and of the maps below them, that are the same for every image."""
 
@@ -55,11 +64,8 @@ def test_contract(case: str, size: tuple[int, int]) -> None:
     assert (prediction.presence is None) != says and (prediction.presence is None or prediction.presence.shape == (2,))
     shapes = model.config.shapes
     assert model.head.pixel_channels == model.config.head.pixel_channels(shapes)
-    if case == "lavt":
-        assert prediction.pixels is None and model.head.pixel_channels is None
-    else:
-        pixels = mask_size if case != "refsegformer-topdown" else tuple(-(-side // 8) for side in size)
-        assert prediction.pixels.shape == (2, model.head.pixel_channels, *pixels)
+    pixels = mask_size if case != "refsegformer-topdown" else tuple(-(-side // 8) for side in size)
+    assert prediction.pixels.shape == (2, model.head.pixel_channels, *pixels)
     if case.startswith("magnet"):
         assert [(p.mask.shape, p.presence.shape) for p in prediction.earlier] == [((2, *mask_size), (2,))] * 9
     elif case == "refsegformer-topdown":
@@ -68,9 +74,11 @@ def test_contract(case: str, size: tuple[int, int]) -> None:
         ]
     elif case.startswith("risam"):
         assert [(p.mask.shape, p.presence.shape) for p in prediction.earlier] == [((2, *mask_size), (2,))] * 2
+    elif case in ("cmt", "relation"):
+        assert [p.mask.shape for p in prediction.earlier] == [(2, *(-(-side // 16) for side in size))]
     else:
         assert prediction.earlier == ()
-    assert model.needs == () and prediction.extra.keys() == ({"minimap"} if case == "rela" else set())
+    assert model.needs == () and prediction.extra.keys() == EXTRA.get(case, set())
     width, sentence_width = model.text_encoder.width, model.head.sentence_width
     assert prediction.words.features.shape == (2, 9, width if sentence_width is None else sentence_width)
     assert prediction.words.sentence.shape == (2, sentence_width or shapes.sentence_width)

@@ -80,8 +80,8 @@ def context_of(x: Tensor, sentence: Tensor, context: Context) -> Tensor:
     """The formula, (B, H, W, C) to (B, C, H, W), row by row of the batch."""
     joined = []
     for pixels, s in zip(x.flatten(1, 2), sentence, strict=True):
-        weights = (linear(pixels, context.key) @ linear(s, context.query) / math.sqrt(x.shape[3])).softmax(0)
-        whole = torch.cat([weights @ linear(pixels, context.value), linear(s, context.sentence)])
+        weights = (linear(pixels, context.read.key) @ linear(s, context.read.query) / math.sqrt(x.shape[3])).softmax(0)
+        whole = torch.cat([weights @ linear(pixels, context.read.value), linear(s, context.sentence)])
         joined.append(torch.stack([torch.cat([pixel, whole]) for pixel in pixels]))
     joined = torch.stack(joined).transpose(1, 2).unflatten(2, x.shape[1:3])
     return conv_block(joined, context.join)

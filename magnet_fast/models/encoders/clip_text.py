@@ -41,6 +41,8 @@ class ClipTextConfig(TextConfig):
     def _divisible(self) -> ClipTextConfig:
         if self.hidden_size % self.heads:
             raise ValueError(f"num_heads={self.heads} does not divide hidden_size={self.hidden_size}")
+        if self.schedule == "slices" and self.num_layers % SLICES:
+            raise ValueError(f"num_layers={self.num_layers} must be a multiple of {SLICES}: one slice for each stage")
         return self
 
     @property
@@ -71,9 +73,10 @@ class ClipTextConfig(TextConfig):
 
 
 class ClipText(TextEncoder):
-    """Whole, or in three slices of layers. Words are the last norm's output; the sentence is that of the end token in the joint space, where that is kept.
+    """Whole, or in three slices of layers.
 
-    The end token is the last that is read. CLIP finds it as the largest id, which with its vocabulary is the same. No
+    Words are the last norm's output; the sentence is that of the end token in the joint space, where that is kept. The
+    end token is the last that is read. CLIP finds it as the largest id, which with its vocabulary is the same. No
     padding mask: what stands behind the end token is not seen by what stands before it.
     """
 

@@ -125,9 +125,7 @@ class BridgeStage(nn.Module):
         self.pixel_in, self.pixel_out = Zoom(channels, width, stride, grid), Zoom(width, channels, grid, stride)
         self.word_in, self.word_out = nn.Linear(text_width, width), nn.Linear(width, text_width)
         self.pixel_norm, self.word_norm = (nn.LayerNorm(width) if follows else None for _ in range(2))
-        self.pixels, self.words = (
-            Interaction(width, config.num_heads, config.feedforward) for _ in range(2)
-        )
+        self.pixels, self.words = (Interaction(width, config.num_heads, config.feedforward) for _ in range(2))
 
     def forward(self, x: Tensor, words: Tensor, mask: Tensor, before: Pair | None) -> tuple[Tensor, Tensor, Pair]:
         size = x.shape[1:3]

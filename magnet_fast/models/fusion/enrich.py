@@ -77,15 +77,13 @@ class Enrich(Fusion):
             return None, inner
         if not image.is_floating_point() or image.ndim != 4 or image.shape[1] != 3:
             raise ValueError(
-                f"context[{REFERENCE!r}] is {tuple(image.shape)} of {image.dtype}; expected (B, 3, S, S), floating-point"
+                f"context[{REFERENCE!r}] is {tuple(image.shape)} of {image.dtype}; expected float (B, 3, S, S)"
             )
         maps = maps_of(image)
         grids = {stage: averaged(maps[int(stage)], self.side) for stage in self.stages}
         return (grids, image.flatten(1).any(dim=1)), inner
 
-    def forward(
-        self, i: int, x: Tensor, words: Words, carry: tuple[Any, Any], context: Mapping[str, Tensor]
-    ) -> Step:
+    def forward(self, i: int, x: Tensor, words: Words, carry: tuple[Any, Any], context: Mapping[str, Tensor]) -> Step:
         reference, inner = carry
         if reference is not None and str(i) in self.stages:
             grids, there = reference

@@ -11,7 +11,7 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from magnet_fast import ops
+from magnet_fast.models.attention import SentenceRead
 from magnet_fast.models.base import Head
 from magnet_fast.models.config import HeadConfig, Shapes, part
 from magnet_fast.models.contract import Features, Prediction
@@ -69,21 +69,11 @@ class Context(nn.Module):
 
     def __init__(self, width: int, sentence_width: int) -> None:
         super().__init__()
-        self.query = nn.Linear(sentence_width, width)
-        self.key, self.value = nn.Linear(width, width), nn.Linear(width, width)
+        self.read = SentenceRead(width, sentence_width, width)
         self.sentence = nn.Linear(sentence_width, width)
         self.join = nn.Sequential(*conv_norm_relu(3 * width, width, size=1))
 
     def forward(self, x: Tensor, sentence: Tensor) -> Tensor:
-        pixels = x.flatten(1, 2)
-        _, context = ops.cross_modal_attention(
-            None,
-            None,
-            None,
-            text_query=self.query(sentence)[:, None],
-            image_key=self.key(pixels),
-            image_value=self.value(pixels),
-        )
-        whole = torch.cat([context[:, 0], self.sentence(sentence)], dim=1)
+        whole = torch.cat([self.read(x, sentence), self.sentence(sentence)], dim=1)
         joined = torch.cat([x, whole[:, None, None].expand(-1, *x.shape[1:3], -1)], dim=3)
         return self.join(joined.permute(0, 3, 1, 2))
