@@ -102,7 +102,7 @@ def change(**entries: Any) -> Callable[[dict], dict]:
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (change(format="other"), "format is 'other'; expected 'magnet_fast.references/1'"),
+        (change(format="other"), "format is 'other'; expected 'magnet_fast.references/1', as"),
         (lambda content: [content], "format is null; expected"),
         (change(references={"val": []}), r"expected a list of \[ref_id, sent_id, image_id\] for the split 'train'"),
         (change(references={"train": [[1, 10]]}), r"expected a list of \[ref_id, sent_id, image_id\]"),
