@@ -76,8 +76,8 @@ def export(
     out = Path(out)
     if format not in FORMATS:
         raise ValueError(f"format is {format!r}; expected one of {', '.join(FORMATS)}")
-    if model.needs:
-        raise ValueError(f"model: it needs {', '.join(model.needs)} beside image and expression; no graph has those")
+    if model.required:
+        raise ValueError(f"model: it needs {', '.join(model.required)} beside image and expression; no graph has those")
     if out.exists():
         raise FileExistsError(f"{out} exists; expected a new folder")
     packages, write = FORMATS[format]

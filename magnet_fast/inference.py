@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, NamedTuple, overload
 
@@ -15,6 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from magnet_fast import checkpoints, editing
+from magnet_fast.data.context import makers_of, on_canvas
 from magnet_fast.data.tokenizers import ExpressionTokenizer, Reading, shortened
 from magnet_fast.data.transforms import Picture, as_rgb, as_shown, open_fit
 from magnet_fast.evaluation.finite import nan_answers, where_nan_begins
@@ -60,10 +62,12 @@ class Prepared:
     Attributes:
         pixels: (3, S, S) float32.
         size: (H, W) of the picture, to which masks come back.
+        context: tensors beside the picture that the model reads, by name: made of it, or given to `prepare`.
     """
 
     pixels: Tensor
     size: tuple[int, int]
+    context: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Segmenter:
@@ -92,6 +96,10 @@ class Segmenter:
         keep_masks: masks as the model draws them, also where it says that nothing is named. Otherwise they are empty
             there (weighed by the presence in models such as MagNet, see `models.Prediction`).
         batch_size: sentences in one forward pass, about one image or several.
+
+    Attributes:
+        lacking: names of tensors that the model needs beside a picture and that are not made of it (`proposals`): it is
+            asked about what `prepare` made of picture and tensors.
     """
 
     def __init__(
@@ -110,10 +118,8 @@ class Segmenter:
     ) -> None:
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size: expected at least 1, got {batch_size!r}")
-        if model.needs:
-            raise ValueError(
-                f"model: it needs {', '.join(model.needs)} beside image and expression, which none gives here"
-            )
+        self._makers = makers_of(model.needs)
+        self.lacking = tuple(name for name in model.required if name not in self._makers)
         model = model if device is None else model.to(device)
         pack = pack or dtype == INT8
         self.model = prepared_model(model, dtype, fast=fast, pack=pack).eval()
@@ -275,6 +281,7 @@ class Segmenter:
                     self.tokenizer.tell(text, reading)
                 if list(ready) != looked:
                     pixels = torch.stack([one.pixels for one in ready.values()]).to(self.device)
+                    context = self._context(list(ready.values()))
                     seen, looked = self._look(pixels), list(ready)
                 asked = _Asked(
                     torch.tensor([looked.index(key) for key in keys]),
@@ -282,7 +289,7 @@ class Segmenter:
                     [ready[key].size for key in keys],
                     expressions[part],
                 )
-                found += self._segment(pixels, seen, asked)
+                found += self._segment(pixels, context, seen, asked)
         for one, reading in zip(found, readings, strict=True):
             one.reading = reading
         return found[0] if single and not several else found
@@ -310,14 +317,44 @@ class Segmenter:
         picture = self._picture(image)
         return editing.edited(picture, self(picture, expression).mask, operation, feather)
 
-    def prepare(self, image: Picture) -> Prepared:
+    def prepare(self, image: Picture, context: Mapping[str, Tensor] | None = None) -> Prepared:
         """Read a picture as the model takes it. Any thread may do so, ahead of the call that it is given to.
 
+        Args:
+            image: as for a call.
+            context: tensors that the model reads beside the picture, without a batch's dimension, as a data set's
+                samples carry them in `extra`. They come before what would be made of the picture.
+
         Raises:
-            FileNotFoundError, ValueError, TypeError: it cannot be read, or has another layout.
+            FileNotFoundError, ValueError, TypeError: it cannot be read, or has another layout; the model reads no such
+                tensor, or lacks one.
         """
+        given = dict(context or {})
+        if unread := sorted(given.keys() - set(self.model.needs)):
+            reads = ", ".join(self.model.needs) or "nothing"
+            raise ValueError(f"context: expected what the model reads beside the picture, {reads}; got {unread[0]!r}")
+        if missing := [name for name in self.lacking if name not in given]:
+            named = ", ".join(missing)
+            raise ValueError(
+                f"context: the model needs {named} beside the picture; give prepare(picture, context={{…}})"
+            )
         picture = self._picture(image)
-        return Prepared(self.fit.image(picture), (picture.height, picture.width))
+        pixels = self.fit.pixels(picture)
+        for name, maker in self._makers.items():
+            if name not in given:
+                given[name] = torch.from_numpy(on_canvas(maker, pixels, self.spec.size))
+        return Prepared(self.fit.normalise(pixels), (picture.height, picture.width), given)
+
+    def _context(self, prepared: list[Prepared]) -> dict[str, Tensor]:
+        """What stands beside pictures of one batch, stacked."""
+        shapes = [{name: tuple(tensor.shape) for name, tensor in one.context.items()} for one in prepared]
+        other = next((one for one in shapes if one != shapes[0]), None)
+        if other is not None:
+            raise ValueError(
+                f"image: expected the same tensors beside all pictures of a batch, got {shapes[0]} and {other}; ask "
+                "about each alone, or with batch_size=1"
+            )
+        return {name: torch.stack([one.context[name] for one in prepared]).to(self.device) for name in shapes[0]}
 
     def _picture(self, image: Picture) -> Image.Image:
         return as_rgb(image) if self.stored_pixels else as_shown(image)
@@ -351,21 +388,26 @@ class Segmenter:
             return kept[2]
         return self._last[2]
 
-    def _segment(self, pixels: Tensor, seen: list[Tensor] | None, asked: _Asked) -> list[Segmentation]:
-        """Images (U, 3, S, S), what was seen of them, and N expressions about them."""
+    def _segment(
+        self, pixels: Tensor, context: dict[str, Tensor], seen: list[Tensor] | None, asked: _Asked
+    ) -> list[Segmentation]:
+        """Images (U, 3, S, S), what stands beside them and what was seen of them, and N expressions about them."""
         text, count = asked.text, len(asked.which)
         # Repeated expressions fill the batch up to one of the sizes that are compiled.
         rows = torch.arange(1 << (count - 1).bit_length() if self.compile else count) % count
         which = asked.which[rows]
-        more = {} if seen is None else {"seen": [_of_rows(one, which) for one in seen]}
+        more: dict[str, Any] = {} if seen is None else {"seen": [_of_rows(one, which) for one in seen]}
         text = Text(*(part[rows].to(self.device) for part in text))
+        if context:
+            more["context"] = {name: _of_rows(one, which) for name, one in context.items()}
         prediction = self.model(_of_rows(pixels, which), text, **more)
         if (nan := nan_answers(prediction)[:count].tolist()).count(True):
             first = nan.index(True)
             one = Text(*(part[first : first + 1] for part in text))
+            beside = {name: tensor[first : first + 1] for name, tensor in more.get("context", {}).items()}
             raise ValueError(
                 f"prediction: NaN in that of expression {shortened(asked.expressions[first])}: "
-                f"{where_nan_begins(self.model, pixels[which[first]][None], one)}"
+                f"{where_nan_begins(self.model, pixels[which[first]][None], one, beside)}"
             )
         presence: list[float | None] = [None] * count
         if prediction.presence is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from colorsys import hsv_to_rgb
 from dataclasses import dataclass
 from functools import cache
 
@@ -154,6 +155,50 @@ def contact_sheet(examples: Sequence[Example], columns: int = 1, cell: int = 192
         warnings.warn(
             f"contact sheet: the font lacks {len(codes)} letters, drawn as their codes: {shown}", stacklevel=2
         )
+    return sheet
+
+
+def roles_and_instances(
+    image: Image.Image, words: Sequence[str], roles: np.ndarray, instances: np.ndarray, names: Sequence[str]
+) -> Image.Image:
+    """What a model of relations sees: the picture in the colours of the instances that its pixels chose, and under it
+    the words, each the darker the more it says of a role.
+
+    Args:
+        image: as it was given to the model, squashed or not.
+        words: T of them, tokens if need be.
+        roles: (K, T), from 0 to 1: `extra["roles"]` of one prediction.
+        instances: (N, h, w), each pixel's part in each instance: `extra["instances"]` of it.
+        names: of the K roles.
+
+    Raises:
+        ValueError: there are not as many roles as names, or not as many columns as words.
+    """
+    if np.shape(roles) != (len(names), len(words)):
+        raise ValueError(f"roles: expected {len(names)} rows for {len(words)} words, got {np.shape(roles)}")
+    chosen = Image.fromarray(np.argmax(instances, axis=0).astype(np.int32)).resize(image.size, Image.Resampling.NEAREST)
+    count = len(instances)
+    colours = [tuple(round(255 * one) for one in hsv_to_rgb(n / count, 0.9, 0.9)) for n in range(count)]
+    drawn = overlay_each(image, [np.asarray(chosen) == n for n in range(count)], colours)
+    font, gap = _font(12), 6
+    line = sum(font.getmetrics()) + gap
+    codes: set[str] = set()
+    columns = ["".join(_drawable(letter, font, codes) for letter in word) for word in ("", *words)]
+    widths = [round(font.getlength(word)) + 2 * gap for word in columns]
+    widths[0] = max(round(font.getlength(name)) for name in names) + 2 * gap
+    sheet = Image.new("RGB", (max(drawn.width, sum(widths)), drawn.height + line * len(names) + gap), "white")
+    sheet.paste(drawn, (0, 0))
+    draw = ImageDraw.Draw(sheet)
+    for row, name in enumerate(names):
+        x, y = 0, drawn.height + gap + row * line
+        for column, (word, width) in enumerate(zip(columns, widths, strict=True)):
+            part = float(roles[row][column - 1]) if column else 0.0
+            shade = round(255 * (1 - part))
+            draw.rectangle((x, y, x + width - 1, y + line - 1), fill=(shade,) * 3)
+            draw.text(
+                (x + gap, y + gap // 2), word if column else name, fill="white" if part > 0.5 else "black", font=font
+            )
+            x += width
     return sheet
 
 

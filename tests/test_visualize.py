@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from magnet_fast.visualize import Example, contact_sheet, overlay, overlay_each
+from magnet_fast.visualize import Example, contact_sheet, overlay, overlay_each, roles_and_instances
 
 EXPRESSION, TRUTH = 208, 427  # where these columns begin, in a sheet of cells of 192 pixels
 
@@ -139,3 +139,18 @@ def test_pixels_of_more_than_8_bits_are_refused() -> None:
         overlay(np.zeros((4, 4, 3), dtype=np.float32), mask)
     with pytest.raises(ValueError, match="got mode I;16"):
         contact_sheet([Example(grey, "a", mask, mask)])
+
+
+def test_roles_and_instances() -> None:
+    """A word of a role is as dark as its part says, and pixels of one instance are tinted alike."""
+    image = Image.new("RGB", (60, 40), (120, 120, 120))
+    instances = np.zeros((2, 4, 6))
+    instances[0, :, :3] = instances[1, :, 3:] = 0.9
+    roles = np.array([[1.0, 0.0, 0.0], [0.0, 0.25, 0.75]])
+    sheet = np.asarray(roles_and_instances(image, ["the", "red", "one"], roles, instances, ["first", "last"]))
+    inner = sheet[10:30, 5:25], sheet[10:30, 35:55]
+    assert all((part == part[0, 0]).all() for part in inner) and (inner[0][0, 0] != inner[1][0, 0]).any()
+    rows = [set(map(tuple, sheet[y].reshape(-1, 3).tolist())) for y in (47, 47 + (sheet.shape[0] - 46) // 2)]
+    assert (0, 0, 0) in rows[0] and (64, 64, 64) in rows[1] and (191, 191, 191) in rows[1]
+    with pytest.raises(ValueError, match=r"roles: expected 2 rows for 2 words, got \(2, 3\)"):
+        roles_and_instances(image, ["the", "one"], roles, instances, ["first", "last"])

@@ -47,6 +47,9 @@ def segment_many(
             f"--out: pictures of {source} lie in {out / MASKS}, where masks are written; name another folder"
         )
     segmenter = load()
+    if segmenter.lacking:
+        needed = ", ".join(segmenter.lacking)
+        raise ValueError(f"--checkpoint: its model needs {needed} beside a picture, which --input does not give")
     with Results(out, rows, format, resume) as results:
         before = len(results.done)
         try:

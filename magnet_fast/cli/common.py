@@ -66,6 +66,9 @@ ImageSizeOption = Annotated[
         help="Side of the square that images are brought to; the checkpoint's own if left out.", min=8, max=4096
     ),
 ]
+ReferencesOption = Annotated[
+    Path | None, typer.Option(help="File of `data retrieve`, for models that read the picture found for a sentence.")
+]
 
 
 def open_dataset(
@@ -82,11 +85,13 @@ def open_dataset(
     original: bool = False,
     truth: str | None = None,
     protocol: str = "family",
+    references: Path | None = None,
 ) -> ExpressionDataset:
     """A split, prepared as the checkpoint's model asks for, with the protocol's ground truth unless `truth` says which;
     `image_size` changes the model's specification."""
     from magnet_fast.data import ExpressionDataset
     from magnet_fast.data.datasets import open_reader
+    from magnet_fast.data.retrieval import RetrievalDataset
     from magnet_fast.evaluation.protocol import choose_truth
 
     reader = open_reader(root, dataset, split_by, format=format, images=images)
@@ -97,7 +102,10 @@ def open_dataset(
     chosen = loaded.tokenizer(tokenizer)
     spec = loaded.model.spec
     truth = choose_truth(truth, protocol, reader, spec.fit)
-    return ExpressionDataset(reader, split, chosen, spec, original=original, truth=truth)
+    options = {"original": original, "truth": truth, "needs": loaded.model.needs}
+    if references is not None:
+        return RetrievalDataset(reader, split, chosen, spec, references=references, **options)
+    return ExpressionDataset(reader, split, chosen, spec, **options)
 
 
 @contextmanager

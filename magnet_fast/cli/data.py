@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from enum import Enum
 from pathlib import Path
@@ -11,7 +12,7 @@ import typer
 
 from magnet_fast.cli.common import FormatOption, ImagesOption, progress_bar
 from magnet_fast.cli.errors import user_errors
-from magnet_fast.cli.outputs import check_folder
+from magnet_fast.cli.outputs import check_files, check_folder
 
 _RECIPE = "magnet_tiny_scenes"  # needs no download
 
@@ -137,3 +138,38 @@ def check(
     if report.problems:
         raise typer.Exit(1)
     typer.echo(f"{report.where}: complete")
+
+
+@data_app.command()
+@user_errors
+def retrieve(
+    config: Annotated[str, typer.Option(help="As of train: whose model compares, over which data.")],
+    out: Annotated[Path, typer.Option(help="The file to write, .json; name it in training by data.references.")],
+    data: Annotated[Path | None, typer.Option(help="Folder of the data; data.root of the configuration.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change an entry, as of train.")
+    ] = None,
+) -> None:
+    """Find a picture of the training split for every sentence, by its words and its image."""
+    from magnet_fast.data.references import find_references, write_references
+    from magnet_fast.training import load_config
+    from magnet_fast.training.building import build_model, build_tokenizer
+    from magnet_fast.training.datasets import open_readers
+    from magnet_fast.training.distributed import pick_device
+    from magnet_fast.training.randomness import seed_everything
+
+    overrides = [f"data.root={json.dumps(str(data))}"] if data is not None else []
+    settings = load_config(config, [*overrides, *(set_ or [])])
+    check_files({"--out": out}, {})
+    reader, *_ = open_readers(settings)
+    seed_everything(settings.seed)
+    model = build_model(settings)
+    tokenizer = build_tokenizer(settings, model)
+    pool = settings.data.train_split
+    with progress_bar("comparing images") as progress:
+        found = find_references(model.to(pick_device(settings.device)), tokenizer, reader, pool, progress=progress)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_references(out, found, pool)
+    for split, references in found.items():
+        typer.echo(f"{split}: {len(references)} sentences, {len(set(references.values()))} pictures of {pool}")
+    typer.echo(f"to train with it: --set data.references={shlex.quote(str(out))}")

@@ -22,6 +22,7 @@ from magnet_fast.cli.common import (
     ImagesOption,
     LocalRankOption,
     Precision,
+    ReferencesOption,
     SplitByOption,
     SplitOption,
     TokenizerOption,
@@ -70,6 +71,7 @@ def evaluate(
         Truth | None,
         typer.Option(help="Masks at the square: resized, or drawn there from polygons. None: the protocol's."),
     ] = None,
+    references: ReferencesOption = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
     tokenizer: TokenizerOption = None,
     image_size: ImageSizeOption = None,
@@ -95,7 +97,7 @@ def evaluate(
     from magnet_fast.training.distributed import distributed_world, take_local_rank
 
     take_local_rank(local_rank)
-    check_files({"--out": out}, {"--checkpoint": checkpoint, "--tokenizer": tokenizer})
+    check_files({"--out": out}, {"--checkpoint": checkpoint, "--tokenizer": tokenizer, "--references": references})
     loaded = checkpoints.load(checkpoint)
     sentences = open_dataset(
         loaded,
@@ -110,6 +112,7 @@ def evaluate(
         original=resolution.value == "original",
         truth=truth and truth.value,
         protocol=protocol,
+        references=references,
     )
     check_not_of_the_data(out, sentences, split)
     if shuffle_expressions:

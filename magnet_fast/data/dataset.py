@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import warnings
 from bisect import bisect_right
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from PIL import Image
 from torch.utils.data import Dataset, get_worker_info
 
 from magnet_fast.data.cache import ArrayCache
+from magnet_fast.data.context import Maker, makers_of, on_canvas
 from magnet_fast.data.datasets.reader import Reader, Ref, Sentence
 from magnet_fast.data.sample import Sample, collate
 from magnet_fast.data.tokenizers.base import ExpressionTokenizer, Reading, shortened
@@ -52,6 +53,8 @@ class ExpressionDataset(Dataset):
         original: samples carry the mask at the image's own size, too.
         truth: the mask on the canvas is the image's own, "resized" (by nearest neighbour), or drawn there from scaled
             "polygons", as ReLA does for gRefCOCO; for squashed images, and readers that have polygons (`mask_at`).
+        needs: tensors of the context that a model needs, its `needs`. What the reader does not have is made of the
+            picture where that can be done (`data.context.MAKERS`).
 
     Attributes:
         spec: the specification, `size` being the side of the canvas.
@@ -80,6 +83,7 @@ class ExpressionDataset(Dataset):
         without_images: Collection[int] = (),
         original: bool = False,
         truth: str = "resized",
+        needs: Collection[str] = (),
     ) -> None:
         if mode not in MODES:
             raise ValueError(f"mode is {mode!r}; expected one of {', '.join(MODES)}")
@@ -105,10 +109,16 @@ class ExpressionDataset(Dataset):
         self._told = False
         self._swapped: list[int] | None = None  # index of the item that lends its sentence
         self._images = self._masks = None
+        self._makers: dict[str, Maker] = {}
         if cache:
             side = self.spec.size
-            self._images = ArrayCache([ref.image_id for ref in self._refs], side * side * 3, "images", cache_shared)
+            self._images = ArrayCache(self._cached_images(), side * side * 3, "images", cache_shared)
             self._masks = ArrayCache(range(len(self._refs)), -(-side * side // 8), "masks", cache_shared)
+        self._makers = makers_of([name for name in needs if name not in self.context])
+        self._made = {
+            name: ArrayCache([ref.image_id for ref in self._refs], self.spec.size**2, name, cache_shared)
+            for name in (self._makers if cache else ())
+        }
 
     def __len__(self) -> int:
         return len(self._items)
@@ -129,8 +139,9 @@ class ExpressionDataset(Dataset):
                 )
         ids, mask = self.tokenizer.rows([reading])
         size = self.reader.image_size(ref.image_id)
+        pixels = self._pixels(index, ref, size)
         sample = Sample(
-            image=self.fit.normalise(self._pixels(index, ref, size)),
+            image=self.fit.normalise(pixels),
             text=Text(ids[0], mask[0]),
             mask=self._mask(place, sentence),
             exists=sentence.exists,
@@ -140,7 +151,7 @@ class ExpressionDataset(Dataset):
             kind=spoken.kind,
             category=ref.category_id,
             size=size,
-            extra=self.reader.extra(ref, sentence),
+            extra={**self.reader.extra(ref, sentence), **self._context_of(ref, pixels)},
         )
         if self.original:
             sample["original_mask"] = torch.from_numpy(self.reader.mask(ref, sentence))
@@ -152,7 +163,12 @@ class ExpressionDataset(Dataset):
         if not self._items:
             return ()
         place, sentence = self._own(0)
-        return tuple(self.reader.extra(self._refs[place], sentence))
+        return (*self.reader.extra(self._refs[place], sentence), *self._makers)
+
+    @property
+    def categories(self) -> frozenset[int]:
+        """COCO's category ids that are named; empty where the data say none."""
+        return frozenset(ref.category_id for ref in self._refs if ref.category_id is not None)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the sentences of mode "refs" anew; no effect in mode "sentences"."""
@@ -263,9 +279,29 @@ class ExpressionDataset(Dataset):
         def make() -> np.ndarray:
             return self.fit.pixels(self.load_image(index))
 
+        return self._kept(ref.image_id, size, make)
+
+    def _cached_images(self) -> list[int]:
+        return [ref.image_id for ref in self._refs]
+
+    def _kept(self, image_id: int, size: tuple[int, int], make: Callable[[], np.ndarray]) -> np.ndarray:
+        """An image's pixels out of the cache, or made: `size` is that of its file."""
         if self._images is None:
             return make()
-        return self._images.get(ref.image_id, (*self.fit.extent(size), 3), make)
+        return self._images.get(image_id, (*self.fit.extent(size), 3), make)
+
+    def _context_of(self, ref: Ref, pixels: np.ndarray) -> dict[str, torch.Tensor]:
+        """What is made of a picture, uint8 (S, S) each."""
+        side = self.spec.size
+        found = {}
+        for name, maker in self._makers.items():
+
+            def make(maker: Maker = maker) -> np.ndarray:
+                return on_canvas(maker, pixels, side)
+
+            cache = self._made.get(name)
+            found[name] = torch.from_numpy(make() if cache is None else cache.get(ref.image_id, (side, side), make))
+        return found
 
     def _mask(self, place: int, sentence: Sentence) -> torch.Tensor:
         side, ref = self.spec.size, self._refs[place]
@@ -309,6 +345,11 @@ class MixedDataset(Dataset):
     def context(self) -> tuple[str, ...]:
         """Names of the context tensors that the samples of every part carry."""
         return tuple(name for name in self.parts[0].context if all(name in part.context for part in self.parts))
+
+    @property
+    def categories(self) -> frozenset[int]:
+        """`ExpressionDataset.categories` of all parts together."""
+        return frozenset().union(*(part.categories for part in self.parts))
 
     def set_epoch(self, epoch: int) -> None:
         """`ExpressionDataset.set_epoch` of every part."""

@@ -27,7 +27,7 @@ class PooledLevel:
     def forward(self, feature: Tensor) -> Tensor:
         if must_run_original(self):
             return super().forward(feature)
-        pooled = exchange._average(feature, self.side)
+        pooled = exchange.averaged(feature, self.side)
         return self.reduce(project(self.contract, self.norm(self.expand(pooled)), activation="gelu"))
 
 

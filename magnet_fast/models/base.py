@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -105,10 +105,21 @@ class Fusion(nn.Module):
     processes that train together wait for every gradient.
 
     Attributes:
-        needs: names of tensors of the context that it reads.
+        needs: names of tensors of the context that it reads: a data set must offer them.
+        optional: those of `needs` without which it still answers, so that an image and a sentence alone will do.
     """
 
     needs: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+
+    def start(self, maps_of: Callable[[Tensor], list[Tensor]], context: Mapping[str, Tensor]) -> Any:
+        """What it hands itself at the first stage, the first `carry`: nothing unless said.
+
+        Args:
+            maps_of: what the image encoder alone makes of other images, `ReferringModel.maps`.
+            context: as of `forward`.
+        """
+        return None
 
     def forward(self, i: int, x: Tensor, words: Words, carry: Any, context: Mapping[str, Tensor]) -> Step:
         """x (B, H, W, C) of stage i and the words to the output for the head and the stream for the next stage."""
@@ -203,7 +214,7 @@ class ReferringModel(nn.Module):
             image: (B, 3, H, W) float, prepared as `spec` says. H and W are free: what strides do not divide is padded
                 inside.
             text: of the same batch.
-            context: the named tensors that the parts need, see `needs`.
+            context: the named tensors that the parts read, see `needs` and `required`.
             seen: what `look` has made of these images: sentences about one image then share it.
         """
         features = self.encode(image, text, context, seen=seen)
@@ -229,7 +240,7 @@ class ReferringModel(nn.Module):
         """
         self._check(image, text, context)
         given = (text,) if embedded is None else (text, embedded)
-        words, carry = self.text_encoder.start(*given), None
+        words = self.text_encoder.start(*given)
         maps, tokens = [], []
         stages, size = len(self.image_encoder.channels), (image.shape[2], image.shape[3])
         if seen is not None:
@@ -237,6 +248,7 @@ class ReferringModel(nn.Module):
                 words = self.text_encoder.advance(i, words)
             step = self._late_fusion().join(seen, words, context or {})
             return Features([step.output], words, [step.tokens], size)
+        carry = self.fusion.start(self.maps, context or {})
         stream = self._start(image)
         for i in range(stages):
             x = self.image_encoder.stage(i, stream)
@@ -256,12 +268,17 @@ class ReferringModel(nn.Module):
         Raises:
             TypeError: words enter this model's image encoder.
         """
-        fusion, stream, maps = self._late_fusion(), self._start(image), []
-        for i in range(fusion.stages):
+        fusion = self._late_fusion()
+        return fusion.look(self.maps(image))
+
+    def maps(self, image: Tensor) -> list[Tensor]:
+        """What the image encoder alone makes of images (B, 3, H, W): the map of each stage, (B, Hᵢ, Wᵢ, Cᵢ)."""
+        stages, stream, maps = len(self.image_encoder.channels), self._start(image), []
+        for i in range(stages):
             maps.append(self.image_encoder.stage(i, stream))
-            if i + 1 < fusion.stages and self.image_encoder.in_stream:
+            if i + 1 < stages and self.image_encoder.in_stream:
                 stream = self.image_encoder.descend(i, maps[-1])
-        return fusion.look(maps)
+        return maps
 
     @property
     def looks_first(self) -> bool:
@@ -281,7 +298,12 @@ class ReferringModel(nn.Module):
 
     @torch.no_grad()
     def predict(
-        self, image: Tensor, input_ids: Tensor, attention_mask: Tensor, size: tuple[int, int] | None = None
+        self,
+        image: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        size: tuple[int, int] | None = None,
+        context: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """The probability (B, H, W) float32 that a pixel belongs to what is named; the short form of a call.
 
@@ -290,8 +312,9 @@ class ReferringModel(nn.Module):
             input_ids: (B, T) int64.
             attention_mask: (B, T), 1 or True for a token that is read.
             size: (H, W) of the result; default: the image's.
+            context: as for `forward`.
         """
-        prediction = self(image, Text(input_ids, attention_mask.bool()))
+        prediction = self(image, Text(input_ids, attention_mask.bool()), context)
         return probability(prediction, size or (image.shape[2], image.shape[3]))
 
     @property
@@ -307,6 +330,11 @@ class ReferringModel(nn.Module):
     def needs(self) -> tuple[str, ...]:
         """Names of the tensors of the context that the fusion reads: what a data set must offer."""
         return self.fusion.needs
+
+    @property
+    def required(self) -> tuple[str, ...]:
+        """Those of `needs` without which no forward pass runs."""
+        return tuple(name for name in self.needs if name not in self.fusion.optional)
 
     def repeated_layers(self) -> list[nn.Module]:
         """The layers that hold nearly all activations and weights: units of activation checkpointing and of FSDP.
@@ -377,7 +405,7 @@ class ReferringModel(nn.Module):
             raise ValueError(
                 f"text.ids holds {ids.shape[1]} tokens; this encoder has {self.text_encoder.max_positions} positions"
             )
-        missing = [name for name in self.needs if name not in (context or {})]
+        missing = [name for name in self.required if name not in (context or {})]
         if missing:
             raise ValueError(f"context lacks {', '.join(missing)}, which this model needs")
 

@@ -199,8 +199,11 @@ def part_kinds(role: str) -> dict[str, type[PartConfig]]:
     return dict(_parts[role])
 
 
-def _reader(role: str) -> BeforeValidator:
-    """The union of all parts of a role, told apart by `kind`. It is open: a part may be registered at any time."""
+def read_part(role: str) -> BeforeValidator:
+    """The union of all parts of a role, told apart by `kind`. It is open: a part may be registered at any time.
+
+    For a field that holds a part: `Annotated[SerializeAsAny[FusionConfig], read_part("fusion")]`.
+    """
 
     def read(value: Any) -> Any:
         if not isinstance(value, dict):
@@ -217,11 +220,11 @@ class ModelConfig(Settings):
     """A whole model. `architecture` is the name of the system that it belongs to."""
 
     architecture: str
-    image: Annotated[SerializeAsAny[ImageConfig], _reader("image")]
-    text: Annotated[SerializeAsAny[TextConfig], _reader("text")]
-    fusion: Annotated[SerializeAsAny[FusionConfig], _reader("fusion")]
-    head: Annotated[SerializeAsAny[HeadConfig], _reader("head")]
-    presence: Annotated[SerializeAsAny[PresenceConfig] | None, _reader("presence")] = None
+    image: Annotated[SerializeAsAny[ImageConfig], read_part("image")]
+    text: Annotated[SerializeAsAny[TextConfig], read_part("text")]
+    fusion: Annotated[SerializeAsAny[FusionConfig], read_part("fusion")]
+    head: Annotated[SerializeAsAny[HeadConfig], read_part("head")]
+    presence: Annotated[SerializeAsAny[PresenceConfig] | None, read_part("presence")] = None
     input: InputConfig = InputConfig()
 
     @model_validator(mode="after")

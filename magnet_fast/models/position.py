@@ -1,4 +1,5 @@
-"""Position encodings of a feature map: sines as DETR and Mask2Former use them, and SAM's random frequencies."""
+"""Position encodings of maps and words: sines as DETR and Mask2Former use them, plain ones, and SAM's random
+frequencies."""
 
 from __future__ import annotations
 
@@ -25,6 +26,20 @@ def sine_position(height: int, width: int, channels: int, device: torch.device, 
     rows = encode(height)[:, None, :].expand(height, width, half)
     columns = encode(width)[None, :, :].expand(height, width, half)
     return torch.cat((rows, columns), dim=2).reshape(1, height * width, channels).to(dtype)
+
+
+def line_position(count: int, channels: int, like: Tensor) -> Tensor:
+    """(count, channels): sine at even, cosine at odd channels of position · 10000^(-2i / channels)."""
+    index = torch.arange(0, channels, 2, device=like.device, dtype=torch.float32)
+    angle = torch.arange(count, device=like.device, dtype=torch.float32)[:, None] * 10000.0 ** (-index / channels)
+    return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1).to(like.dtype)
+
+
+def grid_position(height: int, width: int, channels: int, like: Tensor) -> Tensor:
+    """(H·W, channels): the first half for the column, the second for the row."""
+    columns = line_position(width, channels // 2, like)[None].expand(height, -1, -1)
+    rows = line_position(height, channels // 2, like)[:, None].expand(-1, width, -1)
+    return torch.cat([columns, rows], dim=-1).flatten(0, 1)
 
 
 class RandomPosition(nn.Module):

@@ -44,3 +44,28 @@ TINY_BERT: dict[str, Any] = {
     "max_positions": 64,
     "dropout": 0.0,
 }
+
+RESNET101: dict[str, Any] = {"kind": "resnet", "name": "resnet101", "frozen_norms": True}
+
+# Strides 4, 8, 16 and 16, as DeepLab's.
+DILATED_RESNET101: dict[str, Any] = {**RESNET101, "arguments": {"output_stride": 16}}
+
+# A block a stage; for pictures of 128 pixels.
+TINY_RESNET: dict[str, Any] = {
+    "kind": "resnet",
+    "name": "resnet10t",
+    "arguments": {"channels": [16, 32, 64, 128], "stem_width": 16},
+}
+
+TINY_DILATED_RESNET: dict[str, Any] = {
+    **TINY_RESNET,
+    "arguments": {**TINY_RESNET["arguments"], "output_stride": 16},
+}
+
+TINY_VECTORS_LSTM: dict[str, Any] = {
+    "kind": "vectors_lstm",
+    "vocab_size": 1280,
+    "vector_width": 64,
+    "hidden_size": 64,
+    "max_positions": 64,
+}

@@ -32,7 +32,7 @@ def build_trainer(config: TrainConfig, out: Path, world: World) -> Trainer:
     seed_everything(config.seed)
     model = build_model(config)
     tokenizer = build_tokenizer(config, model)
-    training_set, validation_set = build_datasets(config, readers, tokenizer, model.spec)
+    training_set, validation_set = build_datasets(config, readers, tokenizer, model.spec, model.needs)
     for dataset in filter(None, (training_set, validation_set)):
         require_context(dataset, model.needs)
     if world.is_main:

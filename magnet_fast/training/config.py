@@ -156,6 +156,8 @@ class TrainConfig(Strict):
             raise ValueError("optimiser.name=muon needs whole matrices, and parallel=fsdp cuts them up: take adamw")
         if self.data.phrases is not None and self.data.also:
             raise ValueError("data.phrases makes sentences of one data set; leave out data.also")
+        if self.data.references is not None and (self.data.also or self.data.phrases is not None):
+            raise ValueError("data.references is of one data set's own sentences; leave out data.also and data.phrases")
         if self.batch_size % self.accumulation:
             raise ValueError(f"batch_size={self.batch_size} is not a multiple of accumulation={self.accumulation}")
         return self

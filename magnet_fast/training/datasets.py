@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
+from functools import partial
 from typing import Any
 
 from magnet_fast.data import ExpressionDataset, MixedDataset
 from magnet_fast.data.datasets import open_reader
 from magnet_fast.data.phrases import PhraseDataset
+from magnet_fast.data.retrieval import RetrievalDataset
 from magnet_fast.evaluation.protocol import choose_truth
 from magnet_fast.models.contract import InputSpec
 from magnet_fast.training.config import TrainConfig
@@ -39,12 +42,15 @@ def check_split(reader: Any, root: str, key: str, split: str) -> None:
 
 
 def build_datasets(
-    config: TrainConfig, readers: list[Any], tokenizer: Any, spec: InputSpec
+    config: TrainConfig, readers: list[Any], tokenizer: Any, spec: InputSpec, needs: Collection[str] = ()
 ) -> tuple[ExpressionDataset | MixedDataset | PhraseDataset, ExpressionDataset | None]:
     """The training split and, unless validation is off, the validation split.
 
     With `data.also` images that any of the sets holds outside its training split are trained on in none: the sets
     share COCO's images, and what one trains on may be what another is tested on.
+
+    Args:
+        needs: tensors of the context that the model needs.
     """
     data = config.data
     held_out = {
@@ -55,6 +61,7 @@ def build_datasets(
         for ref in reader.refs(split)
     }
     truth = chosen_truth(config, readers[0], spec)
+    dataset_of = dataset_kind(config)
     training_set: Any
     if data.phrases is not None:
         training_set = PhraseDataset(
@@ -68,7 +75,7 @@ def build_datasets(
         )
     else:
         parts = [
-            ExpressionDataset(
+            dataset_of(
                 reader,
                 data.train_split,
                 tokenizer,
@@ -79,6 +86,7 @@ def build_datasets(
                 cache_shared=data.workers > 0,
                 without_images=held_out,
                 truth=truth,
+                needs=needs,
             )
             for reader in readers
         ]
@@ -86,7 +94,7 @@ def build_datasets(
     if config.validate_every == "never":
         return training_set, None
     original = config.resolution == "original"
-    return training_set, ExpressionDataset(
+    return training_set, dataset_of(
         readers[0],
         data.val_split,
         tokenizer,
@@ -95,7 +103,14 @@ def build_datasets(
         cache_shared=data.workers > 0,
         original=original,
         truth=truth,
+        needs=needs,
     )
+
+
+def dataset_kind(config: TrainConfig) -> Callable[..., ExpressionDataset]:
+    """What makes a run's data sets of readers and splits: with the pictures of `data.references`, where there are."""
+    references = config.data.references
+    return ExpressionDataset if references is None else partial(RetrievalDataset, references=references)
 
 
 def chosen_truth(config: TrainConfig, reader: Any, spec: InputSpec) -> str:

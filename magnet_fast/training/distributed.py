@@ -140,6 +140,23 @@ def done_on_main(work: Callable[[], Any], world: World) -> Any:
     return value
 
 
+def gathered(rows: torch.Tensor) -> torch.Tensor:
+    """The rows of all processes, in the order of their ranks; each process gives as many. Collective.
+
+    Own rows keep their gradient, times the number of processes: of a loss that every process makes of all rows alike,
+    the mean of the processes' gradients is then that of one process with all rows.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return rows
+    size = dist.get_world_size()
+    own = rows.detach().contiguous()
+    parts = [torch.empty_like(own) for _ in range(size)]
+    dist.all_gather(parts, own)
+    if rows.is_floating_point():
+        parts[dist.get_rank()] = own + size * (rows - own)
+    return torch.cat(parts)
+
+
 def mean_over_world(tensor: torch.Tensor, world: World) -> torch.Tensor:
     """The mean of a tensor over the processes (a new tensor)."""
     if world.size == 1:

@@ -43,7 +43,8 @@ class Objective(nn.Module):
         """`total`, to be differentiated, and the detached values named in `logged`; float32 scalars.
 
         Args:
-            batch: `tensors_of` a collated batch, on the model's device.
+            batch: `tensors_of` a collated batch, on the model's device; and `progress`, the share of the run that is
+                done, for terms that change with it.
         """
         with torch.autocast(batch["image"].device.type, dtype=self.dtype, enabled=self.dtype is not None):
             shared = self._look(batch["image"])
@@ -74,5 +75,11 @@ class Objective(nn.Module):
 
 
 def tensors_of(batch: dict[str, Any]) -> dict[str, Any]:
-    """What a step may read of a batch: its tensors. Lists would make torch.compile start anew for every batch."""
-    return {key: value for key, value in batch.items() if isinstance(value, Tensor | Text | dict)}
+    """What a step may read of a batch: its tensors, and `category` as one (B,) int64, -1 where it is unknown.
+
+    Lists would make torch.compile start anew for every batch.
+    """
+    tensors = {key: value for key, value in batch.items() if isinstance(value, Tensor | Text | dict)}
+    if "category" in batch:
+        tensors["category"] = torch.tensor([-1 if known is None else known for known in batch["category"]])
+    return tensors

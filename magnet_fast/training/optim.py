@@ -41,7 +41,7 @@ def parameter_groups(model: nn.Module, config: OptimiserConfig, beside: nn.Modul
     the learning rate of `model.image_encoder` and `model.text_encoder`, which are usually pretrained; a pattern of
     `multipliers` that a name matches goes before them. Parameters that match `config.freeze` are frozen
     (`requires_grad=False`) and left out. `beside` is trained with the model and does not belong to it (the terms); its
-    parameters are among the rest.
+    parameters are among the rest, and patterns of `multipliers` match their names, too: `adversarial.*`.
 
     Raises:
         ValueError: a pattern of `freeze` or `multipliers` matches no parameter, or everything is frozen.
@@ -49,7 +49,7 @@ def parameter_groups(model: nn.Module, config: OptimiserConfig, beside: nn.Modul
     freeze_parameters(model, config.freeze)
     rates = {"image": config.image_multiplier, "text": config.text_multiplier, "rest": 1.0}
     for pattern in config.multipliers:
-        _matched(model, pattern, "multipliers")
+        _matched(pattern, "multipliers", model, beside)
     groups: dict[tuple[str, bool, bool, float], dict] = {}
     described = _described_parameters(model)
     for entry in chain(described, _described_parameters(beside) if beside else ()):
@@ -83,12 +83,13 @@ def parameter_groups(model: nn.Module, config: OptimiserConfig, beside: nn.Modul
 def freeze_parameters(model: nn.Module, patterns: list[str]) -> None:
     """Stop training the parameters whose names match any of the shell-style patterns (`*.embeddings.*`)."""
     for pattern in patterns:
-        for parameter in _matched(model, pattern, "freeze"):
+        for parameter in _matched(pattern, "freeze", model):
             parameter.requires_grad_(False)
 
 
-def _matched(model: nn.Module, pattern: str, key: str) -> list[nn.Parameter]:
-    matched = [parameter for name, parameter in model.named_parameters() if fnmatchcase(name, pattern)]
+def _matched(pattern: str, key: str, *modules: nn.Module | None) -> list[nn.Parameter]:
+    named = chain(*(module.named_parameters() for module in modules if module is not None))
+    matched = [parameter for name, parameter in named if fnmatchcase(name, pattern)]
     if not matched:
         raise ValueError(f"optimiser.{key}: {pattern!r} matches no parameter of the model")
     return matched

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
 from magnet_fast.models.base_weights import with_bases, without_bases
@@ -53,11 +54,11 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
 
 def load_state_into(trainer: Trainer, state: dict[str, Any]) -> None:
     """Go on from a checkpoint's state; ValueError where it is of another model, base or amount of data."""
-    present = trainer.model.config.model_dump(mode="json")
-    if state["model_config"] != present:
+    present = trainer.model.config
+    if not _describes(state["model_config"], present):
         raise ValueError(
             f"checkpoint: it is of another model (its configuration is {state['model_config']}, this model's is "
-            f"{present})"
+            f"{present.model_dump(mode='json')})"
         )
     if state["steps_per_epoch"] != trainer.steps_per_epoch:
         raise ValueError(
@@ -84,6 +85,14 @@ def load_state_into(trainer: Trainer, state: dict[str, Any]) -> None:
         set_rng_state(generators[world.rank])
     else:  # another number of processes: the data go on exactly, dropout draws anew
         seed_everything(trainer.config.seed + 1 + world.rank + trainer.step)
+
+
+def _describes(entries: dict[str, Any], config: BaseModel) -> bool:
+    """Whether entries are those of a configuration; settings that came later than they are at their defaults."""
+    try:
+        return type(config).model_validate(entries) == config
+    except ValidationError:
+        return False
 
 
 def _below(prefix: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from magnet_fast.evaluation.machine import measured_on
 from magnet_fast.training.building import build_model, build_tokenizer
 from magnet_fast.training.checkpoint import CHECKPOINT, load_checkpoint
 from magnet_fast.training.config import TrainConfig
-from magnet_fast.training.datasets import check_split, chosen_truth, open_readers
+from magnet_fast.training.datasets import check_split, chosen_truth, dataset_kind, open_readers
 from magnet_fast.training.run import train
 from magnet_fast.training.study_report import write_report
 from magnet_fast.training.terms import build_terms
@@ -138,10 +138,14 @@ def _presence_ignored(model: nn.Module) -> Iterator[None]:
 
 def _own_sets(config: TrainConfig, reader: Any, model: nn.Module) -> dict[str, ExpressionDataset]:
     """Every split but that of training, as the model takes it."""
-    options = {"original": config.resolution == "original", "truth": chosen_truth(config, reader, model.spec)}
+    options = {
+        "original": config.resolution == "original",
+        "truth": chosen_truth(config, reader, model.spec),
+        "needs": model.needs,
+    }
     tokenizer = build_tokenizer(config, model)
     return {
-        split: ExpressionDataset(reader, split, tokenizer, model.spec, **options)
+        split: dataset_kind(config)(reader, split, tokenizer, model.spec, **options)
         for split in reader.splits
         if split != config.data.train_split
     }

@@ -155,6 +155,7 @@ class Trainer:
         sums = torch.zeros(1 + len(self.objective.logged), device=self.world.device)
         for micro in range(config.accumulation):
             batch = to_device(tensors_of(next(batches)), self.world.device)
+            batch["progress"] = torch.full((), progress, device=self.world.device)
             # Gradients travel between the processes once a step, with the last micro-batch.
             with gradients_stay(self._step_module, micro < config.accumulation - 1):
                 losses = self._step_module(batch)

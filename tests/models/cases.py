@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,6 +24,14 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "cris": ("cris_tiny", {}),
     "risam": ("risam_tiny", {}),
     "risam-pixels": ("risam_tiny", {"fusion__language_guided": False}),
+    "fsfi": ("fsfi_tiny", {}),
+    "wgfm": ("wgfm_tiny", {}),
+    "rnr": ("rnr_tiny", {}),
+    "lda": ("lda_tiny", {}),
+    "two-stage": ("two_stage_tiny", {}),
+    "nsnpris": ("nsnpris_tiny", {}),
+    "cmt": ("cmt_tiny", {}),
+    "relation": ("relation_alignment_tiny", {}),
 }
 """The tiny presets and their variants."""
 
@@ -38,6 +47,14 @@ SMALL: dict[str, tuple[str, dict[str, Any]]] = {
     "rela": ("rela_tiny", {**_WHOLE, "head__layers": 2}),
     "cris": ("cris_tiny", {"head__layers": 1, "text__num_layers": 1}),
     "risam": ("risam_tiny", {"fusion__layers": 1, "text__num_layers": 1, "image": _SAM}),
+    "fsfi": ("fsfi_tiny", {"text__num_layers": 1}),
+    "wgfm": ("wgfm_tiny", {}),
+    "rnr": ("rnr_tiny", {"fusion__side": 4}),
+    "lda": ("lda_tiny", {"text__num_layers": 1}),
+    "two-stage": ("two_stage_tiny", {**_SWIN, "fusion__pyramid": (2,)}),
+    "nsnpris": ("nsnpris_tiny", {"head__layers": 1}),
+    "cmt": ("cmt_tiny", _WHOLE),
+    "relation": ("relation_alignment_tiny", _WHOLE),
 }
 """Every kind of block once: where time goes by the number of layers."""
 
@@ -90,3 +107,18 @@ def everything(prediction: Prediction) -> Tensor:
 def without_gradient(model: nn.Module) -> list[str]:
     """Trained parameters that the backward pass did not reach."""
     return [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+
+
+def context_of(model: ReferringModel, image: Tensor) -> dict[str, Tensor]:
+    """The tensors that a model needs beside text and images (B, 3, H, W), of noise, squares and halves."""
+    count, _, height, width = image.shape
+    generator = torch.Generator().manual_seed(3)
+    made: dict[str, Callable[[], Tensor]] = {
+        "reference_image": lambda: torch.randn(image.shape, generator=generator),
+        "superpixels": lambda: (torch.arange(height)[:, None] // 16 * 4 + torch.arange(width) // 16).expand(
+            count, -1, -1
+        ),
+        "proposals": lambda: torch.rand(count, 5, height // 4, width // 4, generator=generator).round(),
+        "node_features": lambda: torch.randn(count, 5, model.config.node_width, generator=generator),
+    }
+    return {name: made[name]() for name in model.needs}

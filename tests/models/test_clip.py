@@ -148,3 +148,19 @@ def test_text_transformer_is_transformers() -> None:
         found = ours.start(Text(ids, ids != 0))
     torch.testing.assert_close(found.features, expected.last_hidden_state, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found.sentence, expected.text_embeds, rtol=1e-4, atol=1e-5)
+
+
+def test_slices_with_nothing_between_them_are_the_whole() -> None:
+    """The last of the three ends in norm and sentence."""
+    torch.manual_seed(0)
+    whole = models.create("cris_tiny", **SIZES).text_encoder.eval()
+    sliced = models.preset_config("cris_tiny", **SIZES, text__schedule="slices").text.build().eval()
+    sliced.load_state_dict(whole.state_dict())
+    text = Text(torch.randint(1, 200, (2, 9)), torch.arange(9) < torch.tensor([[9], [6]]))
+    with torch.no_grad():
+        words, expected = sliced.start(text), whole.start(text)
+        assert words.pooled is None
+        for i in range(3):
+            assert whole.advance(i, expected) is expected
+            words = sliced.advance(i, words)
+    assert torch.equal(words.features, expected.features) and torch.equal(words.pooled, expected.pooled)

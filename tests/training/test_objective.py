@@ -198,7 +198,7 @@ def test_mask_grounding_attaches_to_lavt(scenes: Path, tmp_path: Path) -> None:
 
 
 def test_a_model_without_what_a_term_reads_is_refused(scenes: Path, tmp_path: Path) -> None:
-    settings = config(scenes, model={"name": "lavt_tiny"}, terms={"alignment": {"weight": 0.5}})
-    with pytest.raises(ValueError, match=r"terms\.alignment: the model gives no embedding of the pixels"):
+    settings = config(scenes, model={"name": "lavt_tiny"}, terms={"objects": {"classes": 3}})
+    with pytest.raises(ValueError, match=r"terms\.objects: the model has no fusion that says boxes"):
         train(settings, tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -111,3 +111,11 @@ def test_multipliers_go_before_those_of_parts() -> None:
     assert any(group["name"] == "image, no decay, rate x 1" for group in groups)
     with pytest.raises(ValueError, match=r"optimiser.multipliers: 'nowhere\*' matches no parameter"):
         parameter_groups(model, OptimiserConfig(multipliers={"nowhere*": 2.0}))
+
+
+def test_multipliers_are_of_terms_too() -> None:
+    terms = nn.ModuleDict({"adversarial": nn.Linear(8, 8), "category": nn.Linear(8, 8)})
+    groups = parameter_groups(nn.Linear(8, 8), OptimiserConfig(lr=1e-4, multipliers={"adversarial.*": 3.0}), terms)
+    rates = {name: group["initial_lr"] for group in groups for name in group["param_names"]}
+    assert rates["adversarial.weight"] == rates["adversarial.bias"] == pytest.approx(3e-4)
+    assert rates["category.weight"] == rates["weight"] == 1e-4

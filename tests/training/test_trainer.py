@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import random
 import signal
+from typing import ClassVar
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from magnet_fast.training import Trainer, TrainingError
 from magnet_fast.training import trainer as trainer_module
 from magnet_fast.training.checkpoint import CHECKPOINT, load_checkpoint
 from magnet_fast.training.progress import MetricsFile, duration, time_left
-from magnet_fast.training.terms import build_terms
+from magnet_fast.training.terms import Term, TermConfig, build_terms
 from magnet_fast.training.terms.mask import MaskConfig
 
 from .fakes import FakeDataset, FakeModel, fake_config, same_weights, trainer_of
@@ -223,6 +224,12 @@ def test_a_checkpoint_of_another_model_or_data_is_refused(tmp_path) -> None:
     wider = trainer_of(fake_config(), FakeModel(width=4), FakeDataset(), None, tmp_path)
     with pytest.raises(ValueError, match="of another model"):
         wider.load_state(state)
+    with pytest.raises(ValueError, match="of another model"):
+        make_trainer(tmp_path).load_state({**state, "model_config": {"width": "narrow"}})
+    before = {**state, "model_config": {}}  # of a version whose models knew no width
+    make_trainer(tmp_path).load_state(before)
+    with pytest.raises(ValueError, match="of another model"):
+        wider.load_state(before)
     more = trainer_of(fake_config(), FakeModel(), FakeDataset(80), None, tmp_path)
     with pytest.raises(ValueError, match="3 steps an epoch, this one has 10"):
         more.load_state(state)
@@ -242,6 +249,19 @@ def test_a_run_by_the_clock_ends_and_decays(tmp_path) -> None:
     resumed.load_state({**state, "trained_seconds": 0.6})
     resumed.run()
     assert resumed.step == state["step"]
+
+
+def test_terms_are_told_how_far_the_run_is(tmp_path) -> None:
+    class Listening(Term):
+        heard: ClassVar[list[float]] = []
+
+        def forward(self, prediction, batch, model) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            self.heard.append(batch["progress"].item())
+            return prediction.mask.mean(), {}
+
+    config = fake_config(max_steps=4, accumulation=2, validate_every="never")
+    Trainer(config, FakeModel(), {"listening": Listening(TermConfig())}, FakeDataset(), None, tmp_path).run()
+    assert Listening.heard == [0, 0, 0.25, 0.25, 0.5, 0.5, 0.75, 0.75]
 
 
 def test_frozen_parameters_stay(tmp_path) -> None:

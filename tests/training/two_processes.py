@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
-import sys
-import traceback
 from pathlib import Path
 
 import torch
@@ -18,13 +15,14 @@ from magnet_fast import models
 from magnet_fast.data.sample import Sample
 from magnet_fast.data.tokenizers import Tokenizer
 from magnet_fast.evaluation import evaluate
-from magnet_fast.models import Text, registry
+from magnet_fast.models import Text
 from magnet_fast.training import Trainer, TrainingError, TrainingStopped
 from magnet_fast.training.checkpoint import CHECKPOINT, load_checkpoint
 from magnet_fast.training.distributed import World
 from magnet_fast.training.run import state_to_resume
 
 from .fakes import SMALLEST_MAGNET, FakeDataset, FakeModel, fake_config, trainer_of
+from .processes import in_two_processes
 
 FAKE = {"accumulation": 2, "clip_norm": 0.5, "ema": 0.9, "batch_size": 8, "log_every": 100}
 MAGNET = {
@@ -153,29 +151,5 @@ def folders_apart(out: Path, world: World) -> dict[str, object]:
     return {"refused": refused, "started_at": started_at, "own_files": sorted(path.name for path in own.iterdir())}
 
 
-def main() -> None:
-    out, size = Path(sys.argv[1]), 2
-    registry.systems()  # all imports before the first fork
-    children = []
-    for rank in range(size):
-        child = os.fork()
-        if child == 0:
-            status = 1
-            try:
-                torch.set_num_threads(1)
-                dist.init_process_group("gloo", init_method=f"file://{out}/store", rank=rank, world_size=size)
-                found = checks(out, World(rank, size, torch.device("cpu")))
-                (out / f"found-{rank}.json").write_text(json.dumps(found))
-                dist.destroy_process_group()
-                status = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush()
-                os._exit(status)
-        children.append(child)
-    sys.exit(any(os.waitpid(child, 0)[1] for child in children))
-
-
 if __name__ == "__main__":
-    main()
+    in_two_processes(checks)

@@ -68,6 +68,7 @@ class PhraseDataset(Dataset):
 
     collate = staticmethod(collate)
     context = ("classes", "boxes")
+    categories: frozenset[int] = frozenset()  # its sentences have none: their words name the class
 
     def __init__(
         self,

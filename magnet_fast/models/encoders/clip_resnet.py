@@ -149,9 +149,10 @@ class AttentionPool(nn.Module):
         return F.relu(joint + self.connect(x))
 
 
-def conv_norm_relu(channels: int, out: int, *, size: int = 3, stride: int = 1) -> list[nn.Module]:
+def conv_norm_relu(channels: int, out: int, *, size: int = 3, stride: int = 1, dilation: int = 1) -> list[nn.Module]:
     """A convolution without bias, a BatchNorm and a ReLU."""
-    convolution = nn.Conv2d(channels, out, size, stride=stride, padding=size // 2, bias=False)
+    padding = dilation * (size // 2)
+    convolution = nn.Conv2d(channels, out, size, stride=stride, padding=padding, dilation=dilation, bias=False)
     return [convolution, nn.BatchNorm2d(out), nn.ReLU()]
 
 

@@ -10,11 +10,12 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from magnet_fast.models.base import TextEncoder
-from magnet_fast.models.config import TextConfig, part
+from magnet_fast.models.config import ImageConfig, TextConfig, part
 from magnet_fast.models.contract import Text, Words
 from magnet_fast.models.encoders.clip_weights import load_clip
 
 _HEAD_DIM = 64
+SLICES = 3  # beside the three stages that CLIP's image encoder has here
 
 
 @part
@@ -22,6 +23,9 @@ class ClipTextConfig(TextConfig):
     """The text transformer of CLIP RN50 unless said."""
 
     kind: Literal["clip_text"] = "clip_text"
+    schedule: Literal["whole", "slices"] = Field(
+        "whole", description="all layers before the image's stages, or a third of them before each exchange"
+    )
     vocab_size: int = Field(49408, gt=0)
     hidden_size: int = Field(512, gt=0)
     num_layers: int = Field(12, gt=0)
@@ -37,6 +41,8 @@ class ClipTextConfig(TextConfig):
     def _divisible(self) -> ClipTextConfig:
         if self.hidden_size % self.heads:
             raise ValueError(f"num_heads={self.heads} does not divide hidden_size={self.hidden_size}")
+        if self.schedule == "slices" and self.num_layers % SLICES:
+            raise ValueError(f"num_layers={self.num_layers} must be a multiple of {SLICES}: one slice for each stage")
         return self
 
     @property
@@ -55,14 +61,22 @@ class ClipTextConfig(TextConfig):
     def tokenizer(self) -> str:
         return "clip"
 
+    def check(self, image: ImageConfig) -> None:
+        if self.schedule == "slices" and len(image.channels) != SLICES:
+            raise ValueError(
+                f"text.schedule='slices' has a slice for each of {SLICES} stages; the image encoder has "
+                f"{len(image.channels)}: use schedule='whole'"
+            )
+
     def build(self) -> ClipText:
         return ClipText(self)
 
 
 class ClipText(TextEncoder):
-    """Words are the last norm's output; the sentence is that of the end token in the joint space, where that is kept.
+    """Whole, or in three slices of layers.
 
-    The end token is the last that is read. CLIP finds it as the largest id, which with its vocabulary is the same. No
+    Words are the last norm's output; the sentence is that of the end token in the joint space, where that is kept. The
+    end token is the last that is read. CLIP finds it as the largest id, which with its vocabulary is the same. No
     padding mask: what stands behind the end token is not seen by what stands before it.
     """
 
@@ -73,6 +87,7 @@ class ClipText(TextEncoder):
         self.positions = nn.Parameter(torch.randn(config.max_positions, config.width) * 0.01)
         self.layers = nn.ModuleList(ClipLayer(config.width, config.heads) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(config.width)
+        self.whole, self.layers_per_slice = config.schedule == "whole", config.num_layers // SLICES
         self.text_projection = None
         if config.joint_width is not None:
             self.text_projection = nn.Parameter(torch.randn(config.width, config.joint_width) * config.width**-0.5)
@@ -88,15 +103,29 @@ class ClipText(TextEncoder):
 
     def start(self, text: Text, embedded: Tensor | None = None) -> Words:
         vectors = self.token_embedding(text.ids) if embedded is None else embedded
-        hidden = vectors + self.positions[: text.ids.shape[1]]
-        for layer in self.layers:
+        words = Words(vectors + self.positions[: text.ids.shape[1]], text.mask)
+        return self._finish(self._run(self.layers, words)) if self.whole else words
+
+    def advance(self, i: int, words: Words) -> Words:
+        if self.whole:
+            return words
+        first = i * self.layers_per_slice
+        words = self._run(self.layers[first : first + self.layers_per_slice], words)
+        return self._finish(words) if i + 1 == SLICES else words
+
+    def _run(self, layers: nn.ModuleList, words: Words) -> Words:
+        hidden = words.features
+        for layer in layers:
             hidden = layer(hidden)
-        words = self.norm(hidden)
+        return Words(hidden, words.mask)
+
+    def _finish(self, words: Words) -> Words:
+        features, mask = self.norm(words.features), words.mask
         if self.text_projection is None:
-            return Words(words, text.mask)
-        end = (text.mask * torch.arange(text.ids.shape[1], device=text.ids.device)).argmax(dim=1)
-        last = words[torch.arange(end.shape[0], device=end.device), end]
-        return Words(words, text.mask, last @ self.text_projection)
+            return Words(features, mask)
+        end = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(dim=1)
+        last = features[torch.arange(end.shape[0], device=end.device), end]
+        return Words(features, mask, last @ self.text_projection)
 
     def load_pretrained(self, source: str | None) -> None:
         load_clip(self, source, "text", clip_text_names if self.text_projection is not None else _without_projection)

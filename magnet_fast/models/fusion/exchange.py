@@ -25,7 +25,7 @@ from magnet_fast.models.fusion.xmha import CrossModalityAttention
 
 @part
 class ExchangeConfig(FusionConfig):
-    """An exchange after every stage, through a pyramid of pooled levels."""
+    """An exchange after every stage from the first one on, through a pyramid of pooled levels."""
 
     kind: Literal["exchange"] = "exchange"
     form: Literal["pwam", "xmha"] = Field("pwam", description="as released, or as in the paper")
@@ -34,6 +34,7 @@ class ExchangeConfig(FusionConfig):
     pyramid: tuple[int, ...] = Field((1, 2, 3, 6), description="sides of the pooled levels; () for none, an ablation")
     head_dim: int = Field(32, gt=0, description="channels per head, form 'xmha' only")
     dropout: float = Field(0.0, ge=0, lt=1)
+    first: int = Field(0, ge=0, description="the first stage that exchanges; maps and words before it stay as they are")
 
     @model_validator(mode="after")
     def _known_combination(self) -> ExchangeConfig:
@@ -42,6 +43,8 @@ class ExchangeConfig(FusionConfig):
         return self
 
     def check(self, image: ImageConfig, text: TextConfig) -> None:
+        if self.first >= len(image.channels):
+            raise ValueError(f"fusion.first={self.first}: the image encoder has {len(image.channels)} stages")
         stage_heads(self.heads, image.channels)
         for channels in image.channels:
             if self.pyramid and channels % len(self.pyramid):
@@ -54,19 +57,22 @@ class ExchangeConfig(FusionConfig):
 
 
 class Exchange(Fusion):
-    """An `ExchangeStage` for each of the image encoder's stages."""
+    """An `ExchangeStage` for each of the image encoder's stages, from the first that exchanges."""
 
     def __init__(self, config: ExchangeConfig, image: ImageConfig, text: TextConfig) -> None:
         super().__init__()
         form = {"pwam": PWAMExchange, "xmha": XMHAExchange}[config.form]
-        last = len(image.channels) - 1
+        self.first, last = config.first, len(image.channels) - 1
         self.stages = nn.ModuleList(
             form(config, stage, channels, text.width, gated=image.in_stream and stage < last)
             for stage, channels in enumerate(image.channels)
+            if stage >= config.first
         )
 
     def forward(self, i: int, x: Tensor, words: Words, carry: None, context: Mapping[str, Tensor]) -> Step:
-        output, stream, features = self.stages[i](x, words.features, words.mask)
+        if i < self.first:
+            return Step(x, x, words)
+        output, stream, features = self.stages[i - self.first](x, words.features, words.mask)
         return Step(output, stream, Words(features, words.mask))
 
 
@@ -82,7 +88,7 @@ class PooledLevel(nn.Module):
         self.reduce = nn.Linear(channels, out_channels, bias=False)
 
     def forward(self, feature: Tensor) -> Tensor:
-        pooled = _average(feature, self.side)
+        pooled = averaged(feature, self.side)
         return self.reduce(F.gelu(self.contract(self.norm(self.expand(pooled)))))
 
 
@@ -201,7 +207,7 @@ def upsample(level: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(grid, size=tuple(size), mode="bilinear", align_corners=True).permute(0, 2, 3, 1)
 
 
-def _average(feature: Tensor, side: int) -> Tensor:
+def averaged(feature: Tensor, side: int) -> Tensor:
     """(B, H, W, C) to (B, side², C): means over the bins of adaptive average pooling.
 
     Where PyTorch is asked for deterministic algorithms the sums are matrix products: the backward pass of

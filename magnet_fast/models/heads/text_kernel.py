@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from magnet_fast.models.attention import Attention
 from magnet_fast.models.base import Head
 from magnet_fast.models.config import HeadConfig, Shapes, part
 from magnet_fast.models.contract import Features, Prediction
 from magnet_fast.models.encoders.clip_resnet import conv_norm_relu
 from magnet_fast.models.fusion.neck import enlarge
+from magnet_fast.models.position import grid_position, line_position
 
 _KERNEL = 3
 
@@ -62,8 +63,8 @@ class TextKernel(Head):
     def forward(self, features: Features) -> Prediction:
         (x,), words = features.maps, features.words
         size, pixels = x.shape[1:3], x.flatten(1, 2)
-        place = _map_position(*size, x.shape[3], x)
-        word_place = _position(words.features.shape[1], x.shape[3], x)
+        place = grid_position(*size, x.shape[3], x)
+        word_place = line_position(words.features.shape[1], x.shape[3], x)
         allowed = words.mask[:, None, None]
         for layer in self.layers:
             pixels = layer(pixels, place, words.features, word_place, allowed)
@@ -104,30 +105,6 @@ class WordReader(nn.Module):
         return x + self.dropout(self.feedforward(self.norm3(x)))
 
 
-class Attention(nn.Module):
-    """Multi-head attention with dropout on its weights."""
-
-    def __init__(self, width: int, num_heads: int, dropout: float) -> None:
-        super().__init__()
-        self.num_heads, self.dropout = num_heads, dropout
-        self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
-        self.output = nn.Linear(width, width)
-        for linear in (self.query, self.key, self.value):
-            nn.init.xavier_uniform_(linear.weight)
-            nn.init.zeros_(linear.bias)
-        nn.init.zeros_(self.output.bias)
-
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None = None) -> Tensor:
-        """query (B, N, C); key, value (B, M, C); allowed, bool, to be broadcast to (B, heads, N, M)."""
-        q, k, v = (
-            linear(t).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
-            for linear, t in ((self.query, query), (self.key, key), (self.value, value))
-        )
-        dropout = self.dropout if self.training else 0.0
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=dropout)
-        return self.output(attended.transpose(1, 2).flatten(2))
-
-
 class Projector(nn.Module):
     """Pixels enlarged to a fourth of the image, and convolved with a kernel and a bias that the sentence makes."""
 
@@ -153,17 +130,3 @@ class Projector(nn.Module):
 def _part(size: tuple[int, int], stride: int) -> tuple[int, int]:
     height, width = (-(-side // stride) for side in size)
     return height, width
-
-
-def _position(count: int, channels: int, like: Tensor) -> Tensor:
-    """(count, channels): sine at even, cosine at odd channels of position · 10000^(-2i / channels)."""
-    index = torch.arange(0, channels, 2, device=like.device, dtype=torch.float32)
-    angle = torch.arange(count, device=like.device, dtype=torch.float32)[:, None] * 10000.0 ** (-index / channels)
-    return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1).to(like.dtype)
-
-
-def _map_position(height: int, width: int, channels: int, like: Tensor) -> Tensor:
-    """(H·W, channels): the first half for the column, the second for the row."""
-    columns = _position(width, channels // 2, like)[None].expand(height, -1, -1)
-    rows = _position(height, channels // 2, like)[:, None].expand(-1, width, -1)
-    return torch.cat([columns, rows], dim=-1).flatten(0, 1)

@@ -21,14 +21,20 @@ class TopDownConfig(HeadConfig):
     kind: Literal["topdown"] = "topdown"
     width: int | None = Field(None, gt=0, description="channels between the maps; none: four times the finest's")
 
+    def pixel_channels(self, shapes: Shapes) -> int:
+        return self._width(shapes) if len(shapes.channels) > 1 else shapes.channels[0]
+
     def build(self, shapes: Shapes) -> TopDown:
-        return TopDown(shapes.channels, self.width or 4 * shapes.channels[0])
+        return TopDown(shapes.channels, self._width(shapes))
+
+    def _width(self, shapes: Shapes) -> int:
+        return self.width or 4 * shapes.channels[0]
 
 
 class TopDown(Head):
     """Resize to the finer map, concatenate, two convolutions; then a logit for the background and one for the referent.
 
-    The mask, their difference, has the finest map's size.
+    The mask, their difference, has the finest map's size; `pixels` is the map that it is read from.
     """
 
     def __init__(self, channels: tuple[int, ...], width: int) -> None:
@@ -39,6 +45,7 @@ class TopDown(Head):
             blocks.append(ConvBlock(coarse + skip, width))
             coarse = width
         self.blocks = nn.ModuleList(blocks)
+        self.pixel_channels = coarse
         self.classify = nn.Conv2d(coarse, 2, 1)
 
     def forward(self, features: Features) -> Prediction:
@@ -47,7 +54,7 @@ class TopDown(Head):
             x = F.interpolate(x, size=skip.shape[-2:], mode="bilinear", align_corners=True)
             x = block(torch.cat((x, skip), dim=1))
         background, referent = self.classify(x).unbind(dim=1)
-        return Prediction(referent - background, words=features.words)
+        return Prediction(referent - background, pixels=x, words=features.words)
 
 
 class ConvBlock(nn.Sequential):

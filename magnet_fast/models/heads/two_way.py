@@ -15,11 +15,11 @@ from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
 from magnet_fast import ops
+from magnet_fast.models.attention import Attention
 from magnet_fast.models.base import Head
 from magnet_fast.models.config import HeadConfig, Shapes, part
 from magnet_fast.models.contract import Features, Prediction, Words
 from magnet_fast.models.heads.mask_decoder import presence_of
-from magnet_fast.models.heads.text_kernel import Attention
 from magnet_fast.models.position import RandomPosition
 
 _ENLARGED = 4

@@ -59,6 +59,8 @@ class GroundingTerm(Term):
     @classmethod
     def build(cls, config: GroundingConfig, model: nn.Module, tokenizer: Any) -> GroundingTerm:
         text, channels = model.text_encoder, model.config.shapes.channels
+        if not channels:
+            raise cls.refuse("the model makes no maps of the image, which hidden words could be read off")
         stage = len(channels) - 1 if config.image_stage is None else config.image_stage
         if stage >= len(channels):
             raise ValueError(

@@ -21,6 +21,7 @@ class MaskConfig(TermConfig):
 
     bce: float = Field(2.0, ge=0)
     dice: float = Field(2.0, ge=0)
+    earlier: float = Field(1.0, ge=0, description="factor of each earlier prediction")
     at: Literal["input", "logits"] = Field(
         "input", description="logits are resized to the mask, or the mask by nearest neighbour to the logits (CRIS)"
     )
@@ -35,7 +36,7 @@ class MaskTerm(Term):
 
     def __init__(self, config: MaskConfig) -> None:
         super().__init__(config)
-        self.bce, self.dice, self.at = config.bce, config.dice, config.at
+        self.bce, self.dice, self.earlier, self.at = config.bce, config.dice, config.earlier, config.at
 
     def forward(
         self, prediction: Prediction, batch: dict[str, Any], model: nn.Module
@@ -46,7 +47,9 @@ class MaskTerm(Term):
             size = prediction.mask.shape[-2:]
             mask = F.interpolate(mask[:, None].float(), size=size, mode="nearest")[:, 0]
         bce, dice = mask_loss(prediction, mask)
-        return self.bce * bce.sum() + self.dice * dice.sum(), {"bce": bce.detach().mean(), "dice": dice.detach().mean()}
+        parts = {"bce": bce.detach().mean(), "dice": dice.detach().mean()}
+        bce, dice = (torch.cat([loss[:1], self.earlier * loss[1:]]) for loss in (bce, dice))
+        return self.bce * bce.sum() + self.dice * dice.sum(), parts
 
 
 def mask_loss(prediction: Prediction, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -63,9 +63,11 @@ class Term(nn.Module):
 
         Args:
             prediction: the model's, for this batch.
-            batch: image, text, mask, exists and extra, as collated (see `magnet_fast.data.sample`); and `seen`, what
-                the model has made of the images before words come, where a term `encodes` or `looks` and the model
-                looks first; `looked` is the same, once for images that several samples in a row share.
+            batch: image, text, mask, exists, image_id and extra, as collated (see `magnet_fast.data.sample`);
+                `category`, (B,) int64, -1 where unknown; `progress`, the share of the run that is done, a float32
+                scalar; and `seen`, what the model has made of the images before words come, where a term `encodes` or
+                `looks` and the model looks first; `looked` is the same, once for images that several samples in a row
+                share.
             model: for terms that run parts of it once more.
 
         Returns:

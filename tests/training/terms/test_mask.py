@@ -74,6 +74,14 @@ def test_reported_parts_are_means_over_predictions() -> None:
     assert loss.requires_grad and not any(value.requires_grad for value in values.values())
 
 
+def test_earlier_predictions_count_as_said() -> None:
+    prediction, mask = made(sizes=(8, 4, 8)), (torch.rand(3, 16, 16) > 0.7).to(torch.uint8)
+    first, last = total(prediction, mask, earlier=0), total(prediction._replace(earlier=()), mask)
+    torch.testing.assert_close(first, last)
+    whole = total(prediction, mask)
+    torch.testing.assert_close(total(prediction, mask, earlier=0.4), last + 0.4 * (whole - last))
+
+
 @pytest.mark.parametrize("present", [0, 1])
 def test_perfect_predictions_cost_nothing(present: int) -> None:
     mask = torch.full((2, 16, 16), present)
