@@ -78,6 +78,17 @@ def test_padding_and_neighbours_in_a_batch_are_never_seen() -> None:
         assert (model(image, Text(ids, mask), other).mask - found).abs().max() > 1e-4
 
 
+@pytest.mark.parametrize("whole", [False, True], ids=["autocast", "weights"])
+def test_bfloat16_is_near(whole: bool) -> None:
+    model = build(CASE)
+    image, text = batch()
+    with torch.no_grad():
+        exact = model(image, text, context(image)).mask
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=not whole):
+            found = (model.bfloat16() if whole else model)(image, text, context(image)).mask
+    assert (found.float() - exact).abs().max() < 0.05 * exact.abs().max()
+
+
 @pytest.mark.parametrize("size", [(4, 6), (1, 1), (9, 5)])
 def test_aggregator_and_members_are_their_formulas(size: tuple[int, int]) -> None:
     labels = context(torch.zeros(2, 3, 17, 13))["superpixels"]
