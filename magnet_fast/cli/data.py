@@ -166,7 +166,7 @@ def retrieve(
     model = build_model(settings)
     tokenizer = build_tokenizer(settings, model)
     pool = settings.data.train_split
-    with progress_bar("looking at images") as progress:
+    with progress_bar("comparing images") as progress:
         found = find_references(model.to(pick_device(settings.device)), tokenizer, reader, pool, progress=progress)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_references(out, found, pool)

@@ -119,7 +119,7 @@ def read_references(path: str | os.PathLike[str], reader: Reader, split: str) ->
     content = read_json(path, unique=True)
     format = content.get("format") if isinstance(content, dict) else None
     if format != FORMAT:
-        raise ValueError(f"{path}: format is {shown(format)}; expected {FORMAT!r}, as magnet-fast data retrieve writes")
+        raise ValueError(f"{path}: format is {shown(format)}; expected {FORMAT!r}, as `data retrieve` writes")
     rows, pool = content.get("references"), content.get("pool")
     rows = rows.get(split) if isinstance(rows, dict) else None
     whole = isinstance(rows, list) and all(
@@ -143,7 +143,7 @@ def read_references(path: str | os.PathLike[str], reader: Reader, split: str) ->
         if wrong is not None:
             raise ValueError(
                 f"{path}: ref_id {ref.ref_id}, sent_id {sentence.sent_id} of {reader.source} {wrong}; the file is of "
-                "other data, make it again: magnet-fast data retrieve"
+                "other data, make it again by `data retrieve`"
             )
     return found
 

@@ -30,9 +30,9 @@ def superpixels(pixels: np.ndarray, count: int = MOST) -> np.ndarray:
     if not 1 <= count <= NONE:
         raise ValueError(f"count is {count}; expected 1 to {NONE}")
     if pixels.dtype != np.uint8:
-        raise TypeError(f"pixels must be uint8; got {pixels.dtype}")
+        raise TypeError(f"pixels: expected uint8, got {pixels.dtype}")
     if pixels.ndim != 3 or pixels.shape[2] != 3 or 0 in pixels.shape:
-        raise ValueError(f"pixels must be (H, W, 3) with no empty dimension; got {pixels.shape}")
+        raise ValueError(f"pixels: expected (H, W, 3) with no empty dimension, got {pixels.shape}")
     try:
         from skimage.segmentation import slic
     except ImportError as error:

@@ -20,7 +20,7 @@ def _parts(
     return {
         "image": {**resnet, "stem": True},
         "text": text,
-        "fusion": {"kind": "funnel", "skip": 1, **fusion},
+        "fusion": {"kind": "funnel", "first": 1, **fusion},
         "head": {"kind": "maed", **head},
         "input": {"size": 320},
     }

@@ -62,7 +62,7 @@ class DataSection(Strict):
     cache: bool = Field(False, description="keep prepared images in memory, shared by loader workers")
     workers: int = Field(0, ge=0, description="loader processes per training process")
     references: str | None = Field(
-        None, description="file of magnet-fast data retrieve: samples carry the picture found for their sentence"
+        None, description="file of `data retrieve`: samples carry the picture found for their sentence"
     )
     phrases: PhrasesSection | None = Field(
         None, description="train on sentences made of the training images' regions, in place of those of the data"

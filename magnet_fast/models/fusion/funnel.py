@@ -23,13 +23,13 @@ _CELL = 32  # pixels of the image to a side of the released form's cells: 10 x 1
 
 @part
 class FunnelConfig(FusionConfig):
-    """Words enter the stream after every stage but the first `skip`, which the head gets as they are."""
+    """Words enter the stream after every stage from the `first` on; maps before it go to the head as they are."""
 
     kind: Literal["funnel"] = "funnel"
     width: int = Field(512, gt=0, description="channels inside")
     heads: int = Field(8, gt=0, description="of the dynamic convolution")
     grid: int = Field(10, gt=0, description="cells to a side, whatever the map's size: each makes a kernel")
-    skip: int = Field(0, ge=0, description="stages before the first that words enter: 1 where the stem is a stage")
+    first: int = Field(0, ge=0, description="the first stage that words enter: 1 where the stem is a stage")
     form: Literal["free", "released"] = Field(
         "free",
         description="free: cells are means, of images of any size, and padded words are no keys; released: cells are "
@@ -39,9 +39,9 @@ class FunnelConfig(FusionConfig):
     def check(self, image: ImageConfig, text: TextConfig) -> None:
         if self.width % self.heads:
             raise ValueError(f"fusion.heads={self.heads} does not divide width={self.width}")
-        if self.skip >= len(image.channels):
-            raise ValueError(f"fusion.skip={self.skip} leaves none of the image encoder's {len(image.channels)} stages")
-        wrong = [stride for stride in image.strides[self.skip :] if _CELL % stride]
+        if self.first >= len(image.channels):
+            raise ValueError(f"fusion.first={self.first}: the image encoder has {len(image.channels)} stages")
+        wrong = [stride for stride in image.strides[self.first :] if _CELL % stride]
         if self.form == "released" and wrong:
             raise ValueError(f"fusion.form='released': expected strides that divide {_CELL}, got {wrong[0]}")
 
@@ -54,15 +54,15 @@ class FunnelFusion(Fusion):
 
     def __init__(self, config: FunnelConfig, image: ImageConfig, text: TextConfig) -> None:
         super().__init__()
-        self.skip = config.skip
+        self.first = config.first
         self.stages = nn.ModuleList(
             FunnelStage(channels, stride, text.width, config)
-            for channels, stride in list(zip(image.channels, image.strides, strict=True))[config.skip :]
+            for channels, stride in list(zip(image.channels, image.strides, strict=True))[config.first :]
         )
 
     def forward(self, i: int, x: Tensor, words: Words, carry: None, context: Mapping[str, Tensor]) -> Step:
-        if i >= self.skip:
-            x = self.stages[i - self.skip](x, words.features, words.mask)
+        if i >= self.first:
+            x = self.stages[i - self.first](x, words.features, words.mask)
         return Step(x, x, words)
 
 

@@ -133,7 +133,8 @@ class Aggregator(nn.Module):
     def forward(self, x: Tensor, inside: Tensor) -> Tensor:
         weights = inside.to(x.dtype)
         mean = weights @ x / weights.sum(dim=2, keepdim=True).clamp(min=1)
-        scores = self.salience(x).transpose(1, 2).masked_fill(~inside, torch.finfo(x.dtype).min)
+        scores = self.salience(x).transpose(1, 2)
+        scores = scores.masked_fill(~inside, torch.finfo(scores.dtype).min)
         detail = (scores.softmax(dim=2) * weights) @ x
         context = x.mean(dim=1, keepdim=True).expand_as(mean)
         return self.output(torch.cat([mean, detail, context], dim=-1))
