@@ -53,6 +53,7 @@ def released() -> NodeChoice:
     return model
 
 
+@pytest.mark.slow
 def test_released_choice() -> None:
     model, values = released(), golden("dumoga")
     context = {
