@@ -37,7 +37,7 @@ def doctor(
         "CPU level": _cpu_backend.extension.simd_level() if _cpu_backend.extension else _cpu_backend.missing,
         "threads": torch.get_num_threads(),
         "GPUs": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
-        "CUDA of torch": torch.version.cuda,
+        "CUDA": torch.version.cuda,
     }
     for name, value in machine.items():
         typer.echo(f"{name:15} {', '.join(value) or 'none' if isinstance(value, list) else value}")
