@@ -110,7 +110,7 @@ class ASPP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, channels, H, W) to (B, width, H, W)."""
         norm = self.image[2]
-        if len(x) == 1 and isinstance(norm, nn.BatchNorm2d) and norm.training:
+        if isinstance(norm, nn.BatchNorm2d) and norm.training and x.shape[0] == 1:  # len would fix an exported batch
             raise ValueError(
                 "image_norm='batch': a batch of one image has no statistics to train with; expected two images or "
                 "more, or image_norm='layer'"
