@@ -7,23 +7,29 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from magnet_fast.models.config import ROLES
+from magnet_fast.models.config import ROLES, ModelConfig
 
 if TYPE_CHECKING:
     from magnet_fast.models.base import ReferringModel
 
 _CONDITIONS = ("split_by", "task", "protocol", "resolution", "expressions")
-_USE = """\
-```python
-from magnet_fast import Segmenter
-
-segmenter = Segmenter.from_pretrained("{name}")
+_ASK = """\
 mask, probability, presence = segmenter("picture.jpg", "the red circle on the left")
 ```
 
 ```sh
 magnet-fast segment picture.jpg "the red circle on the left" --checkpoint hub:{name}
-```
+```"""
+_ASK_WITH_CONTEXT = """\
+prepared = segmenter.prepare("picture.jpg", context={{…}})  # tensors: {needs}
+mask, probability, presence = segmenter(prepared, "the red circle on the left")
+```"""
+_USE = """\
+```python
+from magnet_fast import Segmenter
+
+segmenter = Segmenter.from_pretrained("{name}")
+{ask}
 
 No remote code: in this repository are settings (`config.json`), tensors (`model.safetensors`){tokenizer} and this page.
 Nothing in it is executed or unpickled; the code is the package's own."""
@@ -62,13 +68,17 @@ def model_card(
         for role in ROLES
         if (part := getattr(config, role)) is not None
     ]
+    own = config.model_dump(include=type(config).model_fields.keys() - ModelConfig.model_fields.keys())
+    if own:
+        parts.append(("model", config.architecture, ", ".join(_settings(own))))
+    ask = (_ASK_WITH_CONTEXT if model.required else _ASK).format(name=name, needs=", ".join(model.required))
     spec = [(key, value) for key, value in model.spec._asdict().items()]
     text = [
         f"---\n{header.to_yaml()}\n---",
         f"# {name}",
         "Referring image segmentation: a picture and a sentence in, the mask of what the sentence names out. "
         f"System `{config.architecture}`, {size / 1e6:.1f} million parameters.",
-        _USE.format(name=name, tokenizer=", the vocabulary (`tokenizer.json`)" if tokenizer else ""),
+        _USE.format(name=name, ask=ask, tokenizer=", the vocabulary (`tokenizer.json`)" if tokenizer else ""),
         "## Parts",
         _table(("part", "kind", "settings"), parts),
         "## How pictures and sentences are prepared",

@@ -1,8 +1,8 @@
 """TV-Net: maps are enriched with those of an image retrieved by picture and sentence, then fused, then drawn finely.
 
-In the style of TV-Net (a retrieval-enriched segmentation by referring expressions), of which an abstract and a figure
-are public; no code, no sizes, no weights. What its parts are in detail is our choice: see `fusion.enrich`, `heads.amf`
-and `magnet_fast.data.retrieval`. So are the fusion and the head inside, and BERT in place of word vectors and an LSTM.
+In the style of "Two-stage Visual Cues Enhancement Network for Referring Image Segmentation" (ACM MM 2021), of which an
+abstract and a figure are public; no code, no sizes, no weights. What its parts are in detail is our choice: see
+`fusion.enrich`, `heads.amf` and `magnet_fast.data.references`. So are PWAM and ASPP as the fusion and the head inside.
 """
 
 from __future__ import annotations
@@ -12,25 +12,23 @@ from typing import Any
 from magnet_fast.models.base import ReferringModel
 from magnet_fast.models.config import ModelConfig
 from magnet_fast.models.registry import register
-from magnet_fast.models.sizes import TINY_BERT, TINY_SWIN
-
-_TINY_FPN: dict[str, Any] = {"kind": "fpn", "width": 64, "num_heads": 4, "points": 4, "layers": 1, "feedforward": 128}
+from magnet_fast.models.sizes import RESNET101, TINY_RESNET, TINY_VECTORS_LSTM
 
 
-def _parts(image: dict[str, Any], text: dict[str, Any], head: dict[str, Any]) -> dict[str, Any]:
+def _parts(resnet: dict[str, Any], text: dict[str, Any], aspp: dict[str, Any]) -> dict[str, Any]:
     return {
-        "image": image,
+        "image": resnet,
         "text": text,
         "fusion": {"kind": "enrich", "inner": {"kind": "pwam"}},
-        "head": {"kind": "amf", "inner": head},
+        "head": {"kind": "amf", "inner": {"kind": "aspp", **aspp}},
     }
 
 
 @register(
     "tvnet",
     presets={
-        "tvnet_tiny": _parts(TINY_SWIN, TINY_BERT, _TINY_FPN),
-        "tvnet_resnet101": _parts({"kind": "timm", "name": "resnet101"}, {"kind": "bert"}, {"kind": "fpn"}),
+        "tvnet_tiny": _parts(TINY_RESNET, TINY_VECTORS_LSTM, {"width": 64, "dilations": (1, 2, 3)}),
+        "tvnet_resnet101": _parts(RESNET101, {"kind": "vectors_lstm"}, {}),
     },
     released=None,
 )

@@ -60,7 +60,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def file(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With two images the other one is all that is left."""
     torch.manual_seed(0)
-    model = models.create("tvnet_tiny", input__size=32, image__depths=(1, 1, 1, 1), text__num_layers=1)
+    model = models.create("tvnet_tiny", input__size=32)
     found = find_references(model, Tokenizer(), Refer(root), batch_size=1)
     assert found == {"train": {(1, 10): 8, (1, 11): 8, (2, 20): 7}, "val": {(3, 30): 8}}
     path = tmp_path_factory.mktemp("file") / "references.json"
@@ -142,7 +142,7 @@ def test_found_trained_with_and_evaluated(easy_root: Path, tmp_path: Path) -> No
         assert result.exit_code == status, (result.output, result.exception)
         return result.output
 
-    entries = ["model.name=tvnet_tiny", "model.overrides.image__depths=[1,1,1,1]", "max_steps=2", "batch_size=4"]
+    entries = ["model.name=tvnet_tiny", "max_steps=2", "batch_size=4"]
     entries += ["data.image_size=32", "data.val_limit=4", "data.cache=false", "log_every=1"]
     common = ["--config", "magnet_tiny_scenes", "--data", easy_root, *(x for one in entries for x in ("--set", one))]
     path, out = tmp_path / "found" / "references.json", tmp_path / "run"

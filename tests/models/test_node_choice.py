@@ -15,6 +15,7 @@ from torch import Tensor
 
 from magnet_fast import models
 from magnet_fast.models import Text
+from magnet_fast.models.card import model_card
 from magnet_fast.models.dumoga import NodeChoice
 from magnet_fast.models.graph_alignment import graph_alignment, in_a_row, nearest_nodes, touching
 from magnet_fast.models.heads.node_choice import ABSENT
@@ -52,6 +53,7 @@ def released() -> NodeChoice:
     return model
 
 
+@pytest.mark.slow
 def test_released_choice() -> None:
     model, values = released(), golden("dumoga")
     context = {
@@ -273,3 +275,10 @@ def test_files_round_trip(tmp_path: Path) -> None:
     assert model.config.differences(again.config) == []
     image, text = batch()
     assert torch.equal(again.predict(image, *text, context=context()), model.predict(image, *text, context=context()))
+
+
+def test_a_published_model_says_what_it_needs() -> None:
+    page = model_card(created(alignment="edges"), "owner/name", tokenizer=True)
+    assert "context={…})  # tensors: proposals, node_features, edges\n" in page and "magnet-fast segment" not in page
+    assert "| model | dumoga | node_width 16, width 64, layout correct" in page
+    assert "magnet-fast segment picture.jpg" in model_card(models.create("lavt_tiny"), "owner/name", tokenizer=True)

@@ -7,6 +7,9 @@ import re
 
 import pytest
 import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from magnet_fast import models
@@ -15,7 +18,7 @@ from magnet_fast.models.base import ReferringModel
 from magnet_fast.models.contract import probability
 from magnet_fast.models.encoders.resnet import ResNetConfig
 from magnet_fast.models.encoders.vectors_lstm import VectorsLSTMConfig
-from magnet_fast.models.fusion.joint import JointLayer
+from magnet_fast.models.fusion.joint import JointLayer, largest
 from tests.golden.parameters import FOLDER, golden, released_state
 from tests.models.cases import PRESETS, batch, build
 from tests.models.plain_forms import layer_norm, linear, randomised
@@ -164,6 +167,17 @@ def test_joint_brings_every_map_to_one_size() -> None:
                 pooled[:, :, row, column] = x[:, rows, columns].amax(dim=(1, 2))
         with torch.no_grad():
             torch.testing.assert_close(model.fusion.pool[0](pooled).permute(0, 2, 3, 1), seen[0])
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 12))
+def test_largest_is_adaptive_max_pooling(height: int, width: int, side: int) -> None:
+    x = torch.randn(2, height, width, 3, generator=torch.Generator().manual_seed(height)).requires_grad_()
+    found, expected = largest(x, side), F.adaptive_max_pool2d(x.permute(0, 3, 1, 2), side).permute(0, 2, 3, 1)
+    assert torch.equal(found, expected)
+    weights = torch.randn(found.shape, generator=torch.Generator().manual_seed(1))
+    gradients = [torch.autograd.grad((pooled * weights).sum(), x)[0] for pooled in (found, expected)]
+    torch.testing.assert_close(*gradients)
 
 
 def test_multi_grid() -> None:

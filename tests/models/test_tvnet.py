@@ -17,14 +17,16 @@ from magnet_fast.models import Text
 from magnet_fast.models.base import ReferringModel
 from magnet_fast.models.fusion.enrich import Enrichment
 from magnet_fast.models.fusion.exchange import averaged
+from magnet_fast.models.heads.topdown import TopDownConfig
+from magnet_fast.models.sizes import TINY_BERT, TINY_SWIN
 from tests.models.cases import batch, everything, open_gates, without_gradient
 
-CASE: dict[str, Any] = {"image__depths": (1, 2, 1, 1), "text__num_layers": 1}
+SWIN = {**TINY_SWIN, "depths": (1, 1, 1, 1)}
 
 
 def build(gates: bool = True, **changes: Any) -> ReferringModel:
     torch.manual_seed(0)
-    model = models.create("tvnet_tiny", **{**CASE, **changes}).eval()
+    model = models.create("tvnet_tiny", **changes).eval()
     if gates:
         open_gates(model)
     return model
@@ -72,7 +74,7 @@ def test_maps_of_stride_8_and_coarser_meet_those_of_the_other_image() -> None:
 def test_without_a_reference_the_inner_fusion_works_alone() -> None:
     model = build()
     image, text = batch()
-    alone = models.create("tvnet_tiny", fusion={"kind": "pwam"}, **CASE).eval()
+    alone = models.create("tvnet_tiny", fusion={"kind": "pwam"}).eval()
     of_inner = {n: t for n, t in model.state_dict().items() if not n.startswith("fusion.stages.")}
     alone.load_state_dict({name.replace("fusion.inner.", "fusion."): tensor for name, tensor in of_inner.items()})
     zeros = {"reference_image": torch.zeros(2, 3, 48, 48)}
@@ -111,18 +113,17 @@ def test_the_mix_is_the_formulas() -> None:
     "changes",
     [
         {},
-        {"fusion__inner": {"kind": "exchange", "pyramid": (2,)}, "text__schedule": "slices", "text__num_layers": 4},
+        {"fusion__inner": {"kind": "exchange", "pyramid": (2,)}, "text": {**TINY_BERT, "schedule": "slices"}},
         {"fusion__inner": {"kind": "tokens", "head_dim": 16}, "head__inner": {"kind": "fpn", "width": 32, "layers": 1}},
-        {"head__inner": {"kind": "regions", "width": 32, "layers": 1}},
-        {"image": {"kind": "timm", "name": "resnet10t"}, "image__depths": None},
+        {"head__inner": {"kind": "regions", "width": 32, "layers": 1}, "image": SWIN},
+        {"image": {"kind": "timm", "name": "resnet10t"}},
     ],
-    ids=["pwam", "exchange", "tokens", "regions", "timm"],
+    ids=["pwam", "exchange", "tokens", "regions", "beside the encoder"],
 )
 def test_around_any_fusion_and_head(changes: dict[str, Any]) -> None:
     """Every parameter learns from the first step on, closed gates and all; odd sizes; padded words change nothing."""
-    given = {key: value for key, value in {**CASE, **changes}.items() if value is not None}
     torch.manual_seed(0)
-    model = models.create("tvnet_tiny", **given)
+    model = models.create("tvnet_tiny", **changes)
     everything(model(*batch(), reference())).backward()
     assert without_gradient(model) == []
     model.eval()
@@ -162,7 +163,6 @@ def test_saved_and_loaded(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"head__inner": {"kind": "topdown"}}, "head.inner: amf mixes the map below the mask.*'topdown' has none"),
         ({"head__inner": {"kind": "pixel"}}, "pixel reads one map; this fusion gives 3"),
         (
             {"image": {"kind": "timm", "name": "test_vit", "arguments": {"img_size": 64}}},
@@ -175,3 +175,9 @@ def test_saved_and_loaded(tmp_path) -> None:
 def test_what_does_not_fit_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         models.preset_config("tvnet_tiny", **changes)
+
+
+def test_a_head_without_the_map_below_its_mask_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TopDownConfig, "pixel_channels", lambda self, shapes: None)
+    with pytest.raises(ValueError, match="head.inner: amf mixes the map below the mask.*'topdown' has none"):
+        models.preset_config("tvnet_tiny", head__inner={"kind": "topdown"})

@@ -38,7 +38,8 @@ def step_of(name: str, world: World) -> dict[str, Any]:
     model = models.create(name)
     image, text = batch((64, 64))
     image = image + 0.1 * world.rank  # each has pictures of its own
-    DistributedDataParallel(Everything(model))(image, text, context_of(model, image)).backward()
+    copies = DistributedDataParallel(Everything(model))  # kept: its hooks go with it
+    copies(image, text, context_of(model, image)).backward()
     trained = {name: p for name, p in model.named_parameters() if p.grad is not None}
     sums = torch.stack([p.grad.double().sum() for p in trained.values()])
     of_all = [torch.empty_like(sums) for _ in range(world.size)]

@@ -17,13 +17,12 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from magnet_fast import ops
-from magnet_fast.models.attention import TokenAttention
+from magnet_fast.models.attention import Attention, TokenAttention
 from magnet_fast.models.base import Fusion
 from magnet_fast.models.config import FusionConfig, ImageConfig, TextConfig, part
 from magnet_fast.models.contract import Step, Words
 from magnet_fast.models.fusion.neck import Neck
 from magnet_fast.models.fusion.pixel_word import PixelInstanceNorm
-from magnet_fast.models.heads.text_kernel import Attention
 
 _MAPS = 3
 

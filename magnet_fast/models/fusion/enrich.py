@@ -1,8 +1,8 @@
 """TV-Net's enrichment, around any fusion: before words come, a map reads that of another image, found by the sentence.
 
-In the style of TV-Net, of which an abstract and a figure are public. Stated: maps of the last three stages are enriched
-with those of the most relevant image of a pool, by the same encoder. How they read it, its 12×12 grid and the gate that
-starts closed are our choice.
+In the style of TV-Net (ACM MM 2021), of which an abstract and a figure are public. Stated: maps of the last three
+stages are enriched with those of the most relevant image of a pool, by the same encoder. How they read it, its 12×12
+grid and the gate that starts closed are our choice.
 """
 
 from __future__ import annotations

@@ -77,7 +77,7 @@ class JointFusion(LateFusion):
     def look(self, maps: list[Tensor]) -> list[Tensor]:
         """The maps of stages, (B, side, side, width) each."""
         return [
-            pool(F.adaptive_max_pool2d(x.permute(0, 3, 1, 2), 2 * self.side)).permute(0, 2, 3, 1)
+            pool(largest(x, 2 * self.side).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
             for pool, x in zip(self.pool, maps[-len(self.pool) :], strict=True)
         ]
 
@@ -122,3 +122,18 @@ class JointLayer(nn.Module):
         y = self.norm1(x)
         x = x + self.dropout(self.attention(y + place, y + place, y, mask[:, None, None]))
         return x + self.dropout(self.feedforward(self.norm2(x)))
+
+
+def largest(x: Tensor, side: int) -> Tensor:
+    """Adaptive max pooling, a direction at a time: (B, H, W, C) to (B, side, side, C).
+
+    PyTorch's own has no deterministic backward pass on a GPU, and no form in ONNX.
+    """
+    for dim in (1, 2):
+        length = x.shape[dim]
+        cells = torch.arange(side, device=x.device)
+        first, last = cells * length // side, ((cells + 1) * length + side - 1) // side - 1
+        most = length // side if length % side == 0 else length // side + 2
+        places = torch.minimum(first[:, None] + torch.arange(most, device=x.device), last[:, None])
+        x = x.index_select(dim, places.flatten()).unflatten(dim, (side, most)).amax(dim + 1)
+    return x

@@ -1,7 +1,7 @@
 """TV-Net's adaptive mix with the finest map, around any head: what is found at stride 8 is drawn at stride 4.
 
-In the style of TV-Net, of which an abstract and a figure are public. Stated: the fused map is joined with that of the
-first stage, then enlarged. The gate between them and the widths are our choice.
+In the style of TV-Net (ACM MM 2021), of which an abstract and a figure are public. Stated: the fused map is joined with
+that of the first stage, then enlarged. The gate between them and the widths are our choice.
 """
 
 from __future__ import annotations
