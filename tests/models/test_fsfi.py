@@ -249,4 +249,3 @@ def test_others_are_refused() -> None:
     with pytest.raises(ValueError, match="expected one of timm's ResNets, got 'test_vit', of class VisionTransformer"):
         models.preset_config("lavt_tiny", image={"kind": "resnet", "name": "test_vit"})
     assert models.preset_config("fsfi_resnest101").image.channels == (128, 256, 512, 1024, 2048)
-    assert models.preset_config("wgfm_resnet101").image.strides == (4, 8, 16, 32)
