@@ -1,11 +1,8 @@
 """Convolutional models of timm, torchvision and transformers, every way of running one timed in turns.
 
-"plain" is the model as its library makes it, "channels last" the same with its weights and images in that layout; "cpu"
-after `accelerate(model)`, which leaves convolutions alone, and "cpu, packed weights" after `accelerate(model,
-pack=True)`, which folds norms, activations and residuals into them. The rivals have the plain model: "torch.compile"
-(with `--compile`), and "OpenVINO" where it is installed (extra `bench`) and the model can be exported. Random weights,
-statistics as after some training. Answers are compared before anything is timed, by their medians: where queries are
-chosen by score, the last bit can choose others.
+Rows as in whole.py; "channels last" is the plain model with its weights and images in that layout. "cpu" leaves
+convolutions alone, "cpu, packed weights" folds norms, activations and residuals into them. Random weights, statistics
+as after some training.
 
 Without `--full`: ResNet-50. With it: all. CRIS, the convolutional system of ours, is in bench_systems.py.
 
@@ -18,34 +15,24 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-import magnet_fast
-from benchmarks import PACKED
-from benchmarks.bench_integrations import deformable_detr, results, rt_detr, timm_model
-from benchmarks.bench_magnet import operations
-from benchmarks.rivals import OPENVINO, openvino
-from benchmarks.turns import in_turns
-from magnet_fast.ops import _linear
+from benchmarks.bench_integrations import FirstResult, deformable_detr, rt_detr, timm_model
+from benchmarks.whole import BOTH, compare, only_if_wanted
 
 
 class Case(NamedTuple):
-    """A model, and its batch of images.
-
-    Attributes:
-        exported: whether OpenVINO gets it; the export of the detectors has not been tried.
-    """
+    """A model, and its batch of images; `quick` is measured without --full."""
 
     title: str
     build: Callable[[], nn.Module]
     shape: tuple[int, int, int]
     quick: bool = False
     rounds: int = 7
-    exported: bool = True
 
 
 def torchvision_model(name: str) -> Callable[[], nn.Module]:
@@ -74,27 +61,15 @@ CASES = {
     "timm_efficientnet_b0": Case("timm efficientnet_b0 224x224", timm_model("efficientnet_b0"), (1, 224, 224)),
     "timm_efficientnet_b0_large": Case("timm efficientnet_b0 480x480", timm_model("efficientnet_b0"), (1, 480, 480)),
     "transformers_resnet50": Case("transformers ResNet-50 224x224", transformers_resnet, (1, 224, 224)),
-    "rt_detr": Case("RT-DETR ResNet-50 640x640", rt_detr, (1, 640, 640), rounds=5, exported=False),
-    "deformable_detr": Case(
-        "Deformable DETR ResNet-50 640x800", deformable_detr, (1, 640, 800), rounds=3, exported=False
-    ),
+    "rt_detr": Case("RT-DETR ResNet-50 640x640", rt_detr, (1, 640, 640), rounds=5),
+    "deformable_detr": Case("Deformable DETR ResNet-50 640x800", deformable_detr, (1, 640, 800), rounds=3),
 }
-
-
-class FirstResult(nn.Module):
-    """A model as a function of a tensor that gives one."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, image: Tensor) -> Tensor:
-        return results(self.model(image))[0]
 
 
 def model_of(case: Case, dtype: torch.dtype) -> nn.Module:
     torch.manual_seed(0)
-    model = FirstResult(case.build()).eval().requires_grad_(False)
+    made = case.build()
+    model = FirstResult(made, [getattr(made, "main_input_name", "x")]).eval()
     for module in model.modules():
         if hasattr(module, "running_var"):
             module.running_mean.normal_(0, 0.1)
@@ -102,41 +77,17 @@ def model_of(case: Case, dtype: torch.dtype) -> nn.Module:
     return model.to(dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d).removeprefix("torch."))
+@BOTH
 @pytest.mark.parametrize("name", CASES)
 def test_inference(name: str, dtype: torch.dtype, request: pytest.FixtureRequest) -> None:
     case = CASES[name]
-    if not case.quick and not request.config.getoption("--full"):
-        pytest.skip("--full")
-    if dtype == torch.bfloat16 and not _linear._works(dtype):
-        pytest.skip("this processor does not multiply bfloat16")
+    only_if_wanted(request, case.quick, dtype)
     batch, height, width = case.shape
     image = torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(0)).to(dtype)
-    first = model_of(case, dtype)
-    ours, packed, last = copy.deepcopy(first), copy.deepcopy(first), copy.deepcopy(first)
-    magnet_fast.accelerate(ours)
-    magnet_fast.accelerate(packed, pack=True)
-    last.to(memory_format=torch.channels_last)
+    model = model_of(case, dtype)
+    last = copy.deepcopy(model).to(memory_format=torch.channels_last)
     image_last = image.contiguous(memory_format=torch.channels_last)
-    runs: dict[str, Callable[[], Any]] = {
-        "plain": lambda: first(image),
-        "channels last": lambda: last(image_last),
-        "cpu": lambda: ours(image),
-        PACKED: lambda: packed(image),
-    }
-    if request.config.getoption("--compile"):
-        compiled = torch.compile(copy.deepcopy(first), dynamic=False)
-        runs["torch.compile"] = lambda: compiled(image)
-    if case.exported and (rival := openvino(copy.deepcopy(first), (image,))) is not None:
-        runs[OPENVINO] = rival
-    with torch.no_grad():
-        truth = runs["plain"]().float()
-        for path, run in runs.items():
-            error = (run().float() - truth).abs().median() / truth.abs().max()
-            assert error < (1e-4 if dtype == torch.float32 else 0.1), f"{path}: {error:.2g} beside the plain form"
-        weights = sum(p.numel() * p.element_size() for p in first.parameters())
-        flops = operations(lambda: first(image))
-        info = {"dtype": str(dtype).removeprefix("torch."), "flops": flops, "bytes": weights}
-        rows = in_turns(runs, "plain", case.rounds, request.config._ceilings, **info)
-    group = f"{case.title}, inference, {info['dtype']}"
-    request.config._turns += [{"suite": "convolutional", "group": group, **row} for row in rows]
+    more = {"channels last": lambda: last(image_last)}
+    compare(
+        request, "convolutional", case.title, model, (image,), rounds=case.rounds, dtype=dtype, more=more, by="median"
+    )

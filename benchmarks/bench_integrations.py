@@ -1,8 +1,7 @@
 """Models of timm, transformers and torchvision before and after `magnet_fast.accelerate`: inference and training steps.
 
-"plain" is the model as its library runs it, "cpu" the same model with the fused operators in place, on `auto`, and
-"cpu, packed weights" after `accelerate(model, pack=True)`, which is for inference. Random weights; sampling offsets,
-which start in a regular pattern, get noise, as training gives them.
+Inference has the rows of whole.py; training steps are "plain", as the library runs them, and "cpu", accelerated. Random
+weights; sampling offsets, which start in a regular pattern, get noise, as training gives them.
 
 Without `--full`: inference of the models the project measures itself by. With it: every family, and training.
 
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 import magnet_fast
 from benchmarks import PACKED
 from benchmarks.machine import peak_bytes
+from benchmarks.whole import compare, only_if_wanted
 
 PATHS = ["plain", "cpu"]
 Step = Callable[[], Any]
@@ -240,6 +240,17 @@ def results(output: Any) -> list[Tensor]:
     return [tensor for item in output for tensor in results(item)] if isinstance(output, (list, tuple)) else []
 
 
+class FirstResult(nn.Module):
+    """A model as a function of tensors, in the order of its arguments' `names`, that gives its first result."""
+
+    def __init__(self, model: nn.Module, names: list[str]) -> None:
+        super().__init__()
+        self.model, self.names = model, names
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return results(self.model(**dict(zip(self.names, inputs, strict=True))))[0]
+
+
 def agree(plain: list[Tensor], ours: list[Tensor]) -> None:
     """The paths give one answer, so that their times may be compared.
 
@@ -257,22 +268,15 @@ def measure(benchmark: Any, case: str, mode: str, path: str, step: Step) -> None
     benchmark.extra_info["peak_bytes"] = peak_bytes(step)
 
 
-@pytest.mark.parametrize("path", [*PATHS, PACKED])
-@pytest.mark.parametrize("case", CASES)
-def test_inference(benchmark, full: bool, case: str, path: str) -> None:
-    if not (full or CASES[case].quick):
-        pytest.skip("--full")
-    inputs = CASES[case].inputs()
-    if path != "plain":
-        with torch.no_grad():
-            agree(*(results(prepare(case, one).eval()(**inputs)) for one in ("plain", path)))
-    model = prepare(case, path).eval()
-
-    def step() -> None:
-        with torch.no_grad():
-            model(**inputs)
-
-    measure(benchmark, case, "inference", path, step)
+@pytest.mark.parametrize("name", CASES)
+def test_inference(name: str, request: pytest.FixtureRequest) -> None:
+    case = CASES[name]
+    only_if_wanted(request, case.quick)
+    inputs = case.inputs()
+    with torch.no_grad():
+        agree(*(results(prepare(name, path).eval()(**inputs)) for path in ("plain", PACKED)))
+    model = FirstResult(prepare(name, "plain").eval(), list(inputs))
+    compare(request, "integrations", case.title, model, tuple(inputs.values()), rounds=5, by="median")
 
 
 @pytest.mark.parametrize("path", PATHS)

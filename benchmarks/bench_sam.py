@@ -1,9 +1,7 @@
 """SAM's image encoder, every way of running it timed in turns: transformers' layers, ours, and the rivals.
 
-"plain" is transformers' encoder with scaled_dot_product_attention, which gets the positions as a mask; "eager" its own
-form. "cpu" is after `accelerate(model)`, "cpu, packed weights" after `accelerate(model, pack=True)`. The rivals have
-the plain model: "torch.compile" (with `--compile`), and "OpenVINO" where it is installed (extra `bench`). Random
-weights. Answers are compared before anything is timed.
+Rows as in whole.py; "plain" is transformers' encoder with scaled_dot_product_attention, which gets the positions as a
+mask; "eager" its own form. Random weights.
 
 Without `--full`: one global layer of ViT-B at 1024x1024 (64x64 tokens). With it: the encoders of ViT-B and ViT-H, and
 one layer of ViT-L that reads whole maps of 32x32 tokens, as cellpose 4 has twenty-four of (256x256 pixels in patches of
@@ -17,20 +15,13 @@ processor that multiplies bfloat16.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-import magnet_fast
-from benchmarks import PACKED
-from benchmarks.bench_magnet import operations
-from benchmarks.rivals import OPENVINO, openvino
-from benchmarks.turns import in_turns
-from magnet_fast.ops import _linear
+from benchmarks.whole import BOTH, Run, compare, only_if_wanted
 
 VIT_B = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "global_attn_indexes": [2, 5, 8, 11]}
 VIT_L = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
@@ -95,40 +86,15 @@ def image_of(case: Case) -> Tensor:
     return torch.randn(case.batch, case.side, case.side, case.config["hidden_size"], generator=generator)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d).removeprefix("torch."))
+@BOTH
 @pytest.mark.parametrize("name", CASES)
 def test_inference(name: str, dtype: torch.dtype, request: pytest.FixtureRequest) -> None:
     case = CASES[name]
-    if not case.quick and not request.config.getoption("--full"):
-        pytest.skip("--full")
-    if dtype == torch.bfloat16 and not _linear._works(dtype):
-        pytest.skip("this processor does not multiply bfloat16")
+    only_if_wanted(request, case.quick, dtype)
     inputs = (image_of(case).to(dtype),)
-    first = build(case, "sdpa").to(dtype)
-    ours, packed = copy.deepcopy(first), copy.deepcopy(first)
-    magnet_fast.accelerate(ours)
-    magnet_fast.accelerate(packed, pack=True)
-    flops = operations(lambda: first(*inputs))
-    runs: dict[str, Callable[[], Any]] = {
-        "plain": lambda: first(*inputs),
-        "cpu": lambda: ours(*inputs),
-        PACKED: lambda: packed(*inputs),
-    }
+    more: dict[str, Run] = {}
     if case.rivals:
         eager = build(case, "eager").to(dtype)
-        runs["eager"] = lambda: eager(*inputs)
-        if request.config.getoption("--compile"):
-            compiled = torch.compile(copy.deepcopy(first), dynamic=False)
-            runs["torch.compile"] = lambda: compiled(*inputs)
-        if (rival := openvino(copy.deepcopy(first), inputs)) is not None:
-            runs[OPENVINO] = rival
-    with torch.no_grad():
-        truth = runs["plain"]().float()
-        for path, run in runs.items():
-            error = (run().float() - truth).abs().max() / truth.abs().max()
-            assert error < (1e-3 if dtype == torch.float32 else 0.2), f"{path}: {error:.2g} beside the plain form"
-        weights = sum(p.numel() * p.element_size() for p in first.parameters())
-        info = {"dtype": str(dtype).removeprefix("torch."), "flops": flops, "bytes": weights}
-        rows = in_turns(runs, "plain", case.rounds, request.config._ceilings, **info)
-    group = f"{case.title}, inference, {info['dtype']}"
-    request.config._turns += [{"suite": "sam", "group": group, **row} for row in rows]
+        more["eager"] = lambda: eager(*inputs)
+    model = build(case, "sdpa").to(dtype)
+    compare(request, "sam", case.title, model, inputs, rounds=case.rounds, dtype=dtype, more=more, rivals=case.rivals)

@@ -1,9 +1,7 @@
-"""RefSegformer, ReLA and CRIS as whole models, every path of a case timed in turns.
+"""Systems of this library as whole models, every path of a case timed in turns.
 
-"plain" is the model as it is built, with roll, pad, partition, mask and softmax (`plain`) and the reference operators;
-"cpu" after `accelerate(model)`; "cpu, packed weights" after `accelerate(model, pack=True)`. The rivals have the plain
-model: "torch.compile" (with `--compile`), and "OpenVINO" where it is installed (extra `bench`), which takes the
-exported graph and runs it in the same precision on as many threads. Answers are compared before anything is timed.
+Rows as in whole.py; "plain" is the model as it is built, with roll, pad, partition, mask and softmax (`plain`) and the
+reference operators.
 
 Without `--full`: the tiny models. With it: the full size at each system's own input, and training steps.
 
@@ -19,26 +17,25 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import magnet_fast
-from benchmarks import PACKED, plain
-from benchmarks.bench_magnet import operations
-from benchmarks.rivals import OPENVINO, openvino
+from benchmarks import plain
 from benchmarks.turns import in_turns
+from benchmarks.whole import BOTH, Run, compare, only_if_wanted
 from magnet_fast import models, ops
-from magnet_fast.ops import _linear
 from magnet_fast.training.terms import build_terms
 
 WORDS = 17
 
 
 class Case(NamedTuple):
-    """A model and the side of its square images; `quick` is measured without --full."""
+    """A model and the side of its square images; `quick` is measured without --full, and bench_magnet.py has MagNet's
+    training."""
 
     preset: str
     title: str
@@ -48,9 +45,13 @@ class Case(NamedTuple):
 
 
 CASES = (
+    Case("magnet_tiny", "MagNet tiny 128x128", 128, quick=True, training=False),
+    Case("lavt_tiny", "LAVT tiny 128x128", 128, quick=True),
     Case("refsegformer_tiny", "RefSegformer tiny 128x128", 128, quick=True),
     Case("rela_tiny", "ReLA tiny 128x128", 128, quick=True),
     Case("cris_tiny", "CRIS tiny 128x128", 128, quick=True),
+    Case("magnet_swin_b", "MagNet Swin-B 480x480", 480, training=False),
+    Case("lavt_swin_b", "LAVT Swin-B 480x480", 480),
     Case("refsegformer_swin_b", "RefSegformer Swin-B 480x480", 480),
     Case("rela_swin_b", "ReLA Swin-B 480x480", 480),
     Case("cris_r50", "CRIS R50 416x416", 416),
@@ -94,47 +95,28 @@ def inputs_of(case: Case, batch: int = 1) -> tuple[Tensor, Tensor, Tensor]:
     return image, ids, torch.ones(batch, WORDS, dtype=torch.bool)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d).removeprefix("torch."))
+@BOTH
 @pytest.mark.parametrize("case", CASES, ids=IDS)
 def test_inference(case: Case, dtype: torch.dtype, request: pytest.FixtureRequest) -> None:
-    _only_if_wanted(case.quick, request)
-    if dtype == torch.bfloat16 and not _linear._works(dtype):
-        pytest.skip("this processor does not multiply bfloat16")
+    only_if_wanted(request, case.quick, dtype)
     image, ids, mask = inputs_of(case)
     inputs = image.to(dtype), ids, mask
-    first = Masks(copy.deepcopy(model_of(case.preset)).to(dtype)).requires_grad_(False)
-    ours, packed = copy.deepcopy(first), copy.deepcopy(first)
-    magnet_fast.accelerate(ours)
-    magnet_fast.accelerate(packed, pack=True)
-    flops = operations(lambda: ours(*inputs))
 
-    def in_plain_form(model: Callable[..., Any]) -> Callable[[], Any]:
-        def run() -> Any:
-            with torch.no_grad(), as_published():
+    def published(model: Callable[..., Tensor]) -> Run:
+        def run() -> Tensor:
+            with as_published():
                 return model(*inputs)
 
         return run
 
-    runs: dict[str, Callable[[], Any]] = {
-        "plain": in_plain_form(first),
-        "cpu": lambda: torch.no_grad()(ours)(*inputs),
-        PACKED: lambda: torch.no_grad()(packed)(*inputs),
-    }
-    if request.config.getoption("--compile"):
-        runs["torch.compile"] = in_plain_form(torch.compile(first, dynamic=False))
-    if (rival := openvino(first, inputs)) is not None:
-        runs[OPENVINO] = rival
-    truth = runs["plain"]().float()
-    for path, run in runs.items():
-        error = (run().float() - truth).abs().max() / truth.abs().max()
-        assert error < (1e-3 if dtype == torch.float32 else 0.2), f"{path}: {error:.2g} beside the plain form"
-    weights = sum(p.numel() * p.element_size() for p in first.parameters())
-    _measure(request, case, "inference, batch 1", dtype, runs, {"flops": flops, "bytes": weights})
+    model = Masks(copy.deepcopy(model_of(case.preset)).to(dtype))
+    rounds = 15 if case.quick else 5
+    compare(request, "systems", f"{case.title}, batch 1", model, inputs, rounds=rounds, dtype=dtype, plain=published)
 
 
-@pytest.mark.parametrize("case", CASES, ids=IDS)
+@pytest.mark.parametrize("case", [case for case in CASES if case.training], ids=lambda case: case.preset)
 def test_training_step(case: Case, request: pytest.FixtureRequest) -> None:
-    _only_if_wanted(case.quick, request)
+    only_if_wanted(request, case.quick)
     batch = 8 if case.quick else 1
     image, ids, mask_of_words = inputs_of(case, batch)
     truth = torch.zeros(batch, case.side, case.side)
@@ -165,25 +147,7 @@ def test_training_step(case: Case, request: pytest.FixtureRequest) -> None:
         with as_published():
             plain_step()
 
-    _measure(
-        request, case, f"training step, batch {batch}", torch.float32, {"plain": published, "cpu": step_of(ours)}, {}
-    )
-
-
-def _only_if_wanted(quick: bool, request: pytest.FixtureRequest) -> None:
-    if not quick and not request.config.getoption("--full"):
-        pytest.skip("--full")
-
-
-def _measure(
-    request: pytest.FixtureRequest,
-    case: Case,
-    what: str,
-    dtype: torch.dtype,
-    runs: dict[str, Callable[[], Any]],
-    info: dict[str, Any],
-) -> None:
-    name = str(dtype).removeprefix("torch.")
-    rows = in_turns(runs, "plain", 15 if case.quick else 5, request.config._ceilings, dtype=name, **info)
-    group = f"{case.title}, {what}, {name}"
+    runs = {"plain": published, "cpu": step_of(ours)}
+    rows = in_turns(runs, "plain", 15 if case.quick else 5, request.config._ceilings, dtype="float32")
+    group = f"{case.title}, training step, batch {batch}, float32"
     request.config._turns += [{"suite": "systems", "group": group, **row} for row in rows]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from benchmarks import PACKED
+from benchmarks import COMPILED, PACKED
 
 WIDTH, LABELS, VALUES, ROW, GAP, SECTION = 1100, 175, 300, 22, 34, 34
 COLOURS = {
@@ -22,7 +22,7 @@ COLOURS = {
     "SDPA": "#7b8794",
     "reference": "#e0a030",
     "torch.compile": "#a05cc0",
-    "cpu, torch.compile": "#7040a0",
+    COMPILED: "#7040a0",
     PACKED: "#184f90",
     "cpu window attention": "#6aaee8",
     "cpu": "#2878c8",
@@ -30,6 +30,7 @@ COLOURS = {
     "triton": "#2878c8",
     "FlexAttention": "#50b090",
     "OpenVINO": "#50b090",
+    "ONNX Runtime": "#2f7f66",
 }
 _CEILING = "#c03030"
 

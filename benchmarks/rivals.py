@@ -12,6 +12,7 @@ from magnet_fast import ops
 
 OPENVINO = "OpenVINO"
 OPENVINO_INT8 = "OpenVINO int8"
+ONNX_RUNTIME = "ONNX Runtime"
 
 
 def openvino(
@@ -49,6 +50,30 @@ def openvino(
     request = runtime.compile_model(converted, "CPU", options).create_infer_request()
     arrays = _arrays(inputs)
     return lambda: torch.from_numpy(request.infer(arrays)[0].copy())
+
+
+def onnx_runtime(model: nn.Module, inputs: tuple[Tensor, ...]) -> Callable[[], Tensor] | None:
+    """The model as ONNX, float32, every graph optimisation on; None where it or the exporter is not installed.
+
+    Args:
+        model: of one output.
+        inputs: of that model.
+    """
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401 (what torch exports by)
+    except ImportError:
+        return None
+    with torch.no_grad(), ops.backend("reference"):
+        program = torch.onnx.export(model, inputs, dynamo=True, verbose=False)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    serialised = program.model_proto.SerializeToString()
+    session = onnxruntime.InferenceSession(serialised, options, providers=["CPUExecutionProvider"])
+    # A graph leaves out what does not change its result.
+    given = dict(zip((node.name for node in program.model_proto.graph.input), _arrays(inputs), strict=False))
+    return lambda: torch.from_numpy(session.run(None, given)[0])
 
 
 def _arrays(tensors: tuple[Tensor, ...]) -> list[np.ndarray]:

@@ -18,6 +18,8 @@ from magnet_fast.models.released import from_released
 from magnet_fast.models.weights import load_with_metadata, restored
 
 _HUB = "hub:"
+PHOTOS = "photos"
+"""Name of the model of photographs that ships with the package."""
 _RUN = "magnet_fast.training/"  # format of a run's checkpoint, before its number
 
 
@@ -100,6 +102,8 @@ def load(path: str | os.PathLike[str] | None = None) -> Checkpoint:
         return _read_pretrained(hub.fetch(repository, revision or None))
     if path is not None and is_pretrained(path):
         return _read_pretrained(hub.find(path))
+    if path is not None and _is_shipped(path):
+        return _read_pretrained(hub.find(_shipped(PHOTOS)))
     path = Path(path) if path is not None else shipped_weights()
     format = safetensors_metadata(path).get("format", "") if is_safetensors(path) else ""
     if not format.startswith("magnet_fast."):
@@ -124,9 +128,18 @@ def is_pretrained(path: str | os.PathLike[str]) -> bool:
 
 
 def shipped_weights() -> Path:
-    """The weights that ship with the package; FileNotFoundError where an installation lacks them."""
-    path = Path(str(resources.files("magnet_fast"))) / "weights" / "magnet_tiny_scenes.safetensors"
-    if not path.is_file():
+    """The weights of drawn scenes that ship with the package; FileNotFoundError where an installation lacks them."""
+    return _shipped("magnet_tiny_scenes.safetensors")
+
+
+def _is_shipped(path: str | os.PathLike[str]) -> bool:
+    """Whether a path that holds no model is the name of one that ships: a folder of pictures may be called so."""
+    return os.fspath(path) == PHOTOS and not Path(path).is_file()
+
+
+def _shipped(name: str) -> Path:
+    path = Path(str(resources.files("magnet_fast"))) / "weights" / name
+    if not path.exists():
         raise FileNotFoundError(f"{path}: this installation has no shipped weights; name a checkpoint")
     return path
 

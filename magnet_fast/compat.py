@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -20,8 +22,8 @@ from torch import Tensor
 from magnet_fast import ops
 from magnet_fast.ops._maps import read_maps
 
-NAMES = ("MultiScaleDeformableAttention", "groundingdino._C")
-"""What can be installed: of Deformable DETR, Mask2Former and those made after them; of Grounding DINO."""
+NAMES = ("MultiScaleDeformableAttention", "groundingdino._C", "mmcv._ext")
+"""What can be installed: of Deformable DETR, Mask2Former and those made after them; of Grounding DINO; of mmcv-lite."""
 
 _MARK = "_stands_in_by_magnet_fast"
 
@@ -48,10 +50,11 @@ def install(name: str) -> ModuleType:
         return importlib.import_module(name)
     except (ImportError, OSError):  # not there, or built for another PyTorch
         pass
-    module = ModuleType(name, "magnet_fast: multi-scale deformable attention in place of a compiled extension.")
+    kind, backward = (_OneOfMany, _write_gradients) if name == "mmcv._ext" else (ModuleType, ms_deform_attn_backward)
+    module = kind(name, "magnet_fast: multi-scale deformable attention in place of a compiled extension.")
     module.__spec__ = ModuleSpec(name, None)
     module.ms_deform_attn_forward = ms_deform_attn_forward
-    module.ms_deform_attn_backward = ms_deform_attn_backward
+    module.ms_deform_attn_backward = backward
     setattr(module, _MARK, True)
     sys.modules[name] = module
     if parent is not None:
@@ -74,6 +77,23 @@ def uninstall(name: str) -> None:
     package, _, last = name.rpartition(".")
     if package and getattr(sys.modules.get(package), last, None) is module:
         delattr(sys.modules[package], last)
+
+
+class _OneOfMany(ModuleType):
+    """mmcv's extension holds many operators, and `mmcv.ops` asks for the names of all: they say when called that they
+    are not here."""
+
+    def __getattr__(self, name: str) -> Callable[..., NoReturn]:
+        if name.startswith("__"):
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+
+        def missing(*args: object, **kwargs: object) -> NoReturn:
+            raise NotImplementedError(
+                f"{self.__name__}.{name}: magnet_fast.compat stands in for multi-scale deformable attention alone; for "
+                "this operator install mmcv with its compiled operators"
+            )
+
+        return missing
 
 
 def ms_deform_attn_forward(
@@ -128,6 +148,25 @@ def ms_deform_attn_backward(
         given = [tensor.detach().requires_grad_() for tensor in (value, sampling_loc, attn_weight)]
         out = ops.deformable_attention(given[0], sizes, *given[1:])
     return list(torch.autograd.grad(out, given, grad_output))
+
+
+def _write_gradients(
+    value: Tensor,
+    spatial_shapes: Tensor,
+    level_start_index: Tensor,
+    sampling_loc: Tensor,
+    attn_weight: Tensor,
+    grad_output: Tensor,
+    grad_value: Tensor,
+    grad_sampling_loc: Tensor,
+    grad_attn_weight: Tensor,
+    im2col_step: int,
+) -> None:
+    """mmcv's form of `ms_deform_attn_backward`: gradients are written where the caller says."""
+    given = value, spatial_shapes, level_start_index, sampling_loc, attn_weight, grad_output, im2col_step
+    targets = grad_value, grad_sampling_loc, grad_attn_weight
+    for target, grad in zip(targets, ms_deform_attn_backward(*given), strict=True):
+        target.copy_(grad)
 
 
 def _sizes(shapes: Tensor, starts: Tensor) -> list[tuple[int, int]]:

@@ -13,7 +13,7 @@ LEVELS = [
     {"app"},
     {"training", "batch"},
     {"inference"},
-    {"evaluation", "editing", "exporting"},
+    {"evaluation", "editing", "exporting", "shrinking"},
     {"checkpoints"},
     {"data"},
     {"fast", "compat"},

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from magnet_fast import checkpoints, cli, fast, models
 from magnet_fast.cli import app
-from magnet_fast.ops import _registry
+from magnet_fast.ops import _proof, _registry
 
 pytestmark = pytest.mark.slow
 
@@ -215,6 +215,20 @@ def test_info() -> None:
     output = run("info")
     assert torch.__version__ in output
     assert "window_attention" in output and "reference" in output
+
+
+def test_doctor(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(_proof, "DTYPES", (torch.float32,))
+    output = run("doctor", "--out", tmp_path / "report.json")
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["machine"]["torch"] == torch.__version__ and str(tmp_path / "report.json") in output
+    kernels = {(one["backend"], one["operator"]): one for one in report["kernels"]}
+    assert len(kernels) == 18 and kernels["cpu", "window_attention"]["passed"] is True
+    if not torch.cuda.is_available():
+        assert kernels["triton", "window_attention"]["passed"] is None
+        assert "there is no GPU" in kernels["triton", "window_attention"]["detail"]
+    monkeypatch.setattr(_proof, "check", lambda *place: _proof.Verdict(False, "largest error 7"))
+    assert "WRONG: largest error 7" in run("doctor", status=1)
 
 
 def test_resume_and_refusals(root, trained, tmp_path) -> None:

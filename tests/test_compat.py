@@ -48,6 +48,12 @@ class Attention(Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple:
         value, places, weights = ctx.saved_tensors
+        if ctx.module.__name__ == "mmcv._ext":
+            written = [torch.full_like(tensor, torch.nan) for tensor in (value, places, weights)]
+            ctx.module.ms_deform_attn_backward(
+                value, SHAPES, STARTS, places, weights, grad.contiguous(), *written, im2col_step=64
+            )
+            return None, *written
         return None, *ctx.module.ms_deform_attn_backward(value, SHAPES, STARTS, places, weights, grad, 64)
 
 
@@ -81,6 +87,16 @@ def test_from_a_package(monkeypatch) -> None:
     assert _C is module is package._C
     compat.uninstall("groundingdino._C")
     assert not hasattr(package, "_C") and "groundingdino._C" not in sys.modules
+
+
+def test_other_operators_of_mmcv_say_that_they_are_missing(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "mmcv", ModuleType("mmcv"))
+    module = compat.install("mmcv._ext")
+    assert hasattr(module, "nms")  # what mmcv.ops asks when it is imported
+    with pytest.raises(NotImplementedError, match=r"mmcv\._ext\.nms: magnet_fast\.compat stands in for multi-scale"):
+        module.nms(torch.zeros(1, 4), iou_threshold=0.5)
+    assert not hasattr(module, "__wrapped__")
+    compat.uninstall("mmcv._ext")
 
 
 def test_one_that_works_is_never_shadowed(monkeypatch) -> None:

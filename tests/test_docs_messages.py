@@ -21,10 +21,12 @@ PACKAGE = ROOT / "magnet_fast"
 PAGE = ROOT / "docs" / "when-something-is-wrong.md"
 
 USER_FACING = (
-    "checkpoints.py", "editing.py", "exporting.py", "inference.py", "visualize.py", "fast/__init__.py", "batch/*.py",
+    "checkpoints.py", "editing.py", "exporting.py", "inference.py", "shrinking.py", "visualize.py",
+    "fast/__init__.py", "batch/*.py",
     "data/*.py", "data/datasets/*.py", "data/importing/*.py", "data/tokenizers/*.py", "data/transforms/*.py",
     "data/phrases/reading.py", "data/scenes/writing.py",
-    "models/base_weights.py", "models/files.py", "models/hub.py", "models/released.py", "models/state.py",
+    "models/base_weights.py", "models/compact.py", "models/files.py", "models/hub.py", "models/released.py",
+    "models/state.py",
     "models/weights.py", "models/wrapping.py",
     "cli/*.py", "evaluation/evaluate.py", "evaluation/finite.py", "evaluation/metrics.py", "evaluation/protocol.py",
     "evaluation/table.py", "evaluation/tasks.py", "app/answer.py", "app/segmenters.py", "app/serving.py",

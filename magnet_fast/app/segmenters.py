@@ -18,8 +18,8 @@ class Segmenters:
     A name that is not among `names` is refused, so that nobody at a browser reads another file.
 
     Args:
-        paths: checkpoints, as `checkpoints.load` takes them, called by their paths; the weights that ship with the
-            package come last.
+        paths: checkpoints, as `checkpoints.load` takes them, called by their paths; those that ship with the package
+            come last.
         tokenizer: a vocabulary for those of `paths` that do not say by themselves which is theirs, or whose own does
             not ship with the package.
 
@@ -41,6 +41,7 @@ class Segmenters:
         shipped = checkpoints.shipped_weights()
         self._paths: dict[str, str | Path] = {str(path): str(path) for path in paths}
         self._paths[f"{shipped.stem} (shipped)"] = shipped
+        self._paths[f"{checkpoints.PHOTOS} (shipped)"] = checkpoints.PHOTOS
         self._tokenizer = tokenizer
         self._loaded: dict[tuple[str, str], Segmenter] = {}
 

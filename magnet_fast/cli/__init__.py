@@ -14,12 +14,14 @@ import typer
 from magnet_fast.cli import errors
 from magnet_fast.cli.common import LocalRankOption
 from magnet_fast.cli.data import data_app
+from magnet_fast.cli.doctor import doctor
 from magnet_fast.cli.evaluate import evaluate
 from magnet_fast.cli.export import export
 from magnet_fast.cli.info import info
 from magnet_fast.cli.merge import merge
 from magnet_fast.cli.pictures import contact_sheet, edit, segment
 from magnet_fast.cli.push import push
+from magnet_fast.cli.shrink import shrink
 from magnet_fast.cli.study import study
 from magnet_fast.cli.train import train
 from magnet_fast.cli.web import web_page
@@ -31,7 +33,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (train, evaluate, segment, edit, merge, push, export, info, study):
+for command in (train, evaluate, segment, edit, merge, push, shrink, export, info, doctor, study):
     app.command()(command)
 app.command("contact-sheet")(contact_sheet)
 app.command("app")(web_page)

@@ -25,6 +25,7 @@ from magnet_fast.fast import (
     convolutional,
     copies,
     grounding_dino,
+    mmcv,
     sam,
     timm,
     torchvision,
@@ -39,10 +40,12 @@ from magnet_fast.ops import _int8, _packed
 from magnet_fast.ops._convolution import PackedSequential, has_foldable, pack_convolutions, unpack_convolutions
 from magnet_fast.ops._linear import PackedLinear, pack_linear, plain_linear, unpack_linear
 from magnet_fast.ops._observed import altered
+from magnet_fast.ops._proof import prove
+from magnet_fast.ops._proof_cases import OPERATORS
 
 __all__ = ["ModuleReport", "Report", "accelerate", "accelerated", "fingerprint", "restore"]
 
-_FAMILIES = (timm, torchvision, transformers_swin, transformers_deformable, grounding_dino, sam)
+_FAMILIES = (timm, torchvision, transformers_swin, transformers_deformable, grounding_dino, mmcv, sam)
 _FAILED = "looking at it failed"
 _OUR_MODELS = "magnet_fast.models."
 
@@ -116,6 +119,7 @@ def accelerate(
             found.append(_pack(name, module, int8))
         if isinstance(module, nn.Sequential) and (pack or type(module) is PackedSequential):
             found.extend(_pack_sequential(name, module))
+    _prove(model, {module.operator for module in found})
     return Report(tuple(found))
 
 
@@ -183,6 +187,14 @@ def _replace(name: str, module: nn.Module, replacement: Replacement) -> ModuleRe
             return ModuleReport(name, replacement.path, None, reason)
         module.__class__ = fused_class(replacement, type(module))
     return ModuleReport(name, replacement.path, replacement.operator, replacement.note(module))
+
+
+def _prove(model: nn.Module, operators: set[str | None]) -> None:
+    """Kernels that have to prove themselves do so now, before a graph is compiled or captured."""
+    wanted = tuple(name for name in OPERATORS if name in operators)
+    places = {(p.device, p.dtype) for p in model.parameters() if p.is_floating_point() and not p.is_meta}
+    for device in {device for device, _ in places} if wanted else ():
+        prove(device, tuple(dtype for where, dtype in places if where == device), wanted)
 
 
 def _parts(module: nn.Module, replacement: Replacement) -> Iterator[nn.Module]:

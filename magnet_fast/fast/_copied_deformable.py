@@ -29,8 +29,8 @@ class _DeformableAttention:
         input_padding_mask: Tensor | None = None,
     ) -> Tensor:
         sizes = None
-        if not must_run_original(self) and _fit(reference_points, self.n_levels):
-            sizes = _sizes(input_spatial_shapes, input_level_start_index)
+        if not must_run_original(self) and fit(reference_points, self.n_levels):
+            sizes = sizes_of(input_spatial_shapes, input_level_start_index)
         if sizes is None:
             return super().forward(
                 query,
@@ -42,7 +42,7 @@ class _DeformableAttention:
             )
         settings = (self.n_heads, self.n_levels, self.n_points)
         return self.output_proj(
-            _attend(self, query, input_flatten, input_padding_mask, reference_points, sizes, settings)
+            attend(self, query, input_flatten, input_padding_mask, reference_points, sizes, settings)
         )
 
 
@@ -62,8 +62,8 @@ class _BatchSecondAttention:
         **kwargs: Any,
     ) -> Tensor:
         sizes = None
-        if not must_run_original(self) and _fit(reference_points, self.num_levels):
-            sizes = _sizes(spatial_shapes, level_start_index)
+        if not must_run_original(self) and fit(reference_points, self.num_levels):
+            sizes = sizes_of(spatial_shapes, level_start_index)
         if sizes is None:
             return super().forward(
                 query,
@@ -81,11 +81,11 @@ class _BatchSecondAttention:
         if not self.batch_first:
             query, value = query.transpose(0, 1), value.transpose(0, 1)
         settings = (self.num_heads, self.num_levels, self.num_points)
-        out = self.output_proj(_attend(self, query, value, key_padding_mask, reference_points, sizes, settings))
+        out = self.output_proj(attend(self, query, value, key_padding_mask, reference_points, sizes, settings))
         return out if self.batch_first else out.transpose(0, 1)
 
 
-def _attend(
+def attend(
     module: nn.Module,
     query: Tensor,
     value: Tensor,
@@ -94,6 +94,7 @@ def _attend(
     sizes: list[tuple[int, int]],
     settings: tuple[int, int, int],
 ) -> Tensor:
+    """All but the last projection; `settings` are heads, levels and points."""
     heads, levels, samples = settings
     value = module.value_proj(value)
     if padding is not None:
@@ -106,7 +107,7 @@ def _attend(
     return ops.fused_deformable_attention(value.unflatten(2, (heads, -1)), sizes, points, offsets, logits)
 
 
-def _fit(points: Tensor | None, levels: int) -> bool:
+def fit(points: Tensor | None, levels: int) -> bool:
     """Whether there is a point or a box of its own for every level."""
     return isinstance(points, Tensor) and points.dim() == 4 and points.shape[2] == levels and points.shape[3] in (2, 4)
 
@@ -114,7 +115,7 @@ def _fit(points: Tensor | None, levels: int) -> bool:
 _last: tuple[list[tuple[weakref.ref, int]], list[tuple[int, int]] | None] = ([], None)
 
 
-def _sizes(shapes: Tensor | None, starts: Tensor | None) -> list[tuple[int, int]] | None:
+def sizes_of(shapes: Tensor | None, starts: Tensor | None) -> list[tuple[int, int]] | None:
     """The maps' sizes as Python ints; None where they cannot be read, or where a map does not begin at the last's end.
 
     On a GPU reading back waits for all that was computed before. The answer for the two tensors that came last is

@@ -88,6 +88,7 @@ def save_pretrained(
     scores: Sequence[Mapping[str, Any]] = (),
     license: str | None = None,
     name: str = "OWNER/NAME",
+    compact: bool = False,
 ) -> None:
     """Write a model as a folder that `from_pretrained` reads, and that the hub takes as it is.
 
@@ -98,12 +99,13 @@ def save_pretrained(
         tokenizer: goes with the model, so that nothing else is needed to use it.
         metadata: more, text to text, as for `models.save`.
         scores, license, name: for README.md, see `card.model_card`.
+        compact: as for `models.save`.
     """
     folder, stored = Path(folder), None if tokenizer is None else tokenizer.to_json()
     card = model_card(model, name, tokenizer=stored is not None, scores=scores, license=license)
     folder.mkdir(parents=True, exist_ok=True)
     extra = {**(metadata or {}), **({} if tokenizer is None else {"tokenizer_vocab": tokenizer.digest()})}
-    weights.save(model, folder / WEIGHTS, extra)
+    weights.save(model, folder / WEIGHTS, extra, compact=compact)
     if stored is not None:
         write_text_atomically(folder / TOKENIZER, stored)
     if not _keeps(folder / CARD, str(folder)):

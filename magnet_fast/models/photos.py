@@ -31,7 +31,8 @@ _MINILM: dict[str, Any] = {
             "text": {"kind": "transformers", "name": "sentence-transformers/all-MiniLM-L6-v2", "settings": _MINILM},
             "fusion": {"kind": "objects"},
             "head": {"kind": "pixel"},
-            "input": {"size": 320, "max_tokens": 20},
+            # The threshold was chosen on photographs: of small objects it leaves more than 0.5 does.
+            "input": {"size": 320, "max_tokens": 20, "threshold": 0.2},
         }
     },
 )

@@ -13,6 +13,7 @@ from magnet_fast.atomic import write_atomically
 from magnet_fast.models import former
 from magnet_fast.models.base import ReferringModel
 from magnet_fast.models.base_weights import load_bases, with_bases, without_bases
+from magnet_fast.models.compact import compacted, expanded
 from magnet_fast.models.files import is_safetensors, read_safetensors, safetensors_metadata
 from magnet_fast.models.registry import from_config
 from magnet_fast.models.state import load_strictly
@@ -22,11 +23,18 @@ _OURS = "magnet_fast.model/"
 FORMAT = f"{_OURS}2"
 FORMAT_ON_BASES = f"{_OURS}3"
 """Of a file that names base weights in place of holding them."""
-_READ = (FORMAT, FORMAT_ON_BASES, f"{_OURS}1")
+FORMAT_COMPACT = f"{_OURS}4"
+"""Of a file with matrices in int8."""
+_READ = (FORMAT, FORMAT_ON_BASES, FORMAT_COMPACT, f"{_OURS}1")
 
 
 def save(
-    model: nn.Module, path: str | os.PathLike[str], extra: dict[str, str] | None = None, *, whole: bool = True
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    extra: dict[str, str] | None = None,
+    *,
+    whole: bool = True,
+    compact: bool = False,
 ) -> None:
     """Write weights and configuration to `path` (.safetensors), atomically: a reader never sees half a file.
 
@@ -37,10 +45,16 @@ def save(
         extra: more metadata, text to text (vocabulary, how it was trained).
         whole: hold all weights. Otherwise those of an encoder that were loaded (`pretrained`) and are not trained are
             named by their source and their SHA-256, where they are at least half of it; `load` then loads them again.
+        compact: matrices in int8, by row: about a quarter of the bytes. Weights are rounded; all of them are held.
+
+    Raises:
+        ValueError: `compact`, and weights that are not finite.
     """
     tensors = {plain_name(name): tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    tensors, bases = (tensors, {}) if whole else without_bases(model, tensors)
+    tensors, bases = (tensors, {}) if whole or compact else without_bases(model, tensors)
     format = FORMAT_ON_BASES if bases else FORMAT
+    if compact:
+        tensors, format = compacted(tensors), FORMAT_COMPACT
     metadata = {**(extra or {}), "format": format, "config": model.config.model_dump_json()}
     metadata.pop("bases", None)  # of the file that the model came from
     if bases:
@@ -74,6 +88,8 @@ def load_with_metadata(path: str | os.PathLike[str]) -> tuple[ReferringModel, di
     if "config" not in metadata:
         raise ValueError(f"{what} has no configuration in its metadata; models.save writes it")
     state, _ = read_safetensors(path)
+    if format == FORMAT_COMPACT:
+        state = expanded(state, what)
     bases = json.loads(metadata.get("bases", "{}"))
     return restored(json.loads(metadata["config"]), state, metadata, what, bases), metadata
 

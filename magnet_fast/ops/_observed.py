@@ -99,6 +99,9 @@ class _NotTheAuthors(Exception):
     """A method in a class is of another package; raised so that the answer is not kept: it may be put back."""
 
 
+_BELOW = {"mmcv": "mmengine"}
+
+
 @lru_cache(maxsize=1024)
 def _methods(cls: type) -> tuple[tuple[str, ...], tuple[tuple[Any, str, Any], ...]]:
     """Names of the methods that a class and its bases add to `nn.Module`, without `forward`; and where each method
@@ -122,6 +125,8 @@ def _methods(cls: type) -> tuple[tuple[str, ...], tuple[tuple[Any, str, Any], ..
 
 
 def _of_the_package_of(cls: type, function: Any) -> bool:
-    """Whether the function is of the package that wrote the class, or one of PyTorch's decorators around it."""
+    """Whether the function is of the package that wrote the class, or a decorator around it of PyTorch or of a package
+    that this one is built on."""
     root = getattr(function, "__globals__", {}).get("__name__", "").partition(".")[0]
-    return root in ("torch", cls.__module__.partition(".")[0])
+    package = cls.__module__.partition(".")[0]
+    return root in ("torch", package, _BELOW.get(package))

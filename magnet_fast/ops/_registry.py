@@ -197,6 +197,13 @@ def register(
     _implementations[operator, name] = Implementation(forward, backward, supports, missing, passed_over, kept)
 
 
+def set_proof(
+    unproven: Callable[[str, str, tuple], str | None], expected: Callable[[str, str, tuple], str | None]
+) -> None:
+    """What `choose`, and `explain`, ask of a backend that can run a call before it is taken: None, or why not to."""
+    _proof.unproven, _proof.expected = unproven, expected
+
+
 def implementation(operator: str, name: str) -> Implementation:
     """The registered implementation; RuntimeError when there is none."""
     item = _implementations.get((operator, name))
@@ -227,7 +234,11 @@ def choose(operator: str, arguments: tuple) -> str:
             raise BackendError(str(_explanation(operator, requested, arguments)))
         return requested
     for name in _KERNELS:
-        if why_not(operator, name, arguments) is None and _why_passed_over(operator, name, arguments) is None:
+        if (
+            why_not(operator, name, arguments) is None
+            and why_passed_over(operator, name, arguments) is None
+            and _proof.unproven(operator, name, arguments) is None
+        ):
             return name
     return "reference"
 
@@ -246,7 +257,8 @@ def why_not(operator: str, name: str, arguments: tuple) -> str | None:
     return item.supports(*arguments)
 
 
-def _why_passed_over(operator: str, name: str, arguments: tuple) -> str | None:
+def why_passed_over(operator: str, name: str, arguments: tuple) -> str | None:
+    """None when `auto` may take the backend for these normalised arguments that it can run, else the reason."""
     if torch.compiler.is_exporting() or torch.jit.is_tracing():
         return "a graph is being taken for use elsewhere, where this package may not be"
     return None if name == "reference" else _implementations[operator, name].passed_over(*arguments)
@@ -268,8 +280,10 @@ def _explanation(operator: str, requested: str, arguments: tuple) -> Explanation
     chosen, reasons = "none", {}
     for name in _PREFERENCE:
         reason = why_not(operator, name, arguments)
-        if reason is None and requested == "auto" and (slower := _why_passed_over(operator, name, arguments)):
+        if reason is None and requested == "auto" and (slower := why_passed_over(operator, name, arguments)):
             reason = f"can run, but {slower}"
+        if reason is None and requested == "auto" and (doubt := _proof.expected(operator, name, arguments)):
+            reason = f"can run, but {doubt}"
         if reason is not None:
             reasons[name] = reason
         elif requested == name or (requested == "auto" and chosen == "none"):
@@ -299,6 +313,12 @@ class _State(threading.local):
         self.stack: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
 
+class _Proof:
+    unproven: Callable[[str, str, tuple], str | None] = staticmethod(lambda operator, name, arguments: None)
+    expected: Callable[[str, str, tuple], str | None] = staticmethod(lambda operator, name, arguments: None)
+
+
+_proof = _Proof()
 _state = _State()
 _prepare: dict[str, Callable[..., tuple]] = {}
 _layers: dict[str, Layer] = {}

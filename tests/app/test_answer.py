@@ -162,7 +162,7 @@ def test_each_checkpoint_is_loaded_once(absent, scene, monkeypatch) -> None:
     with pytest.raises(TypeError, match="paths: expected a list of paths, got"):
         Segmenters(absent)
     segmenters = Segmenters([absent, absent])
-    assert segmenters.names == [str(absent), "magnet_tiny_scenes (shipped)"] and not loads
+    assert segmenters.names == [str(absent), "magnet_tiny_scenes (shipped)", "photos (shipped)"] and not loads
     chosen = segmenters(str(absent), "cpu")
     assert segmenters(str(absent), "cpu") is chosen and loads == [str(absent)]
     found = ask(chosen, str(absent), scene[0], "the red circle")

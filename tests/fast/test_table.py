@@ -57,5 +57,5 @@ def test_against_every_rival() -> None:
     rows[2] |= {"product_share": 0.4, "copy_share": 0.7}
     rows += [row("systems", "two", path, 1.0, ratio=1.0) for path in ("plain", "cpu")]
     lines = rivals_table({"machine": MACHINE, "rows": rows}, "systems").splitlines()
-    one = "| one | 2.00 s | 1.00 s | – | 800 ms | **2.00×** | 0.80× | 70 % | 2 MiB | 2 MiB |"
-    assert lines[-2:] == [one, "| two | 1.00 s | 1.00 s | – | – | **1.00×** | – | – | – | – |"]
+    one = "| one | 2.00 s | 1.00 s | – | 800 ms | – | **2.00×** | 0.80× | 70 % | 2 MiB | 2 MiB |"
+    assert lines[-2:] == [one, "| two | 1.00 s | 1.00 s | – | – | – | **1.00×** | – | – | – | – |"]

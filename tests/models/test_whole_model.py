@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", SMALL)
+@pytest.mark.parametrize("case", [case for case in SMALL if case != "magnet-xmha"])  # whose form is `two-stage`'s
 def test_forward_and_backward_are_one_graph(case: str) -> None:
     torch.compiler.reset()
     model, inputs = build(SMALL[case]), batch((72, 48))

@@ -1,0 +1,65 @@
+"""`magnet-fast doctor`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from magnet_fast.cli.errors import user_errors
+
+
+@user_errors
+def doctor(
+    out: Annotated[
+        Path | None, typer.Option(help="Write the report to this file as JSON, to attach to an issue.")
+    ] = None,
+) -> None:
+    """Check every kernel that can run here against the reference, and say what this machine is.
+
+    Nothing is remembered: it is asked anew. Ends with status 1 if a kernel is wrong.
+    """
+    import json
+    import platform
+
+    import torch
+
+    import magnet_fast
+    from magnet_fast.atomic import write_text_atomically
+    from magnet_fast.ops import _cpu_backend, _proof
+
+    machine = {
+        "magnet_fast": magnet_fast.__version__,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "torch": torch.__version__,
+        "CPU level": _cpu_backend.extension.simd_level() if _cpu_backend.extension else _cpu_backend.missing,
+        "threads": torch.get_num_threads(),
+        "GPUs": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        "CUDA": torch.version.cuda,
+    }
+    for name, value in machine.items():
+        typer.echo(f"{name:15} {', '.join(value) or 'none' if isinstance(value, list) else value}")
+    results, wrong = [], 0
+    for backend in _proof.BACKENDS:
+        device = "cpu" if backend == "cpu" else "cuda"
+        for operator in _proof.OPERATORS:
+            for dtype in _proof.DTYPES:
+                place = {"backend": backend, "operator": operator, "dtype": str(dtype).removeprefix("torch.")}
+                reason = _proof.why_unchecked(operator, backend, dtype, device)
+                if reason is None:
+                    verdict = _proof.check(operator, backend, dtype, device)
+                    wrong += not verdict.passed
+                    results.append({**place, **verdict._asdict()})
+                    said = f"{'right' if verdict.passed else 'WRONG'}: {verdict.detail}"
+                else:
+                    results.append({**place, "passed": None, "detail": reason})
+                    said = f"not here: {reason}"
+                typer.echo(f"{backend:7} {operator:27} {place['dtype']:9} {said}")
+    if out is not None:
+        write_text_atomically(out, json.dumps({"machine": machine, "kernels": results}, indent=1) + "\n")
+        typer.echo(f"report: {out}")
+    if wrong:
+        typer.echo(f"{wrong} kernels are wrong on this machine; `auto` does not use them on a GPU.", err=True)
+        raise typer.Exit(1)

@@ -1,0 +1,327 @@
+"""Nothing unproven is chosen: before `auto` takes a kernel that may be wrong here, the kernel proves itself.
+
+What a GPU runs depends on its model, its driver, the compiler and their versions, and this package cannot have been
+tested on all of them. So the first call that would take a Triton or CUDA kernel, or a CPU kernel of level amx, makes a
+small check: the forward pass and every gradient of a few fixed inputs, against the reference in float64, by the error
+rule of the tests. The answer is remembered on disk for this operator, backend, dtype, device and all versions. A kernel
+that fails is not taken; one warning says which, and by how much.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from magnet_fast.atomic import write_text_atomically
+from magnet_fast.ops import _cpu_backend, _cuda_backend, _registry
+from magnet_fast.ops._checks import dtype_name
+from magnet_fast.ops._observed import moded
+from magnet_fast.ops._proof_cases import OPERATORS, ProofCase, cases
+
+BACKENDS = ("cpu", "triton", "cuda")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+MODE_VARIABLE = "MAGNET_FAST_PROOF"
+CACHE_VARIABLE = "MAGNET_FAST_CACHE"
+_MODES = ("once", "again", "skip")
+_REPORT = "please report it with the output of `magnet-fast doctor`"
+
+
+class Verdict(NamedTuple):
+    """What a check found.
+
+    Attributes:
+        passed: whether the kernel may be taken.
+        detail: the largest error by what the rule allows, or what was raised.
+    """
+
+    passed: bool
+    detail: str
+
+
+_AMX = _cpu_backend.extension is not None and _cpu_backend.extension.simd_level() == "amx"
+"""No processor with AMX has run its kernels yet: as for a GPU's, their proof is left to the machine."""
+
+_verdicts: dict[tuple[str, str, str, str], Verdict] = {}
+_lock = threading.RLock()
+
+
+def unproven(operator: str, name: str, arguments: tuple) -> str | None:
+    """None where `auto` may take the backend for these normalised arguments, else why not. Checks at the first call."""
+    if not _needs_proof(name):
+        return None
+    first = next(argument for argument in arguments if isinstance(argument, Tensor))
+    if torch.compiler.is_compiling():
+        return _said(operator, name, first.dtype, first.device)
+    place = operator, name, dtype_name(first.dtype), str(first.device)
+    return _refusal(place, _prove(place) if _may_run(first.device) else _remembered(place))
+
+
+def expected(operator: str, name: str, arguments: tuple) -> str | None:
+    """What `explain` says of a kernel that was not checked yet, or has failed; nothing is computed."""
+    if not _needs_proof(name):
+        return None
+    first = next(argument for argument in arguments if isinstance(argument, Tensor))
+    return _said(operator, name, first.dtype, first.device)
+
+
+def prove(device: torch.device | str, dtypes: tuple[torch.dtype, ...], operators: tuple[str, ...] = OPERATORS) -> None:
+    """Check now what `auto` may take on a device, before a graph is compiled or captured there.
+
+    Args:
+        device: of the tensors to come; nothing happens for one whose kernels need no proof.
+        dtypes: of the tensors to come; those that a kernel does not take are left out.
+        operators: names.
+    """
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    names = [name for name in BACKENDS if _needs_proof(name)] if _may_run(device) else []
+    for operator in operators:
+        for name in names:
+            for dtype in dtypes:
+                arguments = _normalised(operator, dtype, device)
+                why_not, why_passed = _registry.why_not, _registry.why_passed_over
+                if why_not(operator, name, arguments) is None and why_passed(operator, name, arguments) is None:
+                    _prove((operator, name, dtype_name(dtype), str(device)))
+
+
+def why_unchecked(operator: str, name: str, dtype: torch.dtype, device: str) -> str | None:
+    """None where a backend can be checked in this process, else why not."""
+    there = device if device == "cpu" or torch.cuda.is_available() else "cpu"
+    return _registry.why_not(operator, name, _normalised(operator, dtype, torch.device(there)))
+
+
+def check(operator: str, name: str, dtype: torch.dtype, device: torch.device | str) -> Verdict:
+    """Run an operator's fixed inputs on a backend and compare every result with the reference in float64.
+
+    Remembers nothing; see the module. An error of the kernel's is a failed check, not an exception.
+    """
+    worst, where = 0.0, "nothing"
+    try:
+        with _undisturbed():
+            for number, case in enumerate(cases(operator)):
+                given = [leaf.to(device, dtype) for leaf in case.leaves]
+                truth = _results(operator, case, "reference", [leaf.double() for leaf in given])
+                plain = _results(operator, case, "reference", given)
+                ours = _results(operator, case, name, given)
+                for result, (our, reference, true) in enumerate(zip(ours, plain, truth, strict=True)):
+                    what = f"result {result} of case {number}"
+                    if our.shape != reference.shape or our.dtype != reference.dtype:
+                        return Verdict(False, f"{what}: {our.dtype} {tuple(our.shape)} for {tuple(reference.shape)}")
+                    share = _share(our, reference, true, dtype)
+                    if share > worst:
+                        worst, where = share, what
+    except Exception as error:
+        return Verdict(False, f"{type(error).__name__}: {str(error).strip()[:500]}")
+    return Verdict(worst <= 1, f"largest error {worst:.3g} of what is allowed ({where})")
+
+
+def mode() -> str:
+    """How the environment wants it: "once" a machine and version, "again" in every process, or "skip"."""
+    found = os.environ.get(MODE_VARIABLE) or "once"
+    if found not in _MODES:
+        raise ValueError(f"environment variable {MODE_VARIABLE}: expected one of {', '.join(_MODES)}, got {found!r}")
+    return found
+
+
+# ---- The check ------------------------------------------------------------------------------------------------------
+
+
+def _share(ours: Tensor, plain: Tensor, truth: Tensor, dtype: torch.dtype) -> float:
+    """The error by what is allowed: as the tests have it, a few times that of the same maths done plainly."""
+    if not bool(ours.isfinite().all()):
+        return math.inf
+    scale = truth.abs().max().item()
+    error, baseline = ((tensor.double() - truth).abs().max().item() for tensor in (ours, plain))
+    if dtype == torch.float32:
+        exact = not (ours.is_cuda and torch.backends.cuda.matmul.allow_tf32)
+        step = 32 * torch.finfo(torch.float32).eps if exact else 2.0**-9
+        return error / (4 * baseline + step * max(scale, 1e-2))
+    step = torch.finfo(dtype).eps
+    return error / max(min(2 * baseline + step * scale, 16 * step * scale), 1e-30)
+
+
+def _results(operator: str, case: ProofCase, name: str, given: list[Tensor]) -> tuple[Tensor, ...]:
+    """The outputs and every gradient."""
+    leaves = [leaf.detach().requires_grad_() for leaf in given]
+    args, kwargs = case.arguments(*leaves)
+    with _registry.backend(name):
+        found = _public(operator)(*args, **kwargs)
+        outputs = [out for out in (found if isinstance(found, tuple) else (found,)) if out is not None]
+        weights = [torch.linspace(0.5, 1.5, out.numel(), dtype=torch.float64).view(out.shape) for out in outputs]
+        loss = sum((out * weight.to(out)).sum() for out, weight in zip(outputs, weights, strict=True))
+        return (*(out.detach() for out in outputs), *torch.autograd.grad(loss, leaves))
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Whatever the caller is in the middle of: no autocast, gradients, its random numbers untouched."""
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with (
+        torch.random.fork_rng(devices),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast("cpu", enabled=False),
+        torch.autocast("cuda", enabled=False),
+        torch.device("cpu"),
+    ):
+        yield
+
+
+def _public(operator: str) -> Callable[..., Any]:
+    from magnet_fast import ops
+
+    return getattr(ops, operator)
+
+
+def _normalised(operator: str, dtype: torch.dtype, device: torch.device) -> tuple:
+    case = cases(operator)[0]
+    args, kwargs = case.arguments(*(leaf.to(device, dtype) for leaf in case.leaves))
+    return _registry.prepare_of(operator)(*args, **kwargs)
+
+
+# ---- When, and what is remembered -----------------------------------------------------------------------------------
+
+
+def _needs_proof(name: str) -> bool:
+    return name in ("cuda", "triton") or (name == "cpu" and _AMX)
+
+
+def _may_run(device: torch.device) -> bool:
+    """Not while something watches every function, nor where a stream is recorded: the check would end up in it."""
+    return not moded() and not (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+
+
+@torch.compiler.assume_constant_result
+def _said(operator: str, name: str, dtype: torch.dtype, device: torch.device) -> str | None:
+    """A compiler calls it while it traces, and keeps the answer in the graph."""
+    place = operator, name, dtype_name(dtype), str(device)
+    return _refusal(place, _remembered(place))
+
+
+def _refusal(place: tuple[str, str, str, str], verdict: Verdict | None) -> str | None:
+    if mode() == "skip" or (verdict is not None and verdict.passed):
+        return None
+    if verdict is None:
+        return NOT_YET
+    return f"it failed its check on this machine: {verdict.detail}"
+
+
+NOT_YET = "it has not proved itself on this machine yet: its first ordinary call does, or `magnet-fast doctor`"
+
+
+def _remembered(place: tuple[str, str, str, str]) -> Verdict | None:
+    """What is known without a check."""
+    with _lock:
+        if place not in _verdicts and mode() == "once" and (found := _read(place)) is not None:
+            _conclude(place, found)
+        return _verdicts.get(place)
+
+
+def _prove(place: tuple[str, str, str, str]) -> Verdict | None:
+    """What is known, after a check where nothing was."""
+    if mode() == "skip":
+        return None
+    with _lock:
+        if _remembered(place) is None:
+            operator, name, dtype, device = place
+            _conclude(place, found := check(operator, name, getattr(torch, dtype), device))
+            _write(place, found)
+        return _verdicts[place]
+
+
+def _conclude(place: tuple[str, str, str, str], verdict: Verdict) -> None:
+    _verdicts[place] = verdict
+    if not verdict.passed:
+        operator, name, dtype, device = place
+        warnings.warn(
+            f"magnet_fast: the {name} kernel of {operator} gives wrong results in {dtype} on {device} and is not used "
+            f"({verdict.detail}); {_REPORT}",
+            stacklevel=2,
+        )
+
+
+def cache_folder() -> Path:
+    """Where answers are kept: `MAGNET_FAST_CACHE`, else `magnet_fast` in the user's cache."""
+    if given := os.environ.get(CACHE_VARIABLE):
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "magnet_fast"
+
+
+def _key(place: tuple[str, str, str, str]) -> dict[str, Any]:
+    """All that an answer depends on."""
+    operator, name, dtype, device = place
+    key: dict[str, Any] = {"operator": operator, "backend": name, "dtype": dtype, "torch": torch.__version__}
+    key["kernels"] = _kernels(name)
+    if torch.device(device).type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        key["device"] = f"{properties.name}, compute capability {properties.major}.{properties.minor}"
+        key["driver"] = torch._C._cuda_getDriverVersion() if hasattr(torch._C, "_cuda_getDriverVersion") else None
+        key["tf32"] = torch.backends.cuda.matmul.allow_tf32
+    else:
+        key["device"] = "cpu, " + (_cpu_backend.extension.simd_level() if _cpu_backend.extension else "no extension")
+    if name == "triton":
+        try:
+            key["triton"] = version("triton")
+        except PackageNotFoundError:
+            key["triton"] = None
+    return key
+
+
+@cache
+def _kernels(name: str) -> str:
+    """A hash of what the backend's kernels are made of: their source, or the compiled extension."""
+    if name == "triton":
+        import magnet_fast.kernels
+
+        files = sorted(Path(magnet_fast.kernels.__path__[0]).glob("*.py"))
+    else:
+        extension = (_cuda_backend if name == "cuda" else _cpu_backend).extension
+        files = [Path(extension.__file__)] if extension is not None else []
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _file(key: dict[str, Any]) -> Path:
+    return cache_folder() / "proofs" / (hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest() + ".json")
+
+
+def _read(place: tuple[str, str, str, str]) -> Verdict | None:
+    key = _key(place)
+    try:
+        found = json.loads(_file(key).read_text())
+    except (OSError, ValueError):  # none yet, another user's, or no answer of ours: it is asked again
+        return None
+    if not isinstance(found, dict) or found.get("key") != key or not isinstance(found.get("passed"), bool):
+        return None
+    return Verdict(found["passed"], str(found.get("detail", "")))
+
+
+def _write(place: tuple[str, str, str, str], verdict: Verdict) -> None:
+    key = _key(place)
+    answer = {"key": key, **verdict._asdict(), "date": datetime.now(timezone.utc).date().isoformat()}
+    try:
+        _file(key).parent.mkdir(parents=True, exist_ok=True)
+        write_text_atomically(_file(key), json.dumps(answer, indent=1) + "\n")
+    except OSError:  # a read-only home, a full disk: the answer holds for this process
+        pass
+
+
+_registry.set_proof(unproven, expected)

@@ -1,0 +1,256 @@
+"""Kernels that must prove themselves before `auto` takes them: a stand-in for a GPU's, on the CPU."""
+
+from __future__ import annotations
+
+import json
+import stat
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import magnet_fast
+from magnet_fast import ops
+from magnet_fast.ops import _proof, _registry
+
+from .cases import all_cases, window_case
+
+OPERATOR = "window_attention"
+Change = Callable[[Any], Any]
+
+
+class Fake:
+    """The CPU kernels under another backend's name, changed; counts how often the forward pass ran."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, forward: Change, backward: Change) -> None:
+        item = _registry.implementation(OPERATOR, "cpu")
+        self.calls = 0
+
+        def run(*arguments: Any) -> Any:
+            self.calls += 1
+            return forward(item.forward(*arguments))
+
+        fake = replace(
+            item,
+            forward=run,
+            backward=lambda *arguments: backward(item.backward(*arguments)),
+            supports=lambda *arguments: None,
+            passed_over=lambda *arguments: None,
+            missing=None,
+        )
+        monkeypatch.setitem(_registry._implementations, (OPERATOR, "triton"), fake)
+
+
+def same(result: Any) -> Any:
+    return result
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch, tmp_path) -> Callable[..., Fake]:
+    monkeypatch.setenv(_proof.CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.delenv(_proof.MODE_VARIABLE, raising=False)
+    monkeypatch.setattr(_proof, "_verdicts", {})
+    return lambda forward=same, backward=same: Fake(monkeypatch, forward, backward)
+
+
+def chosen(case: Any) -> str:
+    return _registry.choose(case.operator, case.normalised())
+
+
+def forget() -> None:
+    """As a new process begins."""
+    _proof._verdicts.clear()
+
+
+def answers(tmp_path) -> list[dict]:
+    return [json.loads(path.read_text()) for path in sorted((tmp_path / "cache" / "proofs").glob("*.json"))]
+
+
+def test_a_right_one_is_taken_and_remembered(fake, tmp_path) -> None:
+    made, case = fake(), window_case(dtype=torch.float32)
+    assert chosen(case) == "triton"
+    (answer,) = answers(tmp_path)
+    assert answer["passed"] and answer["key"]["operator"] == OPERATOR and answer["key"]["dtype"] == "float32"
+    calls = made.calls
+    assert chosen(case) == "triton" and made.calls == calls > 0
+    forget()
+    assert chosen(case) == "triton" and made.calls == calls  # read from the disk
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"forward": lambda out: out * 1.01},
+        {"forward": lambda out: torch.where(torch.arange(out.numel()).view(out.shape) == 7, torch.nan, out)},
+        {"backward": lambda grads: [grads[0], grads[1] * 1.01, *grads[2:]]},
+        {"backward": lambda grads: [*grads[:2], torch.zeros_like(grads[2]) if grads[2] is not None else None]},
+    ],
+    ids=["forward", "a NaN", "one gradient", "no gradient"],
+)
+def test_a_wrong_one_is_replaced(fake, tmp_path, changes: dict[str, Change]) -> None:
+    made, case = fake(**changes), window_case(dtype=torch.float32)
+    with pytest.warns(UserWarning, match="the triton kernel of window_attention gives wrong results in float32 on cpu"):
+        assert chosen(case) == "cpu"
+    (answer,) = answers(tmp_path)
+    assert not answer["passed"]
+    calls = made.calls
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # once is enough
+        (out,) = case()
+        with ops.backend("reference"):
+            torch.testing.assert_close(out, case()[0])
+    assert made.calls == calls
+    args, kwargs = case.arguments(*case.leaves)
+    explained = ops.explain(OPERATOR, *args, **kwargs)
+    assert explained.chosen == "cpu" and "failed its check on this machine" in explained.reasons["triton"]
+    forget()
+    with pytest.warns(UserWarning, match="is not used"):  # by a new process once more, without a new check
+        assert chosen(case) == "cpu"
+    assert made.calls == calls
+
+
+def test_an_error_is_a_failure(fake) -> None:
+    def broken(out: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("no kernel image is available")
+
+    fake(forward=broken)
+    with pytest.warns(UserWarning, match="RuntimeError: no kernel image is available"):
+        assert chosen(window_case(dtype=torch.float32)) == "cpu"
+
+
+def test_dtypes_are_checked_apart(fake, tmp_path) -> None:
+    fake(forward=lambda out: out if out.dtype == torch.float32 else out * 1.5)
+    assert chosen(window_case(dtype=torch.float32)) == "triton"
+    with pytest.warns(UserWarning, match="wrong results in bfloat16"):
+        assert chosen(window_case(dtype=torch.bfloat16)) == "cpu"
+    assert sorted((answer["key"]["dtype"], answer["passed"]) for answer in answers(tmp_path)) == [
+        ("bfloat16", False),
+        ("float32", True),
+    ]
+
+
+def test_asked_again_after_a_change_of_version(fake, monkeypatch) -> None:
+    made, case = fake(), window_case(dtype=torch.float32)
+    chosen(case)
+    for change in (lambda: monkeypatch.setattr(torch, "__version__", "99.0"), lambda: kernels_changed(monkeypatch)):
+        calls = made.calls
+        change()
+        forget()
+        assert chosen(case) == "triton" and made.calls > calls
+
+
+def kernels_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_proof, "_kernels", lambda name: "other")
+
+
+def test_what_is_no_answer_is_asked_again(fake, tmp_path) -> None:
+    made, case = fake(), window_case(dtype=torch.float32)
+    chosen(case)
+    (path,) = (tmp_path / "cache" / "proofs").iterdir()
+    good = json.loads(path.read_text())
+    for text in ("", "[]", "{not json", json.dumps({**good, "passed": "yes"}), json.dumps({**good, "key": {}})):
+        path.write_text(text)
+        calls = made.calls
+        forget()
+        assert chosen(case) == "triton" and made.calls > calls
+    assert answers(tmp_path) == [good]
+
+
+def test_without_a_folder_to_write_to(fake, tmp_path, monkeypatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv(_proof.CACHE_VARIABLE, str(tmp_path / "file"))
+    made, case = fake(), window_case(dtype=torch.float32)
+    assert chosen(case) == "triton"
+    calls = made.calls
+    assert chosen(case) == "triton" and made.calls == calls
+    assert stat.S_ISREG((tmp_path / "file").stat().st_mode)
+
+
+def test_modes(fake, monkeypatch) -> None:
+    made, case = fake(), window_case(dtype=torch.float32)
+    monkeypatch.setenv(_proof.MODE_VARIABLE, "skip")
+    assert chosen(case) == "triton" and made.calls == 0
+    monkeypatch.setenv(_proof.MODE_VARIABLE, "again")
+    chosen(case)
+    forget()
+    calls = made.calls
+    assert chosen(case) == "triton" and made.calls > calls > 0
+    monkeypatch.setenv(_proof.MODE_VARIABLE, "never")
+    with pytest.raises(ValueError, match="MAGNET_FAST_PROOF: expected one of once, again, skip, got 'never'"):
+        chosen(case)
+
+
+def test_in_a_compiled_graph_only_what_is_proven(fake) -> None:
+    made, case = fake(), window_case(dtype=torch.float32)
+    (expected,) = case()
+    forget()
+    for path in list(_proof.cache_folder().glob("proofs/*")):
+        path.unlink()
+
+    def call(*leaves: torch.Tensor) -> torch.Tensor:
+        return case(*leaves)[0]
+
+    calls = made.calls
+    torch.compiler.reset()
+    torch.testing.assert_close(torch.compile(call, backend="eager", fullgraph=True)(*case.leaves), expected)
+    assert made.calls == calls  # neither checked nor taken
+    args, kwargs = case.arguments(*case.leaves)
+    assert "has not proved itself" in ops.explain(OPERATOR, *args, **kwargs).reasons["triton"]
+    ops.prove("cpu", (torch.float32,), (OPERATOR,))
+    calls = made.calls
+    torch.compiler.reset()
+    torch.testing.assert_close(torch.compile(call, backend="eager", fullgraph=True)(*case.leaves), expected)
+    assert made.calls == calls + 1
+
+
+def test_nothing_is_checked_inside_a_mode(fake) -> None:
+    made = fake()
+    with FakeTensorMode():
+        assert chosen(window_case(dtype=torch.float32)) == "cpu"
+    assert made.calls == 0
+
+
+def test_the_caller_is_not_disturbed(fake) -> None:
+    made, case = fake(), window_case(dtype=torch.float32)
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16), torch.device("meta"):
+        assert chosen(case) == "triton"
+    assert made.calls > 0 and torch.equal(torch.rand(3), expected)
+
+
+def test_accelerate_has_it_proved(fake) -> None:
+    made = fake()
+    model = magnet_fast.models.create("lavt_tiny", image__depths=(1, 1, 1, 1), text__num_layers=1)
+    magnet_fast.accelerate(nn.Sequential(model))
+    assert made.calls > 0 and [place[2] for place in _proof._verdicts] == ["float32"]
+
+
+@pytest.mark.parametrize("operator", _proof.OPERATORS)
+def test_the_cpu_kernels_pass(operator: str) -> None:
+    """And every operator has cases."""
+    assert _registry._prepare.keys() == set(_proof.OPERATORS)
+    for dtype in (torch.float32, torch.bfloat16):
+        verdict = _proof.check(operator, "cpu", dtype, "cpu")
+        assert verdict.passed, verdict.detail
+
+
+def test_ordinary_cpu_calls_need_none(monkeypatch) -> None:
+    monkeypatch.setattr(_proof, "check", None)
+    for case in all_cases(torch.float32).values():
+        assert chosen(case) in ("cpu", "reference")
+
+
+def test_level_amx_needs_one(fake, monkeypatch) -> None:
+    monkeypatch.setattr(_proof, "_AMX", True)
+    case = window_case(dtype=torch.float32)
+    assert chosen(case) == "cpu" and len(_proof._verdicts) == 1
+    monkeypatch.setattr(_proof, "check", lambda *place: _proof.Verdict(False, "largest error 3"))
+    with pytest.warns(UserWarning, match="the cpu kernel of window_attention gives wrong results in bfloat16"):
+        assert chosen(window_case(dtype=torch.bfloat16)) == "reference"
