@@ -12,8 +12,6 @@ from functools import cache
 from pathlib import Path
 from typing import Literal, get_origin
 
-import torch
-
 from magnet_fast import models
 from magnet_fast.models.config import ROLES, ModelConfig, PartConfig, part_kinds
 from magnet_fast.models.registry import System, systems
@@ -81,8 +79,9 @@ def _systems() -> list[System]:
 
 def _cells(system: System) -> list[str]:
     small = next((name for name in system.presets if name.endswith("_tiny")), next(iter(system.presets)))
-    with torch.device("meta"):
-        needs = ", ".join(f"`{name}`" for name in models.create(small).needs) or "–"
+    config = system.preset(small)
+    reader = models.create(small) if config.fusion is None else config.fusion.build(config.image, config.text)
+    needs = ", ".join(f"`{name}`" for name in reader.needs) or "–"
     recipes = [name for name in shipped_configs() if _system_of(name) == system.name]
     return [*_parts([system.preset(name) for name in system.presets]), _terms(recipes), needs]
 
