@@ -20,6 +20,7 @@ from magnet_fast import checkpoints, exporting, models
 from magnet_fast.cli import app
 from magnet_fast.data import Tokenizer
 from magnet_fast.data.scenes import write_scenes
+from magnet_fast.ops import _proof
 from magnet_fast.training import TrainConfig, load_config
 from magnet_fast.training.run import train
 
@@ -63,12 +64,23 @@ def command(given: Path, name: str, out: Path, *more: object) -> list[str]:
         "study": ["study", "ablation", *data],
         "import": ["data", "import", given / "own.csv", "--val", 0, "--test", 0],
         "scenes": ["data", "scenes", "--images", 4, "--image-size", 64],
+        "retrieve": ["data", "retrieve", "--config", "tvnet_tiny_scenes", *data, "--set", "data.image_size=32"],
+        "shrink": ["shrink", *tiny, "--words", 400],
+        "doctor": ["doctor"],
     }
     return [str(word) for word in (*words[name], "--out", out, *more)]
 
 
-FILES = {"segment": "m.png", "edit": "e.jpg", "evaluate": "s.json", "contact-sheet": "c.png", "merge": "w.safetensors"}
-FOLDERS = ("batch", "export", "train", "study", "import", "scenes")
+FILES = {
+    "segment": "m.png",
+    "edit": "e.jpg",
+    "evaluate": "s.json",
+    "contact-sheet": "c.png",
+    "merge": "w.safetensors",
+    "retrieve": "r.json",
+    "doctor": "d.json",
+}
+FOLDERS = ("batch", "export", "train", "study", "import", "scenes", "shrink")
 
 
 def refused(*words: object) -> str:
@@ -80,8 +92,14 @@ def refused(*words: object) -> str:
 
 @pytest.fixture
 def nothing_computed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model that is loaded, or a run that begins, fails."""
-    for name in ("magnet_fast.checkpoints.load", "magnet_fast.training.train", "magnet_fast.training.study.run_study"):
+    """A model that is loaded, a run that begins or a kernel that is checked fails."""
+    for name in (
+        "magnet_fast.checkpoints.load",
+        "magnet_fast.training.train",
+        "magnet_fast.training.study.run_study",
+        "magnet_fast.training.building.build_model",
+        "magnet_fast.ops._proof.check",
+    ):
         monkeypatch.setattr(name, lambda *_, **__: pytest.fail("something was computed"))
 
 
@@ -231,8 +249,11 @@ def small_files(size: int = 20) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.mark.parametrize("name", [*FILES, "batch", "import", "scenes", "train"])
-def test_a_full_disk_leaves_nothing_half_written(name: str, given: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [*FILES, "batch", "import", "scenes", "shrink", "train"])
+def test_a_full_disk_leaves_nothing_half_written(
+    name: str, given: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_proof, "OPERATORS", ())  # seconds each
     out = tmp_path / "new" / FILES.get(name, "folder")
     with small_files():
         result = CliRunner().invoke(app, command(given, name, out))

@@ -115,4 +115,4 @@ def test_the_command(tmp_path) -> None:
     ours, theirs = (segmenter(picture, sentence).mask for segmenter in (small, large))
     assert (ours & theirs).sum() / (ours | theirs).sum() > 0.9
     result = CliRunner().invoke(app, [*arguments, "--out", str(out)])
-    assert result.exit_code == 2 and "out: " in result.output and "expected a new folder" in result.output
+    assert result.exit_code == 2 and "--out: " in result.output and "expected a new folder" in result.output

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from magnet_fast.cli.errors import user_errors
+from magnet_fast.cli.outputs import check_files
 
 
 @user_errors
@@ -29,6 +30,8 @@ def doctor(
     from magnet_fast.atomic import write_text_atomically
     from magnet_fast.ops import _cpu_backend, _proof
 
+    if out is not None:
+        check_files({"--out": out}, {})
     machine = {
         "magnet_fast": magnet_fast.__version__,
         "python": platform.python_version(),
@@ -58,6 +61,7 @@ def doctor(
                     said = f"not here: {reason}"
                 typer.echo(f"{backend:7} {operator:27} {place['dtype']:9} {said}")
     if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
         write_text_atomically(out, json.dumps({"machine": machine, "kernels": results}, indent=1) + "\n")
         typer.echo(f"report: {out}")
     if wrong:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from magnet_fast.cli.errors import user_errors
+from magnet_fast.cli.outputs import check_folder
 
 
 @user_errors
@@ -27,8 +28,9 @@ def shrink(
     from magnet_fast import checkpoints
     from magnet_fast.shrinking import shrunk
 
+    check_folder("--out", out)
     if out.exists():
-        raise FileExistsError(f"out: {out} exists; expected a new folder")
+        raise FileExistsError(f"--out: {out} exists; expected a new folder")
     sentences = [line for line in keep.read_text(encoding="utf-8").splitlines() if line.strip()] if keep else []
     loaded = checkpoints.load(checkpoint)
     model, fewer = shrunk(loaded.model, loaded.tokenizer(tokenizer), words, sentences)

@@ -207,11 +207,14 @@ def _may_run(device: torch.device) -> bool:
     return not moded() and not (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
 
 
-@torch.compiler.assume_constant_result
 def _said(operator: str, name: str, dtype: torch.dtype, device: torch.device) -> str | None:
     """A compiler calls it while it traces, and keeps the answer in the graph."""
     place = operator, name, dtype_name(dtype), str(device)
     return _refusal(place, _remembered(place))
+
+
+# As `torch.compiler.assume_constant_result` does, which imports the compiler, and Triton with it.
+_said._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _refusal(place: tuple[str, str, str, str], verdict: Verdict | None) -> str | None:

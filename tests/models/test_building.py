@@ -69,9 +69,9 @@ def test_refused_files(tmp_path: Path) -> None:
     save_file({"x": torch.zeros(1)}, tmp_path / "bare.safetensors", {"format": "magnet_fast.model/2"})
     with pytest.raises(ValueError, match="bare.safetensors' has no configuration"):
         models.load(tmp_path / "bare.safetensors")
-    later = {"format": "magnet_fast.model/4", "config": "{}"}
+    later = {"format": "magnet_fast.model/5", "config": "{}"}
     save_file({"x": torch.zeros(1)}, tmp_path / "later.safetensors", later)
-    with pytest.raises(ValueError, match="model/4"):
+    with pytest.raises(ValueError, match="model/5"):
         models.load(tmp_path / "later.safetensors")
 
 

@@ -208,8 +208,8 @@ def test_bad_runs_leave_no_folder(config_file, tmp_path, changes, error, message
 
 
 def test_data_without_what_the_model_reads_are_refused_before_training(config_file, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(ReferringModel, "needs", ("superpixels",))
-    with pytest.raises(ValueError, match="the model needs superpixels beside image and text"):
+    monkeypatch.setattr(ReferringModel, "needs", ("proposals",))  # superpixels are made of the picture
+    with pytest.raises(ValueError, match="the model needs proposals beside image and text"):
         train(load_config(config_file, ["max_steps=1"]), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
