@@ -5,6 +5,8 @@ from __future__ import annotations
 import fcntl
 import os
 import secrets
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,6 +51,29 @@ def naming(path: Path) -> Iterator[None]:
         if error.errno is None or not (given is None or any(part.startswith(f".{path.name}.") for part in parts)):
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error  # of the same kind, by its number
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill that appears as `path` once all is in it, and not at all where something is raised.
+
+    Args:
+        path: of no folder yet; those above it are made.
+
+    Raises:
+        OSError: it names `path`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with naming(path):
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        with naming(path):
+            yield folder
+            folder.chmod(0o755)  # as any new folder, not a private one
+            os.rename(folder, path)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _write(path: Path, write: Callable[[BinaryIO], Any]) -> None:

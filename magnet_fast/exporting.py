@@ -7,8 +7,6 @@ import importlib
 import io
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from magnet_fast import models
-from magnet_fast.atomic import naming
+from magnet_fast.atomic import new_folder
 from magnet_fast.data.tokenizers import ExpressionTokenizer
 from magnet_fast.models.base import ReferringModel
 
@@ -90,24 +88,14 @@ def export(
     batch = torch.export.Dim("batch")
     with torch.no_grad():
         program = torch.export.export(masks, inputs, dynamic_shapes=({0: batch},) * len(INPUTS))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with naming(out):
-        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        with naming(out):
-            run = write(program, folder)
+    with new_folder(out) as folder:
+        run = write(program, folder)
         difference = max(_difference(masks, run, inputs, rows) for rows in (1, len(_SENTENCES)))
         if not difference <= TOLERANCE:  # nor NaN
             raise ValueError(f"format {format!r}: its graph answers otherwise than the model, by {difference:.2g}")
         vocabulary = sorted(tokenizer.vocabulary.items(), key=lambda entry: entry[1])
-        with naming(out):
-            (folder / _INPUT_NAME).write_text(json.dumps(_description(model, tokenizer), indent=1) + "\n")
-            (folder / _VOCABULARY_NAME).write_text(json.dumps(dict(vocabulary), ensure_ascii=False, indent=0) + "\n")
-            folder.chmod(0o755)  # as any new folder, not a private one
-            os.rename(folder, out)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+        (folder / _INPUT_NAME).write_text(json.dumps(_description(model, tokenizer), indent=1) + "\n")
+        (folder / _VOCABULARY_NAME).write_text(json.dumps(dict(vocabulary), ensure_ascii=False, indent=0) + "\n")
     return difference
 
 

@@ -6,9 +6,7 @@ kept keep their vectors; a word that is not is read in the pieces that are, down
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Collection
-from pathlib import Path
 
 from magnet_fast import models
 from magnet_fast.data.tokenizers import ExpressionTokenizer, Tokenizer
@@ -67,10 +65,7 @@ def shrunk(
     if tokenizer.vocabulary.get("[PAD]") != 0 or not {"[UNK]", "[CLS]", "[SEP]"} <= tokenizer.special_ids.keys():
         raise ValueError(f"tokenizer: expected BERT's WordPiece, with [PAD] as token 0; {tokenizer.source} is another")
     tokens = kept_tokens(tokenizer, count, sentences)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "vocab.txt")
-        path.write_text("\n".join(tokens) + "\n", encoding="utf-8")
-        fewer = Tokenizer(path, tokenizer.max_tokens)
+    fewer = Tokenizer(tokens, tokenizer.max_tokens)
     for sentence in sentences:
         (was, cut), (now, _) = (_as_tokens(one, sentence) for one in (tokenizer, fewer))
         if was != now and not cut:  # of what is too long the two keep other ends

@@ -37,7 +37,7 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Image.fromarray(noise).save(folder / name)
     (folder / "rows.csv").write_text("image,sentence\na.png,the circle\nb.png,the square\n")
     (folder / "own.csv").write_text('image,sentence,box\na.png,the circle,"[1, 2, 30, 30]"\n')
-    write_scenes(folder / "scenes", 4, 0, image_size=64)
+    write_scenes(folder / "scenes", 12, 0, image_size=64)
     return folder
 
 

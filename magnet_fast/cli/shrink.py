@@ -26,6 +26,7 @@ def shrink(
     Words that are left out are read in pieces. Score the copy before it is handed out.
     """
     from magnet_fast import checkpoints
+    from magnet_fast.atomic import new_folder
     from magnet_fast.shrinking import shrunk
 
     check_folder("--out", out)
@@ -34,6 +35,7 @@ def shrink(
     sentences = [line for line in keep.read_text(encoding="utf-8").splitlines() if line.strip()] if keep else []
     loaded = checkpoints.load(checkpoint)
     model, fewer = shrunk(loaded.model, loaded.tokenizer(tokenizer), words, sentences)
-    model.save_pretrained(out, tokenizer=fewer, compact=True)
+    with new_folder(out) as folder:
+        model.save_pretrained(folder, tokenizer=fewer, compact=True)
     size = sum(path.stat().st_size for path in out.iterdir())
     typer.echo(f"{out}: {fewer.vocab_size} tokens, {size / 1e6:.1f} MB")

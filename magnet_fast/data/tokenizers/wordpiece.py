@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import tokenizers
@@ -22,30 +23,34 @@ class Tokenizer(ExpressionTokenizer):
     Args:
         vocabulary: None for the small vocabulary that ships with the package; else the path of a vocab.txt (one token
             per line, its id the line number), of a tokenizer.json, or of a folder that holds either (as Hugging Face's
-            bert-base-uncased does). [PAD] must have id 0.
+            bert-base-uncased does); or the tokens themselves, in the order of their ids. [PAD] must have id 0.
         max_tokens: length T of every row, [CLS] and [SEP] included.
 
     Raises:
         FileNotFoundError, ValueError: a vocabulary that is absent or cannot be used.
     """
 
-    def __init__(self, vocabulary: str | os.PathLike[str] | None = None, max_tokens: int = 20) -> None:
+    def __init__(self, vocabulary: str | os.PathLike[str] | Sequence[str] | None = None, max_tokens: int = 20) -> None:
         super().__init__(max_tokens)
-        self._path = _find_vocabulary(vocabulary)
-        self._tokenizer = _load(self._path)
+        if vocabulary is None or isinstance(vocabulary, str | os.PathLike):
+            path = _find_vocabulary(vocabulary)
+            self._source, self._tokenizer = str(path), _load(path)
+        else:
+            self._source = f"a list of {len(vocabulary)} tokens"
+            self._tokenizer = _of_tokens(vocabulary, self._source)
         ids = {token: self._tokenizer.token_to_id(token) for token in _SPECIAL_TOKENS}
         missing = [token for token, index in ids.items() if index is None]
         if missing:
-            raise ValueError(f"{self._path} lacks {', '.join(missing)}; expected a BERT vocabulary")
+            raise ValueError(f"{self._source} lacks {', '.join(missing)}; expected a BERT vocabulary")
         if ids["[PAD]"] != 0:
-            raise ValueError(f"{self._path} gives [PAD] id {ids['[PAD]']}; expected 0")
+            raise ValueError(f"{self._source} gives [PAD] id {ids['[PAD]']}; expected 0")
         self._begin, self._end = ids["[CLS]"], ids["[SEP]"]
         self.mask_id, self.unknown_id = self._tokenizer.token_to_id("[MASK]"), ids["[UNK]"]
 
     @property
     def source(self) -> str:
-        """Path of the vocabulary."""
-        return str(self._path)
+        """Path of the vocabulary, or what it is called."""
+        return self._source
 
     @property
     def vocabulary(self) -> dict[str, int]:
@@ -106,12 +111,16 @@ def _load(path: Path) -> tokenizers.Tokenizer:
         raise ValueError(f"{path} is not a vocabulary in UTF-8: {error}") from error
     if tokens[-1] == "":
         tokens.pop()
+    return _of_tokens(tokens, str(path))
+
+
+def _of_tokens(tokens: Sequence[str], what: str) -> tokenizers.Tokenizer:
     ids = {token: index for index, token in enumerate(tokens)}
     if len(ids) < len(tokens):
         twice = next(token for index, token in enumerate(tokens) if ids[token] != index)
-        raise ValueError(f"{path} holds the token {twice!r} twice; expected one id per token")
+        raise ValueError(f"{what} holds the token {twice!r} twice; expected one id per token")
     if "[UNK]" not in ids:
-        raise ValueError(f"{path} lacks [UNK]; expected a BERT vocabulary, one token per line")
+        raise ValueError(f"{what} lacks [UNK]; expected a BERT vocabulary, one token per line")
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordPiece(ids, unk_token="[UNK]"))
     tokenizer.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
