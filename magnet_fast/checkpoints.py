@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass
+from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,8 @@ def load(path: str | os.PathLike[str] | None = None) -> Checkpoint:
     if path is not None and _is_shipped(path):
         return _read_pretrained(hub.find(_shipped(PHOTOS)))
     path = Path(path) if path is not None else shipped_weights()
+    if not path.exists() and get_close_matches(str(path).lower(), [PHOTOS]):
+        raise FileNotFoundError(f"checkpoint {str(path)!r} does not exist; did you mean {PHOTOS!r}, which ships?")
     format = safetensors_metadata(path).get("format", "") if is_safetensors(path) else ""
     if not format.startswith("magnet_fast."):
         # A released file, or something else: the reader of released files says what is missing.
@@ -133,8 +136,9 @@ def shipped_weights() -> Path:
 
 
 def _is_shipped(path: str | os.PathLike[str]) -> bool:
-    """Whether a path that holds no model is the name of one that ships: a folder of pictures may be called so."""
-    return os.fspath(path) == PHOTOS and not Path(path).is_file()
+    """Whether a path that holds no model is the name of one that ships: a folder of pictures may be called so, a run's
+    folder is one."""
+    return os.fspath(path) == PHOTOS and not Path(path).is_file() and not any(Path(path).glob("*.safetensors"))
 
 
 def _shipped(name: str) -> Path:

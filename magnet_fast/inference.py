@@ -333,6 +333,9 @@ class Segmenter:
         if unread := sorted(given.keys() - set(self.model.needs)):
             reads = ", ".join(self.model.needs) or "nothing"
             raise ValueError(f"context: expected what the model reads beside the picture, {reads}; got {unread[0]!r}")
+        for name, tensor in given.items():
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"context[{name!r}] is a {type(tensor).__name__}; expected a tensor")
         if missing := [name for name in self.lacking if name not in given]:
             named = ", ".join(missing)
             raise ValueError(

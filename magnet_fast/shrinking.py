@@ -24,7 +24,7 @@ def kept_tokens(tokenizer: ExpressionTokenizer, count: int, sentences: Collectio
     Raises:
         ValueError: `count` is below what has to be kept.
     """
-    vocabulary = tokenizer.vocabulary
+    vocabulary = tokenizer.vocabulary  # made anew at each mention
     by_id = sorted(vocabulary, key=vocabulary.__getitem__)
     needed = set(tokenizer.special_ids)
     needed |= {token for token in by_id if len(token.removeprefix(_PIECE)) == 1 and token.isascii()}
@@ -62,26 +62,22 @@ def shrunk(
         raise ValueError(f"model: its text encoder is {model.config.text.kind!r}; expected 'bert' or 'transformers'")
     if count >= tokenizer.vocab_size:
         raise ValueError(f"words: expected fewer than the tokenizer's {tokenizer.vocab_size}, got {count}")
-    if tokenizer.vocabulary.get("[PAD]") != 0 or not {"[UNK]", "[CLS]", "[SEP]"} <= tokenizer.special_ids.keys():
+    vocabulary = tokenizer.vocabulary
+    if vocabulary.get("[PAD]") != 0 or not {"[UNK]", "[CLS]", "[SEP]"} <= tokenizer.special_ids.keys():
         raise ValueError(f"tokenizer: expected BERT's WordPiece, with [PAD] as token 0; {tokenizer.source} is another")
     tokens = kept_tokens(tokenizer, count, sentences)
     fewer = Tokenizer(tokens, tokenizer.max_tokens)
+    names = [{index: token for token, index in one.vocabulary.items()} for one in (tokenizer, fewer)]
     for sentence in sentences:
-        (was, cut), (now, _) = (_as_tokens(one, sentence) for one in (tokenizer, fewer))
-        if was != now and not cut:  # of what is too long the two keep other ends
+        (before,), (after,) = (one.readings([sentence]) for one in (tokenizer, fewer))
+        was, now = ([known[i] for i in one.ids] for known, one in zip(names, (before, after), strict=True))
+        if was != now and not before.cut:  # of what is too long the two keep other ends
             raise ValueError(f"tokenizer: expected a lower-casing WordPiece; {sentence!r} is {was}, and would be {now}")
     text["vocab_size"] = len(tokens)
     entries["input"]["tokenizer"] = "wordpiece"
     small = models.from_config(entries).eval()
     state, rows = model.state_dict(), model.text_encoder.word_embedding
     (name,) = (key for key, value in model.named_parameters() if value is rows)
-    state[name] = rows.detach()[[tokenizer.vocabulary[token] for token in tokens]]
+    state[name] = rows.detach()[[vocabulary[token] for token in tokens]]
     small.load_state_dict(state)
     return small, fewer
-
-
-def _as_tokens(tokenizer: ExpressionTokenizer, sentence: str) -> tuple[list[str], bool]:
-    """A sentence as it is read, and whether it is cut."""
-    names = {index: token for token, index in tokenizer.vocabulary.items()}
-    (reading,) = tokenizer.readings([sentence])
-    return [names[index] for index in reading.ids], reading.cut

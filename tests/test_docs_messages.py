@@ -52,7 +52,7 @@ INTERNAL = {
     "…: Polygons: …", "…: … id …", "…, sent_id …", "…: annotation … (…)", "…: command … of …: …", "model.weights: … …",
     "…: ref_id (record …)", "… names image …, see above", "… names … …, see above", "…: … …", "… has …",
     # Parts of messages.
-    "nothing of the kind", "the model itself", "the released checkpoint", "none of them",
+    "nothing of the kind", "the model itself", "the released checkpoint", "none of them", "a list of … tokens",
     "the published weights of its size",
     # Shown where nothing is wrong.
     "expressions shuffled between images (control)", "packed weight in inference on a CPU",

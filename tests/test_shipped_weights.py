@@ -83,3 +83,10 @@ def test_a_folder_of_that_name_is_not_in_the_way(tmp_path, monkeypatch) -> None:
     Path("photos").rmdir()
     models.save(models.create("lavt_tiny"), "photos")
     assert checkpoints.load("photos").model.config.architecture == "lavt"
+    Path("photos").unlink()
+    Path("photos").mkdir()
+    models.save(models.create("lavt_tiny"), "photos/last.safetensors")  # a run's folder
+    with pytest.raises((ValueError, OSError), match="is a folder"):
+        checkpoints.load("photos")
+    with pytest.raises(FileNotFoundError, match="'Photo' does not exist; did you mean 'photos', which ships"):
+        checkpoints.load("Photo")

@@ -30,7 +30,9 @@ class Precision(str, Enum):  # noqa: UP042 (StrEnum is younger than Python 3.10)
 CheckpointOption = Annotated[
     Path | None,
     typer.Option(
-        "--checkpoint", help="A run's .safetensors, a released .pth, hub:owner/name; shipped weights if left out."
+        "--checkpoint",
+        help="A run's .safetensors, a released .pth, a folder of save_pretrained, hub:owner/name; photos, which ships; "
+        "the shipped model of drawn scenes if left out.",
     ),
 ]
 TokenizerOption = Annotated[

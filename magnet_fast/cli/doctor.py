@@ -19,7 +19,8 @@ def doctor(
 ) -> None:
     """Check every kernel that can run here against the reference, and say what this machine is.
 
-    Nothing is remembered: it is asked anew. Ends with status 1 if a kernel is wrong.
+    All is asked anew, and of kernels that have to prove themselves the new answer is remembered. Ends with status 1 if
+    a kernel is wrong.
     """
     import json
     import platform
@@ -53,6 +54,9 @@ def doctor(
                 reason = _proof.why_unchecked(operator, backend, dtype, device)
                 if reason is None:
                     verdict = _proof.check(operator, backend, dtype, device)
+                    if _proof.needs_proof(backend):
+                        where = "cpu" if device == "cpu" else f"cuda:{torch.cuda.current_device()}"
+                        _proof.remember((operator, backend, place["dtype"], where), verdict)
                     wrong += not verdict.passed
                     results.append({**place, **verdict._asdict()})
                     said = f"{'right' if verdict.passed else 'WRONG'}: {verdict.detail}"

@@ -393,6 +393,11 @@ def require_context(dataset: ExpressionDataset | MixedDataset, needs: Iterable[s
         raise ValueError(
             f"dataset: the model needs {', '.join(missing)} beside image and text; samples of {sources} carry "
             f"{', '.join(dataset.context) or 'nothing of the kind'}"
+            + (
+                "; `data retrieve` finds reference images, data.references names its file"
+                if "reference_image" in missing
+                else ""
+            )
         )
 
 

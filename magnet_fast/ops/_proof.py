@@ -47,10 +47,13 @@ class Verdict(NamedTuple):
     Attributes:
         passed: whether the kernel may be taken.
         detail: the largest error by what the rule allows, or what was raised.
+        measured: whether results were compared. What was raised may be of the moment (memory that is full): it holds
+            for this process alone.
     """
 
     passed: bool
     detail: str
+    measured: bool = True
 
 
 _AMX = _cpu_backend.extension is not None and _cpu_backend.extension.simd_level() == "amx"
@@ -62,7 +65,7 @@ _lock = threading.RLock()
 
 def unproven(operator: str, name: str, arguments: tuple) -> str | None:
     """None where `auto` may take the backend for these normalised arguments, else why not. Checks at the first call."""
-    if not _needs_proof(name):
+    if not needs_proof(name):
         return None
     first = next(argument for argument in arguments if isinstance(argument, Tensor))
     if torch.compiler.is_compiling():
@@ -73,7 +76,7 @@ def unproven(operator: str, name: str, arguments: tuple) -> str | None:
 
 def expected(operator: str, name: str, arguments: tuple) -> str | None:
     """What `explain` says of a kernel that was not checked yet, or has failed; nothing is computed."""
-    if not _needs_proof(name):
+    if not needs_proof(name):
         return None
     first = next(argument for argument in arguments if isinstance(argument, Tensor))
     return _said(operator, name, first.dtype, first.device)
@@ -90,7 +93,7 @@ def prove(device: torch.device | str, dtypes: tuple[torch.dtype, ...], operators
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
-    names = [name for name in BACKENDS if _needs_proof(name)] if _may_run(device) else []
+    names = [name for name in BACKENDS if needs_proof(name)] if _may_run(device) else []
     for operator in operators:
         for name in names:
             for dtype in dtypes:
@@ -109,7 +112,7 @@ def why_unchecked(operator: str, name: str, dtype: torch.dtype, device: str) -> 
 def check(operator: str, name: str, dtype: torch.dtype, device: torch.device | str) -> Verdict:
     """Run an operator's fixed inputs on a backend and compare every result with the reference in float64.
 
-    Remembers nothing; see the module. An error of the kernel's is a failed check, not an exception.
+    Remembers nothing; see the module. An error that is raised is a failed check, not an exception.
     """
     worst, where = 0.0, "nothing"
     try:
@@ -127,7 +130,8 @@ def check(operator: str, name: str, dtype: torch.dtype, device: torch.device | s
                     if share > worst:
                         worst, where = share, what
     except Exception as error:
-        return Verdict(False, f"{type(error).__name__}: {str(error).strip()[:500]}")
+        first = (str(error).strip() or "no message").splitlines()[0]
+        return Verdict(False, f"{type(error).__name__}: {first[:300]}", measured=False)
     return Verdict(worst <= 1, f"largest error {worst:.3g} of what is allowed ({where})")
 
 
@@ -151,9 +155,11 @@ def _share(ours: Tensor, plain: Tensor, truth: Tensor, dtype: torch.dtype) -> fl
     if dtype == torch.float32:
         exact = not (ours.is_cuda and torch.backends.cuda.matmul.allow_tf32)
         step = 32 * torch.finfo(torch.float32).eps if exact else 2.0**-9
-        return error / (4 * baseline + step * max(scale, 1e-2))
-    step = torch.finfo(dtype).eps
-    return error / max(min(2 * baseline + step * scale, 16 * step * scale), 1e-30)
+        allowed = 4 * baseline + step * max(scale, 1e-2)
+    else:
+        step = torch.finfo(dtype).eps
+        allowed = max(min(2 * baseline + step * scale, 16 * step * scale), 1e-30)
+    return error / allowed if math.isfinite(allowed) else math.inf  # the reference itself is not finite
 
 
 def _results(operator: str, case: ProofCase, name: str, given: list[Tensor]) -> tuple[Tensor, ...]:
@@ -170,7 +176,8 @@ def _results(operator: str, case: ProofCase, name: str, given: list[Tensor]) -> 
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Whatever the caller is in the middle of: no autocast, gradients, its random numbers untouched."""
+    """Whatever the caller is in the middle of: no autocast, gradients, its random numbers untouched, no hooks on what
+    is kept for the backward pass, which activation checkpointing would count among its own."""
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with (
         torch.random.fork_rng(devices),
@@ -179,6 +186,7 @@ def _undisturbed() -> Iterator[None]:
         torch.autocast("cpu", enabled=False),
         torch.autocast("cuda", enabled=False),
         torch.device("cpu"),
+        torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor),
     ):
         yield
 
@@ -196,10 +204,6 @@ def _normalised(operator: str, dtype: torch.dtype, device: torch.device) -> tupl
 
 
 # ---- When, and what is remembered -----------------------------------------------------------------------------------
-
-
-def _needs_proof(name: str) -> bool:
-    return name in ("cuda", "triton") or (name == "cpu" and _AMX)
 
 
 def _may_run(device: torch.device) -> bool:
@@ -243,17 +247,29 @@ def _prove(place: tuple[str, str, str, str]) -> Verdict | None:
     with _lock:
         if _remembered(place) is None:
             operator, name, dtype, device = place
-            _conclude(place, found := check(operator, name, getattr(torch, dtype), device))
-            _write(place, found)
+            remember(place, check(operator, name, getattr(torch, dtype), device))
         return _verdicts[place]
+
+
+def remember(place: tuple[str, str, str, str], verdict: Verdict) -> None:
+    """Take a verdict for (operator, backend, dtype, device) from now on; on disk, too, where it was measured."""
+    _conclude(place, verdict)
+    if verdict.measured:
+        _write(place, verdict)
+
+
+def needs_proof(name: str) -> bool:
+    """Whether `auto` takes a backend's kernels only once they have proved themselves."""
+    return name in ("cuda", "triton") or (name == "cpu" and _AMX)
 
 
 def _conclude(place: tuple[str, str, str, str], verdict: Verdict) -> None:
     _verdicts[place] = verdict
     if not verdict.passed:
         operator, name, dtype, device = place
+        found = "gives wrong results" if verdict.measured else "could not be checked"
         warnings.warn(
-            f"magnet_fast: the {name} kernel of {operator} gives wrong results in {dtype} on {device} and is not used "
+            f"magnet_fast: the {name} kernel of {operator} {found} in {dtype} on {device} and is not used "
             f"({verdict.detail}); {_REPORT}",
             stacklevel=2,
         )
@@ -263,7 +279,12 @@ def cache_folder() -> Path:
     """Where answers are kept: `MAGNET_FAST_CACHE`, else `magnet_fast` in the user's cache."""
     if given := os.environ.get(CACHE_VARIABLE):
         return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "magnet_fast"
+    if given := os.environ.get("XDG_CACHE_HOME"):
+        return Path(given) / "magnet_fast"
+    try:
+        return Path.home() / ".cache" / "magnet_fast"
+    except RuntimeError as error:  # a user without a home, as in some containers
+        raise OSError(f"{CACHE_VARIABLE} is not set, and there is no home folder") from error
 
 
 def _key(place: tuple[str, str, str, str]) -> dict[str, Any]:
@@ -319,7 +340,12 @@ def _read(place: tuple[str, str, str, str]) -> Verdict | None:
 
 def _write(place: tuple[str, str, str, str], verdict: Verdict) -> None:
     key = _key(place)
-    answer = {"key": key, **verdict._asdict(), "date": datetime.now(timezone.utc).date().isoformat()}
+    answer = {
+        "key": key,
+        "passed": verdict.passed,
+        "detail": verdict.detail,
+        "date": datetime.now(timezone.utc).date().isoformat(),
+    }
     try:
         _file(key).parent.mkdir(parents=True, exist_ok=True)
         write_text_atomically(_file(key), json.dumps(answer, indent=1) + "\n")

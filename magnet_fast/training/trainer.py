@@ -15,6 +15,8 @@ from torch.utils.data import DataLoader
 from magnet_fast import models
 from magnet_fast.data.sample import collate, to_device
 from magnet_fast.fast import accelerate
+from magnet_fast.ops import prove
+from magnet_fast.ops._proof_cases import OPERATORS
 from magnet_fast.training.averaging import WeightAverage
 from magnet_fast.training.checkpoint import CHECKPOINT, save_checkpoint
 from magnet_fast.training.config import TrainConfig
@@ -102,7 +104,10 @@ class Trainer:
         freeze_parameters(self.model, config.optimiser.freeze)
         objective = Objective(self.model, terms, config.precision, config.sentences_per_image).to(world.device)
         if config.fast:
-            accelerate(self.model)
+            report = accelerate(self.model)
+            if objective.dtype is not None:  # what autocast makes of the weights
+                replaced = {module.operator for module in report.replaced}
+                prove(world.device, (objective.dtype,), tuple(name for name in OPERATORS if name in replaced))
         self.objective = synchronise_batch_norm(objective, world)
         self._exported = Exported(self.objective, world, sharded=config.parallel == "fsdp" and world.size > 1)
         if config.activation_checkpointing:

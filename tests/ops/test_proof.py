@@ -13,12 +13,13 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 
 import magnet_fast
 from magnet_fast import ops
 from magnet_fast.ops import _proof, _registry
 
-from .cases import all_cases, window_case
+from .cases import all_cases, weighted_sum, window_case
 
 OPERATOR = "window_attention"
 Change = Callable[[Any], Any]
@@ -114,13 +115,51 @@ def test_a_wrong_one_is_replaced(fake, tmp_path, changes: dict[str, Change]) -> 
     assert made.calls == calls
 
 
-def test_an_error_is_a_failure(fake) -> None:
+def test_an_error_holds_for_the_process_alone(fake, tmp_path, monkeypatch) -> None:
     def broken(out: torch.Tensor) -> torch.Tensor:
-        raise RuntimeError("no kernel image is available")
+        raise torch.OutOfMemoryError("no memory\nwith a long tip")
 
     fake(forward=broken)
-    with pytest.warns(UserWarning, match="RuntimeError: no kernel image is available"):
-        assert chosen(window_case(dtype=torch.float32)) == "cpu"
+    case = window_case(dtype=torch.float32)
+    with pytest.warns(UserWarning, match=r"could not be checked in float32 on cpu .*\(OutOfMemoryError: no memory\)"):
+        assert chosen(case) == "cpu"
+    assert chosen(case) == "cpu" and answers(tmp_path) == []
+    forget()
+    fake()
+    assert chosen(case) == "triton"
+
+
+def test_inside_activation_checkpointing(fake) -> None:
+    """The check's tensors are not among those that are kept for the caller's backward pass."""
+    made, case = fake(), window_case(dtype=torch.float32)
+    expected = case.gradients()
+    forget()
+    for path in _proof.cache_folder().glob("proofs/*"):
+        path.unlink()
+    calls = made.calls
+    (out,) = (checkpoint(lambda *leaves: case(*leaves)[0], *case.leaves, use_reentrant=False),)
+    found = torch.autograd.grad(weighted_sum((out,)), case.leaves)
+    assert made.calls > calls + 2 and all(verdict.passed for verdict in _proof._verdicts.values())
+    for ours, plain in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, plain)
+
+
+def test_what_is_not_finite_in_the_reference_proves_nothing() -> None:
+    nan = torch.full((2,), torch.nan)
+    assert _proof._share(torch.ones(2), nan, torch.ones(2).double(), torch.float32) == float("inf")
+    assert _proof._share(torch.ones(2), torch.ones(2), nan.double(), torch.float16) == float("inf")
+
+
+def test_without_a_home(fake, monkeypatch) -> None:
+    monkeypatch.delenv(_proof.CACHE_VARIABLE)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+
+    def no_home() -> None:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(_proof.Path, "home", no_home)
+    fake()
+    assert chosen(window_case(dtype=torch.float32)) == "triton"
 
 
 def test_dtypes_are_checked_apart(fake, tmp_path) -> None:
