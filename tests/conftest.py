@@ -3,6 +3,8 @@ build: what they make for each other is made once."""
 
 from __future__ import annotations
 
+import os
+import tempfile
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -12,6 +14,14 @@ if TYPE_CHECKING:
     from xdist.scheduler import LoadFileScheduling
 
 _SHARED_BUILDS = ("amx", "cuda")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """What kernels prove here, some of them made wrong on purpose, is not remembered for the user."""
+    if "MAGNET_FAST_CACHE" not in os.environ:  # xdist's processes inherit it
+        folder = tempfile.TemporaryDirectory(prefix="magnet_fast-tests-", ignore_cleanup_errors=True)
+        os.environ["MAGNET_FAST_CACHE"] = folder.name
+        config.add_cleanup(folder.cleanup)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

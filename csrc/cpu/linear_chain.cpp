@@ -11,10 +11,6 @@ namespace {
 
 constexpr int64_t kMost = int64_t{1} << 31;
 
-// Rows that go through the chain together. Fewer read the weights more often, more leave the second-level
-// cache: 96 rows of 1024 bfloat16 take a fifth of 1 MiB.
-constexpr int64_t kChunkRows = 96;
-
 template <typename Element>
 void check_layer_sizes(int64_t in, int64_t out) {
     const int64_t step = chain_step<Element>();
@@ -84,13 +80,16 @@ struct Shares {
 };
 
 template <typename Element>
-Shares share_out(const LinearChain<Element>& a, int64_t panel) {
-    int64_t chunks = (a.rows + kChunkRows - 1) / kChunkRows;
+Shares share_out(const LinearChain<Element>& a, const ChainKernels<Element>& kernels) {
+    int64_t widest = 1;
+    for (const auto& layer : a.layers) widest = std::max(widest, layer.in);
+    const int64_t most = kernels.chunk(widest);
+    int64_t chunks = (a.rows + most - 1) / most;
     if (chunks > 1) chunks = (chunks + a.threads - 1) / a.threads * a.threads;
     const int64_t chunk = (a.rows + chunks - 1) / chunks;
     chunks = (a.rows + chunk - 1) / chunk;
     const ChainLayer<Element>& layer = a.layers.front();
-    const int64_t all = (layer.out + panel - 1) / panel;
+    const int64_t all = (layer.out + kernels.panel - 1) / kernels.panel;
     // A norm after a layer needs the whole row, and so does a layer after it.
     int64_t columns = 1;
     if (a.layers.size() == 1 && layer.after.epsilon < 0 && chunks < 2 * a.threads)
@@ -186,7 +185,7 @@ void linear_chain(const LinearChain<Element>& a) {
     check(a);
     if (a.rows == 0) return;
     const ChainKernels<Element>& kernels = chain_kernels<Element>();
-    const Shares shares = share_out(a, kernels.panel);
+    const Shares shares = share_out(a, kernels);
     const int64_t tasks = shares.chunks * shares.columns, threads = std::min(a.threads, tasks);
     std::vector<Worker<Element>> workers;
     for (int64_t i = 0; i < threads; ++i) workers.emplace_back(a, kernels, shares.chunk);

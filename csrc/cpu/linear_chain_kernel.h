@@ -36,6 +36,8 @@ struct ChainKernels {
     using Real = typename Computed<Element>::Real;
     int64_t panel;  // outputs of a panel; the last one may have fewer
     int64_t step;   // what a layer's inputs and outputs must be multiples of
+    /// Rows that go through the chain together, of layers of at most `widest` inputs.
+    int64_t (*chunk)(int64_t widest);
     int64_t (*packed_bytes)(int64_t in, int64_t out);
     /// weight (out, in), contiguous; packed: packed_bytes(in, out) bytes, 64-byte aligned, written.
     void (*pack)(const Element* weight, int64_t in, int64_t out, void* packed);

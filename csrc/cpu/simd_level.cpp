@@ -11,7 +11,7 @@ namespace {
 
 using Level = std::pair<SimdLevel, const char*>;
 
-std::vector<Level> available() {
+std::vector<Level> find_available() {
     std::vector<Level> levels;
     // __builtin_cpu_supports also asks the operating system whether it saves the wide registers.
 #if defined(MAGNET_FAST_HAS_AVX512_BF16)
@@ -35,14 +35,22 @@ std::vector<Level> available() {
     return levels;
 }
 
-SimdLevel best_measured() {
+/// The best first. Found once: asking for the tiles is some instructions that a virtual machine answers
+/// slowly.
+const std::vector<Level>& available() {
+    static const std::vector<Level> levels = find_available();
+    return levels;
+}
+
+/// The best one that the operating system lets this process use.
+SimdLevel best() {
     for (const auto& [level, name] : available())
-        if (level != SimdLevel::kAmx) return level;
+        if (level != SimdLevel::kAmx || request_amx()) return level;
     return SimdLevel::kPortable;
 }
 
 std::atomic<SimdLevel>& selected() {
-    static std::atomic<SimdLevel> level{best_measured()};
+    static std::atomic<SimdLevel> level{best()};
     return level;
 }
 

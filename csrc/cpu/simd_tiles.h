@@ -41,12 +41,14 @@ static inline void finish_writes(const void* memory) {
     asm volatile("" : : "r"(memory) : "memory");
 }
 
-/// Tiles 0 to 3 for sums, two by two; 4 and 5 for A; 6 and 7 for B.
-static inline void configure_tiles(int64_t height, int64_t pairs) {
+/// Tiles 0 to 3 for sums, two by two; 4 and 5 for A; 6 and 7 for B. `height` rows above, `below` in 2, 3
+/// and 5.
+static inline void configure_tiles(int64_t height, int64_t below, int64_t pairs) {
     TileConfiguration c = {};
     c.palette = 1;
     for (int t = 0; t < 8; ++t) {
-        c.rows[t] = static_cast<uint8_t>(t < 6 ? height : pairs);
+        const bool lower = t == 2 || t == 3 || t == 5;
+        c.rows[t] = static_cast<uint8_t>(t >= 6 ? pairs : lower ? below : height);
         c.row_bytes[t] = static_cast<uint16_t>(t == 4 || t == 5 ? 4 * pairs : kTileBytes);
     }
     finish_writes(&c);
@@ -78,7 +80,8 @@ struct TileRows {
 };
 
 /// One or two tiles of rows by one or two of columns: C = init + A * B, `pairs` of the depth at a step.
-template <bool TwoDown, bool TwoAcross, typename Ahead>
+/// InPlace: A has contiguous rows.
+template <bool TwoDown, bool TwoAcross, bool InPlace, typename Ahead>
 static inline void tile_block(Ahead& ahead, int64_t height, int64_t depth, int64_t pairs, const Pair* a,
                               int64_t a_row, int64_t a_depth, const Pair* b, int64_t b_depth,
                               const Real* init, int64_t init_row, Real* c, int64_t c_row) {
@@ -98,10 +101,15 @@ static inline void tile_block(Ahead& ahead, int64_t height, int64_t depth, int64
         if constexpr (TwoDown && TwoAcross) MAGNET_FAST_TILE(zero, 3);
     }
     alignas(64) Pair room[2][kTileHeight * kTilePairs];
+    const int64_t a_bytes = a_row * static_cast<int64_t>(sizeof(Pair));
     for (int64_t k = 0; k < depth; k += pairs, a += pairs * a_depth, b += pairs * b_depth) {
         for (int64_t step = 0; step < pairs; ++step) ahead.step();
-        const TileRows upper(height, pairs, a, a_row, a_depth, room[0]);
-        MAGNET_FAST_TILE(loadd, 4, upper.first, upper.bytes);
+        if constexpr (InPlace) {
+            MAGNET_FAST_TILE(loadd, 4, a, a_bytes);
+        } else {
+            const TileRows upper(height, pairs, a, a_row, a_depth, room[0]);
+            MAGNET_FAST_TILE(loadd, 4, upper.first, upper.bytes);
+        }
         MAGNET_FAST_TILE(loadd, 6, b, b_bytes);
         MAGNET_FAST_TILE(dpbf16ps, 0, 4, 6);
         if constexpr (TwoAcross) {
@@ -109,8 +117,12 @@ static inline void tile_block(Ahead& ahead, int64_t height, int64_t depth, int64
             MAGNET_FAST_TILE(dpbf16ps, 1, 4, 7);
         }
         if constexpr (TwoDown) {
-            const TileRows lower(height, pairs, a + height * a_row, a_row, a_depth, room[1]);
-            MAGNET_FAST_TILE(loadd, 5, lower.first, lower.bytes);
+            if constexpr (InPlace) {
+                MAGNET_FAST_TILE(loadd, 5, a + height * a_row, a_bytes);
+            } else {
+                const TileRows lower(height, pairs, a + height * a_row, a_row, a_depth, room[1]);
+                MAGNET_FAST_TILE(loadd, 5, lower.first, lower.bytes);
+            }
             MAGNET_FAST_TILE(dpbf16ps, 2, 5, 6);
             if constexpr (TwoAcross) MAGNET_FAST_TILE(dpbf16ps, 3, 5, 7);
         }
@@ -128,15 +140,16 @@ template <typename Ahead>
 static void multiply_tiles(Ahead& ahead, int64_t height, int64_t pairs, int64_t rows, int64_t columns,
                            int64_t depth, const Pair* a, int64_t a_row, int64_t a_depth, const Pair* b,
                            int64_t b_depth, const Real* init, int64_t init_row, Real* c, int64_t c_row) {
-    configure_tiles(height, pairs);
+    configure_tiles(height, height, pairs);
     for (int64_t m = 0; m < rows;) {
         const bool two_down = m + height < rows;
         for (int64_t n = 0; n < columns;) {
             const bool two_across = n + kLanes < columns;
             const Real* from = init ? init + m * init_row + n : nullptr;
-            const auto block =
-                two_down ? (two_across ? tile_block<true, true, Ahead> : tile_block<true, false, Ahead>)
-                         : (two_across ? tile_block<false, true, Ahead> : tile_block<false, false, Ahead>);
+            const auto block = two_down ? (two_across ? tile_block<true, true, false, Ahead>
+                                                      : tile_block<true, false, false, Ahead>)
+                                        : (two_across ? tile_block<false, true, false, Ahead>
+                                                      : tile_block<false, false, false, Ahead>);
             block(ahead, height, depth, pairs, a + m * a_row, a_row, a_depth, b + n, b_depth, from, init_row,
                   c + m * c_row + n, c_row);
             n += two_across ? 2 * kLanes : kLanes;

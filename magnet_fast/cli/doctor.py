@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -29,7 +31,7 @@ def doctor(
 
     import magnet_fast
     from magnet_fast.atomic import write_text_atomically
-    from magnet_fast.ops import _cpu_backend, _proof
+    from magnet_fast.ops import _cpu_backend, _linear_chain, _proof
 
     if out is not None:
         check_files({"--out": out}, {})
@@ -46,28 +48,39 @@ def doctor(
     for name, value in machine.items():
         typer.echo(f"{name:15} {', '.join(value) or 'none' if isinstance(value, list) else value}")
     results, wrong = [], 0
+
+    def report(backend: str, operator: str, dtype: torch.dtype, reason: str | None, check: Callable[[], Any]) -> None:
+        nonlocal wrong
+        place = {"backend": backend, "operator": operator, "dtype": str(dtype).removeprefix("torch.")}
+        if reason is None:
+            verdict = check()
+            if _proof.needs_proof(backend, dtype):
+                where = "cpu" if backend == "cpu" else f"cuda:{torch.cuda.current_device()}"
+                _proof.remember((operator, backend, place["dtype"], where), verdict)
+            wrong += not verdict.passed
+            results.append({**place, **verdict._asdict()})
+            said = f"{'right' if verdict.passed else 'WRONG'}: {verdict.detail}"
+        else:
+            results.append({**place, "passed": None, "detail": reason})
+            said = f"not here: {reason}"
+        typer.echo(f"{backend:7} {operator:27} {place['dtype']:9} {said}")
+
     for backend in _proof.BACKENDS:
         device = "cpu" if backend == "cpu" else "cuda"
         for operator in _proof.OPERATORS:
             for dtype in _proof.DTYPES:
-                place = {"backend": backend, "operator": operator, "dtype": str(dtype).removeprefix("torch.")}
                 reason = _proof.why_unchecked(operator, backend, dtype, device)
-                if reason is None:
-                    verdict = _proof.check(operator, backend, dtype, device)
-                    if _proof.needs_proof(backend):
-                        where = "cpu" if device == "cpu" else f"cuda:{torch.cuda.current_device()}"
-                        _proof.remember((operator, backend, place["dtype"], where), verdict)
-                    wrong += not verdict.passed
-                    results.append({**place, **verdict._asdict()})
-                    said = f"{'right' if verdict.passed else 'WRONG'}: {verdict.detail}"
-                else:
-                    results.append({**place, "passed": None, "detail": reason})
-                    said = f"not here: {reason}"
-                typer.echo(f"{backend:7} {operator:27} {place['dtype']:9} {said}")
+                report(backend, operator, dtype, reason, partial(_proof.check, operator, backend, dtype, device))
+        if backend == "cpu":
+            for dtype in _linear_chain.DTYPES:
+                reason = _linear_chain.why_unchecked(dtype)
+                report(backend, _linear_chain.OPERATOR, dtype, reason, partial(_linear_chain.check, dtype))
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_text_atomically(out, json.dumps({"machine": machine, "kernels": results}, indent=1) + "\n")
         typer.echo(f"report: {out}")
     if wrong:
-        typer.echo(f"{wrong} kernels are wrong on this machine; `auto` does not use them on a GPU.", err=True)
+        typer.echo(
+            f"{wrong} kernels are wrong on this machine; `auto` does not use them on a GPU, nor at level amx.", err=True
+        )
         raise typer.Exit(1)

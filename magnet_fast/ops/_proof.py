@@ -57,7 +57,7 @@ class Verdict(NamedTuple):
 
 
 _AMX = _cpu_backend.extension is not None and _cpu_backend.extension.simd_level() == "amx"
-"""No processor with AMX has run its kernels yet: as for a GPU's, their proof is left to the machine."""
+"""Few processors with AMX have run its kernels yet: as for a GPU's, the proof is left to the machine."""
 
 _verdicts: dict[tuple[str, str, str, str], Verdict] = {}
 _lock = threading.RLock()
@@ -65,9 +65,9 @@ _lock = threading.RLock()
 
 def unproven(operator: str, name: str, arguments: tuple) -> str | None:
     """None where `auto` may take the backend for these normalised arguments, else why not. Checks at the first call."""
-    if not needs_proof(name):
-        return None
     first = next(argument for argument in arguments if isinstance(argument, Tensor))
+    if not needs_proof(name, first.dtype):
+        return None
     if torch.compiler.is_compiling():
         return _said(operator, name, first.dtype, first.device)
     place = operator, name, dtype_name(first.dtype), str(first.device)
@@ -75,10 +75,13 @@ def unproven(operator: str, name: str, arguments: tuple) -> str | None:
 
 
 def expected(operator: str, name: str, arguments: tuple) -> str | None:
-    """What `explain` says of a kernel that was not checked yet, or has failed; nothing is computed."""
-    if not needs_proof(name):
-        return None
+    """What `explain` says of a kernel that was not checked yet, or has failed. Nothing is computed on a GPU; a CPU's
+    check takes milliseconds, and is made."""
     first = next(argument for argument in arguments if isinstance(argument, Tensor))
+    if not needs_proof(name, first.dtype):
+        return None
+    if name == "cpu":
+        return unproven(operator, name, arguments)
     return _said(operator, name, first.dtype, first.device)
 
 
@@ -93,10 +96,11 @@ def prove(device: torch.device | str, dtypes: tuple[torch.dtype, ...], operators
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
-    names = [name for name in BACKENDS if needs_proof(name)] if _may_run(device) else []
+    if not _may_run(device):
+        return
     for operator in operators:
-        for name in names:
-            for dtype in dtypes:
+        for name in BACKENDS:
+            for dtype in [dtype for dtype in dtypes if needs_proof(name, dtype)]:
                 arguments = _normalised(operator, dtype, device)
                 why_not, why_passed = _registry.why_not, _registry.why_passed_over
                 if why_not(operator, name, arguments) is None and why_passed(operator, name, arguments) is None:
@@ -116,7 +120,7 @@ def check(operator: str, name: str, dtype: torch.dtype, device: torch.device | s
     """
     worst, where = 0.0, "nothing"
     try:
-        with _undisturbed():
+        with undisturbed():
             for number, case in enumerate(cases(operator)):
                 given = [leaf.to(device, dtype) for leaf in case.leaves]
                 truth = _results(operator, case, "reference", [leaf.double() for leaf in given])
@@ -126,9 +130,9 @@ def check(operator: str, name: str, dtype: torch.dtype, device: torch.device | s
                     what = f"result {result} of case {number}"
                     if our.shape != reference.shape or our.dtype != reference.dtype:
                         return Verdict(False, f"{what}: {our.dtype} {tuple(our.shape)} for {tuple(reference.shape)}")
-                    share = _share(our, reference, true, dtype)
-                    if share > worst:
-                        worst, where = share, what
+                    found = share(our, reference, true, dtype)
+                    if found > worst:
+                        worst, where = found, what
     except Exception as error:
         first = (str(error).strip() or "no message").splitlines()[0]
         return Verdict(False, f"{type(error).__name__}: {first[:300]}", measured=False)
@@ -146,7 +150,7 @@ def mode() -> str:
 # ---- The check ------------------------------------------------------------------------------------------------------
 
 
-def _share(ours: Tensor, plain: Tensor, truth: Tensor, dtype: torch.dtype) -> float:
+def share(ours: Tensor, plain: Tensor, truth: Tensor, dtype: torch.dtype) -> float:
     """The error by what is allowed: as the tests have it, a few times that of the same maths done plainly."""
     if not bool(ours.isfinite().all()):
         return math.inf
@@ -175,7 +179,7 @@ def _results(operator: str, case: ProofCase, name: str, given: list[Tensor]) -> 
 
 
 @contextmanager
-def _undisturbed() -> Iterator[None]:
+def undisturbed() -> Iterator[None]:
     """Whatever the caller is in the middle of: no autocast, gradients, its random numbers untouched, no hooks on what
     is kept for the backward pass, which activation checkpointing would count among its own."""
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
@@ -251,6 +255,22 @@ def _prove(place: tuple[str, str, str, str]) -> Verdict | None:
         return _verdicts[place]
 
 
+def proved(operator: str, dtype: torch.dtype, check: Callable[[], Verdict]) -> bool:
+    """`unproven` for a kernel of the CPU that is no operator of the registry: whether it may be taken.
+
+    Args:
+        operator: its name in answers and warnings.
+        check: makes the check; called where nothing is known.
+    """
+    if not needs_proof("cpu", dtype) or mode() == "skip":
+        return True
+    place = operator, "cpu", dtype_name(dtype), "cpu"
+    with _lock:
+        if (verdict := _remembered(place)) is None:
+            remember(place, verdict := check())
+    return verdict.passed
+
+
 def remember(place: tuple[str, str, str, str], verdict: Verdict) -> None:
     """Take a verdict for (operator, backend, dtype, device) from now on; on disk, too, where it was measured."""
     _conclude(place, verdict)
@@ -258,9 +278,9 @@ def remember(place: tuple[str, str, str, str], verdict: Verdict) -> None:
         _write(place, verdict)
 
 
-def needs_proof(name: str) -> bool:
-    """Whether `auto` takes a backend's kernels only once they have proved themselves."""
-    return name in ("cuda", "triton") or (name == "cpu" and _AMX)
+def needs_proof(name: str, dtype: torch.dtype) -> bool:
+    """Whether `auto` takes a backend's kernels only once they have proved themselves. Level amx has bfloat16 alone."""
+    return name in ("cuda", "triton") or (name == "cpu" and _AMX and dtype == torch.bfloat16)
 
 
 def _conclude(place: tuple[str, str, str, str], verdict: Verdict) -> None:

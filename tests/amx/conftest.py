@@ -11,6 +11,7 @@ import platform
 import re
 import shlex
 import shutil
+import struct
 import subprocess
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -34,7 +35,7 @@ MODEL = ["-O1", "-mavx2", "-mfma", "-mf16c", "-DMAGNET_FAST_EMULATE_AVX512", "-W
 SHIPPED = ["-O3", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mfma", "-mf16c"]
 LEVELS = ("avx512", "avx512_bf16", "amx")
 LAUNCHERS = ["window_attention", "window_plan", "relative_attention", "cross_modal_attention", "cross_modal_plan"]
-LAUNCHERS += ["deformable_attention"]
+LAUNCHERS += ["deformable_attention", "linear_chain"]
 PAIRS = ("avx512_bf16", "amx")
 KERNELS = {
     "relative_kernel": LEVELS,
@@ -42,6 +43,7 @@ KERNELS = {
     "cross_modal_kernel": PAIRS,
     "cross_modal_backward_kernel": PAIRS,
     "deformable_kernel": ("avx512_bf16",),
+    "linear_chain_kernel": PAIRS,
 }
 """At which levels: avx512 for every dtype, the others for bfloat16 alone."""
 
@@ -60,6 +62,7 @@ ORDER = {
     "cross_modal_attention_forward": [*INPUTS, "text_mask", "heads", "threads", "image_out", "text_out"],
     "cross_modal_attention_backward": [*INPUTS, "text_mask", "heads", "threads", "grad_image_out", "grad_text_out"]
     + [f"grad_{name}" for name in INPUTS],
+    "linear_chain_forward": ["x", "residual", "y", "threads", "layers"],
 }
 """Arguments as emulated_tiles.cpp reads them."""
 
@@ -75,6 +78,7 @@ class Emulated:
     """Stands in for the extension."""
 
     def __init__(self, path: Path) -> None:
+        self.__file__ = str(path)
         self.library = ctypes.CDLL(str(path))
         self.library.products.restype = ctypes.c_int64
 
@@ -88,6 +92,22 @@ class Emulated:
 
     def set_simd_level(self, name: str) -> None:
         self.library.set_level(["portable", "avx2", "avx512", "avx512_bf16", "amx"].index(name))
+        self.level = name
+
+    def simd_level(self) -> str:
+        return self.level
+
+    def linear_chain_step(self, dtype: int) -> int:
+        return 16
+
+    def linear_chain_packed_bytes(self, dtype: int, inputs: int, outputs: int) -> int:
+        count = self.library.linear_chain_packed_bytes_
+        count.restype = ctypes.c_int64
+        return count(ctypes.c_int64(inputs), ctypes.c_int64(outputs))
+
+    def linear_chain_pack(self, weight_ptr: int, dtype: int, inputs: int, outputs: int, packed_ptr: int) -> None:
+        sizes = ctypes.c_int64(inputs), ctypes.c_int64(outputs)
+        self.library.linear_chain_pack_(ctypes.c_void_p(weight_ptr), *sizes, ctypes.c_void_p(packed_ptr))
 
     def __getattr__(self, name: str):
         if name not in ORDER:
@@ -115,6 +135,12 @@ def flat(name: str, value: object) -> Iterable[int]:
         yield from map(int, value)
     elif name == "spatial_shapes":
         yield from (len(value), *(side for sides in value for side in sides))
+    elif name == "layers":
+        yield len(value)
+        for *numbers, before, after in value:
+            yield from numbers
+            for weight, bias, epsilon in (before, after):
+                yield from (weight, bias, *struct.unpack("q", struct.pack("d", epsilon)))
     elif value is None:
         yield 0
     else:
@@ -201,6 +227,7 @@ def run(command: list[str], result: Path) -> None:
 @pytest.fixture
 def emulated(model: Emulated, monkeypatch: pytest.MonkeyPatch) -> Emulated:
     """The operators' backend `cpu` runs on the models."""
+    monkeypatch.setenv("MAGNET_FAST_PROOF", "skip")
     monkeypatch.setattr(_cpu_backend, "extension", model)
     return model
 
@@ -209,6 +236,7 @@ def emulated(model: Emulated, monkeypatch: pytest.MonkeyPatch) -> Emulated:
 def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulated]:
     """The operators' backend `cpu` runs level amx on emulated tiles, and leaves none of them configured."""
     built = request.getfixturevalue(request.param)
+    monkeypatch.setenv("MAGNET_FAST_PROOF", "skip")
     monkeypatch.setattr(_cpu_backend, "extension", built)
     built.set_simd_level("amx")
     built.library.products()

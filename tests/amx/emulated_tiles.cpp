@@ -11,6 +11,8 @@
 #include "cpu/cross_modal_kernel.h"
 #include "cpu/deformable_attention.h"
 #include "cpu/deformable_kernel.h"
+#include "cpu/linear_chain.h"
+#include "cpu/linear_chain_kernel.h"
 #include "cpu/relative_attention.h"
 #include "cpu/relative_kernel.h"
 #include "cpu/simd_matrix.h"
@@ -50,8 +52,10 @@ ABSENT(WindowKernels, window_kernels)
 ABSENT(CrossModalKernels, cross_modal_kernels)
 ABSENT(CrossModalBackwardKernels, cross_modal_backward_kernels)
 ABSENT(DeformableKernels, deformable_kernels)
+ABSENT(ChainKernels, chain_kernels)
 ABSENT_(amx, BFloat16, DeformableKernels, deformable_kernels)
 ABSENT_AVX512(DeformableKernels, deformable_kernels)
+ABSENT_AVX512(ChainKernels, chain_kernels)
 ABSENT_AVX512(WindowKernels, window_kernels)
 ABSENT_AVX512(CrossModalKernels, cross_modal_kernels)
 ABSENT_AVX512(CrossModalBackwardKernels, cross_modal_backward_kernels)
@@ -94,6 +98,23 @@ struct Reader {
             views.maps.push_back({height, number()});
         }
         return views;
+    }
+    ChainNorm<BFloat16> norm() {
+        const auto* weight = pointer<const BFloat16>();
+        const auto* bias = pointer<const BFloat16>();
+        const int64_t bits = number();
+        double epsilon;
+        std::memcpy(&epsilon, &bits, sizeof epsilon);
+        return {weight, bias, epsilon};
+    }
+    ChainLayer<BFloat16> layer() {
+        const int64_t in = number(), out = number();
+        const void* weight = pointer<const void>();
+        const auto* bias = pointer<const BFloat16>();
+        const auto activation = static_cast<ChainActivation>(number());
+        const int64_t residual = number();
+        const ChainNorm<BFloat16> before = norm();
+        return {in, out, weight, bias, activation, residual, before, norm()};
     }
     CrossModalTensors tensors() { return {view(), view(), view(), view(), view(), view()}; }
     CrossModalViews cross_modal(double scale) { return {tensors(), view(), number(), scale}; }
@@ -201,6 +222,32 @@ const char* cross_modal_attention_backward_(const int64_t* numbers, double scale
         const int64_t threads = r.number();
         const TensorView grad_image = r.view(), grad_text = r.view();
         cross_modal_attention_backward(views, grad_image, grad_text, r.tensors(), threads);
+    });
+}
+
+int64_t linear_chain_packed_bytes_(int64_t in, int64_t out) {
+    return chain_packed_bytes<BFloat16>(in, out);
+}
+
+void linear_chain_pack_(const void* weight, int64_t in, int64_t out, void* packed) {
+    pack_chain_weight(static_cast<const BFloat16*>(weight), in, out, packed);
+}
+
+const char* linear_chain_forward_(const int64_t* numbers, double) {
+    return report([&] {
+        Reader r{numbers};
+        const TensorView x = r.view(), residual = r.view(), y = r.view();
+        const int64_t threads = r.number();
+        LinearChain<BFloat16> chain{x.sizes[0],
+                                    threads,
+                                    static_cast<const BFloat16*>(x.data),
+                                    x.strides[0],
+                                    static_cast<const BFloat16*>(residual.data),
+                                    residual.strides[0],
+                                    static_cast<BFloat16*>(y.data),
+                                    {}};
+        for (int64_t layers = r.number(); layers > 0; --layers) chain.layers.push_back(r.layer());
+        linear_chain(chain);
     });
 }
 

@@ -236,6 +236,7 @@ def test_registration_and_compile():
 
 def test_runs_by_itself_and_without_the_reference(monkeypatch):
     """`auto` takes the kernel for what is trained in, in both passes."""
+    ops.prove("cpu", (torch.float32, *LOW))  # by the reference, where tiles have to
     monkeypatch.setattr(implementation, "pixel_contrastive_loss_reference", None)
     for dtype in (torch.float32, *LOW):
         case = contrastive_case(dtype=dtype)

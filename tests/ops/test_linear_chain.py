@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from magnet_fast import accelerate, models, ops
-from magnet_fast.ops import _cpu_backend, _linear_chain, _packed
+from magnet_fast.ops import _cpu_backend, _linear_chain, _packed, _proof
 from magnet_fast.ops._linear import pack_linear
 from magnet_fast.ops._linear_chain import Step
 
@@ -101,7 +101,10 @@ def test_as_models_use_it(dtype: torch.dtype, form: str, options: dict[str, bool
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(st.data())
 def test_any_sizes(data: st.DataObject) -> None:
-    dtype = data.draw(st.sampled_from(DTYPES), "dtype")
+    check_any_sizes(data, data.draw(st.sampled_from(DTYPES), "dtype"))
+
+
+def check_any_sizes(data: st.DataObject, dtype: torch.dtype) -> None:
     needs(dtype)
     torch.manual_seed(data.draw(st.integers(0, 9), "seed"))
     width = st.integers(1, 12).map(lambda n: 16 * n)
@@ -298,9 +301,59 @@ def test_an_adapter_in_a_block_is_called() -> None:
         setattr(parent, name, plain)
 
 
-def test_bfloat16_is_left_to_amx(monkeypatch) -> None:
-    monkeypatch.setattr(_linear_chain, "_has_amx", lambda: True)
-    assert not _linear_chain._worthwhile(torch.bfloat16)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nan_stays_in_its_row(dtype: torch.dtype) -> None:
+    check_nan_stays_in_its_row(dtype)
+
+
+def check_nan_stays_in_its_row(dtype: torch.dtype) -> None:
+    needs(dtype)
+    torch.manual_seed(0)
+    steps, x, residual = block(dtype, 64, 144), torch.randn(50, 64, dtype=dtype), torch.randn(50, 64, dtype=dtype)
+    x[3, 5], x[40, 0] = torch.nan, torch.inf
+    with torch.no_grad():
+        bad = ~_linear_chain.run(x, steps, residual).isfinite().all(dim=1)
+    assert bad.nonzero().flatten().tolist() == [3, 40]
+
+
+def test_bfloat16_is_left_to_tiles(monkeypatch) -> None:
+    """Where the processor has them: oneDNN uses them whatever our own level is."""
+
+    class Stub:
+        level = "avx512_bf16"
+
+        def simd_level(self) -> str:
+            return self.level
+
+        def supported_simd_levels(self) -> list[str]:
+            return ["amx", "avx512_bf16"]
+
+    stub = Stub()
+    monkeypatch.setattr(_cpu_backend, "extension", stub)
+    monkeypatch.setattr(_cpu_backend, "missing", None)
+    assert not _linear_chain._worthwhile(torch.bfloat16) and _linear_chain._worthwhile(torch.float32)
+    stub.level = "amx"
+    assert _linear_chain._worthwhile(torch.bfloat16)
+
+
+@pytest.mark.skipif(_cpu is None or _cpu.simd_level() != "amx", reason="no tiles here")
+def test_tiles_prove_themselves_first(monkeypatch, tmp_path) -> None:
+    """A chain that is wrong on this machine is not taken, and one warning says so."""
+    (linear,), _ = make(torch.bfloat16, 32, 32)
+    x, steps = torch.randn(3, 32, dtype=torch.bfloat16), [Step(linear)]
+    monkeypatch.setenv("MAGNET_FAST_PROOF", "again")
+    monkeypatch.setenv("MAGNET_FAST_CACHE", str(tmp_path))
+    with torch.no_grad():
+        monkeypatch.setattr(_proof, "_verdicts", {})
+        assert _linear_chain.runs(x, steps)
+        monkeypatch.setattr(_proof, "_verdicts", {})
+        right = _linear_chain.run
+        monkeypatch.setattr(_linear_chain, "run", lambda *args: right(*args) * 1.1)
+        with pytest.warns(UserWarning, match="cpu kernel of linear_chain gives wrong results in bfloat16"):
+            assert not _linear_chain.runs(x, steps)
+        assert not _linear_chain.runs(x, steps)
+        monkeypatch.setenv("MAGNET_FAST_PROOF", "skip")
+        assert _linear_chain.runs(x, steps)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
