@@ -31,7 +31,8 @@ _KEPT = ("bytes", "flops", "dtype", "peak_bytes", "items")
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--results", type=Path, help="write medians, ratios and shares to this JSON file")
     parser.addoption("--full", action="store_true", help="all shapes")
-    parser.addoption("--compile", action="store_true", help="torch.compile, too (half a minute a row)")
+    parser.addoption("--compile", action="store_true", help="torch.compile, too (minutes a model)")
+    parser.addoption("--onnx", action="store_true", help="ONNX Runtime, too: whole models, float32 (minutes a model)")
 
 
 @pytest.fixture(scope="session")

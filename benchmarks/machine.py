@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 import magnet_fast
+from benchmarks.peak import float32_peak
 from magnet_fast import ops
 from magnet_fast.evaluation.machine import measured_on
 
@@ -24,7 +25,8 @@ _SLOW_PRODUCT_SIDE = 256  # where bfloat16 is emulated, the large one takes minu
 
 def ceilings() -> dict[str, float]:
     """Measured with the present number of threads: "copy" in bytes/s, read and written both counted, of a large tensor;
-    "float32" and "bfloat16" in operations/s of a 2048³ matrix product (256³ where bfloat16 is emulated)."""
+    "float32" and "bfloat16" in operations/s of a 2048³ matrix product (256³ where bfloat16 is emulated), the better of
+    PyTorch's own and oneDNN's; "float32_peak" of multiply-adds on registers alone, where a compiler is."""
     source = torch.ones(_COPY_BYTES // 4)
     target = torch.zeros_like(source)
     found = {"copy": 2 * _COPY_BYTES / _least(lambda: target.copy_(source))}
@@ -33,21 +35,29 @@ def ceilings() -> dict[str, float]:
         side = _PRODUCT_SIDE if quick else _SLOW_PRODUCT_SIDE
         matrix = torch.ones(side, side, dtype=dtype)
         out = torch.empty_like(matrix)
-        seconds = _least(lambda a=matrix, b=out: torch.mm(a, a, out=b))
+        products = [lambda a=matrix, b=out: torch.mm(a, a, out=b)]
+        if quick and torch.backends.mkldnn.is_available():
+            packed = torch.ops.mkldnn._reorder_linear_weight(matrix, side)
+            products.append(lambda a=matrix, w=packed: torch.ops.mkldnn._linear_pointwise(a, w, None, "none", [], ""))
+        seconds = min(_least(product) for product in products)
         found[str(dtype).removeprefix("torch.")] = 2 * side**3 / seconds
+    if (peak := float32_peak(torch.get_num_threads())) is not None:
+        found["float32_peak"] = peak
     return found
 
 
 def shares(info: dict[str, Any], seconds: float, best: dict[str, float]) -> dict[str, float]:
     """How near a run came to the ceilings: compulsory bytes and operations (extra_info's "bytes" and "flops") over what
     the machine could have moved and computed in that time. "flops" counts against the product of extra_info's "dtype",
-    float32 where it names none."""
+    float32 where it names none, and in float32 against the peak as well."""
     found = {}
     if info.get("bytes"):
         found["copy_share"] = info["bytes"] / seconds / best["copy"]
     if info.get("flops"):
         dtype = info.get("dtype", "float32")
         found["product_share"] = info["flops"] / seconds / best.get(dtype, best["float32"])
+        if dtype == "float32" and "float32_peak" in best:
+            found["peak_share"] = info["flops"] / seconds / best["float32_peak"]
     return found
 
 

@@ -48,8 +48,8 @@ def compare(
 
     Rows: "plain"; "cpu" after `accelerate(model)`; "cpu, packed weights" after `accelerate(model, pack=True)`; with
     `--compile` "cpu, torch.compile", which is "cpu" compiled. The rivals have the plain model: "torch.compile" (with
-    `--compile`), "OpenVINO" and, in float32, "ONNX Runtime", where they are installed (extra `bench`). A rival that
-    cannot take the model is warned of, with its reason.
+    `--compile`), "OpenVINO" and, in float32 with `--onnx`, "ONNX Runtime", where they are installed (extra `bench`). A
+    rival that cannot take the model is warned of, with its reason.
 
     Args:
         suite, title: of the rows; the title is completed by "inference" and the dtype.
@@ -107,7 +107,7 @@ def _rivals(
     if request.config.getoption("--compile"):
         found["torch.compile"] = as_it_is(torch.compile(copy.deepcopy(model), dynamic=False))
     makers = {OPENVINO: openvino}
-    if dtype == torch.float32:
+    if dtype == torch.float32 and request.config.getoption("--onnx"):
         makers[ONNX_RUNTIME] = onnx_runtime
     for path, make in makers.items():
         try:

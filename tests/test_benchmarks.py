@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 import time
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import conftest, machine, plot, summary
+from benchmarks import conftest, machine, peak, plot, summary
 
 BEST = {"copy": 10e9, "float32": 100e9, "bfloat16": 200e9}
 
@@ -54,6 +55,12 @@ def test_picture_of_results(tmp_path, monkeypatch) -> None:
 def test_peak_memory_is_what_a_call_needs() -> None:
     needed = machine.peak_bytes(lambda: torch.ones(16 << 20).sum())
     assert needed == 0 or (60 << 20) < needed < (200 << 20)  # 64 MiB; 0 where the system does not tell
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+def test_the_peak_is_found() -> None:
+    found = peak.float32_peak(1)
+    assert found is not None and 1e8 < found < 1e14
 
 
 @pytest.mark.parametrize("option", [None, "--compile", "--full"])
