@@ -147,8 +147,15 @@ def _convolve(
     weight, bias, shape = folded
     if residual is not None:
         operator = torch.ops.mkldnn._convolution_pointwise.binary
+        if after_sum and x.dtype != torch.float32 and not (_channels_last(x) and _channels_last(residual)):
+            # Then PyTorch adds by a function of its own, which has no 16-bit form with the activation.
+            return F.relu_(operator(x, residual, weight, bias, *shape, "add", None, None, [], None))
         return operator(x, residual, weight, bias, *shape, "add", None, after_sum, [], None)
     return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *shape, *unary)
+
+
+def _channels_last(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last)
 
 
 def _worth(convolution: nn.Conv2d, x: Tensor) -> bool:
@@ -284,10 +291,10 @@ def _works(dtype: torch.dtype) -> bool:
         return False
     ramp = torch.linspace(-1, 1, 4 * 3 * 3 * 3, dtype=torch.float32, device="cpu")
     weight, x = ramp.view(4, 3, 3, 3).roll(5, 0), torch.cat([ramp, ramp.flip(0)]).view(2, 3, 6, 6)
-    weight, x = weight.to(dtype), x.to(dtype)
+    weight, x = weight.to(dtype), x.to(dtype, memory_format=torch.channels_last)
     bias, shape = weight[:, 0, 0, 0].contiguous(), ((1, 1), (1, 1), (1, 1), 1)
     expected = F.conv2d(x.float(), weight.float(), bias.float(), padding=1)
-    other = expected.flip(0).to(dtype)
+    other = expected.flip(0).to(dtype, memory_format=torch.channels_last)
     try:
         operator, reorder = torch.ops.mkldnn._convolution_pointwise, torch.ops.mkldnn._reorder_convolution_weight
         if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():

@@ -101,7 +101,8 @@ def test_against_float64(case: str, dtype: torch.dtype, layout: torch.memory_for
         and ("none" in calls) == (type(layers[-1]) in (nn.BatchNorm2d, BatchNormAct2d, DetrFrozenBatchNorm2d))
     )
     assert torch.equal(found, again) and found.dtype == dtype
-    torch.testing.assert_close(other_size, plain_of(x[:1, :, :9]))
+    step = {} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 1e-2}
+    torch.testing.assert_close(other_size, plain_of(x[:1, :, :9]), **step)
     error, baseline = (found - truth).abs().max(), (plain - truth).abs().max()
     assert error <= 4 * baseline + 1e-6 * truth.abs().max()
 
@@ -119,18 +120,32 @@ def test_a_residual_is_added_in_the_same_call(stride: int, calls: list[str]) -> 
         assert torch.equal(block(x), expected) and type(block) is Bottleneck and type(block.branch) is nn.Sequential
 
 
+def test_bfloat16_where_the_processor_multiplies_it() -> None:
+    """What does not work is left out of `DTYPES`, and would not be missed."""
+    assert (torch.bfloat16 in DTYPES) == torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", [None, nn.ReLU(), nn.SiLU()])
-@pytest.mark.parametrize("shape", [(2, 10, 5, 3), (10, 1, 1), (2, 10, 5, 3, "strided")])
-def test_sums_with_residuals_of_any_kind(shape: tuple, activation: nn.Module | None, calls: list[str]) -> None:
-    layers = filled(nn.Sequential(nn.Conv2d(6, 10, (3, 4), stride=2, padding=(1, 0)), nn.BatchNorm2d(10)))
-    x = values(2, 6, 9, 8)
-    residual = values(10, 2, 3, 5).permute(1, 0, 3, 2) if "strided" in shape else values(*shape)
+@pytest.mark.parametrize("shape", [(2, 10, 5, 3), (10, 1, 1), (2, 10, 5, 3, "strided"), (2, 10, 5, 3, "last")])
+def test_sums_with_residuals_of_any_kind(
+    shape: tuple, activation: nn.Module | None, dtype: torch.dtype, calls: list[str]
+) -> None:
+    layers = filled(nn.Sequential(nn.Conv2d(6, 10, (3, 4), stride=2, padding=(1, 0)), nn.BatchNorm2d(10))).to(dtype)
+    x = values(2, 6, 9, 8).to(dtype)
+    if "strided" in shape:
+        residual = values(10, 2, 3, 5).permute(1, 0, 3, 2).to(dtype)
+    else:
+        residual = values(*[side for side in shape if side != "last"]).to(dtype)
+    if "last" in shape:
+        x, residual = (tensor.to(memory_format=torch.channels_last) for tensor in (x, residual))
     with torch.no_grad():
         expected = layers(x) + residual
         _convolution.pack_convolutions(list(layers))
         found = _convolution.run_layers(list(layers), x, residual, activation)
         again = _convolution.run_layers(list(layers), x, residual, activation)
-        torch.testing.assert_close(found, expected if activation is None else activation(expected))
+        step = {} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 3e-2}
+        torch.testing.assert_close(found, expected if activation is None else activation(expected), **step)
     assert torch.equal(found, again)  # the residual was not written to
     assert calls == ["sum" if len(shape) > 3 else "none"] * 2
 
