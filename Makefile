@@ -4,6 +4,11 @@
 #   make format  rewrite to that style        make docs    the documentation, in build/docs
 #   make wheels  a source distribution and a wheel in dist/, tried in an environment of their own
 #   make clean   remove everything made here
+#   make locked  the environment with exactly the versions of requirements/test.lock; `make lock` writes that file anew
+#   make audit   known weaknesses of what the lock file names (asks PyPI)
+#   make versions      the tests with the oldest and with the newest dependencies, VERSIONS_END=oldest for one of the two
+#   make reproducible  the wheel built twice, in two folders: the same bytes
+#   make licences      docs/licences.md;  make sbom  a CycloneDX list of what an installed wheel brings, in dist/
 #   make sanitize   the C++ kernels' tests with address and undefined-behaviour sanitizers (GCC)
 #   make fuzz       random and mutated annotations, FUZZ_RECORDS=60000 of them
 #   make browser    Chromium, which the tests of the web page drive (Debian, as root); they are skipped without
@@ -31,7 +36,7 @@ TOGETHER = OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node $(DEMO_PROCESSES) 
 CPP := $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cuh' 'csrc/*.cu' 'tests/*.cpp' 'tests/*.h' 2>/dev/null)
 PY := magnet_fast kernels benchmarks tests setup.py
 
-.PHONY: env test lint format demo bench docs wheels sanitize fuzz browser app-picture gpu-check clean
+.PHONY: locked lock audit versions reproducible licences sbom env test lint format demo bench docs wheels sanitize fuzz browser app-picture gpu-check clean
 
 env: $(STAMP)
 
@@ -40,6 +45,32 @@ $(STAMP): setup.py pyproject.toml magnet_fast/__init__.py $(CPP)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -e ".[test]"
 	@touch $@
+
+# By hashes; the package itself is built without isolation, with the tools of the lock file.
+LOCK := requirements/test.lock
+locked:
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --require-hashes -r $(LOCK)
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	@touch $(STAMP)
+
+TOOLS := build/tools
+lock:
+	test -x $(TOOLS)/bin/python || $(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/python -m pip install --quiet uv
+	mkdir -p $(dir $(LOCK))
+	$(TOOLS)/bin/uv pip compile --quiet --upgrade --universal --generate-hashes --python-version 3.10 --extra test \
+		--no-header --no-annotate pyproject.toml --output-file $(LOCK)
+
+audit:
+	test -x $(TOOLS)/bin/python || $(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/python -m pip install --quiet pip-audit
+	$(TOOLS)/bin/pip-audit --disable-pip --require-hashes --requirement $(LOCK)
+
+VERSIONS ?= build/versions
+VERSIONS_END ?=
+versions:
+	$(PYTHON) -m tests.versions $(VERSIONS) $(addprefix --end ,$(VERSIONS_END))
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
@@ -104,6 +135,28 @@ wheels:
 	$(WHEELS)/clean/bin/python -m pip install --quiet --only-binary :all: dist/*.whl
 	cd / && $(abspath $(WHEELS)/clean/bin/python) -I $(abspath tests/smoke.py)
 	@ls -l dist/magnet_fast-*
+
+# Each in an isolated build environment of its own, as on two machines.
+reproducible:
+	rm -rf build/reproducible
+	for folder in one "another one/deeper"; do \
+		mkdir -p "build/reproducible/$$folder" && git ls-files -z | xargs -0 cp --parents -t "build/reproducible/$$folder" && \
+		MAGNET_FAST_CUDA=0 SOURCE_DATE_EPOCH=$(SOURCE_DATE_EPOCH) $(PYTHON) -m pip wheel --quiet --no-deps \
+			--wheel-dir "build/reproducible/$$folder/dist" "./build/reproducible/$$folder" || exit 1; \
+	done
+	cmp build/reproducible/one/dist/*.whl "build/reproducible/another one/deeper/dist/"*.whl
+	sha256sum build/reproducible/one/dist/*.whl
+
+licences: $(STAMP)
+	$(BIN)/python docs/licences.py
+
+# Of a wheel in dist/, as `make wheels` leaves it and tries it.
+SBOM := dist/magnet_fast.cdx.json
+sbom:
+	test -x $(WHEELS)/sbom/bin/python || $(PYTHON) -m venv $(WHEELS)/sbom
+	$(WHEELS)/sbom/bin/python -m pip install --quiet cyclonedx-bom==7.5.0
+	$(WHEELS)/sbom/bin/cyclonedx-py environment --output-reproducible --output-format JSON --output-file $(SBOM) \
+		$(WHEELS)/clean/bin/python
 
 # A copy of the sources with an extension of its own: the one in use stays as it is. Python itself is not sanitized, so
 # the runtime is loaded before it, and what Python and torch never free is not looked at.

@@ -26,6 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
@@ -157,6 +158,7 @@ def present_architectures() -> list[str]:
     return [major + minor for major, minor in re.findall(r"^(\d+)\.(\d+)$", done.stdout, re.M)]
 
 
+os.umask(0o022)  # the permissions of what is built do not depend on whose machine it is
 REASON = without_extension()
 if not compiles(AMX_PROBE, "-mamx-tile", "-mamx-bf16"):
     SIMD_FLAGS.pop("amx", None)
@@ -176,6 +178,12 @@ def say(text: str) -> None:
 
 class BuildPython(build_py):
     """build_py that says, once and plainly, which extension the package is installed without."""
+
+    def copy_file(
+        self, infile: str, outfile: str, preserve_mode: bool = True, *more: object, **named: object
+    ) -> object:
+        """Not with the permissions of this copy of the sources, which would be in the wheel."""
+        return super().copy_file(infile, outfile, False, *more, **named)
 
     def run(self) -> None:
         if REASON:
@@ -197,6 +205,8 @@ class BuildExtension(build_ext):
 
         include = [f"-I{Path('csrc').resolve()}", f"-I{sysconfig.get_paths()['include']}"]
         include.append(f"-I{pybind11.get_include()}")
+        # No folder of this machine's in the objects: the same sources give the same bytes wherever they are built.
+        include += [f"-ffile-prefix-map={Path.cwd()}=.", f"-ffile-prefix-map={pybind11.get_include()}=pybind11"]
         folder = Path(self.build_temp, ext.name).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         jobs, link = (cuda_jobs if ext.name.endswith("_cuda") else cpu_jobs)(folder, include)
@@ -209,6 +219,15 @@ class BuildExtension(build_ext):
         objects = [str(obj) for obj, _, _ in jobs]
         run([*link, *objects, "-o", str(unfinished)])
         os.replace(unfinished, target)
+
+
+class BuildWheel(bdist_wheel):
+    """bdist_wheel without the permissions that the licence has in this copy of the sources."""
+
+    def egg2dist(self, egginfo_path: str, distinfo_path: str) -> None:
+        super().egg2dist(egginfo_path, distinfo_path)
+        for path in Path(distinfo_path).rglob("*"):
+            path.chmod(0o755 if path.is_dir() else 0o644)
 
 
 Job = tuple[Path, Path, list[str]]
@@ -243,7 +262,8 @@ def cuda_jobs(folder: Path, include: list[str]) -> tuple[list[Job], list[str]]:
     # is a by-product. That of an architecture with a letter would run on no other.
     plain = next((name for name in names if name.isdigit()), names[0].rstrip("af"))
     generate.append(f"-gencode=arch=compute_{plain},code=compute_{plain}")
-    common = [*nvcc_command(), *CUDA_FLAGS, *include, "-DMAGNET_FAST_MODULE=_cuda"]
+    paths = [f"-Xcompiler={one}" if one.startswith("-ffile") else one for one in include]
+    common = [*nvcc_command(), *CUDA_FLAGS, *paths, "-DMAGNET_FAST_MODULE=_cuda"]
     jobs = [
         (folder / f"{Path(name).stem}.o", Path(name).resolve(), [*common, *(generate if name.endswith(".cu") else [])])
         for name in CUDA_SOURCES
@@ -317,5 +337,5 @@ setup(
             else [Extension("magnet_fast._cuda", CUDA_SOURCES + ELEMENT_SOURCES)]
         ),
     ],
-    cmdclass={"build_py": BuildPython, "build_ext": BuildExtension},
+    cmdclass={"build_py": BuildPython, "build_ext": BuildExtension, "bdist_wheel": BuildWheel},
 )

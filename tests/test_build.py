@@ -127,3 +127,38 @@ def test_the_source_distribution_gives_the_same_wheel(source, tmp_path):
         assert one.namelist() == other.namelist()
         assert "magnet_fast/weights/small.safetensors" in one.namelist()
     assert wheel.read_bytes() == again.read_bytes()
+
+
+def test_the_extension_has_the_same_bytes_wherever_it_is_built(source, tmp_path):
+    """In another folder, with other permissions and a mask of other permissions; objects name files by `__FILE__`."""
+    with_one_operator(source)
+    text = (source / "setup.py").read_text().replace("platform.machine()", "'any'")
+    (source / "setup.py").write_text(text)
+    module = source / "csrc" / "bindings" / "cpu_module.cpp"
+    # As an assertion does it.
+    named = 'extern "C" __attribute__((visibility("default"))) const char* file_name() { return __FILE__; }'
+    module.write_text(f"{module.read_text()}\n{named}\n")
+    other = tmp_path / "a" / "much longer name"
+    shutil.copytree(source, other)
+    for path in other.rglob("*"):
+        path.chmod(0o775 if path.is_dir() else 0o664)
+    before = os.umask(0o002)
+    try:
+        for folder in (source, other):
+            done = build_wheel(folder, SOURCE_DATE_EPOCH="1750000000")
+            assert done.returncode == 0, done.stderr
+            os.umask(0o077)
+    finally:
+        os.umask(before)
+    (wheel,), (again,) = (source / "dist").glob("*.whl"), (other / "dist").glob("*.whl")
+    with zipfile.ZipFile(wheel) as one, zipfile.ZipFile(again) as two:
+        (extension,) = (name for name in one.namelist() if name.endswith(".so"))
+        assert b"/bindings/cpu_module.cpp" in one.read(extension) and str(tmp_path).encode() not in one.read(extension)
+        for name, twin in zip(one.infolist(), two.infolist(), strict=True):
+            assert (name.filename, name.external_attr, name.date_time) == (
+                twin.filename,
+                twin.external_attr,
+                twin.date_time,
+            )
+            assert one.read(name) == two.read(twin), name.filename
+    assert wheel.read_bytes() == again.read_bytes()

@@ -26,13 +26,14 @@ USER_FACING = (
     "data/*.py", "data/datasets/*.py", "data/importing/*.py", "data/tokenizers/*.py", "data/transforms/*.py",
     "data/phrases/reading.py", "data/scenes/writing.py",
     "models/base_weights.py", "models/compact.py", "models/files.py", "models/hub.py", "models/released.py",
-    "models/state.py",
+    "models/state.py", "models/tensor_file.py",
     "models/weights.py", "models/wrapping.py",
     "cli/*.py", "evaluation/evaluate.py", "evaluation/finite.py", "evaluation/metrics.py", "evaluation/protocol.py",
     "evaluation/table.py", "evaluation/tasks.py", "app/answer.py", "app/segmenters.py", "app/serving.py",
     "training/building.py", "training/checkpoint.py", "training/config.py", "training/datasets.py",
-    "training/distributed.py", "training/failure.py", "training/progress.py", "training/run.py",
-    "training/sampling.py", "training/sections.py", "training/state.py", "training/strict.py",
+    "training/distributed.py", "training/disturbance.py", "training/failure.py", "training/folder.py",
+    "training/progress.py", "training/run.py", "training/sampling.py", "training/sections.py", "training/state.py",
+    "training/stopping.py", "training/strict.py",
 )  # fmt: skip
 
 ALWAYS = ("data/tokenizers/base.py", "data/transforms/pictures.py")

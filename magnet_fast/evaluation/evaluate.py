@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from magnet_fast.data.loading import leave_to_the_main_process, workers_watched
 from magnet_fast.data.sample import Batch, collate, to_device
 from magnet_fast.data.tokenizers import shortened
 from magnet_fast.evaluation.finite import nan_answers, where_nan_begins
@@ -23,6 +24,7 @@ DEFAULT_THRESHOLD = 0.5
 
 
 @torch.no_grad()  # not inference_mode: what a model caches on the way must still serve training
+@workers_watched()
 def evaluate(
     model: nn.Module,
     dataset: Any,
@@ -65,6 +67,7 @@ def evaluate(
     Raises:
         ValueError: for bad arguments, a dataset that does not fit the protocol or lacks what task or model need, and
             a model that answers NaN, naming the first such sentence and the layer where it begins.
+        ChildProcessError: one of the `workers` died.
     """
     spec = getattr(model, "spec", None)
     prepared = getattr(dataset, "spec", spec)
@@ -91,6 +94,7 @@ def evaluate(
         pin_memory=device.type == "cuda",
         # A loader draws a seed when its iteration starts; from its own generator, not from the training run's.
         generator=torch.Generator().manual_seed(0),
+        worker_init_fn=leave_to_the_main_process,
     )
 
     if mine[:1] == [0] and hasattr(dataset, "tell_unread"):

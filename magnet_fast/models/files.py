@@ -11,14 +11,16 @@ import re
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from magnet_fast.inert import InertUnpickler, StandIn, paths, type_name
+from magnet_fast.models.tensor_file import TensorFile, unchanged
 from magnet_fast.models.wrapping import SAVE_WEIGHTS
 
 _TORCH_MAGIC = 0x1950A86A20F9469CFC6C  # the first object of a file that torch.save wrote before version 1.6
@@ -96,7 +98,7 @@ def read_contents(path: str | os.PathLike[str]) -> Mapping[str, Any]:
     what = _named(path)
     if is_safetensors(path):
         return read_safetensors(path)[0]
-    with Path(path).open("rb") as file:
+    with Path(path).open("rb") as file, unchanged(file, what):
         zipped = file.read(4) == b"PK\x03\x04"
         file.seek(0)
         contents = _read_zip(file, what) if zipped else _read_pickle(file, what)
@@ -121,13 +123,13 @@ def read_safetensors(path: str | os.PathLike[str], below: str = "") -> tuple[dic
     """
     with _opened(path) as file:
         names = [name for name in file.keys() if name.startswith(below)]  # noqa: SIM118 (not a dict)
-        return {name.removeprefix(below): file.get_tensor(name) for name in names}, file.metadata() or {}
+        return {name.removeprefix(below): file.get_tensor(name) for name in names}, file.metadata()
 
 
 def safetensors_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
     """The metadata of a safetensors file alone; ValueError where it is damaged."""
     with _opened(path) as file:
-        return file.metadata() or {}
+        return file.metadata()
 
 
 def read_json(path: str | os.PathLike[str], limit: int = 1 << 20) -> dict[str, Any]:
@@ -156,9 +158,11 @@ def read_json(path: str | os.PathLike[str], limit: int = 1 << 20) -> dict[str, A
     return found
 
 
-def _opened(path: str | os.PathLike[str]) -> Any:
+@contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[TensorFile]:
     try:
-        return safe_open(path, framework="pt")
+        with TensorFile(path) as file:
+            yield file
     except SafetensorError as error:
         raise ValueError(
             f"{_named(path)} is not a readable .safetensors file: it is damaged or cut short ({error}); {_AGAIN}"

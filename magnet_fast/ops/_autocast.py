@@ -7,11 +7,16 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+# Asked once: torch 2.11 cannot trace the question in a compiled graph.
+_KINDS = frozenset(
+    kind for kind in ("cpu", "cuda", "hpu", "mps", "mtia", "xla", "xpu") if torch.amp.is_autocast_available(kind)
+)
+
 
 def active(like: Tensor) -> bool:
     """Whether autocast is on for the device of `like`; some devices (meta) have none."""
     kind = like.device.type
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return kind in _KINDS and torch.is_autocast_enabled(kind)
 
 
 def cast(x: Tensor) -> Tensor:

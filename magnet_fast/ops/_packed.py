@@ -112,7 +112,7 @@ def folded(
 
 def any_int8() -> bool:
     """Whether there is such a layer at all."""
-    return bool(_in_int8)
+    return len(_in_int8) > 0  # torch 2.11 cannot trace bool() of it
 
 
 def is_int8(layer: nn.Module) -> bool:

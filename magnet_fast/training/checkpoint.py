@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor
 
 from magnet_fast.atomic import write_atomically
+from magnet_fast.models.tensor_file import TensorFile
 from magnet_fast.training.distributed import World, broadcast_object
 
 FORMAT = "magnet_fast.training/3"
@@ -51,8 +52,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint")
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
+        with TensorFile(path) as file:
+            metadata = file.metadata()
             if metadata.get("format") in _FORMER:
                 raise ValueError(
                     f"{path}: this run was begun by an earlier version (format {metadata['format']!r}, expected "

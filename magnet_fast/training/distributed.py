@@ -6,6 +6,7 @@ Everything works without torchrun too, as a world of one process.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 _LAUNCHED = ("RANK", "WORLD_SIZE")
+_PEER_GONE = re.compile(r"closed by peer|reset by peer|Broken pipe|timed out waiting", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ def distributed_world(device: str = "auto") -> Iterator[World]:
 
     Raises:
         ValueError: the environment is set in part, or a device is not to be had.
+        ConnectionError: another process of the group has ended.
 
     A process group that exists already is used and left alone. Tensors on a GPU travel by NCCL, those on the
     CPU (RNG states, per-sentence results) by Gloo.
@@ -53,10 +56,27 @@ def distributed_world(device: str = "auto") -> Iterator[World]:
         dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
     try:
         joined = dist.is_initialized()
-        yield World(dist.get_rank() if joined else 0, dist.get_world_size() if joined else 1, chosen)
+        world = World(dist.get_rank() if joined else 0, dist.get_world_size() if joined else 1, chosen)
+        with peers_watched(world):
+            yield world
     finally:
         if owned:
             dist.destroy_process_group()
+
+
+@contextmanager
+def peers_watched(world: World) -> Iterator[None]:
+    """ConnectionError where another process of the run has ended: the libraries below say it each in its own words."""
+    try:
+        yield
+    except RuntimeError as error:
+        names = isinstance(error, (dist.DistBackendError, dist.DistNetworkError)) or _PEER_GONE.search(str(error))
+        if world.size == 1 or not names:
+            raise
+        first = next(iter(str(error).splitlines()), "")
+        raise ConnectionError(
+            f"another process of the run has ended, or cannot be reached; its own output says why ({first[:200]})"
+        ) from error
 
 
 def take_local_rank(local_rank: int | None) -> None:

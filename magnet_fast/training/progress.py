@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from magnet_fast.atomic import write_text_atomically
+from magnet_fast.atomic import naming, write_text_atomically
 
 
 class RunDisplay:
@@ -71,7 +71,7 @@ class MetricsFile:
 
     def append(self, row: dict[str, Any]) -> None:
         """Add a row. NaN and infinities are written as null: they are not JSON."""
-        with open(self.path, "a", encoding="utf-8") as file:
+        with naming(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(_finite(row)) + "\n")
 
     def rows(self) -> list[dict[str, Any]]:
@@ -86,9 +86,16 @@ class MetricsFile:
                 continue
         return rows
 
-    def drop_after(self, step: int) -> None:
-        """Forget the rows of later steps, which a resumed run will write again."""
+    def drop_after(self, step: int, unfinished: bool = False) -> None:
+        """Forget the rows of later steps, which a resumed run will write again.
+
+        Args:
+            step: where the run goes on.
+            unfinished: its own training row is still to come: the end of a run writes one after the checkpoint.
+        """
         kept = [row for row in self.rows() if row["step"] <= step]
+        if unfinished:
+            kept = [row for row in kept if (row["kind"], row["step"]) != ("train", step)]
         write_text_atomically(self.path, "".join(json.dumps(row) + "\n" for row in kept))
 
 

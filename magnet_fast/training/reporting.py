@@ -83,7 +83,7 @@ class RunLog:
         same = len(sums) == self.world.size
         self._sums.copy_(sums[self.world.rank] if same else torch.stack(sums).mean(dim=0))
         if self.world.is_main:
-            self.metrics.drop_after(step)
+            self.metrics.drop_after(step, unfinished=self.steps > 0)
 
     # ---- rows ----
 

@@ -13,6 +13,8 @@ from magnet_fast.training.config import TrainConfig, dump_config, parse_config
 from magnet_fast.training.determinism import deterministic_algorithms
 from magnet_fast.training.distributed import World, broadcast_object, distributed_world, done_on_main
 from magnet_fast.training.failure import FOLDER
+from magnet_fast.training.folder import held_folder
+from magnet_fast.training.stopping import stopped_at_once
 
 RUN_FILES = (CHECKPOINT, "metrics.jsonl", "config.yaml", "best.safetensors", "last.safetensors")
 RUN_FOLDERS = (FOLDER, "tensorboard")
@@ -34,7 +36,8 @@ def train(config: TrainConfig, out: str | Path, *, resume: bool = False, overwri
 
     Raises:
         ValueError: the configuration does not fit the data, the device, the number of processes or the run to
-            resume.
+            resume; another run writes to `out`.
+        OSError: a file cannot be written or read, or another process has ended.
         FileExistsError: `out` holds a run, and neither `resume` nor `overwrite` was given.
         TrainingError: a loss or the gradient became NaN or infinite.
         TrainingStopped: SIGTERM came; the checkpoint is written.
@@ -42,7 +45,12 @@ def train(config: TrainConfig, out: str | Path, *, resume: bool = False, overwri
     if resume and overwrite:
         raise ValueError("resume and overwrite: choose one")
     out = Path(out)
-    with distributed_world(config.device) as world, deterministic_algorithms(config.deterministic):
+    with (
+        distributed_world(config.device) as world,
+        deterministic_algorithms(config.deterministic),
+        stopped_at_once(),
+        held_folder(out, world),
+    ):
         state = state_to_resume(config, out, resume, overwrite, world)
         trainer = build_trainer(config, out, world)
         # Only now, when nothing can be wrong any more, in any process.

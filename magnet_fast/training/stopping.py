@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 
 import torch
@@ -59,7 +61,18 @@ class StopRequest:
         self._asked = True
 
 
-def leave_to_the_main_process(worker: int) -> None:
-    """For DataLoader's workers: a scheduler that signals every process of a job must not take them from a run that
-    is about to stop in good order."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+@contextmanager
+def stopped_at_once() -> Iterator[None]:
+    """SIGTERM where no step is under way, and nothing is lost by leaving: TrainingStopped, there and then."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    raise TrainingStopped("stopped by SIGTERM outside the steps of training; the same command with --resume goes on")

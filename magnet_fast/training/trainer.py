@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from magnet_fast import models
+from magnet_fast.data.loading import leave_to_the_main_process
 from magnet_fast.data.sample import collate, to_device
 from magnet_fast.fast import accelerate
 from magnet_fast.ops import prove
@@ -20,7 +21,8 @@ from magnet_fast.ops._proof_cases import OPERATORS
 from magnet_fast.training.averaging import WeightAverage
 from magnet_fast.training.checkpoint import CHECKPOINT, save_checkpoint
 from magnet_fast.training.config import TrainConfig
-from magnet_fast.training.distributed import World, broadcast_object, pick_device
+from magnet_fast.training.distributed import World, broadcast_object, peers_watched, pick_device
+from magnet_fast.training.disturbance import told_with_checkpoint
 from magnet_fast.training.exported import Exported
 from magnet_fast.training.failure import FOLDER, stop_training
 from magnet_fast.training.guard import NonFiniteGuard
@@ -34,7 +36,7 @@ from magnet_fast.training.reporting import RunLog
 from magnet_fast.training.sampling import EpochBatches
 from magnet_fast.training.schedule import rate_factor, set_learning_rate
 from magnet_fast.training.state import load_state_into, state_of
-from magnet_fast.training.stopping import StopRequest, TrainingStopped, leave_to_the_main_process
+from magnet_fast.training.stopping import StopRequest, TrainingStopped
 from magnet_fast.training.terms import Term
 from magnet_fast.training.validation import summary, validate
 
@@ -124,9 +126,15 @@ class Trainer:
         Raises:
             TrainingError: a loss or the gradient became NaN or infinite.
             TrainingStopped: SIGTERM came; the step was finished and a checkpoint written.
+            OSError: a file cannot be written or read, or another process has ended; it says what to go on from.
         """
         self._started = time.monotonic()
-        with self.log.open(self.step), StopRequest(self.world) as self._stop:
+        with (
+            told_with_checkpoint(self.out, lambda: self.saved_at),
+            peers_watched(self.world),
+            self.log.open(self.step),
+            StopRequest(self.world) as self._stop,
+        ):
             self._announce()
             while not self._done():
                 epoch, first_step = divmod(self.step, self.steps_per_epoch)

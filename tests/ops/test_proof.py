@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import stat
+import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -209,6 +211,29 @@ def test_without_a_folder_to_write_to(fake, tmp_path, monkeypatch) -> None:
     calls = made.calls
     assert chosen(case) == "triton" and made.calls == calls
     assert stat.S_ISREG((tmp_path / "file").stat().st_mode)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may be another user for a while")
+@pytest.mark.parametrize("mode", [0o755, 0o700])  # it may be read, or not even that
+@pytest.mark.parametrize("variable", [_proof.CACHE_VARIABLE, "XDG_CACHE_HOME", "HOME"])
+def test_a_folder_of_another_user(fake, monkeypatch, variable: str, mode: int) -> None:
+    """The answer holds for the process; nothing is said, and nothing of the other's is touched."""
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own is below a private one
+        for name in (_proof.CACHE_VARIABLE, "XDG_CACHE_HOME", "HOME"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(variable, folder)
+        os.chmod(folder, mode)
+        made, case = fake(), window_case(dtype=torch.float32)
+        os.setresuid(65534, 65534, 0)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                assert chosen(case) == "triton"
+                calls = made.calls
+                assert chosen(case) == "triton" and made.calls == calls
+        finally:
+            os.setresuid(0, 0, 0)
+        assert os.listdir(folder) == []
 
 
 def test_modes(fake, monkeypatch) -> None:

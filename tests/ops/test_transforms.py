@@ -36,8 +36,13 @@ def test_second_derivatives_are_those_of_the_reference(case: Case) -> None:
         first = torch.autograd.grad(weighted_sum(function(*case.leaves)).sin(), case.leaves, create_graph=True)
         return torch.autograd.grad(weighted_sum(first).sin(), case.leaves, allow_unused=True)
 
-    with ops.backend("reference"):
-        expected = second(case)
+    try:
+        with ops.backend("reference"):
+            expected = second(case)
+    except RuntimeError as error:
+        if "grid_sampler_2d_backward is not implemented" not in str(error):
+            raise
+        pytest.skip("this torch has no second derivatives of grid_sample, the reference")
     assert any(gradient is not None and gradient.any() for gradient in expected)
     torch.testing.assert_close(second(case.registered("cpu")), expected)
 

@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image
 
 from magnet_fast.atomic import naming
+from magnet_fast.data.loading import workers_watched
 from magnet_fast.data.polygons import mask_to_polygons
 from magnet_fast.data.scenes.describing import describe_scene
 from magnet_fast.data.scenes.drawing import SHAPES, SceneObject
@@ -150,6 +151,7 @@ def _already_written(out: Path, manifest: dict) -> bool:
     raise FileExistsError(f"{out} holds other scenes: {found}; asked for {manifest}. Name another folder")
 
 
+@workers_watched()
 def _write_all(root: Path, manifest: dict, workers: int, progress: bool | None) -> None:
     images = manifest["images"]
     splits = assign_splits(images, manifest["seed"])

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 
 from magnet_fast.data.hidden_tokens import HiddenTokens
+from magnet_fast.data.loading import leave_to_the_main_process
 from magnet_fast.data.sample import collate, to_device
 from magnet_fast.models.contract import Text
 
@@ -58,6 +59,7 @@ def hidden_word_accuracy(
         collate_fn=collate,
         pin_memory=device.type == "cuda",
         generator=torch.Generator().manual_seed(seed),  # not the training run's
+        worker_init_fn=leave_to_the_main_process,
     )
     right = torch.zeros(2, dtype=torch.int64, device=device)
     answers = torch.zeros(len(model.text_encoder.word_embedding), dtype=torch.int64)
