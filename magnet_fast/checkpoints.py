@@ -14,7 +14,7 @@ from typing import Any
 from magnet_fast.data.tokenizers import ExpressionTokenizer, open_tokenizer
 from magnet_fast.models import hub
 from magnet_fast.models.base import ReferringModel
-from magnet_fast.models.files import is_safetensors, read_safetensors, safetensors_metadata
+from magnet_fast.models.files import dict_of, is_safetensors, read_safetensors, safetensors_metadata
 from magnet_fast.models.released import from_released
 from magnet_fast.models.weights import load_with_metadata, restored
 
@@ -155,7 +155,14 @@ def _read_pretrained(found: hub.Pretrained) -> Checkpoint:
 
 def _read_run(path: Path) -> tuple[ReferringModel, dict[str, str]]:
     """The model of a run's checkpoint, with averaged weights where the run keeps them."""
-    run = json.loads(safetensors_metadata(path)["state"])
+    run = dict_of(safetensors_metadata(path).get("state"), f"checkpoint {str(path)!r}: state in its metadata")
+    for key in ("model_config", "metadata"):
+        if not isinstance(run.get(key), dict):
+            raise ValueError(f"checkpoint {str(path)!r}: state in its metadata has no dictionary {key}; is it whole?")
     weights, _ = read_safetensors(path, "ema/weights/model." if run.get("ema") else "model/")
-    bases = run.get("bases")
+    bases = run.get("bases") or {}
+    if not isinstance(bases, dict) or not all(isinstance(value, str) for value in run["metadata"].values()):
+        raise ValueError(
+            f"checkpoint {str(path)!r}: state in its metadata has bases or metadata of a wrong kind; is it whole?"
+        )
     return restored(run["model_config"], weights, run["metadata"], f"{path}", bases), run["metadata"]

@@ -11,14 +11,14 @@ import re
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from magnet_fast.inert import InertUnpickler, StandIn, paths, type_name
+from magnet_fast.inert import DEEPEST_TUPLE, InertUnpickler, StandIn, check_depth, paths, printable, type_name
 from magnet_fast.models.wrapping import SAVE_WEIGHTS
 
 _TORCH_MAGIC = 0x1950A86A20F9469CFC6C  # the first object of a file that torch.save wrote before version 1.6
@@ -156,6 +156,17 @@ def read_json(path: str | os.PathLike[str], limit: int = 1 << 20) -> dict[str, A
     return found
 
 
+def dict_of(text: Any, what: str) -> dict[str, Any]:
+    """The dictionary in a text of JSON, such as a file's metadata; ValueError, which names `what`, for anything else."""
+    try:
+        found = json.loads(text)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{what}: expected a dictionary in JSON, got {_reason(error)}; {_AGAIN}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{what}: expected a dictionary in JSON, got a {type(found).__name__}")
+    return found
+
+
 def _opened(path: str | os.PathLike[str]) -> Any:
     try:
         return safe_open(path, framework="pt")
@@ -172,26 +183,38 @@ def _named(path: str | os.PathLike[str]) -> str:
 def _read_zip(file: BinaryIO, what: str) -> Any:
     try:
         with zipfile.ZipFile(file) as archive:
-            entries = {entry.filename: entry for entry in archive.infolist()}
-            pickled = next((name for name in entries if name.count("/") == 1 and name.endswith("/data.pkl")), None)
-            if any(name.endswith("/constants.pkl") for name in entries):
-                raise ValueError(
-                    f"{what} is a TorchScript archive, a program; where you trust it, save its weights alone: "
-                    "torch.save(torch.jit.load(PATH).state_dict(), OTHER)"
-                )
-            if pickled is None:
-                inside = ", ".join(list(entries)[:3]) or "nothing"
-                raise ValueError(f"{what} is a zip archive that torch.save did not write (in it: {inside}); unpack it")
-            size = os.fstat(file.fileno()).st_size
-            if sum(entry.file_size for entry in entries.values()) > 100 * size:
-                raise ValueError(
-                    f"{what} cannot be read safely: unpacked it is over a hundred times as large, which weights never "
-                    "are; do not load it by other means either"
-                )
+            entries = archive.infolist()
+            pickled = _checked_entries(entries, os.fstat(file.fileno()).st_size, what)
             data = archive.read(pickled)
-    except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError) as error:
+    except _RefusedError:
+        raise
+    except Exception as error:  # of a broken archive, many kinds
         raise ValueError(f"{what} is damaged or cut short; {_AGAIN}") from error
     return _load(file, what, *_inspected(io.BytesIO(data), what))
+
+
+class _RefusedError(ValueError):
+    """An archive that is whole, and no file of weights."""
+
+
+def _checked_entries(entries: Sequence[zipfile.ZipInfo], size: int, what: str) -> str:
+    """The name of the pickle in an archive of `size` bytes; ValueError for one that is read in no case."""
+    names = list(dict.fromkeys(entry.filename for entry in entries))
+    pickled = next((name for name in names if name.count("/") == 1 and name.endswith("/data.pkl")), None)
+    if any(name.endswith("/constants.pkl") for name in names):
+        raise _RefusedError(
+            f"{what} is a TorchScript archive, a program; where you trust it, save its weights alone: "
+            "torch.save(torch.jit.load(PATH).state_dict(), OTHER)"
+        )
+    if pickled is None:
+        inside = ", ".join(map(printable, names[:3])) or "nothing"
+        raise _RefusedError(f"{what} is a zip archive that torch.save did not write (in it: {inside}); unpack it")
+    if sum(entry.file_size for entry in entries) > 100 * size:
+        raise _RefusedError(
+            f"{what} cannot be read safely: unpacked it is over a hundred times as large, which weights never "
+            "are; do not load it by other means either"
+        )
+    return pickled
 
 
 def _read_pickle(file: BinaryIO, what: str) -> Any:
@@ -213,9 +236,14 @@ def _inspected(file: BinaryIO, what: str) -> tuple[InertUnpickler, Any]:
     """What the next pickle of a file names and would build, without building it; what could run code is refused."""
     start = file.tell()
     try:
+        tuples = 0
         for count, (operation, argument, _) in enumerate(pickletools.genops(file)):
             if operation.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > count:
                 raise ValueError("its memo has gaps")  # which take memory
+            tuples += operation.name.startswith("TUPLE")
+        if tuples > DEEPEST_TUPLE:
+            file.seek(start)
+            check_depth(pickletools.genops(file))
         file.seek(start)
         unpickler = InertUnpickler(file, {name: _Entries for name in ("collections.OrderedDict", *_DICTIONARIES)})
         contents = unpickler.load()

@@ -54,7 +54,7 @@ def unwrap(contents: Mapping[str, Any], what: str, beside: Iterable[str] = ()) -
             _refuse_whole(level, what)
         if key is None:
             break
-        place = f"{place}/{key}" if place else key
+        place = f"{place}/{key}" if place else f"{key}"
         parts |= {name: level[name] for name in beside if isinstance(level.get(name), Mapping)}
         level = level[key]
     if not set(AVERAGED).isdisjoint(place.split("/")):

@@ -14,6 +14,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from magnet_fast.atomic import write_atomically
+from magnet_fast.models.files import dict_of
 from magnet_fast.training.distributed import World, broadcast_object
 
 FORMAT = "magnet_fast.training/3"
@@ -61,9 +62,14 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
                 )
             if metadata.get("format") != FORMAT:
                 raise ValueError(f"{path}: not a training checkpoint of this package (expected format {FORMAT!r})")
-            return _with_tensors(json.loads(metadata["state"]), file.get_tensor)
+            state = dict_of(metadata.get("state"), f"{path}: state in its metadata")
+            return _with_tensors(state, file.get_tensor)
     except SafetensorError as error:
         raise ValueError(f"{path}: not a readable checkpoint: {error}") from error
+    except (TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"{path}: not a readable checkpoint: its state is not of the form that save_checkpoint writes"
+        ) from error
 
 
 def hand_out(state: dict[str, Any] | None, world: World) -> dict[str, Any] | None:
