@@ -142,7 +142,8 @@ def _described(error: BaseException) -> dict[str, str]:
     inner = [frame for frame in frames if "/magnet_fast/" in frame.filename]
     where = f"{Path(inner[-1].filename).name}:{inner[-1].name}" if inner else "outside"
     told = " ".join(f"{type(error).__name__}: {error}".split()).encode("ascii", "backslashreplace").decode()
-    kind = re.sub(r"\d+", "0", told)[:60] if type(error).__name__ in ("Finding", "_Forbidden") else ""
+    told_kind = re.split(r"[:\[(]| '", told.partition(": ")[2])[0]
+    kind = told_kind[:60] if type(error).__name__ in ("Finding", "_Forbidden") else ""
     return {"kind": f"{type(error).__name__} in {where} {kind}".strip(), "told": told[:_LONGEST]}
 
 
