@@ -155,14 +155,12 @@ def _read_pretrained(found: hub.Pretrained) -> Checkpoint:
 
 def _read_run(path: Path) -> tuple[ReferringModel, dict[str, str]]:
     """The model of a run's checkpoint, with averaged weights where the run keeps them."""
-    run = dict_of(safetensors_metadata(path).get("state"), f"checkpoint {str(path)!r}: state in its metadata")
-    for key in ("model_config", "metadata"):
-        if not isinstance(run.get(key), dict):
-            raise ValueError(f"checkpoint {str(path)!r}: state in its metadata has no dictionary {key}; is it whole?")
+    what = f"checkpoint {str(path)!r}"
+    run = dict_of(safetensors_metadata(path), "state", what)
+    config, metadata, bases = run.get("model_config"), run.get("metadata"), run.get("bases") or {}
+    if not all(isinstance(one, dict) for one in (config, metadata, bases)):
+        raise ValueError(f"{what}: its state lacks the model's configuration or metadata; download or copy it again")
+    if not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError(f"{what}: its state has metadata that are no text; download or copy it again")
     weights, _ = read_safetensors(path, "ema/weights/model." if run.get("ema") else "model/")
-    bases = run.get("bases") or {}
-    if not isinstance(bases, dict) or not all(isinstance(value, str) for value in run["metadata"].values()):
-        raise ValueError(
-            f"checkpoint {str(path)!r}: state in its metadata has bases or metadata of a wrong kind; is it whole?"
-        )
-    return restored(run["model_config"], weights, run["metadata"], f"{path}", bases), run["metadata"]
+    return restored(config, weights, metadata, f"{path}", bases), metadata

@@ -79,8 +79,8 @@ def load_bases(model: ReferringModel, described: Mapping[str, Mapping[str, Any]]
     for role, base in described.items():
         if role not in ("image", "text") or not isinstance(base, Mapping) or not _DESCRIBED <= base.keys():
             raise ValueError(
-                f"{what}: its metadata describe a base {role!r:.40} as {base!r:.80}; expected 'image' or 'text' with "
-                f"{', '.join(sorted(_DESCRIBED))}"
+                f"{what}: expected bases of 'image' or 'text' with {', '.join(sorted(_DESCRIBED))}, got {role!r:.40}, "
+                f"{base!r:.80}"
             )
         try:
             model.load_pretrained({"image": False, "text": False, role: base["source"]})

@@ -156,14 +156,18 @@ def read_json(path: str | os.PathLike[str], limit: int = 1 << 20) -> dict[str, A
     return found
 
 
-def dict_of(text: Any, what: str) -> dict[str, Any]:
-    """The dictionary in a text of JSON, such as a file's metadata; ValueError, which names `what`, for anything else."""
+def dict_of(metadata: Mapping[str, str], entry: str, what: str) -> dict[str, Any]:
+    """The dictionary that an entry of a file's metadata holds as JSON; empty where there is none.
+
+    Raises:
+        ValueError: it is no dictionary in JSON; `what` names the file.
+    """
     try:
-        found = json.loads(text)
+        found = json.loads(metadata.get(entry, "{}"))
     except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{what}: expected a dictionary in JSON, got {_reason(error)}; {_AGAIN}") from error
+        raise ValueError(f"{what}: {entry!r} in its metadata is no JSON ({_reason(error)}); {_AGAIN}") from error
     if not isinstance(found, dict):
-        raise ValueError(f"{what}: expected a dictionary in JSON, got a {type(found).__name__}")
+        raise ValueError(f"{what}: {entry!r} in its metadata is a {type(found).__name__}, expected a dictionary in JSON")
     return found
 
 

@@ -71,8 +71,7 @@ class Pretrained:
                 f"{self.what}: its {WEIGHTS} holds only what was trained; expected all weights, as save_pretrained and "
                 "`magnet-fast push` write them"
             )
-        stored = metadata.get("config")
-        if stored is not None and dict_of(stored, f"{self.what}: config in its {WEIGHTS}") != self.config:
+        if "config" in metadata and dict_of(metadata, "config", f"{self.what}: {WEIGHTS}") != self.config:
             raise ValueError(f"{self.what}: {CONFIG} and {WEIGHTS} describe different models; save it again")
         return weights.load_with_metadata(self.weights)
 

@@ -85,7 +85,7 @@ def from_released(source: str | os.PathLike[str] | Mapping[str, Any], **hints: A
         raise ValueError(f"{what} lacks {error}, which the released models have") from error
     except (IndexError, TypeError, ValueError, ArithmeticError) as error:
         raise ValueError(
-            f"{what} holds tensors of shapes that no released {found.name} has: its sizes cannot be read off them"
+            f"{what} holds tensors of shapes that no released {found.name} has ({error}): its sizes are not known"
         ) from error
     renamed = rename(kept, released.rules, what, found.name)
     model = build_for(config, kept, what)

@@ -90,8 +90,7 @@ def load_with_metadata(path: str | os.PathLike[str]) -> tuple[ReferringModel, di
     state, _ = read_safetensors(path)
     if format == FORMAT_COMPACT:
         state = expanded(state, what)
-    bases = dict_of(metadata.get("bases", "{}"), f"{what}: bases in its metadata")
-    config = dict_of(metadata["config"], f"{what}: config in its metadata")
+    bases, config = dict_of(metadata, "bases", what), dict_of(metadata, "config", what)
     return restored(config, state, metadata, what, bases), metadata
 
 
@@ -116,7 +115,7 @@ def restored(
             config, state = former.present_config(config, **beside), former.present_state(state)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(
-                f"{what}: its configuration is no model's, of this version or the first ({type(error).__name__}: {error})"
+                f"{what}: its configuration is no model's, of this version or an earlier one ({error!r:.200})"
             ) from error
     model = build_for(config, state, what, with_bases=bool(bases))
     if bases:

@@ -62,14 +62,11 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
                 )
             if metadata.get("format") != FORMAT:
                 raise ValueError(f"{path}: not a training checkpoint of this package (expected format {FORMAT!r})")
-            state = dict_of(metadata.get("state"), f"{path}: state in its metadata")
-            return _with_tensors(state, file.get_tensor)
+            return _with_tensors(dict_of(metadata, "state", str(path)), file.get_tensor)
     except SafetensorError as error:
         raise ValueError(f"{path}: not a readable checkpoint: {error}") from error
     except (TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(
-            f"{path}: not a readable checkpoint: its state is not of the form that save_checkpoint writes"
-        ) from error
+        raise ValueError(f"{path}: not a readable checkpoint: its state is of another form ({error})") from error
 
 
 def hand_out(state: dict[str, Any] | None, world: World) -> dict[str, Any] | None:

@@ -189,7 +189,7 @@ def _read_with_base(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     try:
         below = (beside if beside.is_file() else find_config(base)).resolve()
     except OSError as error:  # of a name that is too long, too
-        raise FileNotFoundError(f"{path}: base: {error}") from error
+        raise FileNotFoundError(f"{path}: base: expected a configuration that exists, got {base!r:.120} ({error})") from error
     chain = (*above, path.resolve())
     if below in chain:
         raise ValueError(f"{path}: base: {base} builds on this file itself")
@@ -208,28 +208,26 @@ def read_yaml(path: Path) -> Any:
         OSError: it cannot be read.
         ValueError: it is no YAML of plain values, or has more of them than any configuration; the path is named.
     """
-    what = f"{path}: not a YAML file"
     try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{what}: {_on_one_line(error)}") from error
-    return _parsed(text, what)
+        return _parsed(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not a YAML file: {_on_one_line(error)}") from error
 
 
 _MOST = 100_000  # values: aliases of aliases make millions of a few lines
 
 
-def _parsed(text: str, what: str) -> Any:
+def _parsed(text: str) -> Any:
     try:
         content = yaml.safe_load(text)
     except Exception as error:  # of dates, numbers and lists in lists, many kinds
-        raise ValueError(f"{what}: {_on_one_line(error)}") from error
+        raise ValueError(str(error)) from error
     waiting, count = [content], 0
     while waiting:
         item = waiting.pop()
         count += 1
         if count > _MOST:
-            raise ValueError(f"{what}: expected at most {_MOST} values, aliases (*) counted each time, got more")
+            raise ValueError(f"expected at most {_MOST} values, aliases (*) counted each time, got more")
         waiting += [*item, *item.values()] if isinstance(item, dict) else item if isinstance(item, list | set) else []
     return content
 
@@ -256,7 +254,10 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     key = key.strip()
     if not equals or not key:
         raise ValueError(f"--set {override}: expected section.key=value")
-    value = _parsed(text, f"--set {override}: the value is not YAML")
+    try:
+        value = _parsed(text)
+    except ValueError as error:
+        raise ValueError(f"--set {override}: the value is not YAML: {_on_one_line(error)}") from error
     if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
         value = float(value)  # YAML 1.1 takes 1e-4, having no dot, for a string
     if key in _LENGTHS and value is not None:

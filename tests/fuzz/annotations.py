@@ -193,7 +193,7 @@ class FuzzTarget(Target):
     """Data sets of `together` annotations, through `data check` and a loader's worker."""
 
     quick: ClassVar[int] = 400
-    together: ClassVar[int] = 2000
+    together: ClassVar[int] = 500
     batch: ClassVar[int] = 20_000
     long: ClassVar[int] = 1_000_000
 

@@ -125,7 +125,7 @@ def _strided(draw: random.Random, value: Tensor) -> Tensor:
 
 
 def _changed(draw: random.Random, value: Any) -> Any:
-    if not isinstance(value, Tensor):
+    if not isinstance(value, Tensor) or not _is_plain(value):
         return draw.choice(_ODD)
     change = draw.randrange(9)
     if change == 0:

@@ -143,7 +143,7 @@ def _text(path: Path) -> str:
     with gzip.open(path) as file:
         content = file.read(_LARGEST + 1)  # a few bytes may unpack to any number
     if len(content) > _LARGEST:
-        raise ValueError(f"unpacked it is larger than {_LARGEST} bytes")
+        raise ValueError(f"expected at most {_LARGEST} bytes, unpacked, got more")
     return content.decode("utf-8")
 
 

@@ -104,9 +104,9 @@ def read_tree(path: Path) -> str:
         tree = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a tokenizer.json: {type(error).__name__}: {error}") from error
-    model = tree.get("model") if isinstance(tree, dict) else None
-    added = tree.get("added_tokens") if isinstance(tree, dict) else None
-    for table in (model.get("vocab") if isinstance(model, dict) else None, added):
+    tree = tree if isinstance(tree, dict) else {}
+    inner = tree.get("model")
+    for table in (inner.get("vocab") if isinstance(inner, dict) else None, tree.get("added_tokens")):
         if isinstance(table, dict):
             check_ids(table.values(), str(path))
         elif isinstance(table, list):
