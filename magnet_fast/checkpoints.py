@@ -3,7 +3,6 @@ folder that `save_pretrained` wrote, or a repository on the hub."""
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from difflib import get_close_matches

@@ -77,7 +77,7 @@ def load_bases(model: ReferringModel, described: Mapping[str, Mapping[str, Any]]
         ValueError: one cannot be had, or does not fit, or is not described as `without_bases` does.
     """
     for role, base in described.items():
-        if role not in ("image", "text") or not isinstance(base, Mapping) or not _DESCRIBED <= base.keys():
+        if role not in ("image", "text") or not isinstance(base, Mapping) or _DESCRIBED - base.keys():
             raise ValueError(
                 f"{what}: expected bases of 'image' or 'text' with {', '.join(sorted(_DESCRIBED))}, got {role!r:.40}, "
                 f"{base!r:.80}"

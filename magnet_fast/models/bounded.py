@@ -13,7 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_buffer_registration_hook, register_module_parameter_registration_hook
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_parameter_registration_hook,
+)
 
 from magnet_fast.models.registry import from_config, parse_config
 
@@ -88,6 +91,7 @@ def _at_most(numbers: int) -> Iterator[None]:
             left -= value.numel() + 64  # so many layers of nothing take memory, too
             if left < 0:
                 raise _TooLargeError
+
     hooks = [register_module_parameter_registration_hook(count), register_module_buffer_registration_hook(count)]
     try:
         yield

@@ -167,7 +167,9 @@ def dict_of(metadata: Mapping[str, str], entry: str, what: str) -> dict[str, Any
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{what}: {entry!r} in its metadata is no JSON ({_reason(error)}); {_AGAIN}") from error
     if not isinstance(found, dict):
-        raise ValueError(f"{what}: {entry!r} in its metadata is a {type(found).__name__}, expected a dictionary in JSON")
+        raise ValueError(
+            f"{what}: {entry!r} in its metadata is a {type(found).__name__}, expected a dictionary in JSON"
+        )
     return found
 
 

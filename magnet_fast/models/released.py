@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from magnet_fast.models.base import ReferringModel
-from magnet_fast.models.files import is_safetensors, read_contents, safetensors_metadata
 from magnet_fast.models.bounded import build_for
+from magnet_fast.models.files import is_safetensors, read_contents, safetensors_metadata
 from magnet_fast.models.registry import System, systems
 from magnet_fast.models.state import is_derived, load_strictly
 from magnet_fast.models.wrapping import listed, unwrap, without_shared_prefix

@@ -189,7 +189,9 @@ def _read_with_base(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     try:
         below = (beside if beside.is_file() else find_config(base)).resolve()
     except OSError as error:  # of a name that is too long, too
-        raise FileNotFoundError(f"{path}: base: expected a configuration that exists, got {base!r:.120} ({error})") from error
+        raise FileNotFoundError(
+            f"{path}: base: expected a configuration that exists, got {base!r:.120} ({error})"
+        ) from error
     chain = (*above, path.resolve())
     if below in chain:
         raise ValueError(f"{path}: base: {base} builds on this file itself")

@@ -6,7 +6,7 @@ import json
 import random
 import shutil
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from safetensors import safe_open
@@ -90,7 +90,9 @@ class FuzzTarget(Target):
                 elif change == 2:
                     tensors[name] = kept[:-1].clone() if kept.dim() else kept.reshape(1)
                 elif change == 3:
-                    tensors[name] = kept.to(draw.choice([torch.int8, torch.float16, torch.float64, torch.bool, torch.int64]))
+                    tensors[name] = kept.to(
+                        draw.choice([torch.int8, torch.float16, torch.float64, torch.bool, torch.int64])
+                    )
                 else:
                     tensors[name] = torch.full_like(kept, float("nan")) if kept.is_floating_point() else kept + 1
                 if not tensors:
@@ -100,7 +102,19 @@ class FuzzTarget(Target):
             metadata[key] = self._text(draw, metadata.get(key, ""))
             if draw.random() < 0.1:
                 metadata[draw.choice(["config", "bases", "state", "format", "image_size", "max_words"])] = draw.choice(
-                    ["", "x", "{}", "[]", "null", "1e999", '{"image": {"source": "x"}}', '{"text": 3}', "magnet_fast.model/3", "magnet_fast.model/9", "magnet_fast.training/3"]
+                    [
+                        "",
+                        "x",
+                        "{}",
+                        "[]",
+                        "null",
+                        "1e999",
+                        '{"image": {"source": "x"}}',
+                        '{"text": 3}',
+                        "magnet_fast.model/3",
+                        "magnet_fast.model/9",
+                        "magnet_fast.training/3",
+                    ]
                 )
         return tensors, metadata
 

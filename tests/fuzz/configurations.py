@@ -13,15 +13,45 @@ from tests.fuzz.mutating import ODD, mutated_bytes, mutated_tree
 from tests.fuzz.target import Target, outcome_of
 
 _SNIPPETS = [
-    "!!python/object/apply:os.system ['touch canary']\n", "a: &a [*a]\n", "x: &x {y: *x}\n", "? [a, b]\n: 1\n",
-    "? {a: b}\n: 1\n", "1: 2\n", "seed: 2001-99-99\n", "seed: 0x_\n", "seed: 0b\n", "seed: 1:99:99\n", "seed: !!int x\n",
-    "seed: !!float x\n", "seed: !!binary x\n", "seed: !!timestamp x\n", "seed: .inf\n", "seed: .nan\n", "seed: !!bool x\n",
-    "<<: 3\n", "<<: [3]\n", "%YAML 9.9\n---\n", "---\n---\n", "\x00", "\ufeff", "base: .\n", "base: ..\n", "base: config.yaml\n",
-    "base: magnet_tiny_scenes\n", 'base: "\\0"\n', "base: ''\n", "seed: " + "9" * 5000 + "\n", "a: " + "[" * 3000 + "\n",
-    "- " * 3000 + "\n", "a: " + "{a: " * 3000 + "\n", "data: {root: '" + "a/" * 3000 + "'}\n", "!!set {a}\n", "!!omap [a]\n",
+    "!!python/object/apply:os.system ['touch canary']\n",
+    "a: &a [*a]\n",
+    "x: &x {y: *x}\n",
+    "? [a, b]\n: 1\n",
+    "? {a: b}\n: 1\n",
+    "1: 2\n",
+    "seed: 2001-99-99\n",
+    "seed: 0x_\n",
+    "seed: 0b\n",
+    "seed: 1:99:99\n",
+    "seed: !!int x\n",
+    "seed: !!float x\n",
+    "seed: !!binary x\n",
+    "seed: !!timestamp x\n",
+    "seed: .inf\n",
+    "seed: .nan\n",
+    "seed: !!bool x\n",
+    "<<: 3\n",
+    "<<: [3]\n",
+    "%YAML 9.9\n---\n",
+    "---\n---\n",
+    "\x00",
+    "\ufeff",
+    "base: .\n",
+    "base: ..\n",
+    "base: config.yaml\n",
+    "base: magnet_tiny_scenes\n",
+    'base: "\\0"\n',
+    "base: ''\n",
+    "seed: " + "9" * 5000 + "\n",
+    "a: " + "[" * 3000 + "\n",
+    "- " * 3000 + "\n",
+    "a: " + "{a: " * 3000 + "\n",
+    "data: {root: '" + "a/" * 3000 + "'}\n",
+    "!!set {a}\n",
+    "!!omap [a]\n",
     "l0: &l0 [x,x,x,x,x,x,x,x,x]\n" + "".join(f"l{i}: &l{i} [{','.join([f'*l{i - 1}'] * 9)}]\n" for i in range(1, 9)),
     "model: {overrides: {a: &l0 [x,x], b: &l1 [*l0,*l0], c: [*l1,*l1]}}\n",
-]  # fmt: skip
+]
 
 
 class FuzzTarget(Target):
@@ -66,6 +96,18 @@ class FuzzTarget(Target):
         return mutated_bytes(draw, content, most=3) if draw.random() < 0.2 else content
 
     def _override(self, draw: random.Random) -> str:
-        key = draw.choice(["seed", "data.root", "optimiser.lr", "terms.mask.weight", "a.b.c", "model", "", ".", "model.overrides.image"])
+        key = draw.choice(
+            [
+                "seed",
+                "data.root",
+                "optimiser.lr",
+                "terms.mask.weight",
+                "a.b.c",
+                "model",
+                "",
+                ".",
+                "model.overrides.image",
+            ]
+        )
         value = draw.choice([*_SNIPPETS, *(str(odd) for odd in ODD if odd != 10**400), "[", "{a: b}"])
         return key + draw.choice(["=", "=", "=", ""]) + value

@@ -19,8 +19,29 @@ from magnet_fast.data.transforms import as_rgb, as_shown, orientation
 from tests.fuzz.mutating import mutated_bytes
 from tests.fuzz.target import Finding, Target, outcome_of
 
-_PROGRAM = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 20\n%%EndComments\n(canary) (w) file closefile\nshowpage\n%%EOF\n"
-_FORMATS = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "TGA", "ICO", "PCX", "JPEG2000", "DDS", "SGI", "IM", "MSP", "XBM", "AVIF", "QOI")
+_PROGRAM = (
+    b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 20\n%%EndComments\n(canary) (w) file closefile\nshowpage\n%%EOF\n"
+)
+_FORMATS = (
+    "PNG",
+    "JPEG",
+    "GIF",
+    "BMP",
+    "TIFF",
+    "WEBP",
+    "PPM",
+    "TGA",
+    "ICO",
+    "PCX",
+    "JPEG2000",
+    "DDS",
+    "SGI",
+    "IM",
+    "MSP",
+    "XBM",
+    "AVIF",
+    "QOI",
+)
 
 
 class FuzzTarget(Target):
@@ -62,9 +83,8 @@ class FuzzTarget(Target):
             content = mutated_bytes(draw, content, self.seeds, most=4)
         self.path.write_bytes(content)
         reader = draw.choice(
-            [as_shown, as_shown, as_rgb, orientation, picture_size, picture_header, lambda path: read_picture(path, "RGB"),
-             lambda path: mask_file(path)(9, 14)]
-        )  # fmt: skip
+            [as_shown, as_shown, as_rgb, orientation, picture_size, picture_header, self._as_rgb, self._as_mask]
+        )
 
         def read() -> None:
             found = reader(self.path)
@@ -77,6 +97,12 @@ class FuzzTarget(Target):
         if self.canary.exists():
             raise Finding("code of the picture was run")
         return outcome
+
+    def _as_rgb(self, path: Path) -> np.ndarray:
+        return read_picture(path, "RGB")
+
+    def _as_mask(self, path: Path) -> object:
+        return mask_file(path)(9, 14)
 
 
 def _chunks(draw: random.Random, content: bytes) -> bytes:
@@ -94,7 +120,10 @@ def _chunks(draw: random.Random, content: bytes) -> bytes:
     elif change == 1:
         chunks.insert(draw.randrange(len(chunks)), chunks[number])
     elif change == 2:
-        chunks[number] = (draw.choice([b"IHDR", b"PLTE", b"tRNS", b"zTXt", b"iCCP", b"acTL", b"fdAT", b"eXIf", b"iTXt"]), data)
+        chunks[number] = (
+            draw.choice([b"IHDR", b"PLTE", b"tRNS", b"zTXt", b"iCCP", b"acTL", b"fdAT", b"eXIf", b"iTXt"]),
+            data,
+        )
     elif kind == b"IDAT" and draw.random() < 0.7:
         try:
             data = zlib.decompress(data)

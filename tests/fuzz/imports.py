@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import ClassVar
 
@@ -17,8 +18,36 @@ from tests.fuzz.mutating import mutated_bytes, mutated_tree, nested
 from tests.fuzz.target import READ, Finding, Target, outcome_of
 
 _EXPORTS = Path(own.__file__).parent / "exports"
-_CELLS = ['"', '""', "[1,2,3,4]", '"[[0,0,9,0,9,9]]"', "{}", "../../a.jpg", "/etc/passwd", "\x00", "a\u2028b", "=1+1", ",", "\t", ";", "\r", "\n"]
-_XML = ['<!DOCTYPE x [<!ENTITY a "b">]>', "<?xml version='1.0' encoding='utf-7'?>", "&a;", "<track/>", "<![CDATA[x]]>", "</image>", "\x00", 'rle="1,1,1"', 'points="1e308,1;2,2;3,3"', 'width="99999999999"', "<box/>"]
+_CELLS = [
+    '"',
+    '""',
+    "[1,2,3,4]",
+    '"[[0,0,9,0,9,9]]"',
+    "{}",
+    "../../a.jpg",
+    "/etc/passwd",
+    "\x00",
+    "a\u2028b",
+    "=1+1",
+    ",",
+    "\t",
+    ";",
+    "\r",
+    "\n",
+]
+_XML = [
+    '<!DOCTYPE x [<!ENTITY a "b">]>',
+    "<?xml version='1.0' encoding='utf-7'?>",
+    "&a;",
+    "<track/>",
+    "<![CDATA[x]]>",
+    "</image>",
+    "\x00",
+    'rle="1,1,1"',
+    'points="1e308,1;2,2;3,3"',
+    'width="99999999999"',
+    "<box/>",
+]
 
 
 class FuzzTarget(Target):
@@ -33,8 +62,19 @@ class FuzzTarget(Target):
         self.source, self.out = folder / "source", folder / "out"
         own.draw_pictures(self.source, {"a.jpg": (18, 24), "b.png": (18, 24)})
         masks = [own.box_mask((18, 24), 2, 3, 4, 5), own.box_mask((18, 24), 9, 1, 5, 9)]
-        objects = [own.Object(name, mask, f"the {word} one") for name, word in (("a.jpg", "red"), ("b.png", "blue")) for mask in masks]
-        writers = (own.write_csv, own.write_tsv, own.write_jsonl, own.write_coco, own.write_label_studio, own.write_cvat)
+        objects = [
+            own.Object(name, mask, f"the {word} one")
+            for name, word in (("a.jpg", "red"), ("b.png", "blue"))
+            for mask in masks
+        ]
+        writers = (
+            own.write_csv,
+            own.write_tsv,
+            own.write_jsonl,
+            own.write_coco,
+            own.write_label_studio,
+            own.write_cvat,
+        )
         self.sources = [(path.name, path.read_bytes()) for path in (writer(self.source, objects) for writer in writers)]
         for name, _ in self.sources:
             (self.source / name).unlink()
@@ -49,10 +89,8 @@ class FuzzTarget(Target):
         for name, content in self.sources:
             path = self.source / name
             path.write_bytes(content)
-            try:
+            with suppress(ValueError):  # of pictures that are not there
                 import_data(path, self.out, images=self.source, val=0, test=0, skip_bad=True)
-            except ValueError:  # of pictures that are not there
-                pass
             path.unlink()
             shutil.rmtree(self.out, ignore_errors=True)
 

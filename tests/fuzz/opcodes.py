@@ -83,7 +83,29 @@ def attacks(draw: random.Random, canary: Path) -> list[bytes]:
 
 
 def _single(draw: random.Random) -> list[bytes]:
-    return [bytes([draw.randrange(256)]), b"(", b"t", b"l", b"d", b".", b"0", b"2", b"N", b"R", b"b", b"\x81", b"}", b"]", b"e", b"u", b"s", b"a", b"\x94", b"h\x00", b"q\x00"]
+    return [
+        bytes([draw.randrange(256)]),
+        b"(",
+        b"t",
+        b"l",
+        b"d",
+        b".",
+        b"0",
+        b"2",
+        b"N",
+        b"R",
+        b"b",
+        b"\x81",
+        b"}",
+        b"]",
+        b"e",
+        b"u",
+        b"s",
+        b"a",
+        b"\x94",
+        b"h\x00",
+        b"q\x00",
+    ]
 
 
 def dumped(contents: list[object]) -> list[bytes]:

@@ -15,7 +15,29 @@ from tests.fuzz.target import READ, REFUSED, Finding, Target, outcome_of
 
 _DTYPES = [torch.float32] * 4 + [torch.float64, torch.bfloat16, torch.float16]
 _TOLERANCE = {torch.float32: 5e-4, torch.float64: 1e-9, torch.bfloat16: 8e-2, torch.float16: 1e-2}
-_ODD = [None, True, 0, -1, 1, 3, 1.5, float("nan"), float("inf"), 10**6, 2**31, 2**63, 2**70, "4", (), (1,), (2, 2), (0, 3), (1, 2, 3), [], [2, 2]]
+_ODD = [
+    None,
+    True,
+    0,
+    -1,
+    1,
+    3,
+    1.5,
+    float("nan"),
+    float("inf"),
+    10**6,
+    2**31,
+    2**63,
+    2**70,
+    "4",
+    (),
+    (1,),
+    (2, 2),
+    (0, 3),
+    (1, 2, 3),
+    [],
+    [2, 2],
+]
 _VALUES = [float("nan"), float("inf"), float("-inf"), 0.0, 1e30, -1e30, 1e-40]
 _SENTINEL = 123.0
 Arguments = dict[str, Any]
@@ -47,7 +69,9 @@ class FuzzTarget(Target):
             key = draw.choice(list(arguments))
             arguments[key] = _changed(draw, arguments[key])
         with_gradients = draw.random() < 0.4
-        before = {key: value.clone() for key, value in arguments.items() if isinstance(value, Tensor) and _is_plain(value)}
+        before = {
+            key: value.clone() for key, value in arguments.items() if isinstance(value, Tensor) and _is_plain(value)
+        }
         found: dict[str, list[Tensor]] = {}
         outcomes = {}
         for backend in ("auto", "reference"):
@@ -142,7 +166,9 @@ def _changed(draw: random.Random, value: Any) -> Any:
     if change == 5 and value.dim() > 1:
         return value.transpose(*draw.sample(range(value.dim()), 2))
     if change == 6:
-        return draw.choice([value.to_sparse() if value.dim() else value, torch.zeros(0), torch.tensor(1.0), value.to("meta")])
+        return draw.choice(
+            [value.to_sparse() if value.dim() else value, torch.zeros(0), torch.tensor(1.0), value.to("meta")]
+        )
     if value.is_floating_point() and value.numel():
         value = value.clone(memory_format=torch.contiguous_format)
         for _ in range(draw.choice([1, 5])):
@@ -195,7 +221,9 @@ def _cross_modal(draw: random.Random, dtype: torch.dtype) -> Arguments:
     batch, heads = draw.randint(1, 3), draw.randint(1, 3)
     pixels, words = draw.choice([1, 2, 7, 33, 100]), draw.choice([1, 2, 5, 17, 40])
     width, image_values, text_values = (heads * draw.choice([1, 2, 5, 8, 16]) for _ in range(3))
-    form = draw.choice([(1, 1, 1, 1, 1, 1), (1, 1, 1, 0, 0, 1), (1, 1, 1, 0, 0, 0), (0, 0, 0, 1, 1, 1), (1, 1, 0, 0, 0, 1)])
+    form = draw.choice(
+        [(1, 1, 1, 1, 1, 1), (1, 1, 1, 0, 0, 1), (1, 1, 1, 0, 0, 0), (0, 0, 0, 1, 1, 1), (1, 1, 0, 0, 0, 1)]
+    )
     names = ("image_query", "text_key", "text_value", "text_query", "image_key", "image_value")
     sides = (pixels, words, words, words, pixels, pixels)
     widths = (width, width, text_values, width, width, image_values)

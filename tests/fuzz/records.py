@@ -29,7 +29,10 @@ class FuzzTarget(Target):
         roots = [
             (layout.write_root(folder / "refer"), "refcoco"),
             (layout.write_root(folder / "list", name="refs(unc).json"), "refcoco"),
-            (layout.write_root(folder / "several", refs=several, name="grefs(unc).json", dataset="grefcoco"), "grefcoco"),
+            (
+                layout.write_root(folder / "several", refs=several, name="grefs(unc).json", dataset="grefcoco"),
+                "grefcoco",
+            ),
             (test_phrasecut.write(folder / "phrasecut", test_phrasecut.small_tasks()), "VGPhraseCut_v0"),
             (test_regions.write(folder / "regions"), "talk2car"),
             (test_complex_queries.write(folder / "queries"), "ris_cq"),

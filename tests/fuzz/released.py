@@ -16,10 +16,10 @@ import torch
 from magnet_fast import checkpoints
 from magnet_fast.models.registry import systems
 from magnet_fast.models.released import from_released
-from tests.golden.parameters import FOLDER
 from tests.fuzz.mutating import mutated_bytes
 from tests.fuzz.opcodes import dumped, program
 from tests.fuzz.target import Finding, Target, outcome_of
+from tests.golden.parameters import FOLDER
 
 
 class FuzzTarget(Target):
@@ -73,14 +73,33 @@ class FuzzTarget(Target):
         kind = 1.0 if depth == 4 else draw.random()
         if kind < 0.3 or not depth:
             return draw.choice(self._values(draw))
-        names = ["model", "state_dict", "module", "model_ema", "optimizer", "a.weight", "classifier.conv", 3, ("t",), ""]
+        names = [
+            "model",
+            "state_dict",
+            "module",
+            "model_ema",
+            "optimizer",
+            "a.weight",
+            "classifier.conv",
+            3,
+            ("t",),
+            "",
+        ]
         return {draw.choice(names): self._wrapped(draw, depth - 1) for _ in range(draw.randint(0, 4))}
 
     def _values(self, draw: random.Random) -> list[Any]:
         size = draw.choice([0, 1, 64, 1 << 20, 1 << 31, 1 << 40])
-        tensors = [torch.zeros(1).expand(size, draw.choice([1, 64, 96])), torch.zeros(2, 2).to_sparse(), torch.zeros(2, device="meta")]
+        tensors = [
+            torch.zeros(1).expand(size, draw.choice([1, 64, 96])),
+            torch.zeros(2, 2).to_sparse(),
+            torch.zeros(2, device="meta"),
+        ]
         tensors += [torch.zeros(2, dtype=dtype) for dtype in (torch.int8, torch.bool, torch.complex64, torch.bfloat16)]
-        tensors += [torch.tensor(1.0), torch.zeros(3, requires_grad=True), torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)]
+        tensors += [
+            torch.tensor(1.0),
+            torch.zeros(3, requires_grad=True),
+            torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8),
+        ]
         return [None, 3, "text", [1, torch.ones(2)], {}, {"a": 1}, float("nan"), *tensors]
 
     def _odd_shapes(self, draw: random.Random) -> dict[str, Any]:
@@ -100,7 +119,9 @@ class FuzzTarget(Target):
                 state[part, name] = torch.zeros(1).expand(shape)
             else:
                 state[part, name] = draw.choice(self._values(draw))
-        return {part: {name: value for (of, name), value in state.items() if of == part} for part in ("model", "bert_model")}
+        return {
+            part: {name: value for (of, name), value in state.items() if of == part} for part in ("model", "bert_model")
+        }
 
     def _other_pickle(self, draw: random.Random, archive: bytes) -> bytes:
         """The archive with another program in its data.pkl; now and then entries lacking, renamed or deflated."""
@@ -116,7 +137,11 @@ class FuzzTarget(Target):
                         content = mutated_bytes(draw, content)
                     if draw.random() < 0.03:
                         continue
-                    name = draw.choice(["archive/constants.pkl", "x", "../../canary"]) if draw.random() < 0.02 else entry.filename
+                    name = (
+                        draw.choice(["archive/constants.pkl", "x", "../../canary"])
+                        if draw.random() < 0.02
+                        else entry.filename
+                    )
                     new.writestr(name, content, draw.choice([zipfile.ZIP_STORED] * 9 + [zipfile.ZIP_DEFLATED]))
         return made.getvalue()
 

@@ -105,11 +105,8 @@ def _batch(report: Report, target: type[Target], seed: int, first: int, count: i
     return number + max(1, target.together)
 
 
-def _work(
-    target: type[Target], folder: Path, seed: int, first: int, count: int, state: mmap.mmap, notes: Path
-) -> None:
-    if count == 1:  # to look at one
-        faulthandler.enable()
+def _work(target: type[Target], folder: Path, seed: int, first: int, count: int, state: mmap.mmap, notes: Path) -> None:
+    faulthandler.enable() if count == 1 else faulthandler.disable()  # to look at one; of many the inputs are told
     os.environ["HF_HUB_OFFLINE"] = "1"
     counts = Counter()
     inputs = folder / "inputs"

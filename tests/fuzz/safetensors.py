@@ -1,4 +1,4 @@
-"""Headers of .safetensors: lengths, offsets, dtypes, shapes and metadata that do not fit, through all readers of them."""
+"""Headers of .safetensors: lengths, offsets, dtypes, shapes and metadata that do not fit, through all their readers."""
 
 from __future__ import annotations
 
@@ -40,7 +40,10 @@ class FuzzTarget(Target):
         header: Any = {
             "a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]},
             "b": {"dtype": "I64", "shape": [1], "data_offsets": [24, 32]},
-            "__metadata__": {"format": draw.choice(["pt", "magnet_fast.model/2", "magnet_fast.training/3"]), "state": "{}"},
+            "__metadata__": {
+                "format": draw.choice(["pt", "magnet_fast.model/2", "magnet_fast.training/3"]),
+                "state": "{}",
+            },
         }
         data = bytes(32)
         for _ in range(draw.choice([0, 1, 1, 2, 3])):
@@ -48,16 +51,33 @@ class FuzzTarget(Target):
             if change == 0:
                 header["a"]["dtype"] = draw.choice(_DTYPES)
             elif change == 1:
-                header["a"]["shape"] = draw.choice([[], [0], [6], [-1, 6], [1 << 40, 1 << 40], [2**63], [1] * 100, "x", [1.5]])
+                header["a"]["shape"] = draw.choice(
+                    [[], [0], [6], [-1, 6], [1 << 40, 1 << 40], [2**63], [1] * 100, "x", [1.5]]
+                )
             elif change == 2:
-                header["b"]["data_offsets"] = draw.choice([[0, 8], [23, 31], [24, 40], [32, 24], [1 << 62, (1 << 62) + 8], [-8, 0], []])
+                header["b"]["data_offsets"] = draw.choice(
+                    [[0, 8], [23, 31], [24, 40], [32, 24], [1 << 62, (1 << 62) + 8], [-8, 0], []]
+                )
             elif change == 3:
                 data = bytes(draw.choice([0, 31, 33, 1000]))
             elif change == 4:
-                header["__metadata__"] = draw.choice([{}, None, {"format": 3}, {"format": "magnet_fast.training/3", "state": nested(draw, 100_000)}, {"state": "[]"}])
+                header["__metadata__"] = draw.choice(
+                    [
+                        {},
+                        None,
+                        {"format": 3},
+                        {"format": "magnet_fast.training/3", "state": nested(draw, 100_000)},
+                        {"state": "[]"},
+                    ]
+                )
             else:
                 header = mutated_tree(draw, header)
-                if not isinstance(header, dict) or not {"a", "b"} <= header.keys() or not isinstance(header["a"], dict) or not isinstance(header["b"], dict):
+                if (
+                    not isinstance(header, dict)
+                    or not {"a", "b"} <= header.keys()
+                    or not isinstance(header["a"], dict)
+                    or not isinstance(header["b"], dict)
+                ):
                     break
         try:
             text = json.dumps(header).encode()
@@ -65,6 +85,10 @@ class FuzzTarget(Target):
             text = b"{" + b"9" * 5000
         if draw.random() < 0.02:
             text = nested(draw, draw.choice([100, 100_000])).encode()
-        length = len(text) if draw.random() < 0.9 else draw.choice([0, 1, len(text) - 1, len(text) + 1, 1 << 27, (1 << 63) - 1, (1 << 64) - 1])
+        length = (
+            len(text)
+            if draw.random() < 0.9
+            else draw.choice([0, 1, len(text) - 1, len(text) + 1, 1 << 27, (1 << 63) - 1, (1 << 64) - 1])
+        )
         content = struct.pack("<Q", length) + text + data
         return mutated_bytes(draw, content, most=3) if draw.random() < 0.3 else content

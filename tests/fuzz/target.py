@@ -119,7 +119,9 @@ def _hook(event: str, arguments: tuple[Any, ...]) -> None:
     if event in _CODE or event in _NETWORK:
         raise _Forbidden(f"{event} {arguments!r:.200}")
     if event in _CHANGES or (event == "open" and _opens_for_writing(arguments)):
-        paths = [os.path.abspath(os.fsdecode(one)) for one in arguments[:2] if isinstance(one, (str, bytes, os.PathLike))]
+        paths = [
+            os.path.abspath(os.fsdecode(one)) for one in arguments[:2] if isinstance(one, (str, bytes, os.PathLike))
+        ]
         paths = paths[:1] if event in ("open", "os.chmod") else paths
         if not all(Path(path).is_relative_to(_watched[0]) for path in paths if path != os.devnull):
             raise _Forbidden(f"{event} {arguments!r:.200}")

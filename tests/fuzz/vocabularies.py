@@ -26,7 +26,18 @@ class FuzzTarget(Target):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
-        words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz", "the", "red", "##e", "##d"]
+        words = [
+            "[PAD]",
+            "[UNK]",
+            "[CLS]",
+            "[SEP]",
+            "[MASK]",
+            *"abcdefghijklmnopqrstuvwxyz",
+            "the",
+            "red",
+            "##e",
+            "##d",
+        ]
         self.lines = "\n".join(words).encode()
         self.tree = json.loads(Tokenizer(words).to_json())
         self.clip = {file.name: file.read_bytes() for file in GOLDEN_CLIP.iterdir() if file.is_file()}

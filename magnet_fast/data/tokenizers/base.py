@@ -209,7 +209,9 @@ def check_ids(ids: Iterable[Any], what: str) -> None:
     """ValueError for ids of tokens that are no whole numbers from 0 to `MOST_TOKENS`: tables are allocated by them."""
     for one in ids:
         if type(one) is not int or not 0 <= one < MOST_TOKENS:
-            raise ValueError(f"{what}: expected ids of tokens that are whole numbers below {MOST_TOKENS}, got {one!r:.40}")
+            raise ValueError(
+                f"{what}: expected ids of tokens that are whole numbers below {MOST_TOKENS}, got {one!r:.40}"
+            )
 
 
 MOST_TOKENS = 1 << 21
