@@ -289,7 +289,7 @@ def paths(content: Any) -> Iterator[tuple[str, Any]]:
             continue
         seen.add(id(item))
         if isinstance(item, dict):
-            keys = [printable(str(key)) if isinstance(key, (str, int)) else type_name(key) for key in item]
+            keys = [printable(key_text(key)) for key in item]
             inner = [
                 (f"{place}/{key}" if place else key, value) for key, value in zip(keys, item.values(), strict=True)
             ]
@@ -299,6 +299,13 @@ def paths(content: Any) -> Iterator[tuple[str, Any]]:
         else:
             inner = [(f"{place}/{index}" if place else f"{index}", value) for index, value in enumerate(item)]
         waiting.extend(reversed(inner))
+
+
+def key_text(key: Any) -> str:
+    """A dictionary's key as text, whatever it is: a tuple may be nested beyond what Python prints, a number, too."""
+    if isinstance(key, str):
+        return key
+    return str(key) if isinstance(key, int) and key.bit_length() < 1000 else type_name(key)
 
 
 def printable(text: str, length: int = 120) -> str:

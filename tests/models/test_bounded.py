@@ -47,7 +47,6 @@ def changed_config(whole: Path, part: str, **settings: Any) -> str:
         ("text", {"vocab_size": 10**9}),
         ("text", {"num_layers": 10**9}),
         ("text", {"hidden_size": 64 * 10**4, "intermediate_size": 10**9}),
-        ("image", {"window_size": 400}),
         ("image", {"depths": [1, 1, 10**8, 1]}),
     ],
 )

@@ -416,6 +416,16 @@ def test_archives_with_a_damaged_directory_are_named(tmp_path: Path, change: Cal
         assert "file.pth" in str(error)
 
 
+def test_keys_that_python_cannot_print_are_named_by_their_kind() -> None:
+    deep: tuple = ()
+    for _ in range(5000):
+        deep = (deep,)
+    with pytest.raises(ValueError, match=r"it holds no weights, but 'tuple' \(int\), 'int' \(int\); expected"):
+        unwrap({deep: 1, 10**5000: 2}, "it")
+    with pytest.raises(ValueError, match="it holds no weights, but 'tuple'"):
+        unwrap({deep: {deep: {}, 10**5000: 1}, "a": 3}, "it")
+
+
 def test_weights_under_a_key_that_is_no_text(tmp_path: Path) -> None:
     contents = {("a", 1): {"w": torch.ones(2)}}
     assert unwrap(contents, "it")["w"].shape == (2,)
