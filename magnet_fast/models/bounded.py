@@ -70,7 +70,7 @@ def build_for(
             f"{what}: its configuration asks for a model of over {most} numbers, and the file holds "
             f"{_bytes_of(state)} bytes: it is damaged, or no model's"
         ) from error
-    except (MemoryError, Exception) as error:
+    except Exception as error:  # of memory, of sizes, of a part's own libraries
         raise ValueError(f"{what}: the model of its configuration cannot be built: {_told(error)}") from error
 
 
