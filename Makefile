@@ -9,8 +9,9 @@
 #   make versions      the tests with the oldest and with the newest dependencies, VERSIONS_END=oldest for one of the two
 #   make reproducible  the wheel built twice, in two folders: the same bytes
 #   make licences      docs/licences.md;  make sbom  a CycloneDX list of what an installed wheel brings, in dist/
-#   make sanitize   the C++ kernels' tests with address and undefined-behaviour sanitizers (GCC)
-#   make fuzz       random and mutated annotations, FUZZ_RECORDS=60000 of them
+#   make sanitize   the C++ kernels' tests and odd calls, with address and undefined-behaviour sanitizers (GCC)
+#   make fuzz       random and mutated inputs for everything that reads files, a few minutes (FUZZ_SCALE)
+#   make fuzz-long  the same for a day, with a summary in build/fuzzing.json
 #   make browser    Chromium, which the tests of the web page drive (Debian, as root); they are skipped without
 #   make app-picture  the picture of the web page in docs/app.md, taken in that browser
 #   make gpu-check  tests and benchmarks on a GPU, with the Python (PYTHON=) that has torch and Triton for it
@@ -21,7 +22,8 @@ STAMP := $(VENV)/.installed
 
 # One process a core, one thread a process: small work should not wait at barriers of threads.
 TEST_PROCESSES ?= 2
-FUZZ_RECORDS ?= 60000
+# The share that `make fuzz` tries of what `make fuzz-long` does, which are a million annotations.
+FUZZ_SCALE ?= 0.01
 
 DEMO ?= demo
 DEMO_IMAGES ?= 4000
@@ -36,7 +38,7 @@ TOGETHER = OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node $(DEMO_PROCESSES) 
 CPP := $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cuh' 'csrc/*.cu' 'tests/*.cpp' 'tests/*.h' 2>/dev/null)
 PY := magnet_fast kernels benchmarks tests setup.py
 
-.PHONY: locked lock audit versions reproducible licences sbom env test lint format demo bench docs wheels sanitize fuzz browser app-picture gpu-check clean
+.PHONY: locked lock audit versions reproducible licences sbom env test lint format demo bench docs wheels sanitize fuzz fuzz-long browser app-picture gpu-check clean
 
 env: $(STAMP)
 
@@ -161,6 +163,7 @@ sbom:
 # A copy of the sources with an extension of its own: the one in use stays as it is. Python itself is not sanitized, so
 # the runtime is loaded before it, and what Python and torch never free is not looked at.
 SANITIZED := build/sanitized
+SANITIZED_CALLS ?= 5000
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=all
 sanitize: $(STAMP)
 	mkdir -p $(SANITIZED)
@@ -170,10 +173,16 @@ sanitize: $(STAMP)
 	cd $(SANITIZED) && ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 		$(abspath $(BIN))/python -m pytest tests/test_cpu_*.py tests/ops/test_cpu_*.py tests/ops/test_linear_chain.py
+	cd $(SANITIZED) && ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=1 \
+		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+		$(abspath $(BIN))/python -m tests.fuzz operators $(SANITIZED_CALLS)
 
-# A seed of its own each time; a failure names the annotation.
+# A seed of its own each time; a finding names the input, and how to make it again.
 fuzz: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.data.fuzz_segmentations $(FUZZ_RECORDS) $$(date +%s)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz all $(FUZZ_SCALE)
+
+fuzz-long: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz all 1 --out build/fuzzing.json
 
 browser:
 	test -x /usr/bin/chromium -a -x /usr/bin/chromedriver || \

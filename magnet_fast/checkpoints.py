@@ -3,7 +3,6 @@ folder that `save_pretrained` wrote, or a repository on the hub."""
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -14,7 +13,7 @@ from typing import Any
 from magnet_fast.data.tokenizers import ExpressionTokenizer, open_tokenizer
 from magnet_fast.models import hub
 from magnet_fast.models.base import ReferringModel
-from magnet_fast.models.files import is_safetensors, read_safetensors, safetensors_metadata
+from magnet_fast.models.files import dict_of, is_safetensors, read_safetensors, safetensors_metadata
 from magnet_fast.models.released import from_released
 from magnet_fast.models.weights import load_with_metadata, restored
 
@@ -155,7 +154,12 @@ def _read_pretrained(found: hub.Pretrained) -> Checkpoint:
 
 def _read_run(path: Path) -> tuple[ReferringModel, dict[str, str]]:
     """The model of a run's checkpoint, with averaged weights where the run keeps them."""
-    run = json.loads(safetensors_metadata(path)["state"])
+    what = f"checkpoint {str(path)!r}"
+    run = dict_of(safetensors_metadata(path), "state", what)
+    config, metadata, bases = run.get("model_config"), run.get("metadata"), run.get("bases") or {}
+    if not all(isinstance(one, dict) for one in (config, metadata, bases)):
+        raise ValueError(f"{what}: its state lacks the model's configuration or metadata; download or copy it again")
+    if not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError(f"{what}: its state has metadata that are no text; download or copy it again")
     weights, _ = read_safetensors(path, "ema/weights/model." if run.get("ema") else "model/")
-    bases = run.get("bases")
-    return restored(run["model_config"], weights, run["metadata"], f"{path}", bases), run["metadata"]
+    return restored(config, weights, metadata, f"{path}", bases), metadata

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 import pickle
+import pickletools
 import re
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING  # Python 2's names, as pickle itself maps them
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
@@ -178,6 +179,103 @@ class InertUnpickler(pickle.Unpickler):
         return [name for name in self.named if name not in self._answers and name not in _ONLY_NAMED]
 
 
+def check_program(content: bytes) -> None:
+    """Refuse a pickle that would harm the unpickler itself: by memory for a memo with gaps, or by tuples so deep that
+    Python's hash of one, which calls itself in C, overflows the stack.
+
+    Raises:
+        ValueError: such a pickle, or one that is cut short or has an unknown opcode.
+    """
+    place, count, tuples, size = 0, 0, 0, len(content)
+    while place < size:
+        code = content[place]
+        width = _WIDTHS[code]
+        if width >= 0:
+            argument, place = place + 1, place + 1 + width
+            if code in _PUTS and int.from_bytes(content[argument:place], "little") > count:
+                raise ValueError(_GAPS)
+            if code in _TUPLES:
+                tuples += 1
+            elif code == _STOP:
+                break
+        elif width == pickletools.UP_TO_NEWLINE:
+            end = _line_end(content, place)
+            if code == _PUT and int(content[place + 1 : end]) > count:
+                raise ValueError(_GAPS)
+            place = (_line_end(content, end + 1) if code in _PAIRS else end) + 1
+        elif width in _LENGTHS:
+            start = place + 1 + _LENGTHS[width]
+            place = start + int.from_bytes(content[place + 1 : start], "little")
+        else:
+            raise ValueError(f"at byte {place}: no opcode {content[place : place + 1]!r}")
+        count += 1
+    if tuples > DEEPEST_TUPLE:
+        check_depth(pickletools.genops(content))
+
+
+def check_depth(operations: Iterable[tuple[pickletools.OpcodeInfo, Any, int | None]]) -> None:
+    """ValueError where tuples lie deeper in one another than `DEEPEST_TUPLE`; `pickletools.genops` gives operations."""
+    stack: list[int | None] = []  # how deep each object is as a tuple; None for a mark
+    memo: dict[int, int | None] = {}
+    for operation, argument, _ in operations:
+        name = operation.name
+        if name == "MARK":
+            stack.append(None)
+        elif name == "MEMOIZE" or name.endswith("PUT"):
+            memo[len(memo) if name == "MEMOIZE" else int(argument)] = stack[-1]
+        elif name.endswith("GET"):
+            stack.append(memo.get(int(argument), 0))
+        elif name == "DUP":
+            stack.append(stack[-1])
+        else:
+            taken: list[int | None] = []
+            before = operation.stack_before
+            if pickletools.stackslice in before or pickletools.markobject in before:
+                while (one := stack.pop()) is not None:
+                    taken.append(one)
+                before = [one for one in before if one not in (pickletools.stackslice, pickletools.markobject)]
+            taken += [stack.pop() for _ in before]
+            depth = 1 + max((one or 0 for one in taken), default=0) if name in _TUPLE_NAMES else 0
+            if depth > DEEPEST_TUPLE:
+                raise ValueError(f"tuples in one another, over {DEEPEST_TUPLE} deep")
+            stack += [depth] * len(operation.stack_after)
+
+
+DEEPEST_TUPLE = 10_000
+"""Tuples in one another: some 100,000 overflow a stack of 8 MiB, plain data have three."""
+
+_GAPS = "its memo has gaps"  # which take memory
+_TUPLE_NAMES = ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3")
+_LENGTHS = {
+    pickletools.TAKEN_FROM_ARGUMENT1: 1,
+    pickletools.TAKEN_FROM_ARGUMENT4: 4,
+    pickletools.TAKEN_FROM_ARGUMENT4U: 4,
+    pickletools.TAKEN_FROM_ARGUMENT8U: 8,
+}
+
+
+def _widths() -> list[int]:
+    """Bytes of each opcode's argument, or pickletools' sign for a length before it; -9 for what is no opcode."""
+    widths = [-9] * 256
+    for operation in pickletools.opcodes:
+        widths[ord(operation.code)] = 0 if operation.arg is None else operation.arg.n
+    return widths
+
+
+_WIDTHS = _widths()
+_STOP, _PUT = ord("."), ord("p")
+_PUTS = frozenset(b"qr")
+_PAIRS = frozenset(b"ci")  # of two lines
+_TUPLES = frozenset(b"t\x85\x86\x87")
+
+
+def _line_end(content: bytes, place: int) -> int:
+    end = content.find(b"\n", place)
+    if end < 0:
+        raise ValueError("a line without its end")
+    return end
+
+
 def paths(content: Any) -> Iterator[tuple[str, Any]]:
     """Everything in nested dictionaries, lists, tuples and stand-ins, with its place: "args/out".
 
@@ -191,7 +289,7 @@ def paths(content: Any) -> Iterator[tuple[str, Any]]:
             continue
         seen.add(id(item))
         if isinstance(item, dict):
-            keys = [printable(str(key)) if isinstance(key, (str, int)) else type_name(key) for key in item]
+            keys = [printable(key_text(key)) for key in item]
             inner = [
                 (f"{place}/{key}" if place else key, value) for key, value in zip(keys, item.values(), strict=True)
             ]
@@ -201,6 +299,13 @@ def paths(content: Any) -> Iterator[tuple[str, Any]]:
         else:
             inner = [(f"{place}/{index}" if place else f"{index}", value) for index, value in enumerate(item)]
         waiting.extend(reversed(inner))
+
+
+def key_text(key: Any) -> str:
+    """A dictionary's key as text, whatever it is: a tuple may be nested beyond what Python prints, a number, too."""
+    if isinstance(key, str):
+        return key
+    return str(key) if isinstance(key, int) and key.bit_length() < 1000 else type_name(key)
 
 
 def printable(text: str, length: int = 120) -> str:

@@ -6,11 +6,12 @@ runs whatever code it carries.
 
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
 from typing import Any
 
-from magnet_fast.inert import InertUnpickler, PickledArray, StandIn, paths, type_name
+from magnet_fast.inert import InertUnpickler, PickledArray, StandIn, check_program, paths, type_name
 from magnet_fast.models.files import foreign
 
 _PLAIN_TYPES = frozenset({dict, list, tuple, str, bytes, int, float, bool, type(None)})
@@ -29,18 +30,19 @@ def load_plain_pickle(path: str | os.PathLike[str]) -> Any:
     importing or calling any of it; ValueError if the file is no whole pickle.
     """
     path = Path(path)
-    with path.open("rb") as file:
-        unpickler = InertUnpickler(file)
-        try:
-            content = unpickler.load()
-            rest = file.read(1)
-        except Exception as error:  # pickle raises nearly any exception for bytes that are no pickle
-            if unpickler.unknown:
-                raise UnsafePickleError(f"{path}: the pickle asks for {unpickler.unknown[0]}; {_EXPECTED}") from error
-            file.seek(0)
-            meaning = foreign(file.read(1024))
-            reason = f"not a readable pickle ({type(error).__name__}: {error})" if meaning is None else meaning
-            raise ValueError(f"{path}: {reason}") from error
+    stored = path.read_bytes()
+    file = io.BytesIO(stored)
+    unpickler = InertUnpickler(file)
+    try:
+        check_program(stored)
+        content = unpickler.load()
+        rest = file.read(1)
+    except Exception as error:  # pickle raises nearly any exception for bytes that are no pickle
+        if unpickler.unknown:
+            raise UnsafePickleError(f"{path}: the pickle asks for {unpickler.unknown[0]}; {_EXPECTED}") from error
+        meaning = foreign(stored[:1024])
+        reason = f"not a readable pickle ({type(error).__name__}: {error})" if meaning is None else meaning
+        raise ValueError(f"{path}: {reason}") from error
     if rest:
         raise ValueError(f"{path}: something follows the pickle, more refs it may be; expected one list in one pickle")
     if unpickler.outside:

@@ -74,9 +74,14 @@ def load_bases(model: ReferringModel, described: Mapping[str, Mapping[str, Any]]
         what: the file is called, in errors.
 
     Raises:
-        ValueError: one cannot be had, or does not fit.
+        ValueError: one cannot be had, or does not fit, or is not described as `without_bases` does.
     """
     for role, base in described.items():
+        if role not in ("image", "text") or not isinstance(base, Mapping) or _DESCRIBED - base.keys():
+            raise ValueError(
+                f"{what}: expected bases of 'image' or 'text' with {', '.join(sorted(_DESCRIBED))}, got {role!r:.40}, "
+                f"{base!r:.80}"
+            )
         try:
             model.load_pretrained({"image": False, "text": False, role: base["source"]})
         except ValueError as error:
@@ -114,10 +119,13 @@ def with_bases(
             raise ValueError(
                 f"{what} was trained on another base: {_named(base['source'])} now gives its {role} encoder "
                 f"{len(missing)} tensors with SHA-256 {found[:12]}…, expected {base['tensors']} with "
-                f"{base['sha256'][:12]}…; bring the weights back that it was trained on"
+                f"{base['sha256']!s:.12}…; bring the weights back that it was trained on"
             )
         whole |= missing
     return whole
+
+
+_DESCRIBED = {"source", "tensors", "sha256"}
 
 
 def _below(role: str) -> str:

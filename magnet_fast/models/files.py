@@ -11,7 +11,7 @@ import re
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import torch
 from safetensors import SafetensorError
 
-from magnet_fast.inert import InertUnpickler, StandIn, paths, type_name
+from magnet_fast.inert import DEEPEST_TUPLE, InertUnpickler, StandIn, check_depth, paths, printable, type_name
 from magnet_fast.models.tensor_file import TensorFile, unchanged
 from magnet_fast.models.wrapping import SAVE_WEIGHTS
 
@@ -158,6 +158,23 @@ def read_json(path: str | os.PathLike[str], limit: int = 1 << 20) -> dict[str, A
     return found
 
 
+def dict_of(metadata: Mapping[str, str], entry: str, what: str) -> dict[str, Any]:
+    """The dictionary that an entry of a file's metadata holds as JSON; empty where there is none.
+
+    Raises:
+        ValueError: it is no dictionary in JSON; `what` names the file.
+    """
+    try:
+        found = json.loads(metadata.get(entry, "{}"))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{what}: {entry!r} in its metadata is no JSON ({_reason(error)}); {_AGAIN}") from error
+    if not isinstance(found, dict):
+        raise ValueError(
+            f"{what}: {entry!r} in its metadata is a {type(found).__name__}, expected a dictionary in JSON"
+        )
+    return found
+
+
 @contextmanager
 def _opened(path: str | os.PathLike[str]) -> Iterator[TensorFile]:
     try:
@@ -176,26 +193,38 @@ def _named(path: str | os.PathLike[str]) -> str:
 def _read_zip(file: BinaryIO, what: str) -> Any:
     try:
         with zipfile.ZipFile(file) as archive:
-            entries = {entry.filename: entry for entry in archive.infolist()}
-            pickled = next((name for name in entries if name.count("/") == 1 and name.endswith("/data.pkl")), None)
-            if any(name.endswith("/constants.pkl") for name in entries):
-                raise ValueError(
-                    f"{what} is a TorchScript archive, a program; where you trust it, save its weights alone: "
-                    "torch.save(torch.jit.load(PATH).state_dict(), OTHER)"
-                )
-            if pickled is None:
-                inside = ", ".join(list(entries)[:3]) or "nothing"
-                raise ValueError(f"{what} is a zip archive that torch.save did not write (in it: {inside}); unpack it")
-            size = os.fstat(file.fileno()).st_size
-            if sum(entry.file_size for entry in entries.values()) > 100 * size:
-                raise ValueError(
-                    f"{what} cannot be read safely: unpacked it is over a hundred times as large, which weights never "
-                    "are; do not load it by other means either"
-                )
+            entries = archive.infolist()
+            pickled = _checked_entries(entries, os.fstat(file.fileno()).st_size, what)
             data = archive.read(pickled)
-    except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError) as error:
+    except _RefusedError:
+        raise
+    except Exception as error:  # of a broken archive, many kinds
         raise ValueError(f"{what} is damaged or cut short; {_AGAIN}") from error
     return _load(file, what, *_inspected(io.BytesIO(data), what))
+
+
+class _RefusedError(ValueError):
+    """An archive that is whole, and no file of weights."""
+
+
+def _checked_entries(entries: Sequence[zipfile.ZipInfo], size: int, what: str) -> str:
+    """The name of the pickle in an archive of `size` bytes; ValueError for one that is read in no case."""
+    names = list(dict.fromkeys(entry.filename for entry in entries))
+    pickled = next((name for name in names if name.count("/") == 1 and name.endswith("/data.pkl")), None)
+    if any(name.endswith("/constants.pkl") for name in names):
+        raise _RefusedError(
+            f"{what} is a TorchScript archive, a program; where you trust it, save its weights alone: "
+            "torch.save(torch.jit.load(PATH).state_dict(), OTHER)"
+        )
+    if pickled is None:
+        inside = ", ".join(map(printable, names[:3])) or "nothing"
+        raise _RefusedError(f"{what} is a zip archive that torch.save did not write (in it: {inside}); unpack it")
+    if sum(entry.file_size for entry in entries) > 100 * size:
+        raise _RefusedError(
+            f"{what} cannot be read safely: unpacked it is over a hundred times as large, which weights never "
+            "are; do not load it by other means either"
+        )
+    return pickled
 
 
 def _read_pickle(file: BinaryIO, what: str) -> Any:
@@ -217,9 +246,14 @@ def _inspected(file: BinaryIO, what: str) -> tuple[InertUnpickler, Any]:
     """What the next pickle of a file names and would build, without building it; what could run code is refused."""
     start = file.tell()
     try:
+        tuples = 0
         for count, (operation, argument, _) in enumerate(pickletools.genops(file)):
             if operation.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > count:
                 raise ValueError("its memo has gaps")  # which take memory
+            tuples += operation.name.startswith("TUPLE")
+        if tuples > DEEPEST_TUPLE:
+            file.seek(start)
+            check_depth(pickletools.genops(file))
         file.seek(start)
         unpickler = InertUnpickler(file, {name: _Entries for name in ("collections.OrderedDict", *_DICTIONARIES)})
         contents = unpickler.load()

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from magnet_fast.atomic import write_text_atomically
 from magnet_fast.models import weights
 from magnet_fast.models.card import is_untouched, model_card
-from magnet_fast.models.files import is_safetensors, read_json, safetensors_metadata
+from magnet_fast.models.files import dict_of, is_safetensors, read_json, safetensors_metadata
 from magnet_fast.models.registry import parse_config
 
 if TYPE_CHECKING:
@@ -71,12 +71,9 @@ class Pretrained:
                 f"{self.what}: its {WEIGHTS} holds only what was trained; expected all weights, as save_pretrained and "
                 "`magnet-fast push` write them"
             )
-        if "config" in metadata and json.loads(metadata["config"]) != self.config:
+        if "config" in metadata and dict_of(metadata, "config", f"{self.what}: {WEIGHTS}") != self.config:
             raise ValueError(f"{self.what}: {CONFIG} and {WEIGHTS} describe different models; save it again")
-        try:
-            return weights.load_with_metadata(self.weights)
-        except RuntimeError as error:  # torch's, of sizes
-            raise ValueError(f"{self.what}: the model of its {CONFIG} cannot be built: {_told(error)}") from error
+        return weights.load_with_metadata(self.weights)
 
 
 def save_pretrained(

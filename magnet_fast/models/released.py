@@ -12,8 +12,9 @@ from typing import Any
 from torch import Tensor
 
 from magnet_fast.models.base import ReferringModel
+from magnet_fast.models.bounded import build_for
 from magnet_fast.models.files import is_safetensors, read_contents, safetensors_metadata
-from magnet_fast.models.registry import System, from_config, parse_config, systems
+from magnet_fast.models.registry import System, systems
 from magnet_fast.models.state import is_derived, load_strictly
 from magnet_fast.models.wrapping import listed, unwrap, without_shared_prefix
 
@@ -82,8 +83,12 @@ def from_released(source: str | os.PathLike[str] | Mapping[str, Any], **hints: A
         config = {"architecture": found.name, **released.config(kept, hints)}
     except KeyError as error:  # of `shape`
         raise ValueError(f"{what} lacks {error}, which the released models have") from error
+    except (IndexError, TypeError, ValueError, ArithmeticError) as error:
+        raise ValueError(
+            f"{what} holds tensors of shapes that no released {found.name} has ({error}): its sizes are not known"
+        ) from error
     renamed = rename(kept, released.rules, what, found.name)
-    model = from_config(parse_config(config))
+    model = build_for(config, kept, what)
     load_strictly(model, _as_linears(renamed, model), what)
     return model.eval()
 
@@ -249,6 +254,6 @@ def _as_linears(state: dict[str, Tensor], model: ReferringModel) -> dict[str, Te
     """Convolutions of size 1 as the Linears that some are here."""
     matrices = {name for name, value in model.state_dict().items() if value.ndim == 2}
     return {
-        name: value.flatten(1) if name in matrices and value.shape[2:].numel() == 1 else value
+        name: value.flatten(1) if name in matrices and value.ndim > 2 and value.shape[2:].numel() == 1 else value
         for name, value in state.items()
     }

@@ -13,9 +13,9 @@ from magnet_fast.atomic import write_atomically
 from magnet_fast.models import former
 from magnet_fast.models.base import ReferringModel
 from magnet_fast.models.base_weights import load_bases, with_bases, without_bases
+from magnet_fast.models.bounded import build_for
 from magnet_fast.models.compact import compacted, expanded
-from magnet_fast.models.files import is_safetensors, read_safetensors, safetensors_metadata
-from magnet_fast.models.registry import from_config
+from magnet_fast.models.files import dict_of, is_safetensors, read_safetensors, safetensors_metadata
 from magnet_fast.models.state import load_strictly
 from magnet_fast.models.wrapping import plain_name
 
@@ -90,8 +90,8 @@ def load_with_metadata(path: str | os.PathLike[str]) -> tuple[ReferringModel, di
     state, _ = read_safetensors(path)
     if format == FORMAT_COMPACT:
         state = expanded(state, what)
-    bases = json.loads(metadata.get("bases", "{}"))
-    return restored(json.loads(metadata["config"]), state, metadata, what, bases), metadata
+    bases, config = dict_of(metadata, "bases", what), dict_of(metadata, "config", what)
+    return restored(config, state, metadata, what, bases), metadata
 
 
 def restored(
@@ -110,9 +110,14 @@ def restored(
     """
     state = {plain_name(name): tensor for name, tensor in state.items()}
     if former.is_former(config):
-        beside = {key: int(metadata[name]) for key, name in _BESIDE.items() if name in metadata}
-        config, state = former.present_config(config, **beside), former.present_state(state)
-    model = from_config(config)
+        try:
+            beside = {key: int(metadata[name]) for key, name in _BESIDE.items() if name in metadata}
+            config, state = former.present_config(config, **beside), former.present_state(state)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(
+                f"{what}: its configuration is no model's, of this version or an earlier one ({error!r:.200})"
+            ) from error
+    model = build_for(config, state, what, with_bases=bool(bases))
     if bases:
         load_bases(model, bases, what)
         state = with_bases(state, model.state_dict(), bases, what)

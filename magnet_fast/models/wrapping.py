@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from magnet_fast.inert import PickledArray, StandIn, printable, type_name
+from magnet_fast.inert import PickledArray, StandIn, key_text, printable, type_name
 
 WRAPPERS = ("model", "state_dict", "model_state_dict", "model_state", "module", "net", "network", "weights", "params")
 """Entries under which training scripts keep a model's weights, the first one with tensors in it is taken."""
@@ -54,7 +54,7 @@ def unwrap(contents: Mapping[str, Any], what: str, beside: Iterable[str] = ()) -
             _refuse_whole(level, what)
         if key is None:
             break
-        place = f"{place}/{key}" if place else key
+        place = f"{place}/{key_text(key)}" if place else key_text(key)
         parts |= {name: level[name] for name in beside if isinstance(level.get(name), Mapping)}
         level = level[key]
     if not set(AVERAGED).isdisjoint(place.split("/")):
@@ -113,7 +113,7 @@ def _wrapper(level: Mapping[str, Any]) -> str | None:
 
 
 def _is_beside(key: Any) -> bool:
-    return any(word in str(key).lower() for word in _BESIDE)
+    return any(word in key_text(key).lower() for word in _BESIDE)
 
 
 def _is_tensor(value: Any) -> bool:
@@ -168,7 +168,7 @@ def _leaves(level: Mapping[Any, Any], depth: int = 1) -> Iterable[tuple[Any, Any
     elif depth:
         for part, inner in level.items():
             if isinstance(inner, Mapping) and not _is_beside(part):
-                yield from ((f"{part}.{name}", value) for name, value in _leaves(inner, depth - 1))
+                yield from ((f"{key_text(part)}.{key_text(name)}", value) for name, value in _leaves(inner, depth - 1))
 
 
 def _as_tensor(value: Any, what: str, where: str) -> Tensor:
@@ -201,6 +201,6 @@ def _refuse_whole(level: Mapping[str, Any], what: str) -> None:
 def _without_weights(contents: Mapping[str, Any], what: str) -> str:
     if not contents:
         return f"{what} is an empty dictionary; expected one of weights"
-    entries = [f"{printable(str(key))!r} ({type_name(value)})" for key, value in contents.items()]
+    entries = [f"{printable(key_text(key))!r} ({type_name(value)})" for key, value in contents.items()]
     listed = ", ".join(entries[:5]) + (f" and {len(entries) - 5} more" if len(entries) > 5 else "")
     return f"{what} holds no weights, but {listed}; expected a state dict: {SAVE_WEIGHTS}"

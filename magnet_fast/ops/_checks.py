@@ -16,8 +16,7 @@ def floating_tensor(value: Any, name: str, dimensions: int, shape: str) -> None:
     """`value` is a non-empty tensor of one of the four floating types with `dimensions` dimensions."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor {shape}, got {type(value).__name__}")
-    if value.layout != torch.strided:
-        raise TypeError(f"{name}: expected a dense tensor, got layout {value.layout}")
+    dense(value, name)
     if value.dtype not in FLOATING:
         raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {dtype_name(value.dtype)}")
     if value.dim() != dimensions:
@@ -25,6 +24,11 @@ def floating_tensor(value: Any, name: str, dimensions: int, shape: str) -> None:
     for size in value.shape:
         if size < 1:
             raise ValueError(f"{name}: every dimension of {shape} must be at least 1, got shape {tuple(value.shape)}")
+
+
+def dense(value: Tensor, name: str) -> None:
+    if value.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got layout {value.layout}")
 
 
 def exact_shape(value: Tensor, name: str, expected: Sequence[int], because: str) -> None:

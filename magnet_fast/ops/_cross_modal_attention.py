@@ -243,6 +243,7 @@ def _check_form(given: set[str]) -> None:
 def _check_mask(text_mask: Tensor, words: Tensor) -> None:
     if not isinstance(text_mask, Tensor):
         raise TypeError(f"text_mask: expected a bool tensor (B, T), got {type(text_mask).__name__}")
+    _checks.dense(text_mask, "text_mask")
     if text_mask.dtype != torch.bool:
         raise TypeError(f"text_mask: expected bool (True for a word), got {_checks.dtype_name(text_mask.dtype)}")
     _checks.exact_shape(text_mask, "text_mask", words.shape[:2], "batch and words")

@@ -112,6 +112,7 @@ def _prepare(features: Tensor, mask: Tensor, *, temperature: float = 0.1, normal
         shape, meaning = tuple(features.shape[:2]), "batch and pixels of features"
     if not isinstance(mask, Tensor):
         raise TypeError(f"mask: expected a tensor, got {type(mask).__name__}")
+    _checks.dense(mask, "mask")
     if mask.is_floating_point() or mask.is_complex():
         raise TypeError(f"mask: expected bool or an integer type (threshold it), got {_checks.dtype_name(mask.dtype)}")
     _checks.exact_shape(mask, "mask", shape, meaning)

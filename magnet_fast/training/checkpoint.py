@@ -14,6 +14,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from magnet_fast.atomic import write_atomically
+from magnet_fast.models.files import dict_of
 from magnet_fast.models.tensor_file import TensorFile
 from magnet_fast.training.distributed import World, broadcast_object
 
@@ -62,9 +63,11 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
                 )
             if metadata.get("format") != FORMAT:
                 raise ValueError(f"{path}: not a training checkpoint of this package (expected format {FORMAT!r})")
-            return _with_tensors(json.loads(metadata["state"]), file.get_tensor)
+            return _with_tensors(dict_of(metadata, "state", str(path)), file.get_tensor)
     except SafetensorError as error:
         raise ValueError(f"{path}: not a readable checkpoint: {error}") from error
+    except (TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path}: not a readable checkpoint: its state is of another form ({error})") from error
 
 
 def hand_out(state: dict[str, Any] | None, world: World) -> dict[str, Any] | None:

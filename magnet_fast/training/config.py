@@ -175,10 +175,7 @@ _LENGTHS = ("epochs", "max_steps", "max_minutes")
 
 def _read_with_base(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     """A file's entries laid over those of the file it builds on."""
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not a YAML file: {_on_one_line(error)}") from error
+    values = read_yaml(path) or {}
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected a mapping of sections, got {type(values).__name__}")
     base = values.pop("base", None)
@@ -186,8 +183,15 @@ def _read_with_base(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
         return values
     if not isinstance(base, str):
         raise ValueError(f"{path}: base: expected the name or path of a configuration, got {base!r}")
+    if "\0" in base:
+        raise ValueError(f"{path}: base: expected the name or path of a configuration, got {base!r:.80}")
     beside = path.parent / base
-    below = (beside if beside.is_file() else find_config(base)).resolve()
+    try:
+        below = (beside if beside.is_file() else find_config(base)).resolve()
+    except OSError as error:  # of a name that is too long, too
+        raise FileNotFoundError(
+            f"{path}: base: expected a configuration that exists, got {base!r:.120} ({error})"
+        ) from error
     chain = (*above, path.resolve())
     if below in chain:
         raise ValueError(f"{path}: base: {base} builds on this file itself")
@@ -197,6 +201,37 @@ def _read_with_base(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     if any(key in values for key in _LENGTHS):
         entries = {key: value for key, value in entries.items() if key not in _LENGTHS}
     return _laid_over(entries, values, depth=2)
+
+
+def read_yaml(path: Path) -> Any:
+    """What a YAML file holds.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no YAML of plain values, or has more of them than any configuration; the path is named.
+    """
+    try:
+        return _parsed(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not a YAML file: {_on_one_line(error)}") from error
+
+
+_MOST = 100_000  # values: aliases of aliases make millions of a few lines
+
+
+def _parsed(text: str) -> Any:
+    try:
+        content = yaml.safe_load(text)
+    except Exception as error:  # of dates, numbers and lists in lists, many kinds
+        raise ValueError(str(error)) from error
+    waiting, count = [content], 0
+    while waiting:
+        item = waiting.pop()
+        count += 1
+        if count > _MOST:
+            raise ValueError(f"expected at most {_MOST} values, aliases (*) counted each time, got more")
+        waiting += [*item, *item.values()] if isinstance(item, dict) else item if isinstance(item, list | set) else []
+    return content
 
 
 def _on_one_line(error: Exception) -> str:
@@ -222,8 +257,8 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise ValueError(f"--set {override}: expected section.key=value")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        value = _parsed(text)
+    except ValueError as error:
         raise ValueError(f"--set {override}: the value is not YAML: {_on_one_line(error)}") from error
     if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
         value = float(value)  # YAML 1.1 takes 1e-4, having no dot, for a string

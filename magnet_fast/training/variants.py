@@ -6,10 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from magnet_fast.training.config import CONFIG_FOLDER, TrainConfig, apply_override, load_config, parse_config
+from magnet_fast.training.config import (
+    CONFIG_FOLDER,
+    TrainConfig,
+    apply_override,
+    load_config,
+    parse_config,
+    read_yaml,
+)
 from magnet_fast.training.strict import Strict, explain
 
 
@@ -77,7 +83,7 @@ def load_study(source: str | Path) -> Study:
         shipped = ", ".join(sorted(file.stem for file in path.parent.glob("*.yaml")))
         raise FileNotFoundError(f"{source}: no such study, and none of the shipped ones ({shipped})")
     try:
-        return Study.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+        return Study.model_validate(read_yaml(path))
     except ValidationError as error:
         raise ValueError("\n".join(f"{path}: {explain(entry, Study)}" for entry in error.errors())) from None
 

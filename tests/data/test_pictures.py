@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
+from magnet_fast.data.datasets.base import picture_size, read_picture
 from magnet_fast.data.transforms import as_rgb, as_shown, open_image, orientation
 
 RNG = np.random.default_rng(0)
@@ -213,3 +214,24 @@ def test_a_file_that_may_not_be_read(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(Image, "open", denied)  # root may read everything
     with pytest.raises(ValueError, match=r"^image .*a\.png cannot be read: permission denied$"):
         open_image(tmp_path / "a.png")
+
+
+def test_postscript_is_not_run(tmp_path: Path) -> None:
+    """Pillow would start Ghostscript."""
+    path = tmp_path / "a.png"
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 20\n%%EndComments\nshowpage\n%%EOF\n")
+    for read in (as_rgb, as_shown, orientation, picture_size, lambda path: read_picture(path, "RGB")):
+        with pytest.raises(ValueError, match=r"a\.png is PostScript \(EPS\), a program, which is not run"):
+            read(path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"P6 65\xf3k\xc4 4 255\n", b"P5 1 1 255*_" + b"x" * 30 + b"\n", b"DDS " + bytes([124]) + bytes(200)],
+)
+def test_data_sets_name_a_picture_whatever_pillow_raises(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(content)
+    for read in (picture_size, lambda path: read_picture(path, "RGB")):
+        with pytest.raises(ValueError, match=r"a\.png: not a readable picture"):
+            read(path)

@@ -179,3 +179,33 @@ def test_shared_and_recursive_containers(tmp_path):
     (tmp_path / "refs.p").write_bytes(pickle.dumps([shared, shared]))
     first, second = load_plain_pickle(tmp_path / "refs.p")
     assert first is second and first[1] is first
+
+
+def nested_tuples(depth: int) -> bytes:
+    """A dictionary whose key is a tuple in a tuple, and so on."""
+    return b"\x80\x02](}(" + b")" + b"\x85" * depth + b"K\x01ue."
+
+
+def test_tuples_that_would_overflow_the_stack_are_refused(tmp_path):
+    """Python's hash of a tuple calls itself in C: 200,000 of them end the process by a signal."""
+    path = tmp_path / "refs.p"
+    path.write_bytes(nested_tuples(9_000))
+    assert len(load_plain_pickle(path)) == 1
+    for content in (nested_tuples(300_000), b"\x80\x02](}(" + b")" + b"\x85N0" * 300_000 + b"K\x01ue."):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"refs\.p: not a readable pickle .*tuples in one another, over"):
+            load_plain_pickle(path)
+
+
+def test_many_tuples_beside_each_other_are_read(tmp_path):
+    boxes = [{"box": (number, (1.5, "a"), (2, number, None))} for number in range(8_000)]
+    for protocol in range(6):
+        (tmp_path / "refs.p").write_bytes(pickle.dumps(boxes, protocol))
+        assert load_plain_pickle(tmp_path / "refs.p") == boxes
+
+
+@pytest.mark.parametrize("put", [b"r\xff\xff\xff\x0f", b"p268435455\n", b"q\xff"])
+def test_a_memo_with_gaps_is_refused_before_it_takes_memory(tmp_path, put):
+    (tmp_path / "refs.p").write_bytes(b"\x80\x02]" + put + b".")
+    with pytest.raises(ValueError, match=r"refs\.p: not a readable pickle .*its memo has gaps"):
+        load_plain_pickle(tmp_path / "refs.p")

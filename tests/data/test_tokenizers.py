@@ -234,3 +234,32 @@ def test_no_padding_token(tmp_path: Path) -> None:
     transformers.PreTrainedTokenizerFast(tokenizer_object=plain, unk_token="[UNK]").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="has no padding token"):
         open_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"[" * 100_000, "recursion"),
+        (
+            b'{"model": {"merges": [], "vocab": {"a": 4294967296}}}',
+            "expected ids of tokens that are whole",
+        ),
+        (b'{"model": {"merges": [], "vocab": {}}, "added_tokens": [{"content": "a", "id": "x"}]}', "got 'x'"),
+    ],
+)
+def test_hostile_json_is_named(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "tokenizer.json").write_bytes(content)
+    with pytest.raises(ValueError, match=f"tokenizer.json is not CLIP's vocabulary .*{message}"):
+        ClipTokenizer(tmp_path)
+
+
+def test_a_packed_file_of_merges_is_unpacked_to_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("magnet_fast.data.tokenizers.clip._LARGEST", 1000)
+    path = tmp_path / "bpe_simple_vocab_16e6.txt.gz"
+    for content, message in (
+        (gzip.compress(bytes(5000)), "expected at most 1000 bytes"),
+        (b"\x1f\x8b\x08\x00junk", ""),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=f"is not CLIP's vocabulary .*{message}"):
+            ClipTokenizer(path)

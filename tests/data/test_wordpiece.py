@@ -186,3 +186,32 @@ def test_checkpoints_of_before_still_know_their_vocabulary(tmp_path):
 def test_max_tokens_is_checked(max_tokens, error):
     with pytest.raises(error, match="max_tokens"):
         Tokenizer(max_tokens=max_tokens)
+
+
+@pytest.mark.parametrize("index", [1 << 31, 10**30, -1, 1.5, None, True])
+def test_ids_that_tables_would_be_made_for_are_bounded(tmp_path, index):
+    tree = json.loads(Tokenizer().to_json())
+    path = tmp_path / "tokenizer.json"
+    for change in ("vocab", "added_tokens"):
+        changed = json.loads(json.dumps(tree))
+        if change == "vocab":
+            changed["model"]["vocab"]["zebra"] = index
+        else:
+            changed["added_tokens"] = [{"id": index, "content": "zebra"}]
+        path.write_text(json.dumps(changed))
+        with pytest.raises(ValueError, match=r"tokenizer\.json: expected ids of tokens that are whole numbers below"):
+            Tokenizer(path)
+
+
+def test_what_the_library_raises_while_it_encodes_names_the_file(tmp_path):
+    tree = json.loads(Tokenizer().to_json())
+    tree["model"]["unk_token"] = "[NONE]"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tree))
+    with pytest.raises(ValueError, match=r"tokenizer\.json: encoding: WordPiece error: Missing"):
+        Tokenizer(tmp_path)("日本")
+
+
+def test_nested_json_is_no_tokenizer(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"tokenizer\.json is not a tokenizer\.json"):
+        Tokenizer(tmp_path)

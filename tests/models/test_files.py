@@ -29,7 +29,9 @@ from torch import Tensor, nn
 
 from magnet_fast.inert import StandIn
 from magnet_fast.models.files import is_safetensors, read_contents
+from magnet_fast.models.released import from_released
 from magnet_fast.models.wrapping import unwrap
+from tests.golden.parameters import released_checkpoint
 
 WEIGHTS = {"a.weight": torch.arange(6.0).view(2, 3).T, "b.count": torch.tensor(3)}
 
@@ -372,3 +374,75 @@ def test_sizes_that_a_file_claims_are_checked(tmp_path: Path) -> None:
         archive.writestr("archive/data.pkl", pickle.dumps({}, protocol=2))
         archive.writestr("archive/data/0", bytes(10_000_000))
     assert "over a hundred times" in refusal(tmp_path, bomb.getvalue())
+
+
+@pytest.mark.parametrize("form", ["bare", "legacy", "zip"])
+def test_tuples_that_would_overflow_the_stack_are_refused(tmp_path: Path, form: str) -> None:
+    program = b"\x80\x02}(" + b")" + b"\x85" * 300_000 + b"K\x01u."
+    content = program
+    if form == "legacy":
+        whole = io.BytesIO()
+        torch.save({}, whole, _use_new_zipfile_serialization=False)
+        content = whole.getvalue()[: whole.getvalue().index(b"}q")] + program[2:]
+    elif form == "zip":
+        archive = io.BytesIO()
+        with zipfile.ZipFile(archive, "w") as file:
+            file.writestr("archive/data.pkl", program)
+        content = archive.getvalue()
+    path = tmp_path / "file.pth"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"file\.pth.* cannot be read safely: damaged .*tuples in one another"):
+        read_contents(path)
+
+
+def zipped(path: Path, change: Callable[[bytes], bytes]) -> Path:
+    torch.save({"model": {"a": torch.ones(2)}}, path)
+    path.write_bytes(change(path.read_bytes()))
+    return path
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda content: content.replace(b"data.pkl", b"da\xff\xfepkl"),  # no UTF-8, where the flag says so
+        lambda content: content.replace(b"PK\x01\x02\x00\x00\x00\x00\x00\x08", b"PK\x01\x02\x00\x00\x00\x00\x01\x08"),
+        lambda content: content[: len(content) // 2] + b"\x00" * 40 + content[len(content) // 2 + 40 :],
+    ],
+)
+def test_archives_with_a_damaged_directory_are_named(tmp_path: Path, change: Callable[[bytes], bytes]) -> None:
+    try:
+        read_contents(zipped(tmp_path / "file.pth", change))
+    except ValueError as error:
+        assert "file.pth" in str(error)
+
+
+def test_keys_that_python_cannot_print_are_named_by_their_kind() -> None:
+    deep: tuple = ()
+    for _ in range(5000):
+        deep = (deep,)
+    with pytest.raises(ValueError, match=r"it holds no weights, but 'tuple' \(int\), 'int' \(int\); expected"):
+        unwrap({deep: 1, 10**5000: 2}, "it")
+    with pytest.raises(ValueError, match="it holds no weights, but 'tuple'"):
+        unwrap({deep: {deep: {}, 10**5000: 1}, "a": 3}, "it")
+
+
+def test_weights_under_a_key_that_is_no_text(tmp_path: Path) -> None:
+    contents = {("a", 1): {"w": torch.ones(2)}}
+    assert unwrap(contents, "it")["w"].shape == (2,)
+
+
+@pytest.mark.parametrize("name", ["bert_model", "model"])
+def test_released_shapes_that_tell_no_size_are_named(name: str) -> None:
+    checkpoint = {part: dict(state) for part, state in released_checkpoint("lavt").items()}
+    table = "backbone.layers.0.blocks.0.attn.relative_position_bias_table"
+    checkpoint[name]["embeddings.word_embeddings.weight" if name == "bert_model" else table] = torch.ones(3)
+    with pytest.raises(ValueError, match="the released checkpoint holds tensors of shapes that no released lavt has"):
+        from_released(checkpoint)
+
+
+def test_a_released_file_cannot_ask_for_a_model_beyond_its_bytes() -> None:
+    """One number spread over a large shape takes four bytes."""
+    checkpoint = {part: dict(state) for part, state in released_checkpoint("lavt").items()}
+    checkpoint["bert_model"]["embeddings.word_embeddings.weight"] = torch.ones(1).expand(1 << 40, 64)
+    with pytest.raises(ValueError, match="its configuration asks for a model of over .* numbers, and the file holds"):
+        from_released(checkpoint)

@@ -174,3 +174,10 @@ GOOD = {
 def test_bad_input(error, message, change):
     with pytest.raises(error, match=message):
         ops.cross_modal_attention(**{**GOOD, **change})
+
+
+def test_a_sparse_mask_is_refused():
+    case = cross_modal_case("separate")
+    args, kwargs = case.arguments(*case.leaves)
+    with pytest.raises(TypeError, match="text_mask: expected a dense tensor"):
+        ops.cross_modal_attention(*args, **{**kwargs, "text_mask": WORDS.to_sparse()})

@@ -125,3 +125,8 @@ FEATURES, MASK = torch.zeros(2, 3, 4, 5), torch.zeros(2, 4, 5, dtype=torch.bool)
 def test_bad_input(error, message, change):
     with pytest.raises(error, match=message):
         ops.pixel_contrastive_loss(**{"features": FEATURES, "mask": MASK, **change})
+
+
+def test_a_sparse_mask_is_refused():
+    with pytest.raises(TypeError, match="mask: expected a dense tensor"):
+        ops.pixel_contrastive_loss(torch.ones(1, 4, 2), torch.eye(4)[:1].bool().to_sparse())

@@ -85,3 +85,22 @@ def test_every_kind_of_value_comes_back(tmp_path) -> None:
         assert torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype
     with pytest.raises(TypeError, match="state: a/0 is a set"):
         save_checkpoint({"a": [{1}]}, tmp_path / "c.safetensors")
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"state": "{"},
+        {"state": "[]"},
+        {"state": "[" * 100_000},
+        {"state": '{"a": {"$items": 3}}'},
+        {"state": '{"a": {"$items": [[{}, 1]]}}'},
+        {"state": '{"a": {"$tensor": 3}}'},
+        {"state": '{"a": {"$tensor": "absent"}}'},
+    ],
+)
+def test_a_state_of_another_form_is_named(tmp_path, metadata: dict) -> None:
+    path = tmp_path / "checkpoint.safetensors"
+    save_file({"x": torch.ones(1)}, path, {"format": FORMAT, **metadata})
+    with pytest.raises(ValueError, match="checkpoint.safetensors"):
+        load_checkpoint(path)

@@ -113,3 +113,31 @@ def test_a_missing_configuration_lists_the_shipped_ones(tmp_path) -> None:
         find_config("magnet_tiny_scene")
     with pytest.raises(FileNotFoundError):
         find_config(tmp_path / "magnet_tiny_scenes.yaml")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "seed: 2001-99-99",
+        "seed: !!timestamp x",
+        "seed: 0x_",
+        "seed: !!float x",
+        "a: " + "[" * 3000,
+        "a: &a [*a]",
+        "a: &a [x, x, x, x, x, x, x, x, x, x]\n"
+        + "\n".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 10)}]" for a, b in ("ab", "bc", "cd", "de", "ef")),
+    ],
+)
+def test_values_that_yaml_cannot_read_name_the_file(tmp_path, text: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"run\.yaml: not a YAML file"):
+        load_config(path)
+
+
+@pytest.mark.parametrize("base", ["missing", "a/" * 3000, ".", "''"])
+def test_a_base_that_does_not_exist_names_the_file(tmp_path, base: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(f"base: {base}")
+    with pytest.raises(FileNotFoundError, match=r"run\.yaml: base: expected a configuration that exists, got"):
+        load_config(path)

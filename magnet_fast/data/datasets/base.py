@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from magnet_fast.data.datasets.reader import Ref, Sentence, Tally
+from magnet_fast.data.transforms.pictures import refuse_program
 from magnet_fast.models.files import foreign
 
 Folders = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
@@ -212,22 +213,28 @@ def find_file(name: str, folders: Sequence[Path], what: str) -> Path:
 
 def read_picture(path: Path, mode: str, stored_as: Sequence[str] = ()) -> np.ndarray:
     """A picture's pixels in one of Pillow's modes. ValueError if unreadable or its own mode is not in `stored_as`."""
-    try:
-        with Image.open(path) as picture:
-            if stored_as and picture.mode not in stored_as:
-                raise ValueError(f"{path} is a picture of mode {picture.mode}; expected {' or '.join(stored_as)}")
+    with _opened(path) as picture:
+        if stored_as and picture.mode not in stored_as:
+            raise ValueError(f"{path} is a picture of mode {picture.mode}; expected {' or '.join(stored_as)}")
+        try:
             return np.asarray(picture.convert(mode))
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # what Pillow raises for broken files
-        raise ValueError(f"{path}: not a readable picture ({error})") from error
+        except Exception as error:  # of a broken file, many kinds
+            raise ValueError(f"{path}: not a readable picture ({error})") from error
 
 
 def picture_size(path: Path) -> tuple[int, int]:
     """Height and width in a picture's header. Raises ValueError if it is unreadable."""
+    with _opened(path) as picture:
+        return picture.height, picture.width
+
+
+def _opened(path: Path) -> Image.Image:
     try:
-        with Image.open(path) as picture:
-            return picture.height, picture.width
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        picture = Image.open(path)
+    except Exception as error:  # of a broken file, many kinds
         raise ValueError(f"{path}: not a readable picture ({error})") from error
+    refuse_program(picture, f"image {path}")
+    return picture
 
 
 def one_sentence(sent_id: int, raw: str, kind: str | None = None) -> tuple[Sentence]:

@@ -6,9 +6,9 @@ import hashlib
 import re
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -16,6 +16,7 @@ from magnet_fast.models.contract import Text
 
 _LONGEST = 10_000  # characters; tokenizers take seconds for a million, of which a model reads some twenty words
 
+_T = TypeVar("_T")
 _HALF = re.compile("[\ud800-\udbff](?![\udc00-\udfff])|(?<![\ud800-\udbff])[\udc00-\udfff]")
 
 
@@ -191,6 +192,30 @@ class ExpressionTokenizer(ABC):
     def _tokens(self) -> list[str]:
         ids = self.vocabulary
         return sorted(ids, key=ids.__getitem__)
+
+
+def native(function: Callable[[], _T], what: str) -> _T:
+    """What a function of the tokenizers library gives; ValueError, which begins with `what`, for all that it raises:
+    it knows no kinds of its own, and a panic of its own is no `Exception`."""
+    try:
+        return function()
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"{what}: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
+
+
+def check_ids(ids: Iterable[Any], what: str) -> None:
+    """ValueError for ids of tokens that are no whole numbers from 0 to `MOST_TOKENS`: tables are allocated by them."""
+    for one in ids:
+        if type(one) is not int or not 0 <= one < MOST_TOKENS:
+            raise ValueError(
+                f"{what}: expected ids of tokens that are whole numbers below {MOST_TOKENS}, got {one!r:.40}"
+            )
+
+
+MOST_TOKENS = 1 << 21
+"""Ids of a vocabulary: the largest published ones have some 500,000."""
 
 
 def digest_of(tokens: Sequence[str]) -> str:

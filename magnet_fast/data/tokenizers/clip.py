@@ -6,6 +6,7 @@ import gzip
 import html
 import json
 import os
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,12 @@ from typing import Any
 import tokenizers
 from tokenizers import normalizers, pre_tokenizers
 
-from magnet_fast.data.tokenizers.base import ExpressionTokenizer, Reading
+from magnet_fast.data.tokenizers.base import ExpressionTokenizer, Reading, check_ids, native
 from magnet_fast.models.contract import Text
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 _WORD_END = "</w>"
+_LARGEST = 1 << 26  # bytes; CLIP's has 3 million
 _MERGES = 49152 - 256 - 2  # CLIP reads so many of its file's 262,144 lines
 _FILES = "bpe_simple_vocab_16e6.txt.gz, vocab.json with merges.txt, or tokenizer.json"
 _WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -50,10 +52,10 @@ class ClipTokenizer(ExpressionTokenizer):
                 "with every byte, inside and at the end of a word, and its start and end tokens"
             )
         self._start, self._end = ids[START], ids[END]
-        try:
-            model = tokenizers.models.BPE(ids, merges, continuing_subword_prefix="", end_of_word_suffix=_WORD_END)
-        except Exception as error:  # the library raises bare Exception
-            raise ValueError(f"{self._path}: its merges do not fit its vocabulary: {error}") from error
+        model = native(
+            lambda: tokenizers.models.BPE(ids, merges, continuing_subword_prefix="", end_of_word_suffix=_WORD_END),
+            f"{self._path}: its merges do not fit its vocabulary",
+        )
         self._tokenizer = tokenizers.Tokenizer(model)
         self._tokenizer.normalizer = normalizers.Sequence(
             [normalizers.NFC(), normalizers.Replace(tokenizers.Regex(r"\s+"), " "), normalizers.Lowercase()]
@@ -90,7 +92,7 @@ class ClipTokenizer(ExpressionTokenizer):
 
     def _encode(self, text: str) -> tuple[list[int], bool]:
         text = html.unescape(html.unescape(text)).strip()
-        words = self._tokenizer.encode(text, add_special_tokens=False).ids
+        words = native(lambda: self._tokenizer.encode(text, add_special_tokens=False).ids, f"{self._path}: encoding")
         return [self._start, *words[: self.max_tokens - 2], self._end], len(words) > self.max_tokens - 2
 
 
@@ -127,17 +129,22 @@ def _read(path: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
             return _ids(content), merges
         pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in content["model"]["merges"]]
         ids = _ids(content["model"]["vocab"])
-        ids |= {one["content"]: one["id"] for one in content.get("added_tokens", ())}
+        ids |= _ids({one["content"]: one["id"] for one in content.get("added_tokens", ())})
         return ids, [(left, right) for left, right in pairs]
     except FileNotFoundError:
         raise
-    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, RecursionError, zlib.error) as error:
         raise ValueError(f"{path} is not CLIP's vocabulary ({error}); expected {_FILES}") from error
 
 
 def _text(path: Path) -> str:
-    content = path.read_bytes()
-    return (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8")
+    if path.suffix != ".gz":
+        return path.read_bytes().decode("utf-8")
+    with gzip.open(path) as file:
+        content = file.read(_LARGEST + 1)  # a few bytes may unpack to any number
+    if len(content) > _LARGEST:
+        raise ValueError(f"expected at most {_LARGEST} bytes, unpacked, got more")
+    return content.decode("utf-8")
 
 
 def _merges_of(text: str) -> list[tuple[str, str]]:
@@ -151,6 +158,7 @@ def _merges_of(text: str) -> list[tuple[str, str]]:
 
 
 def _ids(content: Any) -> dict[str, int]:
-    if not isinstance(content, dict) or not all(isinstance(index, int) for index in content.values()):
+    if not isinstance(content, dict):
         raise ValueError("it holds no dict of tokens and ids")
+    check_ids(content.values(), "its vocabulary")
     return dict(content)

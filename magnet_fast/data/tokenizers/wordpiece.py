@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import tokenizers
 
-from magnet_fast.data.tokenizers.base import ExpressionTokenizer, digest_of
+from magnet_fast.data.tokenizers.base import ExpressionTokenizer, check_ids, digest_of, native
 
 SHIPPED_VOCABULARY = Path(__file__).parent.with_name("vocab.txt")
 _SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
@@ -77,7 +78,8 @@ class Tokenizer(ExpressionTokenizer):
         return self._tokenizer.to_str()
 
     def _encode(self, text: str) -> tuple[list[int], bool]:
-        ids = [self._begin, *self._tokenizer.encode(text, add_special_tokens=False).ids, self._end]
+        found = native(lambda: self._tokenizer.encode(text, add_special_tokens=False).ids, f"{self._source}: encoding")
+        ids = [self._begin, *found, self._end]
         return ids[: self.max_tokens], len(ids) > self.max_tokens + 1  # the end token alone is no loss
 
 
@@ -95,12 +97,27 @@ def _find_vocabulary(vocabulary: str | os.PathLike[str] | None) -> Path:
     return path
 
 
+def read_tree(path: Path) -> str:
+    """The text of a tokenizer.json, of which the ids are looked at: the library allocates by them."""
+    content = path.read_bytes()
+    try:
+        tree = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not a tokenizer.json: {type(error).__name__}: {error}") from error
+    tree = tree if isinstance(tree, dict) else {}
+    inner = tree.get("model")
+    for table in (inner.get("vocab") if isinstance(inner, dict) else None, tree.get("added_tokens")):
+        if isinstance(table, dict):
+            check_ids(table.values(), str(path))
+        elif isinstance(table, list):
+            check_ids((one["id"] for one in table if isinstance(one, dict) and "id" in one), str(path))
+    return content.decode("utf-8-sig")
+
+
 def _load(path: Path) -> tokenizers.Tokenizer:
     if path.suffix == ".json":
-        try:
-            tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception
-            raise ValueError(f"{path} is not a tokenizer.json: {error}") from error
+        content = read_tree(path)
+        tokenizer = native(lambda: tokenizers.Tokenizer.from_str(content), f"{path} is not a tokenizer.json")
         tokenizer.no_padding()
         tokenizer.no_truncation()
         return tokenizer

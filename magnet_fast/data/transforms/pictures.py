@@ -151,7 +151,11 @@ def opened(path: Path) -> Image.Image:
     if path.stat().st_size == 0:
         raise ValueError(f"image {path} is empty (0 bytes)")
     try:
-        return Image.open(path)
+        image = Image.open(path)
+        refuse_program(image, f"image {path}")
+        return image
+    except _ProgramError:
+        raise
     except UnidentifiedImageError as error:
         raise ValueError(
             f"image {path} cannot be read: no format that Pillow knows (HEIC is none); convert it to JPEG or PNG"
@@ -164,6 +168,16 @@ def opened(path: Path) -> Image.Image:
         raise ValueError(f"image {path} cannot be read: permission denied") from error
     except Exception as error:  # of a broken file, many kinds
         raise ValueError(f"image {path} cannot be read: {_reason(error)}; is the file whole?") from error
+
+
+class _ProgramError(ValueError):
+    pass
+
+
+def refuse_program(image: Image.Image, name: str) -> None:
+    """ValueError for PostScript, which Pillow has Ghostscript run."""
+    if image.format == "EPS":
+        raise _ProgramError(f"{name} is PostScript (EPS), a program, which is not run; convert it to PNG")
 
 
 def _decoded(image: Image.Image, name: str) -> tuple[Image.Image, int]:

@@ -1,26 +1,19 @@
-"""Random and mutated annotations through `data check` and a loader worker; any number of them, by hand or by a test.
+"""Random and mutated annotations through `data check` and a loader's worker.
 
-    python -m tests.data.fuzz_segmentations COUNT [SEED]
-
-ends with a line of JSON. It fails by an exception for a mask that is not the independent one, for anything but a
-ValueError on the way, for a record that takes over `SECONDS` of work, and for data memory of `MEMORY` over that of the
-start, of this process or of the worker.
+A finding is a mask that is not the independent one, anything but a ValueError on the way, and a record that takes over
+`SECONDS` of work.
 """
 
 from __future__ import annotations
 
 import json
 import random
-import re
-import resource
 import signal
-import sys
-import tempfile
-import time
 import warnings
+from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image
@@ -31,22 +24,17 @@ from magnet_fast.data import ExpressionDataset, Tokenizer
 from magnet_fast.data.check import check_data
 from magnet_fast.data.datasets import open_reader
 from magnet_fast.data.datasets.base import BrokenRecordsError
+from tests.fuzz.mutating import ODD, mutated_tree
+from tests.fuzz.target import READ, REFUSED, Target
 
 SECONDS = 30
-MEMORY = 1 << 30
 HEIGHT, WIDTH = 18, 24  # of the picture that is there; what instances.json says may differ
-CHUNK = 2000
-ODD = [
-    None, True, False, "", "x", "64", 0, -1, 1.5, -0.0, 5e-324, 1e308, -1e308, float("nan"), float("inf"), 2**31, 2**32,
-    2**53 + 1, 2**63, 2**64, -(2**63), 10**400, [], {}, [[]], [None], {"counts": []}, {"size": [18, 24], "counts": ""},
-    "\ud800", "\x00", "0" * 500, "o" * 500, [0] * 500, [[1, 2]] * 50,
-]  # fmt: skip
 
 
 class Fuzz:
     """A seeded source of annotations and of images' sizes."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int | str) -> None:
         self.draw = random.Random(seed)
 
     def size(self) -> tuple[Any, Any]:
@@ -64,7 +52,7 @@ class Fuzz:
         sound = type(height) is type(width) is int and min(height, width) > 0 and height * width < 1e6
         found: Any = self._sound(*((height, width) if sound else (HEIGHT, WIDTH)))
         for _ in range(self.draw.choice([0, 0, 1, 1, 1, 2, 3, 4])):
-            found = self._mutated(found)
+            found = mutated_tree(self.draw, found)
         return found
 
     def _sound(self, height: int, width: int) -> Any:
@@ -99,46 +87,6 @@ class Fuzz:
                 value = pixel
             runs[-1] += 1
         return {"size": [height, width], "counts": runs}
-
-    def _mutated(self, node: Any) -> Any:
-        draw = self.draw
-        inner = list(range(len(node))) if isinstance(node, list) else list(node) if isinstance(node, dict) else []
-        if inner and draw.random() < 0.75:  # further down
-            key = draw.choice(inner)
-            node = node.copy()
-            node[key] = self._mutated(node[key])
-            return node
-        change = draw.randrange(7)
-        if change == 0:
-            return draw.choice(ODD)
-        if change == 1:
-            return [node]
-        if isinstance(node, list) and node:
-            place = draw.randrange(len(node))
-            return [
-                node[:place],
-                node[:place] + node[place + 1 :],
-                node * draw.choice([2, 3, 50]),
-                node[:place] + [draw.choice(ODD)] + node[place:],
-                draw.sample(node, len(node)),
-            ][change - 2]
-        if isinstance(node, dict) and node:
-            key = draw.choice(list(node))
-            left = {name: value for name, value in node.items() if name != key}
-            return [left, {**left, key: draw.choice(ODD)}, {**node, draw.choice(["size", "counts", "x"]): node[key]}][
-                change % 3
-            ]
-        if isinstance(node, str):
-            place = draw.randint(0, len(node))
-            odd = chr(draw.choice([draw.randrange(48, 112), draw.randrange(0x2000)]))
-            return [node[:place], node[:place] + odd + node[place:], node[:place] + odd + node[place + 1 :], node * 3][
-                change % 4
-            ]
-        if isinstance(node, (int, float)) and abs(node) < 1e300:
-            return [node + 1, node - 1, node + 0.5, -node, node * 10 ** draw.randint(1, 20), float(node), str(node)][
-                change
-            ]
-        return draw.choice(ODD)
 
 
 def independent_mask(segmentation: Any, height: int, width: int) -> np.ndarray:
@@ -199,18 +147,13 @@ class Outcomes(Dataset):
         return sample["ref"], sample["original_mask"].numpy()
 
 
-def data_memory(process: int | str = "self") -> int:
-    """Bytes of private memory that may be written."""
-    return 1024 * int(re.search(r"VmData:\s+(\d+)", Path(f"/proc/{process}/status").read_text())[1])
-
-
 def watch() -> None:
     """Let the system end this process, whatever it is busy with, unless this is called again in time."""
     signal.setitimer(signal.ITIMER_PROF, SECONDS)  # of its own work: other processes do not count
 
 
-def run_chunk(root: Path, fuzz: Fuzz, count: int, totals: dict[str, int]) -> None:
-    """Write a data set, check it, load it, and compare."""
+def run_chunk(root: Path, fuzz: Fuzz, count: int) -> list[str]:
+    """Write a data set, check it, load it, and compare; what came of each annotation."""
     sizes = [fuzz.size() for _ in range(count)]
     segmentations = [fuzz.segmentation(*size) for size in sizes]
     content = {
@@ -231,40 +174,47 @@ def run_chunk(root: Path, fuzz: Fuzz, count: int, totals: dict[str, int]) -> Non
     except BrokenRecordsError as error:
         reader = error.reader
     dataset = ExpressionDataset(reader, "train", Tokenizer(), 16, original=True)
-    totals["left out or broken"] += count - len(dataset)
+    outcomes = [REFUSED] * (count - len(dataset))
     loader = DataLoader(Outcomes(dataset), batch_size=25, num_workers=1, timeout=20 * SECONDS, collate_fn=list)
     for ref_id, outcome in chain.from_iterable(loader):
         watch()
         if isinstance(outcome, str):
-            totals["refused"] += 1
+            outcomes.append(REFUSED)
             assert "annotation" in outcome or "instances.json says" in outcome, outcome
             continue
-        totals["accepted"] += 1
+        outcomes.append(READ)
         expected = independent_mask(segmentations[int(ref_id)]["segmentation"], HEIGHT, WIDTH)
         assert np.array_equal(outcome, expected), segmentations[int(ref_id)]
     signal.setitimer(signal.ITIMER_PROF, 0)
+    return outcomes
 
 
-def main(count: int, seed: int) -> None:
-    """Run so many records and print what came of them."""
-    warnings.simplefilter("ignore")
-    root = Path(tempfile.mkdtemp(prefix="fuzz"))
-    (root / "own").mkdir()
-    (root / "images").mkdir()
-    Image.new("RGB", (WIDTH, HEIGHT)).save(root / "images/a.png")
-    totals = dict.fromkeys(("accepted", "refused", "left out or broken"), 0)
-    run_chunk(root, Fuzz(-1), 20, dict(totals))  # everything is imported, and the allocator's arenas are there
-    start, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
-    limit = data_memory() + MEMORY
-    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))  # the worker inherits it
-    fuzz = Fuzz(seed)
-    for done in range(0, count, CHUNK):
-        run_chunk(root, fuzz, min(CHUNK, count - done), totals)
-        print(f"{min(done + CHUNK, count)} of {count}: {totals}", file=sys.stderr, flush=True)
-    peaks = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    totals |= {"MiB over the start": [(peak - start) >> 10 for peak in peaks], "seconds": int(time.monotonic() - began)}
-    print(json.dumps(totals))
+class FuzzTarget(Target):
+    """Data sets of `together` annotations, through `data check` and a loader's worker."""
 
+    quick: ClassVar[int] = 400
+    together: ClassVar[int] = 500
+    batch: ClassVar[int] = 20_000
+    long: ClassVar[int] = 1_000_000
 
-if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 0)
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        (folder / "own").mkdir()
+        (folder / "images").mkdir()
+        Image.new("RGB", (WIDTH, HEIGHT)).save(folder / "images/a.png")
+        warnings.simplefilter("ignore")
+        run_chunk(folder, Fuzz(-1), 20)  # everything is imported, and the allocator's arenas are there
+
+    def try_one(self, draw: random.Random) -> str:
+        raise NotImplementedError("annotations are tried many at once")
+
+    def try_many(self, seed: int, first: int, count: int, done: Callable[[int, str | BaseException], None]) -> None:
+        # Not by the audit hook: the loader forks. Numbers count from the chunk's first one.
+        for begin in range(first, first + count, self.together):
+            size = min(self.together, first + count - begin)
+            try:
+                outcomes: list[str | BaseException] = [*run_chunk(self.folder, Fuzz(f"{seed} {begin}"), size)]
+            except BaseException as error:
+                outcomes = [error] + [REFUSED] * (size - 1)
+            for number, outcome in enumerate(outcomes, begin):
+                done(number, outcome)
