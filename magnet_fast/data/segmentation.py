@@ -131,7 +131,7 @@ def check_points(points: list, height: int, width: int) -> np.ndarray:
         if values.size and (values.min() < -MARGIN * side or values.max() > (1 + MARGIN) * side):
             raise ValueError(
                 f"polygon reaches from {values.min():g} to {values.max():g} in {'xy'[axis]}, "
-                f"the image from 0 to {side}: more than {MARGIN} sides outside"
+                f"the image from 0 to {side}: more than {MARGIN} times that side outside"
             )
     return found
 

@@ -41,7 +41,7 @@ def load_config(source: str | Path | None, overrides: list[str] | tuple[str, ...
         values = _read_with_base(path)
     for override in overrides:
         apply_override(values, override)
-    return parse_config(values, where)
+    return parse_config(values, where + "".join(f", --set {override}" for override in overrides))
 
 
 def parse_config(values: dict[str, Any], where: str = "configuration") -> TrainConfig:

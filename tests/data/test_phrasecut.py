@@ -178,7 +178,7 @@ BAD_TASKS = [
     ("Polygons", [[[[1, 2], [3, "4"], [5, 6]]]], "expected numbers"),
     ("Polygons", [[[[1, 2, 3], [3, 4, 5]]]], "expected a polygon's points"),
     ("Polygons", [[[[1, 2], [3, math.nan], [5, 6]]]], "not finite"),
-    ("Polygons", [[[[1, 2], [3, 1e12], [5, 6]]]], "more than 3 sides outside"),
+    ("Polygons", [[[[1, 2], [3, 1e12], [5, 6]]]], "more than 3 times that side outside"),
     ("phrase_structure", "name", "phrase_structure is 'name'; expected a dict"),
     ("phrase_structure", {"type": 3}, "phrase_structure is .*; expected a dict whose type is text"),
     ("phrase_structure", {}, None),

@@ -1,7 +1,7 @@
 """Two processes of a run, one of which is killed or frozen, for test_peers.
 
 torchrun … -m tests.training.peers OUT CASE: the case is "whole", "killed" or "frozen". A run goes on from what OUT
-holds; the error that the end of the other process brought is left in OUT/told.txt.
+holds; the errors that the end of the other process brought are left in OUT/told.txt, a line each.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ def main() -> None:
             trainer._after_step = disturb
             trainer.run()
     except ConnectionError as error:
-        (out / "told.txt").write_text(str(error))
+        with (out / "told.txt").open("a") as file:
+            file.write(f"{error}\n")
         raise
 
 

@@ -48,6 +48,13 @@ def test_unknown_key_in_a_file_names_the_file(tmp_path) -> None:
         load_config(path)
 
 
+def test_unknown_key_of_an_option_names_the_option(tmp_path) -> None:
+    path = tmp_path / "right.yaml"
+    path.write_text("epochs: 1\n")
+    with pytest.raises(ValueError, match=r"right\.yaml, --set seeed=3: unknown key 'seeed'.*'seed'"):
+        load_config(path, ["seeed=3"])
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

@@ -59,7 +59,9 @@ def mask_file(path: Path) -> Drawing:
                 raise ValueError(f"mask {path} is a JPEG, which is not quite black beside an object; expected a PNG")
             if (picture.height, picture.width) != (height, width):
                 found = f"{picture.height} x {picture.width}"
-                raise ValueError(f"mask {path} is {found} pixels; expected {height} x {width}, its picture's size")
+                raise ValueError(
+                    f"mask {path} is {found} pixels (height x width); expected {height} x {width}, its picture's size"
+                )
             try:
                 if picture.mode.startswith(_GREY):
                     return np.asarray(picture) > 0
