@@ -2,9 +2,9 @@
 
 Otherwise every call brings the weight into that layout first, which costs a product of few rows most. The copy
 is made in the first call, and again when the weight is seen to have changed: loaded, stepped by an optimiser, moved,
-cast. What is written through `.data`, or by a program that shares the memory, PyTorch does not count; so a few hundred
-values, spread over rows and columns, are compared in every call. That sees what changes a weight as a whole (an adapter
-merged, an average copied), and not a write to a few values; hence the promise.
+cast. What is written through `.data`, or by a program that shares the memory, PyTorch does not count; so a few values,
+spread over rows and columns, are compared in every call, others in the next. That sees what changes a weight as a whole
+(an adapter merged, an average copied), and not a write to a few values; hence the promise.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from magnet_fast.ops import _cpu_backend, _int8
 from magnet_fast.ops._view import DTYPE_CODES
 
-_COMPARED = 64  # values of a weight in every call
+_COMPARED = 64  # values of a weight
+# In as many calls. The weight itself is out of all caches, as its copy is read in its place: 64 values take some 150
+# microseconds then, of one thread, while the others wait.
+_TURNS = 8
 
 
 class _Seen:
@@ -33,12 +36,18 @@ class _Seen:
     def __init__(self, tensor: Tensor) -> None:
         # The reference keeps the storage's place from being taken by another, not its memory.
         self.storage, self.state = StorageWeakRef(tensor.untyped_storage()), _state(tensor)
-        self.compared = _compared(tensor)  # a view of some values; only `state` makes it valid
-        self.values = self.compared.tobytes()
+        compared = _compared(tensor)
+        self.views = [compared[turn::_TURNS] for turn in range(_TURNS)]  # only `state` makes them valid
+        self.values = [view.tobytes() for view in self.views]
+        self.turn = 0
 
     def still(self, tensor: Tensor) -> bool:
         """Whether `tensor` is that one, and nobody seems to have written to it."""
-        return self.state == _state(tensor) and self.compared.tobytes() == self.values
+        if self.state != _state(tensor):
+            return False
+        turn = self.turn
+        self.turn = (turn + 1) % _TURNS
+        return self.views[turn].tobytes() == self.values[turn]
 
 
 def _state(tensor: Tensor) -> tuple[object, ...]:

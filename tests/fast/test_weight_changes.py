@@ -81,6 +81,17 @@ def test_changes_are_seen(change: str) -> None:
     assert _packed.keeps(layer[0].weight) and change != "none" and before.shape == after.shape
 
 
+def test_what_one_call_does_not_compare_the_next_ones_do() -> None:
+    layer = nn.Linear(40, 64).requires_grad_(False)
+    magnet_fast.accelerate(layer, pack=True)
+    x = values(3, 40)
+    with torch.no_grad():
+        layer(x)
+        layer.weight.data[8:16].neg_()
+        found = [torch.allclose(layer(x), F.linear(x, layer.weight, layer.bias), atol=1e-5) for _ in range(9)]
+    assert found[-1] and found == sorted(found)
+
+
 def test_a_layer_changed_back_and_forth_and_a_weight_that_two_share() -> None:
     one, two = nn.Linear(40, 40), nn.Linear(40, 40)
     two.weight = one.weight
