@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 _DTYPES = {
@@ -71,7 +71,13 @@ class TensorFile:
         return self._metadata or {}
 
     def get_tensor(self, name: str) -> Tensor:
-        """A tensor, on the CPU, in memory of its own."""
+        """A tensor, on the CPU, in memory of its own.
+
+        Raises:
+            safetensors.SafetensorError: there is none of that name.
+        """
+        if not isinstance(name, str) or name not in self._entries:
+            raise SafetensorError(f"File does not contain tensor {name}")
         entry = self._entries[name]
         begin, end = entry["data_offsets"]
         known = _DTYPES.get(entry["dtype"])
