@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -53,6 +54,7 @@ class FuzzTarget(Target):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
+        os.environ["MAGNET_FAST_PROOF"] = "skip"  # no kernel is proved here, and no answer written
         for name in _MAKERS:  # compiled and imported
             made = random.Random(name)
             for _ in range(5):
@@ -86,7 +88,7 @@ class FuzzTarget(Target):
             raise Finding(f"{name}: {outcomes['auto']} by auto, {outcomes['reference']} by the reference")
         if outcomes["auto"] == REFUSED:
             return REFUSED
-        _compare(name, found["auto"], found["reference"], arguments)
+        _compare(name, found["auto"], found["reference"], arguments, with_gradients)
         return READ
 
 
@@ -113,7 +115,9 @@ def _call(name: str, backend: str, arguments: Arguments, with_gradients: float) 
     return [*(out.detach() for out in outputs), *(one for one in gradients if one is not None)]
 
 
-def _compare(name: str, ours: list[Tensor], theirs: list[Tensor], arguments: Arguments) -> None:
+def _compare(name: str, ours: list[Tensor], theirs: list[Tensor], arguments: Arguments, with_gradients: float) -> None:
+    """Ours may be further from the reference than rounding allows where the reference itself is: a position that its
+    low precision moves into another cell has another gradient."""
     if [(one.shape, one.dtype) for one in ours] != [(one.shape, one.dtype) for one in theirs]:
         raise Finding(f"{name}: other shapes or dtypes than the reference")
     tensors = [value for value in arguments.values() if isinstance(value, Tensor) and value.is_floating_point()]
@@ -122,10 +126,26 @@ def _compare(name: str, ours: list[Tensor], theirs: list[Tensor], arguments: Arg
     if any(not 1e-3 <= arguments.get(key, 1) <= 100 for key in ("scale", "temperature") if arguments.get(key)):
         return  # what overflows need not do so in the same place
     tolerance = max(_TOLERANCE[value.dtype] for value in tensors)
-    for one, other in zip(ours, theirs, strict=True):
-        worst = (one.double() - other.double()).abs().max().item()
-        if not worst <= tolerance * max(1.0, other.double().abs().max().item()):
+    truth: list[Tensor] | None = None
+    for place, (one, other) in enumerate(zip(ours, theirs, strict=True)):
+        allowed = tolerance * max(1.0, other.double().abs().max().item())
+        worst = _distance(one, other)
+        if worst <= allowed:
+            continue
+        truth = truth or _call(name, "reference", _in_float64(arguments), with_gradients)
+        if not _distance(one, truth[place]) <= _distance(other, truth[place]):
             raise Finding(f"{name}: {worst:.3g} from the reference, {tuple(one.shape)} of {one.dtype}")
+
+
+def _distance(one: Tensor, other: Tensor) -> float:
+    return (one.double() - other.double()).abs().max().item()
+
+
+def _in_float64(arguments: Arguments) -> Arguments:
+    return {
+        key: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+        for key, value in arguments.items()
+    }
 
 
 def _strided(draw: random.Random, value: Tensor) -> Tensor:
