@@ -30,6 +30,11 @@ def command(pictures: Path, checkpoint: Path, tmp_path: Path) -> list[str]:
     return [sys.executable, "-m", "magnet_fast", *map(str, words), "--device", "cpu", "--batch-size", "1"]
 
 
+def listening() -> None:
+    """Tests that run in a shell's background are deaf to Ctrl-C, and so are the processes they start."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def whole_lines(out: Path) -> list[dict]:
     lines = out / "results.jsonl"
     content = lines.read_bytes() if lines.exists() else b""
@@ -38,7 +43,14 @@ def whole_lines(out: Path) -> list[dict]:
 
 def test_what_is_done_stays_whole_and_resume_does_the_rest(command: list[str], tmp_path: Path) -> None:
     out, environment = tmp_path / "out", {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=listening,
+    )
     try:
         while len(whole_lines(out)) < 3 and process.poll() is None:
             time.sleep(0.01)
