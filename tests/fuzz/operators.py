@@ -110,7 +110,10 @@ def _call(name: str, backend: str, arguments: Arguments, with_gradients: float) 
         outputs = [out for out in (result if isinstance(result, tuple) else (result,)) if out is not None]
         if not leaves:
             return outputs
-        total = sum((out.double() * torch.linspace(0.5, 1.5, out.numel()).view_as(out)).sum() for out in outputs)
+        total = sum(
+            (out.double() * torch.linspace(0.5, 1.5, out.numel(), device=out.device).view_as(out)).sum()
+            for out in outputs
+        )
         gradients = torch.autograd.grad(total, leaves, allow_unused=True)
     return [*(out.detach() for out in outputs), *(one for one in gradients if one is not None)]
 
@@ -121,6 +124,8 @@ def _compare(name: str, ours: list[Tensor], theirs: list[Tensor], arguments: Arg
     if [(one.shape, one.dtype) for one in ours] != [(one.shape, one.dtype) for one in theirs]:
         raise Finding(f"{name}: other shapes or dtypes than the reference")
     tensors = [value for value in arguments.values() if isinstance(value, Tensor) and value.is_floating_point()]
+    if any(value.is_meta for value in tensors):
+        return  # shapes are all that they have
     if not all(value.isfinite().all() and value.abs().max() < 100 for value in tensors):
         return  # infinities and NaN need not be the same ones
     if any(not 1e-3 <= arguments.get(key, 1) <= 100 for key in ("scale", "temperature") if arguments.get(key)):
