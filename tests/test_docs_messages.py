@@ -64,6 +64,8 @@ INTERNAL = {
     "Model of magnet_fast",
     # Sentences that exported graphs are tried with.
     "the large red circle", "the blue triangle left of the small ring", "the one at the top",
+    # Of the library whose class it is; what a user meets names the file and has a row.
+    "File does not contain tensor …",
     # Asked for by Python, not by a user.
     "module … has no attribute …",
 }  # fmt: skip

@@ -160,6 +160,16 @@ def test_what_is_no_picture(image: object, message: str) -> None:
             read(image)
 
 
+def test_a_transparent_colour_that_is_none_is_told_with_the_file(tmp_path: Path) -> None:
+    Image.new("P", (2, 2)).save(tmp_path / "p.gif", transparency=1)
+    with Image.open(tmp_path / "p.gif") as image:
+        image.load()
+        image.info["transparency"] = 999
+        for read in (as_rgb, as_shown):
+            with pytest.raises(ValueError, match="has mode P, which Pillow cannot make RGB"):
+                read(image)
+
+
 def test_tensors_are_no_pictures() -> None:
     with pytest.raises(TypeError, match=r"image is a Tensor; expected a path, a PIL image, or an array \(H, W, 3\)"):
         as_rgb(torch.zeros(3, 4, 5))

@@ -57,7 +57,7 @@ def as_rgb(image: Picture) -> Image.Image:
         FileNotFoundError: there is no such file.
     """
     stored, _, name = _stored(image)
-    if _is_transparent(stored):
+    if _is_transparent(stored, name):
         warnings.warn("a picture has transparent parts: the colours stored under them are read", stacklevel=2)
     return _rgb(stored, name)
 
@@ -72,7 +72,7 @@ def as_shown(image: Picture) -> Image.Image:
         TypeError, ValueError, FileNotFoundError: as `as_rgb`.
     """
     stored, turn, name = _stored(image)
-    if _is_transparent(stored):
+    if _is_transparent(stored, name):
         warnings.warn("a picture has transparent parts: they are laid on white", stacklevel=2)
         white = Image.new("RGBA", stored.size, "white")
         white.alpha_composite(_plain_alpha(stored).convert("RGBA"))
@@ -221,10 +221,7 @@ def _rgb(image: Image.Image, name: str) -> Image.Image:
     check_range(image, name)
     if image.mode.startswith("I"):
         image = Image.fromarray(_to_8_bits(np.asarray(image)))
-    try:
-        rgb = _plain_alpha(image).convert("RGB")
-    except (ValueError, ImportError, OSError) as error:
-        raise ValueError(f"{name} has mode {image.mode}, which Pillow cannot make RGB; convert it to RGB") from error
+    rgb = _converted(image, "RGB", name)
     rgb.info = {}
     return rgb
 
@@ -238,11 +235,18 @@ def _plain_alpha(image: Image.Image) -> Image.Image:
     return image.convert(_PREMULTIPLIED[image.mode]) if image.mode in _PREMULTIPLIED else image
 
 
-def _is_transparent(image: Image.Image) -> bool:
+def _is_transparent(image: Image.Image, name: str) -> bool:
     """Whether any pixel is not opaque."""
     if image.mode in _SIXTEEN_BITS or not image.has_transparency_data:
         return False
-    return _plain_alpha(image).convert("RGBA").getextrema()[3][0] < 255
+    return _converted(image, "RGBA", name).getextrema()[3][0] < 255
+
+
+def _converted(image: Image.Image, mode: str, name: str) -> Image.Image:
+    try:
+        return _plain_alpha(image).convert(mode)
+    except (ValueError, ImportError, OSError) as error:  # such as a palette that is too short for its pixels
+        raise ValueError(f"{name} has mode {image.mode}, which Pillow cannot make RGB; convert it to RGB") from error
 
 
 def _reason(error: Exception) -> str:
