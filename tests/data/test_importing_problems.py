@@ -241,6 +241,7 @@ def test_label_studio(folder: Path) -> None:
         task(7, brush(whole, original_width=31)),
         task(8, annotations=[{"result": []}, {"result": []}]), {"image": "a.jpg", "label": []},
         task(10, brush(whole), data={"title": "x"}), task(11, brush([*whole[:7], 255, 255, 255])),
+        task(13, brush(whole, original_width=[30], original_height=[20])),
         task(12, {"id": "t", "type": "textarea", "value": {"text": ["the whole"]}}),
     ]  # fmt: skip
     (folder / "export.json").write_text(json.dumps(tasks))
@@ -257,10 +258,11 @@ def test_label_studio(folder: Path) -> None:
         ("task 10", "expected one entry with the address of a picture"),
         ("task 11, region 'r'", "rle has"),
         ("task 12, region 't'", "region is textarea"),
+        ("task 13, region 'r'", "[20]"),
     ):
         (problem,) = [one for one in problems if one.startswith(f"{place}: ")]
         assert told in problem
-    assert len(problems) == 11
+    assert len(problems) == 12
 
 
 def test_of_several_annotations_the_true_one_is_read(folder: Path) -> None:

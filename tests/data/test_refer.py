@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 
 import numpy as np
@@ -202,6 +203,15 @@ def test_instances_of_another_form(tmp_path, change, message):
     change(instances)
     with pytest.raises(ValueError, match=rf"instances\.json: {message}"):
         Refer(write_root(tmp_path / "root", instances=instances))
+
+
+def test_a_name_longer_than_the_system_has_is_an_absent_file(tmp_path):
+    instances = copy.deepcopy(small_instances())
+    root = write_root(tmp_path / "root")
+    instances["images"][-1]["file_name"] = f"{'o' * 5000}.jpg"
+    next(root.rglob("instances.json")).write_text(json.dumps(instances))
+    with pytest.raises(FileNotFoundError, match=r"image o+\.jpg .*instances\.json is not in"):
+        Refer(root).image_path(instances["images"][-1]["id"])
 
 
 def test_absent_files(tmp_path):

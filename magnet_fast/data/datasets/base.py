@@ -206,7 +206,7 @@ def choose_folders(root: Path, images: Folders | None, usual: Sequence[Path], wh
 def find_file(name: str, folders: Sequence[Path], what: str) -> Path:
     """The first of the folders' files of that name. Raises FileNotFoundError naming `what` and all folders."""
     for folder in folders:
-        if (folder / name).is_file():
+        if os.path.isfile(folder / name):  # a name may be longer than a system's, which a Path is an error for
             return folder / name
     raise FileNotFoundError(f"{what} {name} is in none of {', '.join(map(str, folders))}")
 

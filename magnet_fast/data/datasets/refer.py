@@ -96,7 +96,7 @@ class Refer(BaseReader):
         """The image's file. Raises FileNotFoundError if no image folder holds it."""
         name = self._image(image_id).file_name
         for folder in self._image_folders:
-            if (folder / name).is_file():
+            if os.path.isfile(folder / name):  # a name may be longer than a system's, which a Path is an error for
                 return folder / name
         looked = " nor ".join(str(folder) for folder in self._image_folders)
         raise FileNotFoundError(f"image {name} (image_id {image_id}) of {self.instances_path} is not in {looked}")

@@ -144,7 +144,8 @@ def _record(where: str, names: tuple[str, ...], results: list[dict[str, Any]]) -
     if shape.get("image_rotation"):
         raise ValueError(f"image_rotation is {shown(shape['image_rotation'])}; expected pictures that were not turned")
     said = {"height": shape.get("original_height"), "width": shape.get("original_width")}
-    size = None if set(said.values()) == {None} else require_size(said, "it")  # regions that a program made have none
+    unsaid = all(side is None for side in said.values())  # of regions that a program made
+    size = None if unsaid else require_size(said, "it")
     texts = [text for one in results if one["type"] == "textarea" for text in _listed(one["value"].get("text"))]
     keys = {key for one in results for key in (one["type"], "labels")}
     labels = [text for one in results for key in sorted(keys) for text in _listed(one["value"].get(key))]
