@@ -2,8 +2,8 @@
 
 A feed-forward network is four times as wide inside as outside: layer by layer, what lies between two of them goes out
 to memory and comes back. Here some hundred rows at a time pass through all layers, and stay in a core's cache. The
-products run at the speed of oneDNN's; what is gained is everything around them. Level amx proves itself before it is
-taken, as all its kernels do (`_proof`).
+products themselves are at most as fast as oneDNN's; what is gained is everything around them. Level amx proves itself
+before it is taken, as all its kernels do (`_proof`).
 """
 
 from __future__ import annotations

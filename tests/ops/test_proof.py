@@ -164,6 +164,28 @@ def test_without_a_home(fake, monkeypatch) -> None:
     assert chosen(window_case(dtype=torch.float32)) == "triton"
 
 
+def test_a_kernel_outside_the_registry_follows_the_same_rule(monkeypatch, tmp_path) -> None:
+    """On any machine: level amx is said to be in use."""
+    monkeypatch.setenv(_proof.CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.delenv(_proof.MODE_VARIABLE, raising=False)
+    monkeypatch.setattr(_proof, "_verdicts", {})
+    monkeypatch.setattr(_proof, "_AMX", True)
+    asked = []
+
+    def check(passed: bool) -> Callable[[], _proof.Verdict]:
+        return lambda: asked.append(passed) or _proof.Verdict(passed, "largest error 3")
+
+    assert _proof.proved("right", torch.bfloat16, check(True)) and _proof.proved("right", torch.bfloat16, check(False))
+    with pytest.warns(UserWarning, match="the cpu kernel of wrong gives wrong results in bfloat16"):
+        assert not _proof.proved("wrong", torch.bfloat16, check(False))
+    forget()
+    with pytest.warns(UserWarning, match="the cpu kernel of wrong"):
+        assert not _proof.proved("wrong", torch.bfloat16, check(True))  # from the disk
+    assert asked == [True, False] and _proof.proved("wrong", torch.float32, check(False))  # not on tiles
+    monkeypatch.setenv(_proof.MODE_VARIABLE, "skip")
+    assert _proof.proved("wrong", torch.bfloat16, check(False)) and asked == [True, False]
+
+
 def test_dtypes_are_checked_apart(fake, tmp_path) -> None:
     fake(forward=lambda out: out if out.dtype == torch.float32 else out * 1.5)
     assert chosen(window_case(dtype=torch.float32)) == "triton"
