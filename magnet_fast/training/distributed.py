@@ -53,7 +53,8 @@ def distributed_world(device: str = "auto") -> Iterator[World]:
         torch.cuda.set_device(chosen)
     owned = launched and not dist.is_initialized()
     if owned:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+        dist.init_process_group(backend, **_own_part_of_the_store())
     try:
         joined = dist.is_initialized()
         world = World(dist.get_rank() if joined else 0, dist.get_world_size() if joined else 1, chosen)
@@ -62,6 +63,20 @@ def distributed_world(device: str = "auto") -> Iterator[World]:
     finally:
         if owned:
             dist.destroy_process_group()
+
+
+def _own_part_of_the_store() -> dict[str, Any]:
+    """The store in which torchrun's processes find each other, without what those before a restart left in it.
+
+    torchrun keeps one store for all restarts (seen up to torch 2.14): a process that looks for another one's address
+    may find that of the dead one, which refuses the connection, or is somebody else by now. Machines of a run
+    count their restarts each for itself, so that this is for one machine alone; docs/training.md says what several need.
+    """
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT")
+    if restart is None or os.environ.get("GROUP_WORLD_SIZE") != "1":
+        return {}
+    store, rank, size = next(dist.rendezvous("env://"))
+    return {"store": dist.PrefixStore(f"magnet_fast/restart_{restart}", store), "rank": rank, "world_size": size}
 
 
 @contextmanager

@@ -46,12 +46,11 @@ def same_run(out: Path, other: Path) -> bool:
 
 def test_one_of_two_is_killed_and_torchrun_starts_both_again(whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    done = launched(out, "killed", restarts=3)
+    done = launched(out, "killed", restarts=1)  # one is enough: nobody meets the addresses of the dead
     assert done.returncode == 0, done.stderr[-3000:]
     assert "resumed at step 3" in done.stdout
     assert same_run(whole, out)
-    # By the other one, which did not wait for ever; a restart may fail as well, and is tried again.
-    told, *_ = (out / "told.txt").read_text().splitlines()
+    (told,) = (out / "told.txt").read_text().splitlines()  # by the other one, which did not wait for ever
     assert told.startswith("another process of the run has ended, or cannot be reached; its own output says why (")
     assert told.endswith(f"; {out / CHECKPOINT} holds step 3, --resume goes on")
 
