@@ -75,14 +75,17 @@ def linear(
     )
     sums = _product(numbers, weight)
     y = sums if x.dtype == sums.dtype else sums.new_empty(sums.shape, dtype=x.dtype)
+    # Copies that are made here must live until the call is over: a view keeps nothing alive.
+    bias = None if bias is None else bias.contiguous()
+    residual = None if residual is None else _rows(residual)
     _cpu_backend.extension.sums_to_rows(
         sums=view(sums),
         scale=view(scale),
         minimum=view(minimum),
         totals=view(weight.totals),
-        bias=view(None if bias is None else bias.contiguous()),
+        bias=view(bias),
         activation=ACTIVATIONS[activation],
-        residual=view(None if residual is None else _rows(residual)),
+        residual=view(residual),
         y=view(y),
         threads=torch.get_num_threads(),
     )
