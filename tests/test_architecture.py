@@ -20,7 +20,7 @@ LEVELS = [
     {"models"},
     {"ops"},
     {"kernels", "_cpu", "_cuda"},
-    {"atomic", "inert", "visualize"},
+    {"atomic", "cores", "inert", "visualize"},
 ]
 # `python -m magnet_fast` starts the command line.
 BESIDE = {("__main__", "cli")}

@@ -90,17 +90,22 @@ def test_help_is_quick_to_import() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "loaded", "expected"),
+    ("given", "loaded", "cores", "expected"),
     [
-        ({}, [], {"OMP_WAIT_POLICY": "passive"}),
-        ({"OMP_WAIT_POLICY": "active"}, [], {"OMP_WAIT_POLICY": "active"}),
-        ({"GOMP_SPINCOUNT": "9"}, [], {"GOMP_SPINCOUNT": "9"}),
-        ({}, ["torch"], {}),
+        ({}, [], 64, {"OMP_WAIT_POLICY": "passive"}),
+        ({"OMP_WAIT_POLICY": "active"}, [], 64, {"OMP_WAIT_POLICY": "active"}),
+        ({"GOMP_SPINCOUNT": "9"}, [], 64, {"GOMP_SPINCOUNT": "9"}),
+        ({}, [], 2, {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "2"}),
+        ({"OMP_NUM_THREADS": "5"}, [], 2, {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "5"}),
+        ({}, ["torch"], 2, {}),
     ],
 )
-def test_threads_wait_asleep_unless_told_otherwise(given, loaded, expected, monkeypatch) -> None:
+def test_threads_wait_asleep_and_are_as_many_as_the_container_allows_unless_told_otherwise(
+    given, loaded, cores, expected, monkeypatch
+) -> None:
     monkeypatch.setattr(cli, "sys", SimpleNamespace(modules=dict.fromkeys(loaded)))
-    monkeypatch.setattr(cli, "os", SimpleNamespace(environ=dict(given)))
+    monkeypatch.setattr(cli, "os", SimpleNamespace(environ=dict(given), cpu_count=lambda: 64))
+    monkeypatch.setattr(cli, "allowed_cores", lambda: cores)
     seen = []
     monkeypatch.setattr(cli, "app", lambda: seen.append(dict(cli.os.environ)))
     cli.main()

@@ -25,6 +25,7 @@ from magnet_fast.cli.shrink import shrink
 from magnet_fast.cli.study import study
 from magnet_fast.cli.train import train
 from magnet_fast.cli.web import web_page
+from magnet_fast.cores import allowed_cores
 
 app = typer.Typer(
     help="Referring image segmentation on fused operators: train, evaluate, segment.",
@@ -42,7 +43,9 @@ app.add_typer(data_app, name="data")
 
 def main() -> None:
     """Run the command line."""
-    _wait_asleep()
+    if "torch" not in sys.modules:  # which reads these when it is loaded
+        _wait_asleep()
+        _stay_within_the_limit()
     app()
 
 
@@ -50,10 +53,16 @@ def _wait_asleep() -> None:
     """Threads that wait for each other give their core away, unless the environment says how they wait.
 
     OpenMP else lets them wait busily for some milliseconds: where other processes want the cores, at every meeting of
-    threads. Beside eight of them a small model took seconds instead of a tenth of one. It is read when torch is loaded.
+    threads. Beside eight of them a small model took seconds instead of a tenth of one.
     """
-    if "torch" not in sys.modules and not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
         os.environ["OMP_WAIT_POLICY"] = "passive"
+
+
+def _stay_within_the_limit() -> None:
+    """As many threads as a container has cores' time, unless the environment says how many; see `cores`."""
+    if "OMP_NUM_THREADS" not in os.environ and (cores := allowed_cores()) < (os.cpu_count() or 1):
+        os.environ["OMP_NUM_THREADS"] = str(cores)
 
 
 @app.callback()

@@ -31,6 +31,7 @@ def doctor(
 
     import magnet_fast
     from magnet_fast.atomic import write_text_atomically
+    from magnet_fast.cores import allowed_cores
     from magnet_fast.ops import _cpu_backend, _linear_chain, _proof
 
     if out is not None:
@@ -42,11 +43,18 @@ def doctor(
         "torch": torch.__version__,
         "CPU level": _cpu_backend.extension.simd_level() if _cpu_backend.extension else _cpu_backend.missing,
         "threads": torch.get_num_threads(),
+        "cores": allowed_cores(),
         "GPUs": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         "CUDA": torch.version.cuda,
     }
     for name, value in machine.items():
         typer.echo(f"{name:15} {', '.join(value) or 'none' if isinstance(value, list) else value}")
+    if machine["threads"] > machine["cores"]:
+        typer.echo(
+            f"warning: {machine['threads']} threads for the time of {machine['cores']} cores that this container may "
+            f"use wait for each other; set OMP_NUM_THREADS={machine['cores']}",
+            err=True,
+        )
     results, wrong = [], 0
 
     def report(backend: str, operator: str, dtype: torch.dtype, reason: str | None, check: Callable[[], Any]) -> None:
