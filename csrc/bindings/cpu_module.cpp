@@ -17,6 +17,7 @@ void bind_pixel_contrastive_loss(py::module_& m);
 void bind_relative_attention(py::module_& m);
 void bind_row_quantisation(py::module_& m);
 void bind_window_attention(py::module_& m);
+void bind_winograd(py::module_& m);
 }  // namespace magnet_fast
 
 PYBIND11_MODULE(_cpu, m) {
@@ -34,11 +35,10 @@ PYBIND11_MODULE(_cpu, m) {
     bind_relative_attention(m);
     bind_row_quantisation(m);
     bind_window_attention(m);
+    bind_winograd(m);
     m.def("simd_level", &simd_level,
           "Instruction set in use: 'amx', 'avx512_bf16', 'avx512', 'avx2' or 'portable'.");
-    m.def("supported_simd_levels", &supported_simd_levels,
-          "Levels that this processor can run, best first. 'amx', not measured yet, is never chosen by "
-          "itself.");
+    m.def("supported_simd_levels", &supported_simd_levels, "Levels that this processor can run, best first.");
     m.def("set_simd_level", &set_simd_level, "name"_a,
           "Forces a level for this process; ValueError if not supported.");
 }

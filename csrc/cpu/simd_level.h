@@ -9,8 +9,7 @@ namespace magnet_fast {
 
 enum class SimdLevel { kPortable, kAvx2, kAvx512, kAvx512Bf16, kAmx };
 
-/// The level in use: the best one that this build holds, this processor runs and measurements speak for,
-/// unless one was forced. No measurement speaks for amx yet: it is used where it is forced.
+/// The level in use: the best one that this build holds and this processor runs, unless one was forced.
 SimdLevel selected_simd_level();
 
 /// Its name: "amx", "avx512_bf16", "avx512", "avx2" or "portable".

@@ -10,9 +10,9 @@ tensors it comes from is seen to have changed (`_packed`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from magnet_fast.ops import _packed
+from magnet_fast.ops import _packed, _winograd
 from magnet_fast.ops._linear import inference_on_cpu, plain_weight
 from magnet_fast.ops._observed import observed
 
@@ -121,6 +121,12 @@ _UNARIES = {
     nn.SiLU: _Unary("swish", [], ""),
     nn.Hardswish: _Unary("hardswish", [], ""),
 }
+_INPLACE: dict[str, Callable[[Tensor], Tensor]] = {
+    "hardtanh": F.relu6,
+    "swish": partial(F.silu, inplace=True),
+    "hardswish": partial(F.hardswish, inplace=True),
+}
+"""What `_winograd` does not do with the result while it has it."""
 
 
 def _unary(layer: nn.Module) -> _Unary | None:
@@ -134,17 +140,22 @@ def _unary_within(norm: nn.Module) -> _Unary | None:
 
 
 class _Folded(NamedTuple):
-    """A convolution that does the work of two, as oneDNN's operators take it."""
+    """A convolution that does the work of two, as oneDNN's operators or `_winograd` take it."""
 
     weight: Tensor
     bias: Tensor
     shape: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]
+    winograd: bool
 
 
 def _convolve(
     x: Tensor, folded: _Folded, unary: _Unary, residual: Tensor | None = None, after_sum: Literal["relu"] | None = None
 ) -> Tensor:
-    weight, bias, shape = folded
+    weight, bias, shape, winograd = folded
+    if winograd:
+        rectify = unary.name == "relu" or after_sum == "relu"
+        y = _winograd.run(x, weight, bias, residual, rectify)
+        return _INPLACE[unary.name](y) if unary.name in _INPLACE else y
     if residual is not None:
         operator = torch.ops.mkldnn._convolution_pointwise.binary
         if after_sum and x.dtype != torch.float32 and not (_channels_last(x) and _channels_last(residual)):
@@ -178,15 +189,19 @@ def _folded(convolution: nn.Conv2d, norm: nn.Module, x: Tensor) -> _Folded | Non
     if sources[0].dtype != x.dtype:
         return None
     shape = convolution.padding, convolution.stride, convolution.dilation, convolution.groups
+    winograd = _winograd.takes(convolution, x)
+    layout = f"winograd, {_winograd.level()}" if winograd else "folded"
 
     def make() -> _Folded | None:
         if not inference_on_cpu(x, *sources):
             return None
         weight, bias = _fold(convolution, norm)
+        if winograd:
+            return _Folded(_winograd.pack(weight), bias, shape, True)
         # The layout is chosen for this size; it is right for any.
-        return _Folded(torch.ops.mkldnn._reorder_convolution_weight(weight, *shape, x.shape), bias, shape)
+        return _Folded(torch.ops.mkldnn._reorder_convolution_weight(weight, *shape, x.shape), bias, shape, False)
 
-    return _packed.folded(convolution, (_eps(norm), shape), sources, make)
+    return _packed.folded(convolution, layout, (_eps(norm), shape), sources, make)
 
 
 def _fold(convolution: nn.Conv2d, norm: nn.Module) -> tuple[Tensor, Tensor]:

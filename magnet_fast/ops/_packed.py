@@ -102,20 +102,24 @@ def unpack(layer: nn.Module) -> None:
 
 
 def folded(
-    layer: nn.Module, settings: tuple[object, ...], sources: Sequence[Tensor], make: Callable[[], Any | None]
+    layer: nn.Module,
+    layout: str,
+    settings: tuple[object, ...],
+    sources: Sequence[Tensor],
+    make: Callable[[], Any | None],
 ) -> Any | None:
-    """What `make` gives, kept with a packed layer until `settings` or one of `sources` changes.
+    """What `make` gives, kept with a packed layer, one for each layout, until `settings` or one of `sources` changes.
 
     None for a layer that is not packed, where a change of a source would not be seen (they must count their versions,
     and their values must lie side by side), and where `make` gives none.
     """
     if (copies := _copies.get(layer)) is None or any(tensor.is_inference() for tensor in sources):
         return None
-    copy = copies.get("folded")
+    copy = copies.get(layout)
     if copy is None or copy.made[0] != settings or not copy.still(sources):
         if not all(_dense(tensor) for tensor in sources) or (made := make()) is None:
             return None
-        copy = copies["folded"] = _Copy((settings, made), [_Seen(tensor) for tensor in sources])
+        copy = copies[layout] = _Copy((settings, made), [_Seen(tensor) for tensor in sources])
     return copy.made[1]
 
 
