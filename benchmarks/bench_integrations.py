@@ -191,6 +191,12 @@ CASES = {
         timm_model("swin_base_patch4_window12_384"),
         images(2, 384, 384, "x"),
     ),
+    "timm_swin_t_224": Case(
+        "timm swin_tiny_patch4_window7_224, batch 1",
+        timm_model("swin_tiny_patch4_window7_224"),
+        images(1, 224, 224, "x"),
+        training=False,
+    ),
     "torchvision_swin_b": Case("torchvision swin_b 224x224, batch 8", torchvision_swin_b, images(8, 224, 224, "x")),
     "transformers_swin_b": Case("transformers Swin-B 224x224, batch 8", swin_classifier, images(8, 224, 224)),
     "mask2former_swin_t": Case("Mask2Former Swin-T 512x512, batch 1", mask2former(SWIN_T), images(1, 512, 512)),
