@@ -4,7 +4,8 @@ Every group is timed in turns twice, undisturbed and beside the others, which lo
 times as long a path took beside them as without. Waiting threads sleep (`OMP_WAIT_POLICY=passive`), as the command line
 has it, unless the environment says otherwise:
 
-    OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive pytest benchmarks/bench_under_load.py --results benchmarks/results/under_load_cpu.json
+    export OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive
+    pytest benchmarks/bench_under_load.py --full --results benchmarks/results/under_load_cpu.json
 
 Without `--full`: the operators and MagNet tiny. With it: two models of full size as well.
 """

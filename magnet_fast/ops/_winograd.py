@@ -1,4 +1,4 @@
-"""3 x 3 convolutions of float32 by Winograd's algorithm (C++, CPU, inference): fewer multiplications than outputs ask for.
+"""3 x 3 convolutions of float32 by Winograd's algorithm: fewer multiplications (C++, CPU, inference).
 
 Four outputs and the sixteen inputs around them take 16 multiplications for each pair of channels, where the sum takes
 36 (Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", CVPR 2016, F(2 x 2, 3 x 3)). Results differ

@@ -70,7 +70,7 @@ def _own_part_of_the_store() -> dict[str, Any]:
 
     torchrun keeps one store for all restarts (seen up to torch 2.14): a process that looks for another one's address
     may find that of the dead one, which refuses the connection, or is somebody else by now. Machines of a run
-    count their restarts each for itself, so that this is for one machine alone; docs/training.md says what several need.
+    count their restarts each for itself: this is for one machine alone; docs/training.md says what several need.
     """
     restart = os.environ.get("TORCHELASTIC_RESTART_COUNT")
     if restart is None or os.environ.get("GROUP_WORLD_SIZE") != "1":
