@@ -42,7 +42,7 @@ def compare(
     plain: Callable[[Callable[..., Tensor]], Run] | None = None,
     more: dict[str, Run] | None = None,
     rivals: bool = True,
-    by: Literal["max", "median"] = "max",
+    by: Literal["max", "median", "ranks"] = "max",
 ) -> None:
     """Time every way in turns and record the rows. Answers are compared before anything is timed.
 
@@ -60,7 +60,8 @@ def compare(
         more: other ways, by path.
         rivals: False leaves them out.
         by: how far answers may differ: the largest error, or the median one: where queries are chosen by score, the
-            last bit can choose others.
+            last bit can choose others; or the median one between numbers of the same rank, where the last bit can
+            change the queries' order.
     """
     first = copy.deepcopy(model).requires_grad_(False)
     ours, packed = copy.deepcopy(first), copy.deepcopy(first)
@@ -79,10 +80,11 @@ def compare(
     if rivals:
         runs |= _rivals(request, title, first, inputs, as_it_is, dtype)
     with torch.no_grad():
-        truth = runs["plain"]().float()
+        ordered = (lambda found: found.flatten().sort().values) if by == "ranks" else (lambda found: found)
+        truth = ordered(runs["plain"]().float())
         limit = 1e-3 if dtype == torch.float32 else 0.2
         for path, run in runs.items():
-            off = (run().float() - truth).abs()
+            off = (ordered(run().float()) - truth).abs()
             error = (off.max() if by == "max" else off.median()) / truth.abs().max()
             assert error < limit, f"{path}: {error:.2g} beside the plain form"
         info = {

@@ -43,6 +43,46 @@ void check(const WinogradConvolution<Element>& c, int64_t threads) {
     if (c.residual.data) check_address(c.residual.data, "residual");
 }
 
+/// Memory for that many tiles.
+template <typename Element>
+struct Scratch {
+    using Real = typename Computed<Element>::Real;
+    int64_t stride_in, stride_out;
+    AlignedNumbers<Real> numbers, products;
+
+    Scratch(const WinogradConvolution<Element>& c, const WinogradKernels<Element>& kernels, int64_t tiles)
+        : stride_in(kernels.stride(tiles, c.in)),
+          stride_out(kernels.stride(tiles, c.out)),
+          numbers(aligned_numbers<Real>(kWinogradPositions * stride_in)),
+          products(aligned_numbers<Real>(kWinogradPositions * stride_out)) {}
+};
+
+/// Few tiles: every weight is read by one thread alone.
+template <typename Element>
+void share_positions(const WinogradConvolution<Element>& c, const WinogradKernels<Element>& kernels,
+                     int64_t tiles, int64_t threads) {
+    const Scratch<Element> scratch(c, kernels, tiles);
+    const int64_t all = (c.out + kernels.panel - 1) / kernels.panel;
+    const int64_t parts = std::min(all, (2 * threads + kWinogradPositions - 1) / kWinogradPositions);
+    const int64_t panels = (all + parts - 1) / parts;
+#pragma omp parallel num_threads(static_cast<int>(threads)) if (threads > 1)
+    {
+#pragma omp for schedule(static)
+        for (int64_t tile = 0; tile < tiles; ++tile)
+            kernels.read(c, tile, 1, scratch.numbers.get() + tile * c.in, scratch.stride_in);
+#pragma omp for schedule(dynamic)
+        for (int64_t task = 0; task < kWinogradPositions * parts; ++task) {
+            const int64_t position = task / parts, first = task % parts * panels;
+            kernels.multiply(c, tiles, position, std::min(all, first), std::min(all, first + panels),
+                             scratch.numbers.get() + position * scratch.stride_in,
+                             scratch.products.get() + position * scratch.stride_out);
+        }
+#pragma omp for schedule(static)
+        for (int64_t tile = 0; tile < tiles; ++tile)
+            kernels.write(c, tile, 1, scratch.products.get() + tile * c.out, scratch.stride_out);
+    }
+}
+
 }  // namespace
 
 template <typename Element>
@@ -65,20 +105,28 @@ void winograd_convolution(const WinogradConvolution<Element>& c, int64_t threads
     const WinogradKernels<Element>& kernels = winograd_kernels<Element>();
     const int64_t tiles = c.images * ((c.height + 1) / kWinogradTile) * ((c.width + 1) / kWinogradTile);
     if (tiles == 0) return;
+    if (tiles < threads * kFewestTiles) return share_positions(c, kernels, tiles, threads);
     const int64_t bytes = kWinogradPositions * (c.in + c.out) * static_cast<int64_t>(sizeof(Real));
     const int64_t most = std::clamp(kCachedBytes / bytes, kFewestTiles, kMostTiles);
     int64_t chunks = (tiles + most - 1) / most;
-    chunks = std::min(tiles, (chunks + threads - 1) / threads * threads);
+    chunks = (chunks + threads - 1) / threads * threads;
     const int64_t chunk = (tiles + chunks - 1) / chunks;
     chunks = (tiles + chunk - 1) / chunk;
     threads = std::min(threads, chunks);
     // Made before the threads start: an exception could not leave a parallel region.
-    std::vector<AlignedNumbers<Real>> scratch;
-    for (int64_t i = 0; i < threads; ++i)
-        scratch.push_back(aligned_numbers<Real>(kernels.scratch(chunk, c.in, c.out)));
+    std::vector<Scratch<Element>> scratch;
+    for (int64_t i = 0; i < threads; ++i) scratch.emplace_back(c, kernels, chunk);
+    const int64_t panels = (c.out + kernels.panel - 1) / kernels.panel;
 #pragma omp parallel for schedule(dynamic) num_threads(static_cast<int>(threads)) if (threads > 1)
-    for (int64_t i = 0; i < chunks; ++i)
-        kernels.tiles(c, i * chunk, std::min(chunk, tiles - i * chunk), scratch[thread_index()].get());
+    for (int64_t i = 0; i < chunks; ++i) {
+        Scratch<Element>& own = scratch[thread_index()];
+        const int64_t first = i * chunk, count = std::min(chunk, tiles - first);
+        kernels.read(c, first, count, own.numbers.get(), own.stride_in);
+        for (int64_t position = 0; position < kWinogradPositions; ++position)
+            kernels.multiply(c, count, position, 0, panels, own.numbers.get() + position * own.stride_in,
+                             own.products.get() + position * own.stride_out);
+        kernels.write(c, first, count, own.products.get(), own.stride_out);
+    }
 }
 
 #define MAGNET_FAST_INSTANTIATE(Element)                                                              \

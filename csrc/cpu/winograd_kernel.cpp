@@ -13,12 +13,8 @@ constexpr int64_t kDepth = 128;
 
 /// From one position's numbers to the next one's: not a power of two apart, or all 16 would fall in the same
 /// sets of a cache.
-static inline int64_t position_stride(int64_t tiles, int64_t channels) {
+static int64_t position_stride(int64_t tiles, int64_t channels) {
     return tiles * channels + 16;
-}
-
-static int64_t scratch(int64_t tiles, int64_t in, int64_t out) {
-    return kWinogradPositions * (position_stride(tiles, in) + position_stride(tiles, out));
 }
 
 /// packed: [position][panel][in][output of the panel], G g G^T of every 3 x 3 kernel g.
@@ -97,21 +93,22 @@ static inline void read_tile(const WinogradConvolution<Element>& c, int64_t tile
     }
 }
 
-/// products (tiles, out) = numbers (tiles, in) * one position's weights.
-static inline void multiply_position(int64_t tiles, int64_t in, int64_t out, const Real* numbers,
-                                     const Real* weight, Real* products) {
+template <typename Element>
+static void multiply_position(const WinogradConvolution<Element>& p, int64_t tiles, int64_t position,
+                              int64_t first_panel, int64_t last_panel, const Real* numbers, Real* products) {
     Nothing nothing;
-    for (int64_t first = 0; first < out; first += kPanel) {
-        const int64_t wide = out - first < kPanel ? out - first : kPanel;
+    const Real* weights = p.weight + position * p.in * p.out;
+    for (int64_t index = first_panel; index < last_panel; ++index) {
+        const int64_t first = index * kPanel, wide = p.out - first < kPanel ? p.out - first : kPanel;
         Real* c = products + first;
-        for (int64_t k = 0; k < in; k += kDepth) {
-            const int64_t depth = in - k < kDepth ? in - k : kDepth;
-            const Real *a = numbers + k, *b = weight + first * in + k * wide, *init = k ? c : nullptr;
+        for (int64_t k = 0; k < p.in; k += kDepth) {
+            const int64_t depth = p.in - k < kDepth ? p.in - k : kDepth;
+            const Real *a = numbers + k, *b = weights + first * p.in + k * wide, *init = k ? c : nullptr;
             switch (wide / kLanes) {
-#define MAGNET_FAST_PANEL(V)                                                                \
-    case V:                                                                                 \
-        if constexpr (V <= kPanelVectors)                                                   \
-            panel<V>(tiles, depth, a, in, 1, b, wide, init, out, c, out, nullptr, nothing); \
+#define MAGNET_FAST_PANEL(V)                                                                      \
+    case V:                                                                                       \
+        if constexpr (V <= kPanelVectors)                                                         \
+            panel<V>(tiles, depth, a, p.in, 1, b, wide, init, p.out, c, p.out, nullptr, nothing); \
         break;
                 MAGNET_FAST_PANEL(1)
                 MAGNET_FAST_PANEL(2)
@@ -165,19 +162,22 @@ static inline void write_tile(const WinogradConvolution<Element>& c, int64_t til
 }
 
 template <typename Element>
-static void tiles(const WinogradConvolution<Element>& c, int64_t first, int64_t count, Real* numbers) {
-    const int64_t stride_in = position_stride(count, c.in), stride_out = position_stride(count, c.out);
-    Real* products = numbers + kWinogradPositions * stride_in;
-    for (int64_t t = 0; t < count; ++t) read_tile(c, first + t, numbers + t * c.in, stride_in);
-    for (int64_t position = 0; position < kWinogradPositions; ++position)
-        multiply_position(count, c.in, c.out, numbers + position * stride_in,
-                          c.weight + position * c.in * c.out, products + position * stride_out);
-    for (int64_t t = 0; t < count; ++t) write_tile(c, first + t, products + t * c.out, stride_out);
+static void read(const WinogradConvolution<Element>& c, int64_t first, int64_t tiles, Real* numbers,
+                 int64_t stride) {
+    for (int64_t t = 0; t < tiles; ++t) read_tile(c, first + t, numbers + t * c.in, stride);
+}
+
+template <typename Element>
+static void write(const WinogradConvolution<Element>& c, int64_t first, int64_t tiles, const Real* products,
+                  int64_t stride) {
+    for (int64_t t = 0; t < tiles; ++t) write_tile(c, first + t, products + t * c.out, stride);
 }
 
 template <typename Element>
 const WinogradKernels<Element>& winograd_kernels() {
-    static const WinogradKernels<Element> kernels = {kLanes, pack<Element>, scratch, tiles<Element>};
+    static const WinogradKernels<Element> kernels = {
+        kLanes,        pack<Element>, kPanel, position_stride, read<Element>, multiply_position<Element>,
+        write<Element>};
     return kernels;
 }
 

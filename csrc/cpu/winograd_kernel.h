@@ -44,10 +44,18 @@ struct WinogradKernels {
     int64_t step;  // what channels must be multiples of
     /// weight (out, in, 3, 3), contiguous, to `packed`: 16 * in * out numbers, 64-byte aligned.
     void (*pack)(const Element* weight, int64_t in, int64_t out, Real* packed);
-    /// Numbers that `tiles` needs to work with.
-    int64_t (*scratch)(int64_t tiles, int64_t in, int64_t out);
-    /// Tiles first .. first + tiles - 1, counted row by row, image by image; scratch is 64-byte aligned.
-    void (*tiles)(const WinogradConvolution<Element>&, int64_t first, int64_t tiles, Real* scratch);
+    int64_t panel;  // outputs that are multiplied together; the last ones may be fewer
+    /// From one position to the next, of `tiles` tiles of that many channels; in numbers.
+    int64_t (*stride)(int64_t tiles, int64_t channels);
+    /// Tiles first .. first + tiles - 1, counted row by row, image by image, to numbers [position][tile][in].
+    void (*read)(const WinogradConvolution<Element>&, int64_t first, int64_t tiles, Real* numbers,
+                 int64_t stride);
+    /// products (tiles, out) = numbers (tiles, in) * one position's weights, of some of the panels.
+    void (*multiply)(const WinogradConvolution<Element>&, int64_t tiles, int64_t position,
+                     int64_t first_panel, int64_t last_panel, const Real* numbers, Real* products);
+    /// Products [position][tile][out] to the tiles' outputs.
+    void (*write)(const WinogradConvolution<Element>&, int64_t first, int64_t tiles, const Real* products,
+                  int64_t stride);
 };
 
 MAGNET_FAST_DECLARE_KERNELS(WinogradKernels, winograd_kernels)

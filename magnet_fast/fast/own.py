@@ -40,6 +40,8 @@ REPLACEMENTS = (
     _part("encoders.sam_vit.SamAttention", own_sam.SamAttention, "relative_attention", "forward: x"),
     _part("encoders.clip_resnet.Bottleneck", own_convolutional.Bottleneck, "convolution", "forward: x"),
     _part("heads.topdown.ConvBlock", own_convolutional.ConvBlock, "convolution"),
+    _part("heads.text_kernel.Projector", own_convolutional.Projector, "rearranged", "forward: x sentence size",
+          remark="the sentence's kernel is a product"),
     _part("fusion.exchange.PooledLevel", own_fusion.PooledLevel, "linear", "forward: feature"),
     _part("fusion.exchange.Mixer", own_fusion.Mixer, "linear", "forward: levels full size",
           remark="pooled levels are mixed before they are upsampled"),

@@ -16,7 +16,7 @@ from magnet_fast.models.encoders.clip_resnet import conv_norm_relu
 from magnet_fast.models.fusion.neck import enlarge
 from magnet_fast.models.position import grid_position, line_position
 
-_KERNEL = 3
+KERNEL = 3
 
 
 @part
@@ -113,20 +113,20 @@ class Projector(nn.Module):
         self.enlarge1 = nn.Sequential(*conv_norm_relu(width, width))
         self.enlarge2 = nn.Sequential(*conv_norm_relu(width, pixel_channels))
         self.pixels = nn.Conv2d(pixel_channels, pixel_channels, 1)
-        self.kernel = nn.Linear(sentence_width, pixel_channels * _KERNEL**2 + 1)
+        self.kernel = nn.Linear(sentence_width, pixel_channels * KERNEL**2 + 1)
 
     def forward(self, x: Tensor, sentence: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """x (B, C, h, w), sentence (B, E), the image's size to mask logits and the map below them (B, c, H/4, W/4)."""
-        x = self.enlarge1(enlarge(x, _part(size, 8)))
-        pixels = self.pixels(self.enlarge2(enlarge(x, _part(size, 4))))
-        kernels, bias = self.kernel(sentence).split([pixels.shape[1] * _KERNEL**2, 1], dim=1)
+        x = self.enlarge1(enlarge(x, part_of(size, 8)))
+        pixels = self.pixels(self.enlarge2(enlarge(x, part_of(size, 4))))
+        kernels, bias = self.kernel(sentence).split([pixels.shape[1] * KERNEL**2, 1], dim=1)
         # Every image is convolved with its own kernel: a group of a convolution over all of them.
-        kernels = kernels.unflatten(1, (pixels.shape[1], _KERNEL, _KERNEL))
+        kernels = kernels.unflatten(1, (pixels.shape[1], KERNEL, KERNEL))
         batch = pixels.shape[0]
-        mask = F.conv2d(pixels.flatten(0, 1)[None], kernels, bias[:, 0], padding=_KERNEL // 2, groups=batch)
+        mask = F.conv2d(pixels.flatten(0, 1)[None], kernels, bias[:, 0], padding=KERNEL // 2, groups=batch)
         return mask[0], pixels
 
 
-def _part(size: tuple[int, int], stride: int) -> tuple[int, int]:
+def part_of(size: tuple[int, int], stride: int) -> tuple[int, int]:
     height, width = (-(-side // stride) for side in size)
     return height, width
