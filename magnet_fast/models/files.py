@@ -58,7 +58,8 @@ def is_safetensors(path: str | os.PathLike[str]) -> bool:
     """
     path, what = Path(path), _named(path)
     if path.is_dir():
-        raise ValueError(f"{what} is a folder; name the file in it")
+        held = sorted(one.name for one in path.iterdir() if one.suffix in (".safetensors", ".pth", ".pt", ".bin"))
+        raise ValueError(f"{what} is a folder; name the file in it{f', such as {held[-1]}' if held else ''}")
     if not path.is_file():
         raise FileNotFoundError(f"{what} does not exist")
     size = path.stat().st_size
