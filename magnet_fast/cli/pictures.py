@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -130,6 +131,7 @@ def segment(
         return
     if image is None or expression is None:
         raise ValueError("expected IMAGE and EXPRESSION, or --input")
+    _check_order(image, expression)
     out = out or Path("mask.png")
     check_picture_name(out)
     check_picture_name(overlay)
@@ -178,6 +180,7 @@ def edit(
     from magnet_fast.training.distributed import pick_device
 
     check_picture_name(out)
+    _check_order(image, expression)
     name, _, value = operation.partition("=")
     background = value if name == "background" else None
     read = {"IMAGE": image, "--operation": background, "--checkpoint": checkpoint, "--tokenizer": tokenizer}
@@ -247,6 +250,20 @@ def contact_sheet(
     title = f"{loaded.metadata.get('model_name', 'model')} on {dataset} {split}"
     save_picture(visualize.contact_sheet(examples, columns, title=title), out)
     typer.echo(str(out))
+
+
+def _check_order(image: Path, expression: str) -> None:
+    """ValueError where the sentence stands in the picture's place, and the picture in its, or a folder there."""
+    if os.path.isdir(image):
+        raise ValueError(
+            f"IMAGE is {str(image)!r}, a folder; expected a picture's file; for all in it: magnet-fast segment --input "
+            "FOLDER --expression SENTENCE"
+        )
+    if not os.path.exists(image) and os.path.isfile(expression):  # of names too long for a Path, too
+        raise ValueError(
+            f"IMAGE is {str(image)!r}, which is no file, and EXPRESSION is {expression!r}, which is one; expected the "
+            "picture first, then the sentence"
+        )
 
 
 def _say(found: Segmentation, turned: int, segmenter: Segmenter) -> None:
