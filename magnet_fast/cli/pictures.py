@@ -58,6 +58,7 @@ _TRANSPARENT = (".png", ".webp", ".tif", ".tiff")
 
 @user_errors
 def segment(
+    context: typer.Context,
     image: Annotated[Path | None, typer.Argument(help="The picture.")] = None,
     expression: Annotated[str | None, typer.Argument(help="What to segment, in words.")] = None,
     out: Annotated[
@@ -117,6 +118,7 @@ def segment(
             batch_size=batch_size or BATCH_SIZE,
         )
 
+    _check_quoted(expression, context.args)
     single = {"IMAGE": image, "EXPRESSION": expression, "--overlay": overlay}
     many = {"--expression": for_all, "--format": format, "--resume": resume or None}
     many |= {"--batch-size": batch_size, "--workers": workers}
@@ -153,6 +155,7 @@ def segment(
 
 @user_errors
 def edit(
+    context: typer.Context,
     image: Annotated[Path, typer.Argument(help="The picture.")],
     expression: Annotated[str, typer.Argument(help="What to edit, in words.")],
     operation: Annotated[
@@ -179,6 +182,7 @@ def edit(
     from magnet_fast.inference import Segmenter
     from magnet_fast.training.distributed import pick_device
 
+    _check_quoted(expression, context.args)
     check_picture_name(out)
     _check_order(image, expression)
     name, _, value = operation.partition("=")
@@ -250,6 +254,14 @@ def contact_sheet(
     title = f"{loaded.metadata.get('model_name', 'model')} on {dataset} {split}"
     save_picture(visualize.contact_sheet(examples, columns, title=title), out)
     typer.echo(str(out))
+
+
+def _check_quoted(expression: str | None, more: list[str]) -> None:
+    """ValueError where words follow the sentence, as they do without quotes."""
+    if more:
+        raise ValueError(
+            f"EXPRESSION is {expression!r}, and more follows: {' '.join(more)!r}; expected one sentence, in quotes"
+        )
 
 
 def _check_order(image: Path, expression: str) -> None:

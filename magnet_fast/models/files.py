@@ -38,6 +38,8 @@ _FOREIGN = (
     (b"\x93NUMPY", "is one NumPy array; expected a dictionary of weights"),
     (b"GGUF", "is a GGUF file; expected PyTorch's weights"),
     (b"%PDF", f"is a PDF, not a checkpoint; {_AGAIN}"),
+    (b"\xff\xd8\xff", "is a picture (JPEG), neither weights nor data"),
+    (b"\x89PNG\r\n\x1a\n", "is a picture (PNG), neither weights nor data"),
 )
 _BLANK = b"\xef\xbb\xbf \t\r\n"
 

@@ -259,6 +259,7 @@ def test_options_that_do_not_go_together(table: Path, checkpoint: Path, tmp_path
     for arguments, message in (
         ([], "expected IMAGE and EXPRESSION, or --input"),
         (["a.png"], "expected IMAGE and EXPRESSION, or --input"),
+        (["a.png", "the", "red", "circle"], "EXPRESSION is 'the', and more follows: 'red circle'; expected one"),
         (["the circle", table], f"EXPRESSION is {str(table)!r}, which is one; expected the picture first, then the"),
         ([table.parent, "circle"], "a folder; expected a picture's file; for all in it: magnet-fast segment --input"),
         (["--input", tmp_path / "none"], "none does not exist"),

@@ -351,3 +351,10 @@ def test_a_full_disk_is_told_with_the_file(folder: Path, monkeypatch) -> None:
     with pytest.raises(OSError, match="No space left on device: '.*own/instances.json'"):
         import_data(folder / "data.csv", folder / "out", val=0, test=0)
     assert not (folder / "out").exists()
+
+
+def test_a_folder_without_a_mask_says_how_one_is_named(tmp_path: Path) -> None:
+    for name in ("images", "masks"):
+        (tmp_path / "mine" / name).mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"got none; in a folder: images/PICTURE\.jpg and, .* masks/PICTURE__the"):
+        import_data(tmp_path / "mine", tmp_path / "out")
