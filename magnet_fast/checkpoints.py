@@ -20,6 +20,7 @@ from magnet_fast.models.weights import load_with_metadata, restored
 _HUB = "hub:"
 PHOTOS = "photos"
 """Name of the model of photographs that ships with the package."""
+_ENDINGS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".pkl")
 _RUN = "magnet_fast.training/"  # format of a run's checkpoint, before its number
 
 
@@ -105,8 +106,13 @@ def load(path: str | os.PathLike[str] | None = None) -> Checkpoint:
     if path is not None and _is_shipped(path):
         return _read_pretrained(hub.find(_shipped(PHOTOS)))
     path = Path(path) if path is not None else shipped_weights()
-    if not path.exists() and get_close_matches(str(path).lower(), [PHOTOS]):
-        raise FileNotFoundError(f"checkpoint {str(path)!r} does not exist; did you mean {PHOTOS!r}, which ships?")
+    if not path.exists():
+        if get_close_matches(str(path).lower(), [PHOTOS]):
+            raise FileNotFoundError(f"checkpoint {str(path)!r} does not exist; did you mean {PHOTOS!r}, which ships?")
+        if _may_be_repository(path):
+            raise FileNotFoundError(
+                f"checkpoint {str(path)!r} does not exist; a repository on the hub is named {f'{_HUB}{path}'!r}"
+            )
     format = safetensors_metadata(path).get("format", "") if is_safetensors(path) else ""
     if not format.startswith("magnet_fast."):
         # A released file, or something else: the reader of released files says what is missing.
@@ -138,6 +144,16 @@ def _is_shipped(path: str | os.PathLike[str]) -> bool:
     """Whether a path that holds no model is the name of one that ships: a folder of pictures may be called so, a run's
     folder is one."""
     return os.fspath(path) == PHOTOS and not Path(path).is_file() and not any(Path(path).glob("*.safetensors"))
+
+
+def _may_be_repository(path: Path) -> bool:
+    """Whether a path that does not exist is rather owner/name: the name has no ending, and there is no such folder."""
+    if len(path.parts) != 2 or path.suffix in _ENDINGS or path.parent.exists():
+        return False
+    try:
+        return bool(hub.checked_name(str(path)))
+    except ValueError:
+        return False
 
 
 def _shipped(name: str) -> Path:

@@ -330,6 +330,44 @@ def test_no_network(hub, model, saved, monkeypatch) -> None:
         model.push_to_hub("someone/new")
 
 
+def test_where_nobody_answers_nothing_is_tried_again(hub, model, saved, monkeypatch) -> None:
+    stored(hub, saved)
+    assert same(models.from_pretrained(NAME), model)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9/{repo_id}/{revision}/{filename}")
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    waits: list[float] = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+    for read in (models.from_pretrained, lambda name: checkpoints.load(f"hub:{name}"), Segmenter.from_pretrained):
+        with pytest.raises(ValueError, match=r"has no config.json, and the hub is not reached: .*; load it once with"):
+            read("someone/new")
+    with pytest.raises(ValueError, match=r"has no config.json at revision 'v1', and the hub is not reached: "):
+        models.from_pretrained(NAME, revision="v1")
+    assert waits == []
+
+
+@pytest.mark.parametrize("raised", [TimeoutError("slow"), RuntimeError("odd")])
+def test_a_first_answer_that_is_slow_or_odd_is_left_to_the_client(hub, model, saved, monkeypatch, raised) -> None:
+    stored(hub, saved)
+
+    def first(*_: Any, **__: Any) -> None:
+        raise raised
+
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", first)
+    assert same(models.from_pretrained(NAME), model)
+
+
+@pytest.mark.parametrize(("name", "hint"), [("owner/name", True), ("owner/name.pth", False), ("a/b/c", False)])
+def test_a_repository_without_hub_before_it(tmp_path, monkeypatch, name: str, hint: bool) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="does not exist") as found:
+        checkpoints.load(name)
+    assert (f"a repository on the hub is named 'hub:{name}'" in str(found.value)) is hint
+    (tmp_path / "owner").mkdir()
+    with pytest.raises(FileNotFoundError) as found:
+        checkpoints.load(name)
+    assert "hub" not in str(found.value)
+
+
 SPOILED = {
     "unknown version": (lambda f: changed(f / "config.json", format="magnet_fast.pretrained/9"), "later version wrote"),
     "another library": (lambda f: (f / "config.json").write_text('{"model_type": "bert"}'), "is of another library"),

@@ -63,10 +63,10 @@ def read_rows(source: str | os.PathLike[str], expression: str | None = None) -> 
             )
         rows = _of_folder(source, expression)
     else:
-        if source.suffix.lower() not in _TABLES:
-            raise ValueError(f"input: expected a folder or a table, {', '.join(_TABLES)}, got {source}")
         if not source.is_file():
             raise FileNotFoundError(f"input {source} does not exist")
+        if source.suffix.lower() not in _TABLES:
+            raise ValueError(f"input: expected a folder or a table, {', '.join(_TABLES)}, got {source}")
         if expression is not None:
             raise ValueError(f"expression: expected a folder with it; the table {source} has a sentence in each row")
         rows = _of_table(source)

@@ -34,8 +34,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (train, evaluate, segment, edit, merge, push, shrink, export, info, doctor, study):
+for command in (train, evaluate, merge, push, shrink, export, info, doctor, study):
     app.command()(command)
+for command in (segment, edit):
+    app.command(context_settings={"allow_extra_args": True})(command)  # words of a sentence, refused with what helps
 app.command("contact-sheet")(contact_sheet)
 app.command("app")(web_page)
 app.add_typer(data_app, name="data")

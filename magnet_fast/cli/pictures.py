@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -57,6 +58,7 @@ _TRANSPARENT = (".png", ".webp", ".tif", ".tiff")
 
 @user_errors
 def segment(
+    context: typer.Context,
     image: Annotated[Path | None, typer.Argument(help="The picture.")] = None,
     expression: Annotated[str | None, typer.Argument(help="What to segment, in words.")] = None,
     out: Annotated[
@@ -116,6 +118,7 @@ def segment(
             batch_size=batch_size or BATCH_SIZE,
         )
 
+    _check_quoted(expression, context.args)
     single = {"IMAGE": image, "EXPRESSION": expression, "--overlay": overlay}
     many = {"--expression": for_all, "--format": format, "--resume": resume or None}
     many |= {"--batch-size": batch_size, "--workers": workers}
@@ -130,6 +133,7 @@ def segment(
         return
     if image is None or expression is None:
         raise ValueError("expected IMAGE and EXPRESSION, or --input")
+    _check_order(image, expression)
     out = out or Path("mask.png")
     check_picture_name(out)
     check_picture_name(overlay)
@@ -151,6 +155,7 @@ def segment(
 
 @user_errors
 def edit(
+    context: typer.Context,
     image: Annotated[Path, typer.Argument(help="The picture.")],
     expression: Annotated[str, typer.Argument(help="What to edit, in words.")],
     operation: Annotated[
@@ -177,7 +182,9 @@ def edit(
     from magnet_fast.inference import Segmenter
     from magnet_fast.training.distributed import pick_device
 
+    _check_quoted(expression, context.args)
     check_picture_name(out)
+    _check_order(image, expression)
     name, _, value = operation.partition("=")
     background = value if name == "background" else None
     read = {"IMAGE": image, "--operation": background, "--checkpoint": checkpoint, "--tokenizer": tokenizer}
@@ -247,6 +254,28 @@ def contact_sheet(
     title = f"{loaded.metadata.get('model_name', 'model')} on {dataset} {split}"
     save_picture(visualize.contact_sheet(examples, columns, title=title), out)
     typer.echo(str(out))
+
+
+def _check_quoted(expression: str | None, more: list[str]) -> None:
+    """ValueError where words follow the sentence, as they do without quotes."""
+    if more:
+        raise ValueError(
+            f"EXPRESSION is {expression!r}, and more follows: {' '.join(more)!r}; expected one sentence, in quotes"
+        )
+
+
+def _check_order(image: Path, expression: str) -> None:
+    """ValueError where the sentence stands in the picture's place, and the picture in its, or a folder there."""
+    if os.path.isdir(image):
+        raise ValueError(
+            f"IMAGE is {str(image)!r}, a folder; expected a picture's file; for all in it: magnet-fast segment --input "
+            "FOLDER --expression SENTENCE"
+        )
+    if not os.path.exists(image) and os.path.isfile(expression):  # of names too long for a Path, too
+        raise ValueError(
+            f"IMAGE is {str(image)!r}, which is no file, and EXPRESSION is {expression!r}, which is one; expected the "
+            "picture first, then the sentence"
+        )
 
 
 def _say(found: Segmentation, turned: int, segmenter: Segmenter) -> None:

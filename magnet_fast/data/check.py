@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from magnet_fast.data.datasets import open_reader
-from magnet_fast.data.datasets.base import BrokenRecordsError, Folders
+from magnet_fast.data.datasets.base import PUT_THERE, BrokenRecordsError, Folders
 from magnet_fast.data.datasets.published import IMAGES_SOURCE, PUBLISHED_REFS, SOURCES
 from magnet_fast.data.datasets.reader import Reader, Ref, Tally
 from magnet_fast.data.datasets.refer import IMAGE_FOLDERS, SPLITS, Refer
@@ -133,7 +133,7 @@ def _check_image(reader: Reader, image_id: int, found: Tally, turned: Tally) -> 
         size, turn = picture_header(path)
         expected = reader.image_size(image_id)
     except FileNotFoundError as error:
-        found.add("absent", str(error))
+        found.add("absent", str(error).removesuffix(PUT_THERE))
         return
     except (OSError, ValueError) as error:
         found.add("unreadable", str(error))
@@ -183,7 +183,7 @@ def _check_masks(reader: Reader, refs: list[Ref], found: Tally) -> None:
                 raise ValueError(f"ref_id {ref.ref_id}: its annotation covers no pixel of the image")
             reader.extra(ref, ref.sentences[0])
         except (OSError, ValueError) as error:
-            found.add("unusable", str(error))
+            found.add("unusable", str(error).removesuffix(PUT_THERE))
 
 
 def _count_problems(report: DataReport, dataset: str, split_by: str) -> list[str]:
@@ -214,7 +214,8 @@ def _summary(found: Tally, noun: str, advice: str) -> list[str]:
             continue
         first = found.examples[state]
         more = f"; and {count - len(first)} more" if count > len(first) else ""
-        told.append(f"{count} {noun}{'s' * (count != 1)} {state}: {'; '.join(first)}{more}{advice}")
+        helps = advice or PUT_THERE * (state == "absent")
+        told.append(f"{count} {noun}{'s' * (count != 1)} {state}: {'; '.join(first)}{more}{helps}")
     return told
 
 

@@ -27,6 +27,7 @@ MODES = ("sentences", "refs")
 TRUTHS = ("resized", "polygons")
 _UNREAD = {
     "unknown": "have words that the tokenizer does not know",
+    "spelled": "have words that it reads letter by letter",
     "dropped": "have characters that it leaves out",
     "cut": "are cut at its length",
 }

@@ -38,6 +38,8 @@ _FOREIGN = (
     (b"\x93NUMPY", "is one NumPy array; expected a dictionary of weights"),
     (b"GGUF", "is a GGUF file; expected PyTorch's weights"),
     (b"%PDF", f"is a PDF, not a checkpoint; {_AGAIN}"),
+    (b"\xff\xd8\xff", "is a picture (JPEG), neither weights nor data"),
+    (b"\x89PNG\r\n\x1a\n", "is a picture (PNG), neither weights nor data"),
 )
 _BLANK = b"\xef\xbb\xbf \t\r\n"
 
@@ -58,7 +60,8 @@ def is_safetensors(path: str | os.PathLike[str]) -> bool:
     """
     path, what = Path(path), _named(path)
     if path.is_dir():
-        raise ValueError(f"{what} is a folder; name the file in it")
+        held = sorted(one.name for one in path.iterdir() if one.suffix in (".safetensors", ".pth", ".pt", ".bin"))
+        raise ValueError(f"{what} is a folder; name the file in it{f', such as {held[-1]}' if held else ''}")
     if not path.is_file():
         raise FileNotFoundError(f"{what} does not exist")
     size = path.stat().st_size

@@ -275,6 +275,8 @@ def _download(repository: str, name: str, **where: Any) -> Path:
     from huggingface_hub import errors, hf_hub_download
 
     at = f" at revision {where['revision']!r}" if where["revision"] else ""
+    if name == CONFIG and (lost := _lost(repository, **where)) is not None:
+        raise ValueError(_unreached(repository, f"{name}{at}", _told(lost))) from lost
     try:
         return Path(hf_hub_download(repository, name, library_name="magnet_fast", **where))
     except errors.RepositoryNotFoundError as error:  # or a gated one
@@ -286,10 +288,7 @@ def _download(repository: str, name: str, **where: Any) -> Path:
         raise ValueError(f"repository {repository!r} has no revision {where['revision']!r}") from error
     except errors.LocalEntryNotFoundError as error:
         reason = _told(error.__cause__) if error.__cause__ else "local_files_only=True"
-        raise ValueError(
-            f"repository {repository!r}: the cache has no {name}{at}, and the hub is not reached: {reason}; load it "
-            "once with network, or give the folder of a copy"
-        ) from error
+        raise ValueError(_unreached(repository, f"{name}{at}", reason)) from error
     except errors.EntryNotFoundError as error:
         raise ValueError(
             f"repository {repository!r} has no {name}{at}: no model that save_pretrained wrote. Pickles "
@@ -297,6 +296,37 @@ def _download(repository: str, name: str, **where: Any) -> Path:
         ) from error
     except Exception as error:  # the hub's client raises many kinds
         raise ValueError(f"repository {repository!r}: {name} cannot be fetched: {_told(error)}") from error
+
+
+def _unreached(repository: str, file: str, reason: str) -> str:
+    return (
+        f"repository {repository!r}: the cache has no {file}, and the hub is not reached: {reason}; load it once with "
+        "network, or give the folder of a copy"
+    )
+
+
+def _lost(
+    repository: str,
+    revision: str | None,
+    token: str | bool | None,
+    cache_dir: str | os.PathLike[str] | None,
+    local_files_only: bool,
+) -> Exception | None:
+    """The error of a first connection, where a download needs one and none comes about.
+
+    The hub's client tries again for half a minute where nobody answers, and for six where packets are lost. All else
+    (a slow answer, a refusal, a proxy) is left to it.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+
+    if local_files_only or isinstance(try_to_load_from_cache(repository, CONFIG, cache_dir, revision), str):
+        return None
+    try:
+        get_hf_file_metadata(hf_hub_url(repository, CONFIG, revision=revision), token=token, library_name="magnet_fast")
+    except Exception as error:  # by name: the client's HTTP library is another one in other versions
+        if type(error).__name__ in ("ConnectError", "ConnectTimeout"):
+            return error
+    return None
 
 
 def _keeps(card: Path, where: str) -> bool:

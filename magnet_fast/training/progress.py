@@ -75,15 +75,17 @@ class MetricsFile:
             file.write(json.dumps(_finite(row)) + "\n")
 
     def rows(self) -> list[dict[str, Any]]:
-        """All complete rows; a line that a kill cut short is left out."""
+        """All complete rows; a line that a kill cut short, or that is no row, is left out."""
         if not self.path.exists():
             return []
         rows = []
         for line in self.path.read_text(encoding="utf-8").splitlines():
             try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
                 continue
+            if isinstance(row, dict) and isinstance(row.get("step"), int) and "kind" in row:
+                rows.append(row)
         return rows
 
     def drop_after(self, step: int, unfinished: bool = False) -> None:

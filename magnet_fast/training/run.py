@@ -14,6 +14,7 @@ from magnet_fast.training.determinism import deterministic_algorithms
 from magnet_fast.training.distributed import World, broadcast_object, distributed_world, done_on_main
 from magnet_fast.training.failure import FOLDER
 from magnet_fast.training.folder import held_folder
+from magnet_fast.training.state import check_form
 from magnet_fast.training.stopping import stopped_at_once
 
 RUN_FILES = (CHECKPOINT, "metrics.jsonl", "config.yaml", "best.safetensors", "last.safetensors")
@@ -95,6 +96,7 @@ def _state_in_folder(config: TrainConfig, out: Path, resume: bool, overwrite: bo
     if not resume or not (out / CHECKPOINT).exists():
         return None
     state = load_checkpoint(out / CHECKPOINT)
+    check_form(state, out / CHECKPOINT)
     # Parsed, so that entries younger than the checkpoint have their defaults.
     saved = parse_config(state["config"], f"{out / CHECKPOINT}").model_dump(mode="json")
     check_resumable(saved, config.model_dump(mode="json"), out / CHECKPOINT)
@@ -130,9 +132,15 @@ def check_resumable(saved: dict[str, Any], current: dict[str, Any], path: Path) 
     if not differing:
         return
     changes = "; ".join(f"{key}: {before.get(key)!r} there, {now.get(key)!r} here" for key in differing)
+    former = f"give the former values again ({path.parent / 'config.yaml'} holds them all)"
     if any(key.startswith("model.") for key in differing):
-        raise ValueError(f"{path}: this checkpoint is of another model ({changes})")
-    raise ValueError(f"{path}: cannot go on exactly with another configuration ({changes})")
+        raise ValueError(
+            f"{path}: this checkpoint is of another model ({changes}); {former}, or start a new run with another --out"
+        )
+    raise ValueError(
+        f"{path}: cannot go on exactly with another configuration ({changes}); {former}, or start a new run from its "
+        f"weights, with another --out and --set model.weights={path}. Free to change: {', '.join(sorted(_FREE_KEYS))}"
+    )
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

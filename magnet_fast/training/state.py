@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ValidationError
@@ -50,6 +51,64 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
         "window": trainer.log.state(),
         "rng": gather_objects(rng_state(), trainer.world),
     }
+
+
+def check_form(state: dict[str, Any], path: str | Path) -> None:
+    """ValueError, naming the file, where what was read of a checkpoint is not made as `state_of` makes it.
+
+    Looked at is every entry that `load_state_into` reads, before a run's folder is touched.
+    """
+    fault = _fault(state, _FORM, "")
+    if fault is None and state["config"].get("ema") is not None:
+        fault = _fault(state["ema"], _AVERAGED, "ema")
+    if fault is not None:
+        raise ValueError(f"{path}: not a readable checkpoint: its state is of another form ({fault})")
+
+
+_WEIGHTS = {...: Tensor}
+_AVERAGED = {"weights": _WEIGHTS, "updates": int}
+_FORM = {
+    "config": dict,
+    "model_config": dict,
+    "metadata": {...: str},
+    "model": _WEIGHTS,
+    "terms": _WEIGHTS,
+    "ema": dict,
+    "optimiser": {"state": dict, "param_groups": list},
+    "scaler": dict,
+    "step": int,
+    "steps_per_epoch": int,
+    "trained_seconds": (int, float),
+    "best": (int, float, type(None)),
+    "scores": dict,
+    "validated_at": int,
+    "window": {"sums": [Tensor], "steps": int},
+    "rng": [{"python": list, "numpy": list, "torch": Tensor}],
+}
+"""What a file's state must be: a type, the entries of a dict (`...`: each of them), or the one kind of a list's."""
+_OPTIONAL = {"bases": {...: {"source": (str, bool), "tensors": int, "sha256": str}}}
+"""Entries of later versions, which earlier files of this format lack."""
+
+
+def _fault(value: Any, form: Any, name: str) -> str | None:
+    """The first difference between a value and its form, in words."""
+    kind = type(form) if isinstance(form, dict | list) else form
+    if not isinstance(value, kind):
+        expected = " or ".join(one.__name__ for one in (kind if isinstance(kind, tuple) else (kind,)))
+        return f"{name or 'it'}: expected {expected}, got {type(value).__name__}"
+    if form is _FORM:
+        form = _FORM | {key: inner for key, inner in _OPTIONAL.items() if key in value}
+    if isinstance(form, list):
+        below = [(str(index), entry, form[0]) for index, entry in enumerate(value)]
+    elif isinstance(form, dict):
+        keys = list(value) if ... in form else list(form)
+        if lacking := [key for key in keys if key not in value]:
+            return f"{name or 'it'} lacks {', '.join(lacking)}"
+        below = [(str(key), value[key], form.get(key, form.get(...))) for key in keys]
+    else:
+        return None
+    prefix = f"{name}/" if name else ""
+    return next(filter(None, (_fault(entry, inner, f"{prefix}{key}") for key, entry, inner in below)), None)
 
 
 def load_state_into(trainer: Trainer, state: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ from magnet_fast.training.checkpoint import CHECKPOINT, load_checkpoint
 from magnet_fast.training.config import TrainConfig
 from magnet_fast.training.datasets import check_split, chosen_truth, dataset_kind, open_readers
 from magnet_fast.training.run import train
-from magnet_fast.training.study_report import write_report
+from magnet_fast.training.study_report import read_result, write_report
 from magnet_fast.training.terms import build_terms
 from magnet_fast.training.variants import Study, row_config
 
@@ -156,9 +156,11 @@ def _finished(folder: Path, config: TrainConfig) -> bool:
     path = folder / RESULT
     if not path.exists():
         return False
-    before, now = json.loads(path.read_text())["config"], config.model_dump(mode="json")
+    before, now = read_result(path)["config"], config.model_dump(mode="json")
     for values in (before, now):
-        values["data"] = {key: value for key, value in values["data"].items() if key not in ("root", "cache")}
+        values["data"] = {
+            key: value for key, value in dict(values.get("data") or {}).items() if key not in ("root", "cache")
+        }
     differing = [key for key in now if before.get(key) != now[key]]
     if differing:
         raise ValueError(f"{path}: it is of another configuration ({', '.join(differing)}); choose another folder")

@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from magnet_fast.atomic import write_atomically, write_text_atomically
 from magnet_fast.evaluation import TASKS
+from magnet_fast.models.files import read_json
 
 Runs = dict[str, list[dict[str, Any]]]  # by variant, in the order of their seeds
 
@@ -33,7 +34,7 @@ def write_report(out: Path, titles: dict[str, str], against: dict[str, str], res
     """
     runs = {
         name: sorted(
-            (json.loads(path.read_text()) for path in (out / name).glob(f"seed-*/{result}")),
+            (read_result(path) for path in (out / name).glob(f"seed-*/{result}")),
             key=lambda run: run["seed"],
         )
         for name in titles
@@ -46,6 +47,21 @@ def write_report(out: Path, titles: dict[str, str], against: dict[str, str], res
     write_atomically(out / "plot.png", lambda file: _plot(runs, titles).save(file, format="PNG"))
     write_text_atomically(out / "table.md", table)
     return out / "table.md"
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """A finished run's file. Raises ValueError, with the path, for what no run of a study has written."""
+    found = read_json(path)
+    lacking = [key for key in _RESULT if not isinstance(found.get(key), _RESULT[key])]
+    if lacking:
+        raise ValueError(
+            f"{path}: not the result of a run, for want of {', '.join(lacking)}; remove it, and the study writes it "
+            "anew"
+        )
+    return found
+
+
+_RESULT = {"seed": int, "config": dict, "scores": dict, "machine": dict}
 
 
 def summary(runs: Runs) -> str:

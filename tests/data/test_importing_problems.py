@@ -68,7 +68,7 @@ BAD_ROWS = [
     ("text.jpg,the thing,,,[BOX],", "no format that Pillow knows"),
     ("empty.jpg,the thing,,,[BOX],", "is empty (0 bytes)"),
     ("cut.jpg,the thing,,,[BOX],", "cannot be read"),
-    ("bomb.png,the thing,,,[BOX],", "exceeds limit"),
+    ("bomb.png,the thing,,,[BOX],", "pixels; expected at most"),
     ("turned.jpg,the thing,,,[BOX],", "EXIF orientation 6"),
     ("../a.jpg,the thing,,,[BOX],", "expected a path within the data's folders"),
     ("/etc/a.jpg,the thing,,,[BOX],", "expected a path within the data's folders"),
@@ -82,7 +82,7 @@ BAD_ROWS = [
     ("a.jpg,the thing,black.png,,,", "mask is empty"),
     ("a.jpg,the thing,mask.jpg,,,", "is a JPEG"),
     ("a.jpg,the thing,broken.png,,,", "cannot be read"),
-    ("a.jpg,the thing,bomb.png,,,", "exceeds limit"),
+    ("a.jpg,the thing,bomb.png,,,", "pixels; expected at most"),
     ("a.jpg,the thing,text.jpg,,,", "no format that Pillow knows"),
     ("a.jpg,the thing,none.png,,,", "does not exist"),
     ("a.jpg,the thing,,,,", "row has nothing drawn; expected one of mask, polygon, box, rle"),
@@ -351,3 +351,10 @@ def test_a_full_disk_is_told_with_the_file(folder: Path, monkeypatch) -> None:
     with pytest.raises(OSError, match="No space left on device: '.*own/instances.json'"):
         import_data(folder / "data.csv", folder / "out", val=0, test=0)
     assert not (folder / "out").exists()
+
+
+def test_a_folder_without_a_mask_says_how_one_is_named(tmp_path: Path) -> None:
+    for name in ("images", "masks"):
+        (tmp_path / "mine" / name).mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"got none; in a folder: images/PICTURE\.jpg and, .* masks/PICTURE__the"):
+        import_data(tmp_path / "mine", tmp_path / "out")

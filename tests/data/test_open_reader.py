@@ -59,3 +59,23 @@ def test_unknown_formats(tmp_path):
         open_reader(tmp_path, "refcoco", format="coco")
     with pytest.raises(FileNotFoundError, match="image_data_split.json"):
         open_reader(tmp_path, "refcoco", format="phrasecut")
+
+
+def test_a_root_without_the_data_set_says_what_there_is(tmp_path):
+    make = r"; `data import` makes one of your own pictures, `data scenes` one of drawn scenes$"
+    for root in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(FileNotFoundError, match=f"refcoco does not exist; expected the folder of a data set{make}"):
+            open_reader(root, "refcoco")
+    root = layout.write_root(tmp_path / "data", dataset="own")
+    with pytest.raises(FileNotFoundError, match=r"data holds own: name one by --dataset \(in training: --set data"):
+        open_reader(root, "refcoco")
+    with pytest.raises(FileNotFoundError, match=rf"own is one itself: give {root} as the data, and name own by"):
+        open_reader(root / "own", "refcoco")
+    (root / "refcoco").mkdir()
+    with pytest.raises(ValueError, match="cannot be told; .*data holds own: name one by"):
+        open_reader(root, "refcoco")
+    for number in range(6):
+        (root / f"set{number}").mkdir()
+        (root / f"set{number}" / "instances.json").write_text("{}")
+    with pytest.raises(ValueError, match="data holds own, set0, set1, set2, set3 and more: name"):
+        open_reader(root, "refcoco")

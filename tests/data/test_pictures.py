@@ -191,7 +191,7 @@ def test_unreadable_files(tmp_path: Path, monkeypatch) -> None:
     refused(ValueError, "cannot be read: .*; is the file whole", whole[: len(whole) // 2])
     refused(ValueError, r"no format that Pillow knows \(HEIC is none\); convert it", b"\0\0\0\x18ftypheic" + bytes(40))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
-    refused(ValueError, r"exceeds limit of 100 pixels.*; scale it down, or raise PIL\.Image\.MAX_IMAGE_PIXELS", whole)
+    refused(ValueError, r"has \d+ pixels; expected at most 100, .* raise PIL\.Image\.MAX_IMAGE_PIXELS", whole)
     with pytest.raises(ValueError, match="is a folder"):
         open_image(tmp_path)
 
@@ -245,3 +245,24 @@ def test_data_sets_name_a_picture_whatever_pillow_raises(tmp_path: Path, content
     for read in (picture_size, lambda path: read_picture(path, "RGB")):
         with pytest.raises(ValueError, match=r"a\.png: not a readable picture"):
             read(path)
+
+
+def test_data_sets_refuse_a_picture_that_is_too_large_by_its_size(tmp_path: Path, monkeypatch) -> None:
+    path = tmp_path / "a.png"
+    Image.fromarray(COLOURS).save(path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
+    for read in (picture_size, lambda path: read_picture(path, "RGB")):
+        with pytest.raises(ValueError, match=r"a\.png has 187 pixels; expected at most 100, .*; scale it down"):
+            read(path)
+
+
+def test_a_size_that_shows_only_when_it_is_decoded(monkeypatch) -> None:
+    image = Image.new("RGB", (11, 17))
+
+    def load() -> None:
+        raise Image.DecompressionBombError("Image size (187 pixels) exceeds limit of 100 pixels")
+
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
+    monkeypatch.setattr(image, "load", load)
+    with pytest.raises(ValueError, match="^image has 187 pixels; expected at most 100"):
+        as_rgb(image)

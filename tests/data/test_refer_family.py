@@ -149,9 +149,26 @@ def test_images_are_named(tmp_path: Path) -> None:
         refer = Refer(root, images=images)
         assert [refer.image_path(one).parent for one in (7, 8)] == [root / "photos", elsewhere]
     only = Refer(root, images="photos")
-    with pytest.raises(FileNotFoundError, match=r"image b\.jpg \(image_id 8\) of .* is not in .*photos$"):
+    with pytest.raises(
+        FileNotFoundError, match=r"b\.jpg \(image_id 8\) of .* is not in .*photos; put it there, or name"
+    ):
         only.image_path(8)
     with pytest.raises(FileNotFoundError, match="these folders do not exist: .*root/nowhere"):
         Refer(root, images=["photos", "nowhere"])
     problems = check_data(root, images="photos").problems
     assert any(problem.startswith("1 image absent: image b.jpg") for problem in problems)
+
+
+def test_the_folder_of_images_is_looked_in_and_named_whatever_it_holds(tmp_path: Path) -> None:
+    """Names may hold the folders in it; its own name is what an absent picture's owner looks for."""
+    instances = small_instances()
+    for image in instances["images"]:
+        image["file_name"] = f"2014/{image['file_name']}"
+    refer = Refer(write_root(tmp_path, instances=instances, image_folder="images/2014", dataset="own"), "own")
+    assert refer.image_path(7) == tmp_path / "images/2014/a.jpg"
+    (tmp_path / "images/2014/b.jpg").unlink()
+    expected = rf"is not in {tmp_path}/images/2014 nor {tmp_path}/images; put it there, or name its folder by images="
+    with pytest.raises(FileNotFoundError, match=expected):
+        refer.image_path(8)
+    (told,) = (problem for problem in check_data(tmp_path, "own").problems if "absent" in problem)
+    assert told.count("put it there") == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
+import warnings
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import magnet_fast.data
+from magnet_fast.data import Refer
 from magnet_fast.data.tokenizers import Tokenizer, open_tokenizer
 
 VOCABULARY = Path(magnet_fast.data.__file__).with_name("vocab.txt")
@@ -99,6 +101,38 @@ def test_vocabulary_spells_every_word_and_holds_the_scenes_words(tokenizer):
     assert {"circle", "star", "red", "cyan", "second", "leftmost", "checkered"} <= set(tokens)
     ids, _ = tokenizer("xylophone qwertz 4711")
     assert tokens.index("[UNK]") not in ids
+
+
+def test_words_read_letter_by_letter_are_told_of_once(tokenizer):
+    text = "the Parking meter, my answer: squares, zebra's 12 XYLO and a xylo"
+    (reading,) = Tokenizer(max_tokens=60).readings([text])
+    # "me ##ter" and "square ##s" have parts that mean something; numbers and letters are spelled so by everybody.
+    assert reading.spelled == ("Parking", "answer", "XYLO", "xylo")
+    assert reading.complete and not reading.unknown
+    told = "read letter by letter, known only to a model trained with such words: 'Parking', 'answer', 'XYLO', 'xylo'"
+    assert reading.notes == {"spelled": told}
+    short = Tokenizer(max_tokens=6)
+    with pytest.warns(UserWarning, match=rf"expression 'the .*: {told[:60]}.* 'parking'; it is cut after 6 tokens"):
+        short(["the parking quagga"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        short(["quagga"])
+        Tokenizer()(["the square below the little cyan thing", "an elephant's trunk, 2nd from left"])
+
+
+def test_a_large_vocabulary_may_have_words_in_parts(tmp_path, tokenizer):
+    path = tmp_path / "vocab.txt"
+    words = [f"word{number}" for number in range(4000)]
+    path.write_text("\n".join([*sorted(tokenizer.vocabulary, key=tokenizer.vocabulary.__getitem__), *words]))
+    (reading,) = Tokenizer(path).readings(["parking"])
+    assert len(reading.ids) > 3 and reading.notes == {}
+
+
+def test_no_word_of_the_drawn_scenes_is_read_letter_by_letter(easy_root):
+    reader = Refer(easy_root)
+    texts = {sentence.raw for split in reader.splits for ref in reader.refs(split) for sentence in ref.sentences}
+    assert len(texts) > 50
+    assert not any(reading.spelled for reading in Tokenizer(max_tokens=60).readings(sorted(texts)))
 
 
 def test_pickling(tokenizer):

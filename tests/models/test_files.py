@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -356,8 +357,19 @@ def test_cut_safetensors(tmp_path: Path) -> None:
 def test_missing_files_and_folders(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nowhere.pth"):
         read_contents(tmp_path / "nowhere.pth")
-    with pytest.raises(ValueError, match="is a folder; name the file"):
+    with pytest.raises(ValueError, match="is a folder; name the file in it$"):
         read_contents(tmp_path)
+    for name in ("best.safetensors", "last.safetensors"):
+        (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=r"is a folder; name the file in it, such as last\.safetensors$"):
+        read_contents(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_a_picture_in_the_place_of_weights(tmp_path: Path, kind: str) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "model.pth", format=kind)
+    with pytest.raises(ValueError, match=rf"model\.pth' is a picture \({kind}\), neither weights nor data$"):
+        read_contents(tmp_path / "model.pth")
 
 
 def test_sizes_that_a_file_claims_are_checked(tmp_path: Path) -> None:

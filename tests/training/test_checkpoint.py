@@ -12,6 +12,9 @@ from safetensors.torch import save_file
 
 from magnet_fast.training.checkpoint import FORMAT, load_checkpoint, save_checkpoint
 from magnet_fast.training.randomness import rng_state, seed_everything, set_rng_state
+from magnet_fast.training.state import check_form
+
+from .fakes import FakeDataset, FakeModel, fake_config, trainer_of
 
 
 def test_random_generators_go_on_after_loading(tmp_path) -> None:
@@ -104,3 +107,49 @@ def test_a_state_of_another_form_is_named(tmp_path, metadata: dict) -> None:
     save_file({"x": torch.ones(1)}, path, {"format": FORMAT, **metadata})
     with pytest.raises(ValueError, match="checkpoint.safetensors"):
         load_checkpoint(path)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> dict:
+    """What a run with averaged weights has left, as it is read."""
+    out = tmp_path_factory.mktemp("run")
+    trainer_of(fake_config(max_steps=2, ema=0.5, validate_every="never"), FakeModel(), FakeDataset(24), None, out).run()
+    return load_checkpoint(out / "checkpoint.safetensors")
+
+
+def test_a_whole_state_is_of_the_form(whole) -> None:
+    check_form(whole, "x")
+    # Entries that a later version added.
+    check_form({key: value for key, value in whole.items() if key != "bases"}, "x")
+
+
+def entries(whole: dict) -> list[str]:
+    """Those that must be there: later versions added bases, and nothing reads the place in the data twice."""
+    return [key for key in whole if key not in ("bases", "epoch", "position")]
+
+
+def test_a_state_without_an_entry_is_named(whole) -> None:
+    assert len(entries(whole)) > 15
+    for key in entries(whole):
+        with pytest.raises(ValueError, match=rf"^runs/c\.safetensors: not a readable .*form \(it lacks {key}\)"):
+            check_form({name: value for name, value in whole.items() if name != key}, "runs/c.safetensors")
+        with pytest.raises(ValueError, match=rf"another form \({key}: expected .*, got tuple\)"):
+            check_form({**whole, key: ()}, "runs/c.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ema": {}}, "ema lacks weights, updates"),
+        ({"ema": {"weights": {"x": 3}, "updates": 1}}, "ema/weights/x: expected Tensor, got int"),
+        ({"model": {"x": None}}, "model/x: expected Tensor, got NoneType"),
+        ({"metadata": {"model_name": 3}}, "metadata/model_name: expected str, got int"),
+        ({"optimiser": {"state": {}}}, "optimiser lacks param_groups"),
+        ({"window": {"sums": [3], "steps": 0}}, "window/sums/0: expected Tensor, got int"),
+        ({"rng": [{"python": [], "torch": torch.zeros(1)}]}, "rng/0 lacks numpy"),
+        ({"bases": {"image": {"source": "x"}}}, "bases/image lacks tensors, sha256"),
+    ],
+)
+def test_a_state_of_other_entries_is_named(whole, change: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=rf"c\.safetensors: .*\({message}\)"):
+        check_form({**whole, **change}, "c.safetensors")

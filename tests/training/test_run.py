@@ -21,7 +21,7 @@ from magnet_fast.evaluation import evaluate
 from magnet_fast.models.base import ReferringModel
 from magnet_fast.training import load_config, train
 from magnet_fast.training.building import build_model
-from magnet_fast.training.checkpoint import load_checkpoint
+from magnet_fast.training.checkpoint import load_checkpoint, save_checkpoint
 from magnet_fast.training.dry_run import dry_run
 from magnet_fast.training.progress import MetricsFile
 
@@ -173,10 +173,16 @@ def test_a_folder_with_a_run_is_not_touched(config_file, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("model.overrides.image__window_size=4", "of another model .*window_size: None there, 4 here"),
+        (
+            "model.overrides.image__window_size=4",
+            r"of another model .*window_size: None there, 4 here.; give the .*config\.yaml .*or start .*another --out$",
+        ),
         ("model.name=lavt_tiny", "of another model"),
         ("seed=1", "cannot go on exactly with another configuration .seed: 0 there, 1 here"),
-        ("max_steps=9", "max_steps: 2 there, 9 here"),
+        (
+            "max_steps=9",
+            r"max_steps: 2 there, 9 here.; give .*config\.yaml .*--set model\.weights=.*safetensors. Free to .*device",
+        ),
     ],
 )
 def test_resuming_another_run_is_refused(config_file, tmp_path, change: str, message: str) -> None:
@@ -185,6 +191,19 @@ def test_resuming_another_run_is_refused(config_file, tmp_path, change: str, mes
     with pytest.raises(ValueError, match=message):
         train(load_config(config_file, ["max_steps=2", change]), tmp_path, resume=True)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_resuming_a_state_that_lacks_something_is_refused(config_file, tmp_path) -> None:
+    config = load_config(config_file, ["max_steps=1"])
+    train(config, tmp_path)
+    path = tmp_path / "checkpoint.safetensors"
+    state = load_checkpoint(path)
+    for key in ("config", "steps_per_epoch"):
+        save_checkpoint({name: value for name, value in state.items() if name != key}, path)
+        before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+        with pytest.raises(ValueError, match=rf"{path}: not a readable checkpoint: .*it lacks {key}"):
+            train(config, tmp_path, resume=True)
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 @pytest.mark.parametrize(

@@ -206,6 +206,23 @@ def test_the_table_says_mean_spread_and_difference(tmp_path) -> None:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is no JSON"),
+        ("[]", "holds a list"),
+        ('{"seed": 0, "config": []}', "for want of config, scores, machine; "),
+    ],
+)
+def test_a_result_that_is_none_is_named(tmp_path, content: str, message: str) -> None:
+    path = tmp_path / "one" / "seed-0" / "result.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(content)
+    with pytest.raises(ValueError, match=rf"one/seed-0/result\.json.*{message}"):
+        write_report(tmp_path, {"one": "ONE"}, {}, "result.json")
+    assert not (tmp_path / "table.md").exists()
+
+
 def test_scores_that_a_kind_of_sentence_has_not(tmp_path) -> None:
     """Sentences that name nothing have no overlap, but are found to name nothing or not."""
     for seed in (0, 1):

@@ -190,7 +190,7 @@ def test_a_broken_metrics_line_is_dropped_on_resume(tmp_path) -> None:
     for step in (2, 4, 6):
         file.append({"kind": "train", "step": step, "loss": 1.0})
     with open(file.path, "a") as handle:
-        handle.write('{"kind": "train", "ste')
+        handle.write('3\n[]\n{"step": "4"}\n{"kind": "train", "ste')  # and what somebody else wrote
     file.drop_after(4)
     assert [row["step"] for row in file.rows()] == [2, 4]
     file.append({"kind": "train", "step": 6, "loss": math.nan})

@@ -81,11 +81,33 @@ def open_reader(
     folder = Path(root) / dataset
     if format is None:
         if not folder.is_dir():
-            raise FileNotFoundError(f"{folder} does not exist; expected the folder of a data set")
+            raise FileNotFoundError(f"{folder} does not exist; expected the folder of a data set{_helps(Path(root))}")
         format = next((name for name, one in FORMATS.items() if one.told(folder)), None)
         if format is None:
             looked = "; ".join(f"{one.files} ({name})" for name, one in FORMATS.items())
-            raise ValueError(f"{folder}: the format of the data cannot be told; it has none of: {looked}")
+            raise ValueError(
+                f"{folder}: the format of the data cannot be told; it has none of: {looked}{_helps(Path(root))}"
+            )
     elif format not in FORMATS:
         raise ValueError(f"format is {format!r}; expected one of {', '.join(FORMATS)}")
     return FORMATS[format].open(root, dataset, split_by, images)
+
+
+def _helps(root: Path) -> str:
+    """What a root without the data set asked for has in its place, or how one is made."""
+    how = "--dataset (in training: --set data.dataset=NAME)"
+    try:
+        held = sorted(folder.name for folder in root.iterdir() if folder.is_dir() and _told_soon(folder))
+        if held:
+            return f"; {root} holds {', '.join(held[:5])}{' and more' * (len(held) > 5)}: name one by {how}"
+        if _told_soon(root):
+            place = root.resolve()
+            return f"; {root} is one itself: give {place.parent} as the data, and name {place.name} by {how}"
+    except OSError:  # absent, or not to be looked into
+        pass
+    return "; `data import` makes one of your own pictures, `data scenes` one of drawn scenes"
+
+
+def _told_soon(folder: Path) -> bool:
+    """Whether a folder is a data set, of a format that is told without reading files, which may be large."""
+    return any(FORMATS[name].told(folder) for name in ("refer", "phrasecut"))

@@ -17,11 +17,15 @@ from PIL import Image
 from torch import Tensor
 
 from magnet_fast.data.datasets.reader import Ref, Sentence, Tally
-from magnet_fast.data.transforms.pictures import refuse_program
+from magnet_fast.data.transforms.pictures import refuse_program, too_large
 from magnet_fast.models.files import foreign
 
 Folders = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 """Option `images`: one folder or several, looked through in order."""
+
+HOW_TO_NAME = "by images= (--images; data.images in a configuration)"
+PUT_THERE = "; put it there, or name its folder by images= (--images; data.images in a configuration)"
+"""How the error of a picture that is in none of the folders ends."""
 
 _NAMED = 3  # of the records of one reason, where a reader is opened; `data check` names more
 _SPACE = re.compile(r"[ \t\r\n]*")
@@ -196,9 +200,9 @@ def choose_folders(root: Path, images: Folders | None, usual: Sequence[Path], wh
     if not found or (images is not None and len(found) < len(given)):
         absent = ", ".join(str(folder) for folder in given if not folder.is_dir())
         raise FileNotFoundError(
-            f"no folder of {what}: none of {absent} exists; name it by images="
+            f"no folder of {what}: none of {absent} exists; name it {HOW_TO_NAME}"
             if images is None
-            else f"{what} is {images!r}; these folders do not exist: {absent}"
+            else f"{what} is {images!r}; these folders do not exist: {absent}; name them {HOW_TO_NAME}"
         )
     return found
 
@@ -208,7 +212,7 @@ def find_file(name: str, folders: Sequence[Path], what: str) -> Path:
     for folder in folders:
         if os.path.isfile(folder / name):  # a name may be longer than a system's, which a Path is an error for
             return folder / name
-    raise FileNotFoundError(f"{what} {name} is in none of {', '.join(map(str, folders))}")
+    raise FileNotFoundError(f"{what} {name} is in none of {', '.join(map(str, folders))}{PUT_THERE}")
 
 
 def read_picture(path: Path, mode: str, stored_as: Sequence[str] = ()) -> np.ndarray:
@@ -231,6 +235,8 @@ def picture_size(path: Path) -> tuple[int, int]:
 def _opened(path: Path) -> Image.Image:
     try:
         picture = Image.open(path)
+    except Image.DecompressionBombError as error:
+        raise ValueError(too_large(error, str(path))) from error
     except Exception as error:  # of a broken file, many kinds
         raise ValueError(f"{path}: not a readable picture ({error})") from error
     refuse_program(picture, f"image {path}")

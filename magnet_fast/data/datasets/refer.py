@@ -10,7 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from magnet_fast.data.datasets.base import BaseReader, Folders, RecordError, choose_folders, read_json, uncollected
+from magnet_fast.data.datasets.base import (
+    HOW_TO_NAME,
+    PUT_THERE,
+    BaseReader,
+    Folders,
+    RecordError,
+    choose_folders,
+    read_json,
+    uncollected,
+)
 from magnet_fast.data.datasets.instances import Instances, Picture
 from magnet_fast.data.datasets.reader import Ref, Sentence
 from magnet_fast.data.safe_pickle import load_plain_pickle
@@ -51,7 +60,7 @@ class Refer(BaseReader):
         dataset: the data set's folder below.
         split_by: whose splits, as in the name of the refs file.
         images: folder or folders of images, absolute or below the root; default what instances.json notes (imported
-            data), else the field's (`IMAGE_FOLDERS`), then `images` and the folders in it, as far as they hold files.
+            data), else the field's (`IMAGE_FOLDERS`), the folders in `images` that hold files, and `images` itself.
 
     Attributes:
         source: the refs file.
@@ -99,7 +108,9 @@ class Refer(BaseReader):
             if os.path.isfile(folder / name):  # a name may be longer than a system's, which a Path is an error for
                 return folder / name
         looked = " nor ".join(str(folder) for folder in self._image_folders)
-        raise FileNotFoundError(f"image {name} (image_id {image_id}) of {self.instances_path} is not in {looked}")
+        raise FileNotFoundError(
+            f"image {name} (image_id {image_id}) of {self.instances_path} is not in {looked}{PUT_THERE}"
+        )
 
     def mask(self, ref: Ref, sentence: Sentence | None = None) -> np.ndarray:
         """Ground truth uint8 (H, W) of 0 and 1: the union of the ref's annotations.
@@ -268,7 +279,9 @@ def _image_folders(root: Path, images: Folders | None) -> list[Path]:
     found += [folder for folder in own if folder not in found]
     if not found:
         looked = " nor ".join(str(root / name) for name in (*IMAGE_FOLDERS, "images"))
-        raise FileNotFoundError(f"no image folder: neither {looked} exists and holds files; name it by images=")
+        raise FileNotFoundError(f"no image folder: neither {looked} exists and holds files; name it {HOW_TO_NAME}")
+    if (root / "images").is_dir() and root / "images" not in found:
+        found.append(root / "images")  # for names with folders in them
     return found
 
 

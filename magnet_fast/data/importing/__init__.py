@@ -101,7 +101,9 @@ def import_data(
     if problems and not skip_bad:
         raise ImportProblemsError(source, problems)
     if not found.annotations:
-        raise ValueError(f"{source}: expected at least one object that can be used, got none")
+        place = "; in a folder: images/PICTURE.jpg and, for each object, masks/PICTURE__the_words.png"
+        named = place if source.is_dir() else ""
+        raise ValueError(f"{source}: expected at least one object that can be used, got none{named}")
     used = list(dict.fromkeys(one.picture for one in found.annotations))
     names = [found.pictures[place].name for place in used]
     splits = dict(zip(used, assign_splits(names, val, test, seed), strict=True))

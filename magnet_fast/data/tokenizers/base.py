@@ -30,6 +30,8 @@ class Reading(NamedTuple):
             them, and halves of a surrogate pair, which are no text.
         cut: whether it goes on behind the last token.
         none_known: whether no part of what is read has a token: the model cannot tell this sentence from others.
+        spelled: its words of which a small vocabulary has little but the letters. They are read, but only a model that
+            was trained with them knows what they mean.
     """
 
     ids: list[int]
@@ -37,6 +39,7 @@ class Reading(NamedTuple):
     dropped: tuple[str, ...] = ()
     cut: bool = False
     none_known: bool = False
+    spelled: tuple[str, ...] = ()
 
     @property
     def complete(self) -> bool:
@@ -45,11 +48,14 @@ class Reading(NamedTuple):
 
     @property
     def notes(self) -> dict[str, str]:
-        """What is not read, in words, by the name of the attribute that says so; empty where all is."""
+        """What is not read, or in letters alone, in words, by the name of the attribute that says so."""
         notes = {}
         if self.unknown:
             share = "all its words: " if self.none_known else ""
             notes["unknown"] = f"the vocabulary lacks {share}{_listed(self.unknown)}"
+        if self.spelled:
+            listed = _listed(self.spelled)
+            notes["spelled"] = f"read letter by letter, known only to a model trained with such words: {listed}"
         if self.dropped:
             notes["dropped"] = f"characters are left out: {_listed(self.dropped)}"
         if self.cut:
@@ -137,7 +143,11 @@ class ExpressionTokenizer(ABC):
             unknown = tuple(word for word in words if self.unknown_id in self._encode(word)[0]) or (kept,)
         none_known = self._words(ids) == {self.unknown_id}
         dropped = (*dict.fromkeys(_HALF.findall(text[:_LONGEST])), *self._dropped(kept))
-        return Reading(ids, unknown, dropped, cut or len(text) > _LONGEST, none_known)
+        return Reading(ids, unknown, dropped, cut or len(text) > _LONGEST, none_known, self._spelled(kept, ids))
+
+    def _spelled(self, text: str, ids: list[int]) -> tuple[str, ...]:
+        """Words of a text, read as `ids`, of which a small vocabulary has little but the letters."""
+        return ()
 
     def _dropped(self, text: str) -> list[str]:
         if text.isprintable() and "\ufffd" not in text:

@@ -15,6 +15,10 @@ SHIPPED_VOCABULARY = Path(__file__).parent.with_name("vocab.txt")
 _SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 
 
+_SMALL = 4000
+"""Entries: a larger vocabulary is trained on much text, and a word's parts in it mean something to the model."""
+
+
 class Tokenizer(ExpressionTokenizer):
     """Lower-casing WordPiece: expressions to ids with BERT's [CLS] and [SEP], padded with 0.
 
@@ -46,6 +50,9 @@ class Tokenizer(ExpressionTokenizer):
         if ids["[PAD]"] != 0:
             raise ValueError(f"{self._source} gives [PAD] id {ids['[PAD]']}; expected 0")
         self._begin, self._end = ids["[CLS]"], ids["[SEP]"]
+        entries = self._tokenizer.get_vocab()
+        letters = [token for token in entries if len(token.removeprefix("##")) == 1 and token[-1].isalpha()]
+        self._letters = frozenset(entries[token] for token in letters if len(entries) < _SMALL)
         self.mask_id, self.unknown_id = self._tokenizer.token_to_id("[MASK]"), ids["[UNK]"]
 
     @property
@@ -81,6 +88,22 @@ class Tokenizer(ExpressionTokenizer):
         found = native(lambda: self._tokenizer.encode(text, add_special_tokens=False).ids, f"{self._source}: encoding")
         ids = [self._begin, *found, self._end]
         return ids[: self.max_tokens], len(ids) > self.max_tokens + 1  # the end token alone is no loss
+
+    def _spelled(self, text: str, ids: list[int]) -> tuple[str, ...]:
+        if self._letters.isdisjoint(ids):
+            return ()
+        read = self._tokenizer.encode(text, add_special_tokens=False)
+        places: dict[int, list[int]] = {}
+        for place, word in enumerate(read.word_ids[: self.max_tokens]):
+            places.setdefault(word, []).append(place)
+        found = []
+        for own in places.values():
+            alone = [read.ids[place] in self._letters for place in own]
+            word = text[read.offsets[own[0]][0] : read.offsets[own[-1]][1]]
+            # One letter alone may be an ending, as in "square ##s".
+            if len(own) > 1 and word.isalpha() and (alone[0] or sum(alone) > 1):
+                found.append(word)
+        return tuple(dict.fromkeys(found))
 
 
 def _find_vocabulary(vocabulary: str | os.PathLike[str] | None) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from pathlib import Path
 
@@ -161,13 +162,21 @@ def opened(path: Path) -> Image.Image:
             f"image {path} cannot be read: no format that Pillow knows (HEIC is none); convert it to JPEG or PNG"
         ) from error
     except Image.DecompressionBombError as error:
-        raise ValueError(
-            f"image {path} cannot be read: {_reason(error)}; scale it down, or raise PIL.Image.MAX_IMAGE_PIXELS"
-        ) from error
+        raise ValueError(too_large(error, f"image {path}")) from error
     except PermissionError as error:
         raise ValueError(f"image {path} cannot be read: permission denied") from error
     except Exception as error:  # of a broken file, many kinds
         raise ValueError(f"image {path} cannot be read: {_reason(error)}; is the file whole?") from error
+
+
+def too_large(error: Image.DecompressionBombError, name: str) -> str:
+    """The message of a picture with more pixels than Pillow opens."""
+    pixels = re.search(r"\d+", str(error))  # the size itself is lost with the picture
+    count, limit = pixels[0] if pixels else "too many", 2 * (Image.MAX_IMAGE_PIXELS or 0)
+    return (
+        f"{name} has {count} pixels; expected at most {limit}, beyond which Pillow takes it for an attack on the "
+        "memory; scale it down, or, where the file is meant so, raise PIL.Image.MAX_IMAGE_PIXELS in Python"
+    )
 
 
 class _ProgramError(ValueError):
@@ -184,6 +193,8 @@ def _decoded(image: Image.Image, name: str) -> tuple[Image.Image, int]:
     turn = orientation(image)
     try:
         image.load()
+    except Image.DecompressionBombError as error:  # of formats whose size shows only now
+        raise ValueError(too_large(error, name)) from error
     except Exception as error:  # of a broken file, many kinds
         raise ValueError(f"{name} cannot be read: {_reason(error)}; is the file whole?") from error
     if turn != orientation(image):  # a TIFF, which Pillow turns upright as it decodes it
