@@ -32,7 +32,8 @@ def test_rows_differ_in_what_they_name() -> None:
     every = {"hide": "attributes", "share": 0.5, "token": "shape"}
     assert found == {
         "lavt": {"weight": 0}, "blind": {"blind": True}, "grounding": {}, "attributes": {"hide": "attributes"},
-        "several": {"share": 0.5}, "shape": {"token": "shape"}, "all_blind": {**every, "blind": True}, "all": every,
+        "several": {"share": 0.5}, "place": {"token": "place"}, "shape": {"token": "shape"},
+        "all_blind": {**every, "blind": True}, "all": every,
     }  # fmt: skip
 
 

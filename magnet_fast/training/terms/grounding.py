@@ -22,15 +22,16 @@ from magnet_fast.training.terms.word_predictor import WordPredictor
 
 
 class GroundingConfig(TermConfig):
-    """What is hidden, and the predictor. Our choices: the weight of 1, `hide: attributes`, `token: shape`."""
+    """What is hidden, and the predictor. Our choices: the weight, `hide: attributes`, the tokens `place`, `shape`."""
 
     hide: Literal["uniform", "attributes"] = Field(
         "uniform", description="all words alike (the paper); or mostly colours, shapes, sizes and textures, on scenes"
     )
     share: float = Field(0.15, gt=0, le=1, description="of a sentence's ordinary tokens that is hidden")
     scheme: Literal["90/10", "80/10/10"] = Field("90/10", description="[MASK] or unchanged; or BERT's")
-    token: Literal["centre", "shape"] = Field(
-        "centre", description="what the mask's token knows: its centre (the paper), or its extent and pixels, too"
+    token: Literal["centre", "place", "shape"] = Field(
+        "centre",
+        description="what the mask's token knows: its centre (the paper); that in the pixels' code; or more",
     )
     image_stage: int | None = Field(None, ge=0, description="which fused map the predictor reads; none: the last")
     layers: int = Field(6, gt=0)

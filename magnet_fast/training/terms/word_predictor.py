@@ -11,10 +11,12 @@ from transformers import BertConfig
 from transformers.models.bert.modeling_bert import BertLayer, BertPredictionHeadTransform
 
 from magnet_fast.models.encoders.bert import additive_mask
-from magnet_fast.models.position import sine_position
+from magnet_fast.models.position import place_code, sine_position
 
-MASK_TOKENS = {"centre": 2, "shape": 5}
+MASK_TOKENS = {"centre": 2, "place": 2, "shape": 5}
 """What a mask's token may know, and from how many numbers it is made."""
+
+_TEMPERATURE = 20.0
 
 
 class WordPredictor(nn.Module):
@@ -25,16 +27,18 @@ class WordPredictor(nn.Module):
     ovr-cnn's, to which MagNet's author points; that pixels carry a sine position and every kind of token a learned
     embedding is our choice (the mask's token is a place: without positions nothing could relate it to a pixel).
 
-    What the mask's token knows of the mask: `centre`, its centre alone [paper]; `shape` [our choice], its centre, the
+    What the mask's token knows of the mask: `centre`, its centre alone [paper]. `place` [our choice]: its centre alone,
+    too, to which the code of that place is added, in which pixels say theirs, one that tells places of a picture apart;
+    without that the predictor has to learn first which pixel a centre means. `shape` [our choice]: its centre, the
     width, height and area of what it covers, and the mean of its pixels, projected and with their positions, as the
-    predictor sees them. That takes 3 D more parameters.
+    predictor sees them; 3 D more parameters.
 
     Args:
         text_width: D, width of the words and of the predictor.
         image_channels: C of the pixels.
         vocab_size: entries of the word embedding.
         layers, heads, feedforward: of the predictor.
-        token: "centre" or "shape".
+        token: "centre", "place" or "shape".
     """
 
     def __init__(
@@ -46,7 +50,7 @@ class WordPredictor(nn.Module):
         layers: int = 6,
         heads: int = 8,
         feedforward: int = 768,
-        token: Literal["centre", "shape"] = "centre",
+        token: Literal["centre", "place", "shape"] = "centre",
     ) -> None:
         super().__init__()
         if text_width % heads or text_width % 4:
@@ -94,7 +98,11 @@ class WordPredictor(nn.Module):
             (B, K, V) logits.
         """
         height, width = feature.shape[1:3]
-        place = sine_position(height, width, words.shape[2], words.device, words.dtype)
+        if self.token == "place":
+            rows, columns = _middles(height, mask).expand(width, -1).T, _middles(width, mask).expand(height, -1)
+            place = place_code(rows, columns, words.shape[2], _TEMPERATURE).flatten(0, 1)[None].to(words.dtype)
+        else:
+            place = sine_position(height, width, words.shape[2], words.device, words.dtype)
         pixels = self.pixel_projection(feature.flatten(1, 2)) + place
         spoken_of = self.encode_mask(mask, pixels.unflatten(1, (height, width))).to(words.dtype)
         parts = [words, pixels, spoken_of[:, None]]
@@ -120,19 +128,25 @@ class WordPredictor(nn.Module):
         area = weight.sum(dim=(1, 2))
         columns, rows = weight.sum(dim=1), weight.sum(dim=2)
         height, width = mask.shape[1:]
-        y = (torch.arange(height, device=mask.device) + 0.5) / height
-        x = (torch.arange(width, device=mask.device) + 0.5) / width
+        y, x = _middles(height, mask), _middles(width, mask)
         # The centre of gravity, in [0, 1]²; sums, for autocast would compute a product in 8 bits.
         numbers = [total.sum(dim=1) / area.clamp(min=1) for total in (columns * x, rows * y)]
         if self.token == "shape":
             numbers += [_extent(columns), _extent(rows), area / (height * width)]
         token = self.mask_encoder(torch.stack(numbers, dim=1))
+        if self.token == "place":
+            token = token + place_code(numbers[1], numbers[0], self.text_width, _TEMPERATURE)
         if self.token == "shape":
             # A pixel counts by its share of the mask, so that a mask smaller than a pixel has a mean, too.
             share = F.adaptive_avg_pool2d(weight, pixels.shape[1:3]).flatten(1)
             share = share / share.sum(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
             token = token + torch.bmm(share[:, None].to(pixels.dtype), pixels.flatten(1, 2))[:, 0]
         return torch.where(area[:, None] > 0, token, self.no_mask)
+
+
+def _middles(count: int, like: Tensor) -> Tensor:
+    """(count,) middles of as many equal parts of [0, 1]."""
+    return (torch.arange(count, device=like.device) + 0.5) / count
 
 
 def _extent(counts: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ def batch(tokenizer: Tokenizer, side: int = 32) -> dict:
     return {"image": torch.randn(2, 3, side, side), "text": tokenizer(["the red circle", "blue square"]), "mask": mask}
 
 
-@pytest.mark.parametrize("token", ["centre", "shape"])
+@pytest.mark.parametrize("token", ["centre", "place", "shape"])
 def test_what_it_sees(token: str) -> None:
     """Without image and mask nothing of them, without one of them the other."""
     torch.manual_seed(0)
@@ -117,7 +117,7 @@ def test_attributes_are_known_on_scenes_alone() -> None:
         GroundingTerm.build(GroundingConfig(hide="attributes", **SMALL), model, other)
 
 
-@pytest.mark.parametrize("change", [{"hide": "attributes", "share": 0.5}, {"token": "shape"}])
+@pytest.mark.parametrize("change", [{"hide": "attributes", "share": 0.5}, {"token": "place"}, {"token": "shape"}])
 def test_options_leave_no_parameter_unused_and_padded_words_unread(change: dict) -> None:
     """Processes that train together wait for every gradient."""
     torch.manual_seed(0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -16,7 +18,7 @@ def built(token: str) -> WordPredictor:
     return head.eval()  # no dropout
 
 
-@pytest.fixture(params=["centre", "shape"])
+@pytest.fixture(params=["centre", "place", "shape"])
 def head(request) -> WordPredictor:
     return built(request.param)
 
@@ -48,6 +50,27 @@ def test_the_mask_token_is_its_centre() -> None:
     torch.testing.assert_close(found[0], expected)
     torch.testing.assert_close(found[1], expected)  # position alone counts, not shape or size
     assert torch.equal(found[2], head.no_mask)
+
+
+def test_the_mask_token_is_its_centre_in_the_code_of_the_pixels() -> None:
+    """A mask in the middle of a pixel has the code that is added to that pixel, and to no other."""
+    head = built("place")
+    mask = torch.zeros(2, 30, 40)
+    mask[0, 10:20, 8:16] = 1  # of 3 × 5 pixels the one in row 1, column 1
+    seen: list[torch.Tensor] = []
+    head.norm.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    with torch.no_grad():
+        head.pixel_projection.weight.zero_(), head.pixel_projection.bias.zero_()
+        head.mask_encoder[2].weight.zero_(), head.mask_encoder[2].bias.zero_(), head.kinds.zero_()
+        given = inputs()
+        head(**{**given, "mask": mask})
+    pixels, token = seen[0][:, 7:22].unflatten(1, (3, 5)), seen[0][:, 22]
+    torch.testing.assert_close(token[0], pixels[0, 1, 1])
+    assert ((pixels[0] - token[0]).square().mean(-1) > 0.05).sum() == 14
+    y, half = 2 * torch.pi * 0.5, WIDTH // 2  # the row's: sine and cosine at each of the frequencies 20^(-2k / half)
+    expected = [f(y * 20 ** (-2 * k / half)) for k in range(half // 2) for f in (math.sin, math.cos)]
+    torch.testing.assert_close(token[0, :half], torch.tensor(expected))
+    assert torch.equal(token[1], head.no_mask)
 
 
 def test_the_mask_token_is_its_shape_and_its_pixels() -> None:
@@ -136,5 +159,5 @@ def test_gradients_reach_every_parameter(head: WordPredictor) -> None:
 def test_refusals() -> None:
     with pytest.raises(ValueError, match="text_width=30 must be a multiple of 4 and of heads=8"):
         WordPredictor(30, CHANNELS, VOCABULARY)
-    with pytest.raises(ValueError, match="token: expected one of centre, shape, got 'box'"):
+    with pytest.raises(ValueError, match="token: expected one of centre, place, shape, got 'box'"):
         WordPredictor(32, CHANNELS, VOCABULARY, token="box")
