@@ -23,7 +23,7 @@ SIGHTS = {
 }
 """What the predictor is given, image and mask, by the name of what it then gets right."""
 
-_SENTENCES = 1000  # some 5000 words of scenes: a percent or two of a kind; two encoder passes a word
+_SENTENCES = 1000  # some 4000 words of scenes: a percent or two of a kind; two encoder passes a word
 
 
 @torch.no_grad()
