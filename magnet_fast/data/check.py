@@ -13,6 +13,7 @@ from magnet_fast.data.datasets.base import PUT_THERE, BrokenRecordsError, Folder
 from magnet_fast.data.datasets.published import IMAGES_SOURCE, PUBLISHED_REFS, SOURCES
 from magnet_fast.data.datasets.reader import Reader, Ref, Tally
 from magnet_fast.data.datasets.refer import IMAGE_FOLDERS, SPLITS, Refer
+from magnet_fast.data.scenes.word_kinds import are_scenes
 from magnet_fast.data.transforms.pictures import check_range, open_image, opened, orientation
 
 _LAST_MARKS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
@@ -77,7 +78,7 @@ def check_data(
         images_advice=images_advice if of_coco else "",
         masks_advice=_advice("", dataset),
     )
-    if not (Path(root) / "scenes.json").exists():  # embedded scenes carry RefCOCO's names, not its contents
+    if not are_scenes(Path(root)):  # embedded scenes carry RefCOCO's names, not its contents
         report.problems[:0] = _count_problems(report, dataset, split_by)
         if isinstance(reader, Refer) and (dataset, split_by) not in PUBLISHED_REFS:
             (report.problems if of_coco else report.notes)[:0] = _other_splits(reader)

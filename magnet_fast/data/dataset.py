@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import warnings
 from bisect import bisect_right
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -170,6 +170,11 @@ class ExpressionDataset(Dataset):
     def categories(self) -> frozenset[int]:
         """COCO's category ids that are named; empty where the data say none."""
         return frozenset(ref.category_id for ref in self._refs if ref.category_id is not None)
+
+    @property
+    def word_kinds(self) -> Mapping[str, str]:
+        """Kind of each word that says something ("red": "colour"); empty where the data do not know their words."""
+        return getattr(self.reader, "word_kinds", {})
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the sentences of mode "refs" anew; no effect in mode "sentences"."""
@@ -351,6 +356,12 @@ class MixedDataset(Dataset):
     def categories(self) -> frozenset[int]:
         """`ExpressionDataset.categories` of all parts together."""
         return frozenset().union(*(part.categories for part in self.parts))
+
+    @property
+    def word_kinds(self) -> Mapping[str, str]:
+        """`ExpressionDataset.word_kinds`, if all parts know their words."""
+        kinds = [part.word_kinds for part in self.parts]
+        return {word: kind for one in kinds for word, kind in one.items()} if all(kinds) else {}
 
     def set_epoch(self, epoch: int) -> None:
         """`ExpressionDataset.set_epoch` of every part."""

@@ -28,6 +28,24 @@ def sine_position(height: int, width: int, channels: int, device: torch.device, 
     return torch.cat((rows, columns), dim=2).reshape(1, height * width, channels).to(dtype)
 
 
+def place_code(y: Tensor, x: Tensor, channels: int, temperature: float) -> Tensor:
+    """(…, channels) for places y and x (…) in [0, 1]: channels/2 for the row, then channels/2 for the column.
+
+    As `sine_position`, but for any place: 0 to 1 is an angle from 0 to 2π, frequencies are
+    temperature^(-2⌊i/2⌋/(channels/2)). 10000 is for long lines: most of its channels hardly change over a picture.
+    20 is DAB-DETR's (Liu et al., ICLR 2022).
+    """
+    half = channels // 2
+    index = torch.arange(half, device=y.device, dtype=torch.float32)
+    frequency = temperature ** (-2 * torch.div(index, 2, rounding_mode="floor") / half)
+
+    def encode(place: Tensor) -> Tensor:
+        angle = 2 * math.pi * place.to(torch.float32)[..., None] * frequency
+        return torch.stack((angle[..., 0::2].sin(), angle[..., 1::2].cos()), dim=-1).flatten(-2)
+
+    return torch.cat((encode(y), encode(x)), dim=-1)
+
+
 def line_position(count: int, channels: int, like: Tensor) -> Tensor:
     """(count, channels): sine at even, cosine at odd channels of position · 10000^(-2i / channels)."""
     index = torch.arange(0, channels, 2, device=like.device, dtype=torch.float32)

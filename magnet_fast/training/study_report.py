@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from math import isnan
 from pathlib import Path
 from statistics import mean, stdev
@@ -14,15 +13,16 @@ from PIL import Image, ImageDraw, ImageFont
 from magnet_fast.atomic import write_atomically, write_text_atomically
 from magnet_fast.evaluation import TASKS
 from magnet_fast.models.files import read_json
+from magnet_fast.training.study_tables import COLOURS, Runs, markdown, spread
+from magnet_fast.training.study_words import by_kind, hidden_words, plot_words
 
-Runs = dict[str, list[dict[str, Any]]]  # by variant, in the order of their seeds
-
-_COLOURS = ("#7b8794", "#2878c8", "#c05020", "#3c8c50", "#8050b0")  # of the splits, in their order
 _NAMES = {"val": "val (all kinds)", "testA": "testA (attributes)", "testB": "testB (relations)"}
 
 
 def write_report(out: Path, titles: dict[str, str], against: dict[str, str], result: str) -> Path:
     """Write `table.md`, `results.json` and `plot.png` from all finished runs below `out`.
+
+    Where runs hid words of known kinds, `words.png` as well.
 
     Args:
         titles: rows of the table, by the name of their folder, in order.
@@ -45,6 +45,9 @@ def write_report(out: Path, titles: dict[str, str], against: dict[str, str], res
     table = _table(runs, titles, against)
     write_text_atomically(out / "results.json", summary(runs))
     write_atomically(out / "plot.png", lambda file: _plot(runs, titles).save(file, format="PNG"))
+    worded = by_kind(runs)
+    if worded:
+        write_atomically(out / "words.png", lambda file: plot_words(worded, titles).save(file, format="PNG"))
     write_text_atomically(out / "table.md", table)
     return out / "table.md"
 
@@ -124,19 +127,13 @@ def _table(runs: Runs, titles: dict[str, str], against: dict[str, str]) -> str:
         parts += [f"{again}its sentences swapped between pictures (a control):", _again(runs, titles, "shuffled")]
     if splits and any(run["scores"][splits[0]]["by_kind"] for run in every):
         parts += [f"By kind of sentence, {splits[0]}:", _by_kind(runs, titles, splits[0])]
-    worded = {name: found for name, found in runs.items() if "hidden_words" in found[0]}
-    if worded:
-        parts += [
-            "Hidden words said right, percent. Without image and mask: the same weights, given a grey image and "
-            "no mask; the blind control was trained so, too.",
-            _hidden_words(worded, titles),
-        ]
+    parts += hidden_words(runs, titles)
     pairs = [(name, against[name]) for name in runs if against.get(name) in runs]
-    if pairs and splits:
+    for split in splits[1:] or splits if pairs else ():
         parts.append(
-            f"Each row against the one it changes, {splits[-1]} {best}, means of the differences of runs of one seed:"
+            f"Each row against the one it changes, {split} {best}, means of the differences of runs of one seed:"
         )
-        lines = [(titles[name], titles[base], _differences(runs, base, name, splits[-1], best)) for name, base in pairs]
+        lines = [(titles[name], titles[base], _differences(runs, base, name, split, best)) for name, base in pairs]
         parts.append("\n".join(f"- {row}, against {other}: {text}" for row, other, text in lines))
     seconds = [run["training_seconds"] for run in every]
     parts.append(f"A run took {min(seconds):.0f} to {max(seconds):.0f} s of training.")
@@ -150,7 +147,7 @@ def _by_split(runs: Runs, titles: dict[str, str]) -> str:
         return [spread([run["scores"][split][score] for run in found]) for split, score in columns]
 
     head = ["variant", "seeds", *(f"{_label(split)} {score}" for split, score in columns)]
-    return _markdown(head, [[titles[name], str(len(found)), *scores(found)] for name, found in runs.items()])
+    return markdown(head, [[titles[name], str(len(found)), *scores(found)] for name, found in runs.items()])
 
 
 def _again(runs: Runs, titles: dict[str, str], key: str) -> str:
@@ -161,7 +158,7 @@ def _again(runs: Runs, titles: dict[str, str], key: str) -> str:
         for row, found in runs.items()
         if all(key in run for run in found)
     ]
-    return _markdown(["variant", *names], rows)
+    return markdown(["variant", *names], rows)
 
 
 def _by_kind(runs: Runs, titles: dict[str, str], split: str) -> str:
@@ -179,17 +176,7 @@ def _by_kind(runs: Runs, titles: dict[str, str], split: str) -> str:
         [titles[name], *(spread([scores(run)[kind][score] for run in found]) for kind, score in columns)]
         for name, found in runs.items()
     ]
-    return _markdown(["variant", *(f"{kind} {score}" for kind, score in columns)], rows)
-
-
-def _hidden_words(runs: Runs, titles: dict[str, str]) -> str:
-    columns = ("accuracy", "without_image_and_mask", "most_frequent", "uniform")
-    rows = [
-        [titles[name], *(spread([run["hidden_words"][column] for run in found]) for column in columns)]
-        for name, found in runs.items()
-    ]
-    names = ["as trained", "without image and mask", "most frequent word", "uniform guess"]
-    return _markdown(["variant", *names], rows)
+    return markdown(["variant", *(f"{kind} {score}" for kind, score in columns)], rows)
 
 
 def _shared_splits(runs: Runs) -> list[str]:
@@ -205,13 +192,6 @@ def _score_names(runs: Runs) -> tuple[str, ...]:
 
 def _label(split: str) -> str:
     return _NAMES.get(split, split)
-
-
-def spread(values: Sequence[float]) -> str:
-    """Mean ± sample standard deviation; the value alone where there is one; a dash where some run has none."""
-    if any(isnan(value) for value in values):
-        return "–"
-    return f"{mean(values):.2f}" if len(values) == 1 else f"{mean(values):.2f} ± {stdev(values):.2f}"
 
 
 def _introduction(every: list[dict[str, Any]]) -> str:
@@ -239,15 +219,10 @@ def _differences(runs: Runs, base: str, row: str, split: str, score: str) -> str
     return f"{mean(pairs):+.2f}, {verdict} than the spread over seeds ({largest:.2f})"
 
 
-def _markdown(head: list[str], rows: list[list[str]]) -> str:
-    rule = "|".join(["---", *("---:" for _ in head[1:])])
-    return "\n".join([f"| {' | '.join(head)} |", f"|{rule}|", *(f"| {' | '.join(row)} |" for row in rows)])
-
-
 def _plot(runs: Runs, titles: dict[str, str]) -> Image.Image:
     """A band for each variant; in it, by split, a dot for every seed and a bar at the mean."""
     splits, best = _shared_splits(runs), _score_names(runs)[0]
-    colours = {split: _COLOURS[number % len(_COLOURS)] for number, split in enumerate(splits)}
+    colours = {split: COLOURS[number % len(COLOURS)] for number, split in enumerate(splits)}
     values = [run["scores"][split][best] for found in runs.values() for run in found for split in splits]
     low, high = min(values), max(values)
     margin = max(1.0, 0.05 * (high - low))

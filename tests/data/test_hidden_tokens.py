@@ -71,6 +71,40 @@ def test_every_ordinary_token_can_be_chosen(tokenizer: Tokenizer) -> None:
     assert ((counts - expected).abs() < 6 * expected.sqrt()).all()
 
 
+def test_preferred_tokens_are_drawn_by_their_weight(tokenizer: Tokenizer) -> None:
+    """Of six words two weigh five: each next one by the weights of those left."""
+    text = Text(*(row.repeat(6000, 1) for row in tokenizer(["the red circle on the left"])))
+    preferred = [tokenizer.vocabulary[word] for word in ("red", "circle")]
+    found = TokenHider(tokenizer, 2 / 6, preferred=preferred)(text)
+    among = torch.isin(found.targets, torch.tensor(preferred)) & found.valid
+    both, first = 10 / 14 * 5 / 9, 10 / 14
+    one = first * 4 / 9 + 4 / 14 * 10 / 13
+    shares = [(among.sum(1) == number).float().mean().item() for number in (2, 1)]
+    assert shares == pytest.approx([both, one], abs=0.04)  # six thousand draws: over six standard deviations
+    assert (found.valid.sum(1) == 2).all()
+    every = TokenHider(tokenizer, 1.0, preferred=preferred)(text)
+    assert (every.valid.sum(1) == 6).all()
+
+
+def test_one_by_one(tokenizer: Tokenizer) -> None:
+    text = tokenizer(["the red circle", "a zyzzyva"])  # the last is unknown, if not in pieces
+    text.ids[1, 2:] = torch.where(text.mask[1, 2:], tokenizer.unknown_id, text.ids[1, 2:])
+    rows, found = TokenHider(tokenizer, 0.5).one_by_one(text)
+    assert rows.tolist() == [0, 0, 0, 1] and found.positions[:, 0].tolist() == [1, 2, 3, 1]
+    assert found.valid.all() and found.valid.shape == (4, 1)
+    for row, (own, place) in enumerate(zip(rows, found.positions[:, 0], strict=True)):
+        expected = text.ids[own].clone()
+        assert found.targets[row, 0] == expected[place]
+        expected[place] = tokenizer.mask_id
+        assert torch.equal(found.text.ids[row], expected) and torch.equal(found.text.mask[row], text.mask[own])
+        assert found.covered[row].nonzero()[:, 0].tolist() == [place.item()]
+    clip = ClipTokenizer(GOLDEN_CLIP, max_tokens=12)
+    text = clip(["the man in red"])
+    rows, found = TokenHider(clip).one_by_one(text)
+    assert len(rows) == int(text.mask.sum()) - 2 and torch.equal(found.text.ids, text.ids[rows])
+    assert (found.covered.sum(1) == 1).all()
+
+
 def test_nothing_to_choose(tokenizer: Tokenizer) -> None:
     text = tokenizer(["a word"])
     text.ids[0, 1:-1] = tokenizer.special_ids["[UNK]"]
@@ -125,6 +159,9 @@ def test_refusals(tokenizer: Tokenizer) -> None:
     for share in (0, 1.5, float("nan")):
         with pytest.raises(ValueError, match="share: expected"):
             TokenHider(tokenizer, share)
+    for wrong in (tokenizer.unknown_id, 10**6, -1):
+        with pytest.raises(ValueError, match=f"preferred: expected ids of ordinary tokens of .*, got {wrong}"):
+            TokenHider(tokenizer, preferred=[wrong])
 
 
 def test_without_a_mask_token_places_are_told() -> None:

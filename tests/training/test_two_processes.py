@@ -70,7 +70,7 @@ def test_shards_train_as_copies_do(folder) -> None:
             assert other["loss"] == pytest.approx(one["loss"], rel=1e-4)
             assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
             assert other["grounding"] == pytest.approx(one["grounding"], rel=1e-4)
-    assert rows[0][-1]["hidden_words"]["words"] == rows[1][-1]["hidden_words"]["words"] == 5
+    assert rows[0][-1]["hidden_words"]["words"] == rows[1][-1]["hidden_words"]["words"] == 15
 
 
 def test_each_process_holds_a_share(found) -> None:

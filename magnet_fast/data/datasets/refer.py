@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from magnet_fast.data.datasets.base import (
 from magnet_fast.data.datasets.instances import Instances, Picture
 from magnet_fast.data.datasets.reader import Ref, Sentence
 from magnet_fast.data.safe_pickle import load_plain_pickle
+from magnet_fast.data.scenes.word_kinds import WORD_KINDS, are_scenes
 from magnet_fast.data.segmentation import decode_segmentation, draw_segmentation
 from magnet_fast.data.values import key_names, require, require_id, shown, whole
 
@@ -95,6 +96,11 @@ class Refer(BaseReader):
         with uncollected():
             self._read(folder, images)
         self._close()
+
+    @property
+    def word_kinds(self) -> Mapping[str, str]:
+        """Kind of each word that says something, for embedded scenes, whose words are known; else empty."""
+        return WORD_KINDS if are_scenes(self.root) else {}
 
     def image_size(self, image_id: int) -> tuple[int, int]:
         """Height and width that instances.json gives, in pixels."""

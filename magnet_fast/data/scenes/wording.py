@@ -6,7 +6,7 @@ import random
 
 from magnet_fast.data.scenes.expressions import EXTREMES, SIDES, Description, Expression, Part
 
-_SHAPE_WORDS = {
+SHAPE_WORDS = {
     "circle": ("circle", "circle", "circle", "disc"),
     "cross": ("cross", "cross", "plus"),
     "moon": ("moon", "moon", "crescent"),
@@ -14,18 +14,18 @@ _SHAPE_WORDS = {
     "drop": ("drop", "drop", "teardrop"),
     "ring": ("ring", "ring", "ring", "donut"),
 }
-_SIZE_WORDS = {"small": ("small", "small", "little", "tiny"), "large": ("large", "big", "big")}
-_TEXTURE_WORDS = {
+SIZE_WORDS = {"small": ("small", "small", "little", "tiny"), "large": ("large", "big", "big")}
+TEXTURE_WORDS = {
     "plain": ("plain", "solid"),
     "striped": ("striped", "striped", "stripy"),
     "dotted": ("dotted", "dotted", "spotted"),
     "checkered": ("checkered", "checkered", "checked"),
 }
-_TEXTURE_TAILS = {"striped": "with stripes", "dotted": "with dots", "checkered": "with checks"}
+TEXTURE_TAILS = {"striped": "with stripes", "dotted": "with dots", "checkered": "with checks"}
 _ANY_OBJECT = ("object", "shape", "thing")
 _RANK_WORDS = {2: "second", 3: "third", 4: "fourth"}
 
-_PLURALS = {  # as far as the vocabulary holds the words
+PLURALS = {  # as far as the vocabulary holds the words
     "circle": ("circles",),
     "square": ("squares",),
     "triangle": ("triangles",),
@@ -111,10 +111,10 @@ def reword(expression: Expression, slot: str, rng: random.Random) -> tuple[Part,
     elif name == "shape":
         phrases = _nouns(value, several=expression.several and not of_anchor)
     elif name == "texture":
-        tail = _TEXTURE_TAILS.get(value, "")
-        phrases = (tail,) if old.startswith("with ") else _TEXTURE_WORDS[value]
+        tail = TEXTURE_TAILS.get(value, "")
+        phrases = (tail,) if old.startswith("with ") else TEXTURE_WORDS[value]
     else:
-        phrases = _SIZE_WORDS[value] if name == "size" else (value,)
+        phrases = SIZE_WORDS[value] if name == "size" else (value,)
     phrases = [phrase for phrase in phrases if phrase]
     if not phrases:
         return ()
@@ -193,13 +193,13 @@ def _noun_phrase(
 ) -> tuple[Part, ...]:
     """`tail_fits`: whether "with dots" may follow; "with dots on the left" would be ambiguous."""
     noun = _part(f"{prefix}shape", rng.choice(_nouns(description.shape, several=several)))
-    size = _part(f"{prefix}size", rng.choice(_SIZE_WORDS[description.size]) if description.size else "")
+    size = _part(f"{prefix}size", rng.choice(SIZE_WORDS[description.size]) if description.size else "")
     colour = _part(f"{prefix}colour", description.colour or "")
     texture, tail = (), ()
-    if tail_fits and description.texture in _TEXTURE_TAILS and rng.random() < 0.25:
-        tail = _part(f"{prefix}texture", _TEXTURE_TAILS[description.texture])
+    if tail_fits and description.texture in TEXTURE_TAILS and rng.random() < 0.25:
+        tail = _part(f"{prefix}texture", TEXTURE_TAILS[description.texture])
     elif description.texture:
-        texture = _part(f"{prefix}texture", rng.choice(_TEXTURE_WORDS[description.texture]))
+        texture = _part(f"{prefix}texture", rng.choice(TEXTURE_WORDS[description.texture]))
     middle = texture + colour if rng.random() < 0.3 else colour + texture
     return size + middle + noun + tail
 
@@ -207,7 +207,7 @@ def _noun_phrase(
 def _nouns(shape: str | None, *, several: bool) -> tuple[str, ...]:
     if shape is None:
         return _ANY_OBJECTS if several else _ANY_OBJECT
-    return _PLURALS[shape] if several else _SHAPE_WORDS.get(shape, (shape,))
+    return PLURALS[shape] if several else SHAPE_WORDS.get(shape, (shape,))
 
 
 def _article(definite: bool, prefix: str = "") -> tuple[Part, ...]:

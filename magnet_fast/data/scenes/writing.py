@@ -31,7 +31,7 @@ from magnet_fast.data.segmentation import bounding_box
 from magnet_fast.models.contract import check_side
 
 FORMAT = "magnet_fast.scenes/1"
-_MANIFEST = "scenes.json"
+MANIFEST = "scenes.json"
 _IMAGE_FOLDER = Path("images/mscoco/images/train2014")
 _JPEG_QUALITY = 92
 _CHUNK = 50  # images per piece of work
@@ -141,7 +141,7 @@ def _already_written(out: Path, manifest: dict) -> bool:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
     try:
-        found = json.loads((out / _MANIFEST).read_text())
+        found = json.loads((out / MANIFEST).read_text())
     except (OSError, ValueError):
         raise FileExistsError(
             f"{out} exists and holds no embedded scenes; expected an empty or absent folder"
@@ -271,4 +271,4 @@ def _write_annotations(root: Path, manifest: dict, records: list[dict]) -> None:
     # through JSON every string becomes its own.
     plain = json.loads(json.dumps(refs))
     (folder / "refs(unc).p").write_bytes(pickle.dumps(plain, protocol=2))
-    (root / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    (root / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")

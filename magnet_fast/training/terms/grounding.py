@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from magnet_fast.data.hidden_tokens import HiddenTokens, TokenHider
+from magnet_fast.data.scenes.word_kinds import ATTRIBUTES, kinds_of_ids
 from magnet_fast.models.contract import Prediction
 from magnet_fast.training.terms.hidden_words import hidden_word_accuracy
 from magnet_fast.training.terms.term import Term, TermConfig, register
@@ -21,10 +22,17 @@ from magnet_fast.training.terms.word_predictor import WordPredictor
 
 
 class GroundingConfig(TermConfig):
-    """What is hidden, and the predictor. The weight of 1 is our choice."""
+    """What is hidden, and the predictor. Our choices: the weight, `hide: attributes`, the tokens `place`, `shape`."""
 
+    hide: Literal["uniform", "attributes"] = Field(
+        "uniform", description="all words alike (the paper); or mostly colours, shapes, sizes and textures, on scenes"
+    )
     share: float = Field(0.15, gt=0, le=1, description="of a sentence's ordinary tokens that is hidden")
     scheme: Literal["90/10", "80/10/10"] = Field("90/10", description="[MASK] or unchanged; or BERT's")
+    token: Literal["centre", "place", "shape"] = Field(
+        "centre",
+        description="what the mask's token knows: its centre (the paper); that in the pixels' code; or more",
+    )
     image_stage: int | None = Field(None, ge=0, description="which fused map the predictor reads; none: the last")
     layers: int = Field(6, gt=0)
     heads: int = Field(8, gt=0)
@@ -53,7 +61,7 @@ class GroundingTerm(Term):
     def __init__(self, config: GroundingConfig, predictor: WordPredictor, hider: TokenHider) -> None:
         super().__init__(config)
         self.predictor, self.hider = predictor, hider
-        self.image_stage, self.blind = config.image_stage, config.blind
+        self.image_stage, self.blind, self.hide = config.image_stage, config.blind, config.hide
         self.cover = None if hider.mask_id is not None else nn.Parameter(0.02 * torch.randn(predictor.text_width))
 
     @classmethod
@@ -80,34 +88,72 @@ class GroundingTerm(Term):
             layers=config.layers,
             heads=config.heads,
             feedforward=config.feedforward,
+            token=config.token,
         )
         config = config.model_copy(update={"image_stage": stage})
-        return cls(config, predictor, TokenHider(tokenizer, config.share, config.scheme))
+        preferred = []
+        if config.hide == "attributes":
+            preferred = [index for index, kind in kinds_of_ids(tokenizer).items() if kind in ATTRIBUTES]
+            if not preferred:
+                raise ValueError(
+                    "terms.grounding.hide: expected 'uniform' for a vocabulary without the scenes' words, "
+                    f"got {config.hide!r} and {tokenizer.source}"
+                )
+        return cls(config, predictor, TokenHider(tokenizer, config.share, config.scheme, preferred))
+
+    def check(self, dataset: Any) -> None:
+        if self.hide == "attributes" and not getattr(dataset, "word_kinds", {}):
+            raise ValueError(
+                "terms.grounding.hide: expected 'uniform' for data that do not tell which words are attributes, "
+                f"got {self.hide!r}; embedded scenes know it"
+            )
 
     def forward(
         self, prediction: Prediction, batch: dict[str, Any], model: nn.Module
     ) -> tuple[Tensor, dict[str, Tensor]]:
         hidden = self.hider(batch["text"])
-        logits = self.predict(model, batch, hidden, blind=self.blind)
+        sight = not self.blind
+        logits = self.predict(model, batch, hidden, self.read(model, batch, hidden, image=sight), mask=sight)
         loss, accuracy = grounding_loss(logits, hidden.targets, hidden.valid)
         return loss, {"grounding": loss.detach(), "grounding_accuracy": accuracy}
 
-    def predict(self, model: nn.Module, batch: dict[str, Any], hidden: HiddenTokens, *, blind: bool = False) -> Tensor:
+    def read(
+        self, model: nn.Module, batch: dict[str, Any], hidden: HiddenTokens, *, image: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """Words (B, T, D) and pixels (B, H, W, C) of the sentences with hidden words.
+
+        Without `image`, a control, the image is grey: zeros, the mean colour.
+        """
+        picture, text = batch["image"], hidden.text
+        embedded = None
+        if self.cover is not None:
+            own = F.embedding(text.ids, model.text_encoder.word_embedding)
+            embedded = torch.where(hidden.covered[..., None], self.cover.to(own.dtype), own)
+        shared = {"seen": batch["seen"]} if "seen" in batch and image else {}
+        picture = picture if image else torch.zeros_like(picture)
+        features = model.encode(picture, text, batch.get("extra"), embedded=embedded, **shared)
+        return features.words.features, features.maps[self.image_stage]
+
+    def predict(
+        self,
+        model: nn.Module,
+        batch: dict[str, Any],
+        hidden: HiddenTokens,
+        features: tuple[Tensor, Tensor],
+        *,
+        mask: bool = True,
+    ) -> Tensor:
         """Logits (B, K, V) of the words at the hidden positions (B, K).
 
-        `blind` is a control: image and mask are grey and empty. What is then said, is said from the other words alone.
+        Args:
+            model, batch, hidden: as for `read`.
+            features: what `read` gave.
+            mask: False, a control, for an empty mask: its token is then the one of a referent that is not there.
         """
-        image, mask, text = batch["image"], batch["mask"], hidden.text
-        if blind:  # zeros are the mean colour, and a mask without pixels
-            image, mask = torch.zeros_like(image), torch.zeros_like(mask)
-        vocabulary, embedded = model.text_encoder.word_embedding, None
-        if self.cover is not None:
-            own = F.embedding(text.ids, vocabulary)
-            embedded = torch.where(hidden.covered[..., None], self.cover.to(own.dtype), own)
-        shared = {"seen": batch["seen"]} if "seen" in batch and not blind else {}
-        features = model.encode(image, text, batch.get("extra"), embedded=embedded, **shared)
-        words, pixels = features.words, features.maps[self.image_stage]
-        return self.predictor(words.features, text.mask, pixels, mask, hidden.positions, vocabulary)
+        words, pixels = features
+        place = batch["mask"] if mask else torch.zeros_like(batch["mask"])
+        vocabulary = model.text_encoder.word_embedding
+        return self.predictor(words, hidden.text.mask, pixels, place, hidden.positions, vocabulary)
 
     def repeated_layers(self) -> list[nn.Module]:
         return list(self.predictor.layers)

@@ -1,4 +1,4 @@
-"""How often Mask Grounding says the hidden word, beside what the same predictor says without seeing anything."""
+"""How often Mask Grounding says the hidden word, by kind of word, beside what the same weights say without seeing."""
 
 from __future__ import annotations
 
@@ -6,15 +6,24 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from magnet_fast.data.hidden_tokens import HiddenTokens
 from magnet_fast.data.loading import leave_to_the_main_process
 from magnet_fast.data.sample import collate, to_device
+from magnet_fast.data.scenes.word_kinds import KINDS, kinds_of_ids
 from magnet_fast.models.contract import Text
 
-_SENTENCES = 2000  # enough for half a percent; two encoder passes each
+SIGHTS = {
+    "accuracy": (True, True),
+    "without_image": (False, True),
+    "without_mask": (True, False),
+    "without_image_and_mask": (False, False),
+}
+"""What the predictor is given, image and mask, by the name of what it then gets right."""
+
+_SENTENCES = 1000  # some 4000 words of scenes: a percent or two of a kind; two encoder passes a word
 
 
 @torch.no_grad()
@@ -27,26 +36,30 @@ def hidden_word_accuracy(
     workers: int = 0,
     limit: int | None = None,
     autocast: torch.dtype | None = None,
-    seed: int = 0,
 ) -> dict[str, Any]:
-    """Accuracy on hidden words of a dataset's first sentences (`limit`, at most 2000).
+    """Accuracy on the words of a dataset's first sentences (`limit`, at most 1000), hidden one at a time.
 
-    Which words are hidden is a function of `seed` and of the sentence's index alone: neither of batches nor of the
-    number of processes. The run's own random generators are left alone.
+    Every ordinary word of a sentence is hidden once, alone and always behind [MASK]. Nothing is drawn: the result
+    depends neither on batches nor on the number of processes, and the run's random generators are left alone.
+
+    Without image: the encoders see a grey one (zeros, the mean colour). Without mask: it is empty, so that its token is
+    the one that training gave to referents that are not there. Both are inputs that training has seldom or never
+    shown; what a predictor reaches that was trained without them, a term with `blind` says.
 
     Args:
         model: as trained; put into eval mode for the time of the call.
         grounding: the `GroundingTerm`, as trained; likewise.
-        dataset: items are samples with an index, by sentences.
-        batch_size, workers, limit, autocast: as for `evaluate`.
-        seed: of the choice of words.
+        dataset: items are samples, by sentences; where it has `word_kinds`, words are told apart by kind.
+        batch_size: sentences whose words are encoded so many at a time.
+        workers, limit, autocast: as for `evaluate`.
 
     Under torch.distributed each process does its share, and all get the whole result.
 
     Returns:
-        Percent, under `accuracy`; `without_image_and_mask`: the same weights, given a grey image and no mask;
-        `most_frequent`: the best that one and the same answer for every word could reach here; `uniform`: a guess
-        among all ordinary words; `words`: how many were hidden.
+        Percent of words said right: `accuracy`, `without_image`, `without_mask`, `without_image_and_mask`, by the same
+        weights; `most_frequent`: the best that one and the same answer for every word could reach here; `uniform`: a
+        guess among all ordinary words; `words`: how many were hidden. And `kinds`: the same, but for `uniform`, for the
+        words of each kind (`scenes.word_kinds.KINDS`) that occurs; empty where the data do not know their words.
     """
     device = next(model.parameters()).device
     count = min(_SENTENCES, len(dataset), limit or len(dataset))
@@ -58,51 +71,64 @@ def hidden_word_accuracy(
         num_workers=workers,
         collate_fn=collate,
         pin_memory=device.type == "cuda",
-        generator=torch.Generator().manual_seed(seed),  # not the training run's
+        generator=torch.Generator().manual_seed(0),  # not the training run's
         worker_init_fn=leave_to_the_main_process,
     )
-    right = torch.zeros(2, dtype=torch.int64, device=device)
-    answers = torch.zeros(len(model.text_encoder.word_embedding), dtype=torch.int64)
+    # By word: how often it was hidden, and how often it was then said right with each sight.
+    counts = torch.zeros(1 + len(SIGHTS), len(model.text_encoder.word_embedding), dtype=torch.int64)
     modes = model.training, grounding.training
     model.eval()
     grounding.eval()
     try:
         for batch in loader:
-            hidden = _hide(grounding.hider, batch["text"], batch["index"].tolist(), seed)
-            answers += torch.bincount(hidden.targets[hidden.valid], minlength=len(answers))
-            batch = to_device({**batch, "text": hidden.text}, device)
-            hidden = HiddenTokens(batch["text"], *(part.to(device) for part in hidden[1:]))
-            with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-                for row, blind in enumerate((False, True)):
-                    logits = grounding.predict(model, batch, hidden, blind=blind)
-                    right[row] += ((logits.argmax(dim=-1) == hidden.targets) & hidden.valid).sum()
+            batch = to_device(batch, device)
+            rows, hidden = grounding.hider.one_by_one(batch["text"])
+            for some in torch.arange(len(rows), device=device).split(batch_size):
+                chosen = HiddenTokens(Text(*(part[some] for part in hidden.text)), *(part[some] for part in hidden[1:]))
+                with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+                    right = _right(model, grounding, _rows(batch, rows[some]), chosen)
+                targets = chosen.targets[:, 0].cpu()
+                for row, found in zip(counts, (torch.ones(len(some), dtype=torch.bool), *right), strict=True):
+                    row += torch.bincount(targets[found], minlength=len(row))
     finally:
         model.train(modes[0])
         grounding.train(modes[1])
-    right = right.cpu()
     if joined:
-        dist.all_reduce(right)
-        dist.all_reduce(answers)
-    words = int(answers.sum())
+        dist.all_reduce(counts)
+    return _summary(counts, grounding, getattr(dataset, "word_kinds", {}))
+
+
+def _right(model: nn.Module, grounding: Any, batch: dict[str, Any], hidden: HiddenTokens) -> list[Tensor]:
+    """Which words are said right, (N,) bool for each of `SIGHTS`; the encoders run twice."""
+    features = {image: grounding.read(model, batch, hidden, image=image) for image in (True, False)}
+    said = [
+        grounding.predict(model, batch, hidden, features[image], mask=mask).argmax(dim=-1)
+        for image, mask in SIGHTS.values()
+    ]
+    return [(words == hidden.targets)[:, 0].cpu() for words in said]
+
+
+def _rows(batch: dict[str, Any], rows: Tensor) -> dict[str, Any]:
+    """What `read` and `predict` take, for these sentences of a batch."""
+    extra = {name: value[rows] for name, value in batch["extra"].items()}
+    return {"image": batch["image"][rows], "mask": batch["mask"][rows], "extra": extra}
+
+
+def _summary(counts: Tensor, grounding: Any, word_kinds: Any) -> dict[str, Any]:
+    known = kinds_of_ids(grounding.hider.tokenizer, word_kinds) if word_kinds else {}
+    kinds = {}
+    for kind in KINDS if known else ():
+        of_kind = torch.tensor([known.get(index, KINDS[-1]) == kind for index in range(counts.shape[1])])
+        if counts[0, of_kind].any():
+            kinds[kind] = _percent(counts[:, of_kind])
+    return {**_percent(counts), "uniform": 100 / grounding.hider.ordinary_words, "kinds": kinds}
+
+
+def _percent(counts: Tensor) -> dict[str, Any]:
+    words = int(counts[0].sum())
     total = max(1, words)
-    accuracy, blind = (100 * right.double() / total).tolist()
     return {
-        "accuracy": accuracy,
-        "without_image_and_mask": blind,
-        "most_frequent": 100 * int(answers.max()) / total,
-        "uniform": 100 / grounding.hider.ordinary_words,
+        **{name: 100 * int(row.sum()) / total for name, row in zip(SIGHTS, counts[1:], strict=True)},
+        "most_frequent": 100 * int(counts[0].max()) / total,
         "words": words,
     }
-
-
-def _hide(hider: Any, text: Text, indices: list[int], seed: int) -> HiddenTokens:
-    """The hidden tokens of a batch, every sentence by a generator of its own."""
-    rows = []
-    for row, index in enumerate(indices):
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
-        one = Text(text.ids[row : row + 1], text.mask[row : row + 1])
-        rows.append(hider(one, generator=generator))
-    ids = torch.cat([row.text.ids for row in rows])
-    return HiddenTokens(
-        Text(ids, text.mask), *(torch.cat(parts) for parts in zip(*(row[1:] for row in rows), strict=True))
-    )

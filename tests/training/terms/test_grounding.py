@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -41,18 +42,100 @@ def batch(tokenizer: Tokenizer, side: int = 32) -> dict:
     return {"image": torch.randn(2, 3, side, side), "text": tokenizer(["the red circle", "blue square"]), "mask": mask}
 
 
-def test_blind_it_sees_neither_image_nor_mask() -> None:
+@pytest.mark.parametrize("token", ["centre", "place", "shape"])
+def test_what_it_sees(token: str) -> None:
+    """Without image and mask nothing of them, without one of them the other."""
     torch.manual_seed(0)
     model, tokenizer = models.create("magnet_tiny", **SMALLEST_MAGNET).eval(), Tokenizer(max_tokens=8)
-    term = GroundingTerm.build(GroundingConfig(image_stage=1, **SMALL), model, tokenizer).eval()
-    one, other = batch(tokenizer), batch(tokenizer)
-    other["mask"] = other["mask"].flip(1)
+    term = GroundingTerm.build(GroundingConfig(image_stage=1, token=token, **SMALL), model, tokenizer).eval()
+    open_gates(model)
+    one = batch(tokenizer)
+    images = {**one, "image": torch.randn_like(one["image"])}
+    masks = {**one, "mask": one["mask"].flip(1)}
     hidden = term.hider(one["text"])
+
+    @torch.no_grad()
+    def said(given: dict, image: bool, mask: bool) -> torch.Tensor:
+        return term.predict(model, given, hidden, term.read(model, given, hidden, image=image), mask=mask)
+
+    for image in (True, False):
+        for mask in (True, False):
+            first = said(one, image, mask)
+            assert torch.allclose(first, said(images, image, mask)) is not image
+            assert torch.allclose(first, said(masks, image, mask)) is not mask
+    assert first.shape == (2, 1, len(model.text_encoder.word_embedding))
+
+
+def test_the_blind_control_trains_on_neither() -> None:
+    torch.manual_seed(0)
+    model, tokenizer = models.create("magnet_tiny", **SMALLEST_MAGNET).eval(), Tokenizer(max_tokens=8)
+    losses = {}
+    for blind in (True, False):
+        torch.manual_seed(1)
+        term = GroundingTerm.build(GroundingConfig(image_stage=1, blind=blind, **SMALL), model, tokenizer).eval()
+        one = batch(tokenizer)
+        other = {**one, "image": torch.randn_like(one["image"]), "mask": one["mask"].flip(1)}
+        losses[blind] = []
+        for given in (one, other):
+            torch.manual_seed(2)
+            losses[blind].append(term(None, given, model)[0].item())
+    assert losses[True][0] == losses[True][1] and losses[False][0] != losses[False][1]
+
+
+def test_words_that_are_hidden_mostly() -> None:
+    model, tokenizer = models.create("magnet_tiny", **SMALLEST_MAGNET), Tokenizer(max_tokens=8)
+    text = tokenizer(["the red circle on the left"])
+    text = type(text)(text.ids.repeat(3000, 1), text.mask.repeat(3000, 1))
+    shares = {}
+    for hide in ("uniform", "attributes"):
+        term = GroundingTerm.build(GroundingConfig(hide=hide, **SMALL), model, tokenizer)
+        hidden = term.hider(text, torch.Generator().manual_seed(0))
+        words = torch.tensor([tokenizer.vocabulary[word] for word in ("red", "circle")])
+        shares[hide] = torch.isin(hidden.targets, words).float().mean().item()
+    # One of six words: a third of them are attributes, ten fourteenths of the chances.
+    assert shares == pytest.approx({"uniform": 2 / 6, "attributes": 10 / 14}, abs=0.05)
+
+
+def test_attributes_are_known_on_scenes_alone() -> None:
+    model, tokenizer = models.create("magnet_tiny", **SMALLEST_MAGNET), Tokenizer(max_tokens=8)
+    uniform, attributes = (
+        GroundingTerm.build(GroundingConfig(hide=hide, **SMALL), model, tokenizer) for hide in ("uniform", "attributes")
+    )
+
+    class Photographs:
+        word_kinds: ClassVar[dict] = {}
+
+    class Scenes:
+        word_kinds: ClassVar[dict] = {"red": "colour"}
+
+    uniform.check(Photographs())
+    attributes.check(Scenes())
+    with pytest.raises(ValueError, match=r"terms\.grounding\.hide: expected 'uniform' for data .*, got 'attributes'"):
+        attributes.check(Photographs())
+    with pytest.raises(ValueError, match=r"terms\.grounding\.hide: expected 'uniform' for a vocabulary without"):
+        other = Tokenizer(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "dog"], max_tokens=8)
+        GroundingTerm.build(GroundingConfig(hide="attributes", **SMALL), model, other)
+
+
+@pytest.mark.parametrize("change", [{"hide": "attributes", "share": 0.5}, {"token": "place"}, {"token": "shape"}])
+def test_options_leave_no_parameter_unused_and_padded_words_unread(change: dict) -> None:
+    """Processes that train together wait for every gradient."""
+    torch.manual_seed(0)
+    model, tokenizer = models.create("lavt_tiny", text__vocab_size=1280), Tokenizer(max_tokens=8)
+    term = GroundingTerm.build(GroundingConfig(**change, **SMALL), model, tokenizer)
+    given = batch(tokenizer, 64)
+    loss, _ = term(None, given, model)
+    loss.backward()
+    assert [name for name, p in term.named_parameters() if p.grad is None] == []
+    model.eval(), term.eval()
+    hidden = term.hider(given["text"])
+    padded = torch.where(given["text"].mask, hidden.text.ids, 77)
     with torch.no_grad():
-        blind = [term.predict(model, given, hidden, blind=True) for given in (one, other)]
-        seeing = [term.predict(model, given, hidden) for given in (one, other)]
-    assert torch.equal(*blind) and not torch.allclose(*seeing)
-    assert blind[0].shape == (2, 1, len(model.text_encoder.word_embedding))
+        one, other = (
+            term.predict(model, given, changed, term.read(model, given, changed))
+            for changed in (hidden, hidden._replace(text=hidden.text._replace(ids=padded)))
+        )
+    assert not torch.equal(padded, hidden.text.ids) and torch.equal(one[hidden.valid], other[hidden.valid])
 
 
 def test_refusals() -> None:
@@ -97,6 +180,8 @@ def test_on_every_system(name: str, clip: bool) -> None:
     if clip:
         model.eval(), term.eval()
         with torch.no_grad():
-            first = term.predict(model, given, hidden)
-            second = term.predict(model, given, hidden._replace(text=hidden.text._replace(ids=other)))
+            first, second = (
+                term.predict(model, given, changed, term.read(model, given, changed))
+                for changed in (hidden, hidden._replace(text=hidden.text._replace(ids=other)))
+            )
         assert not torch.equal(other, hidden.text.ids) and torch.equal(first, second)
