@@ -26,6 +26,7 @@ from torch import Tensor
 from benchmarks import machine, plot
 from benchmarks.gpu_cases import CASES, OURS, TINY, Case
 from magnet_fast import ops
+from magnet_fast.ops import _trial
 
 _ROTATED, _MOST_SETS = 256 << 20, 64  # bytes of all sets of inputs: several times any L2; and sets
 _ROUNDS, _WARMUP = 50, 10
@@ -41,7 +42,7 @@ def runner(path: str, case: Case, batch: int, dtype: torch.dtype, backward: bool
 
     inputs = [case.tensors(batch, draw) for _ in range(sets)]
     leaves = [case.differentiable(tensors) for tensors in inputs]
-    function = case.function(path)
+    function = case.function(OURS[0] if path == "auto" else path)
     if path == "torch.compile":
         function = torch.compile(function, dynamic=False)
     if backward:
@@ -49,7 +50,7 @@ def runner(path: str, case: Case, batch: int, dtype: torch.dtype, backward: bool
             leaf.requires_grad_()
 
     def forward(number: int) -> Sequence[Tensor]:
-        with ops.backend(path) if path in OURS else nullcontext():
+        with ops.backend(path) if path in (*OURS, "auto") else nullcontext():
             outs = function(*inputs[number % sets])
         return [outs] if isinstance(outs, Tensor) else outs
 
@@ -141,6 +142,20 @@ def _group(group: str, case: Case, batch: int, dtype: torch.dtype, backward: boo
     return rows
 
 
+def choices(cases: Sequence[Case], batch: int, dtypes: Sequence[torch.dtype], device: str) -> list[dict[str, Any]]:
+    """What `auto` takes for each class of our operators' calls, and the times by which it does; none on a CPU."""
+    for case in cases:
+        for dtype in dtypes:
+            for backward in (False, True):
+                try:
+                    runner("auto", case, batch, dtype, backward, device, 1)(0)
+                except Exception as error:  # the others are worth having
+                    print(f"auto: {case.title}, {case}: {type(error).__name__}: {error}"[:300])
+                if device == "cuda":
+                    torch.cuda.empty_cache()
+    return [{"calls": calls, **choice._asdict()} for calls, choice in _trial.taken()]
+
+
 def with_ratios(rows: list[dict[str, Any]], best: dict[str, float]) -> list[dict[str, Any]]:
     """Ratios to the group's baseline, and shares of the ceilings, for the rows that have a time."""
     baselines = {row["group"]: row["median_seconds"] for row in rows if row["path"] == row["baseline"]}
@@ -186,10 +201,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     cases, batch = (TINY, 1) if options.dry_run else (CASES, options.batch)
     rows = with_ratios(measure(cases, batch, (torch.bfloat16,), options.dry_run), best)
     options.results.parent.mkdir(parents=True, exist_ok=True)
-    contents = {"machine": description(), "ceilings": best, "rows": rows}
+    chosen = choices(cases, batch, (torch.bfloat16,), "cpu" if options.dry_run else "cuda")
+    contents = {"machine": description(), "ceilings": best, "rows": rows, "choices": chosen}
     options.results.write_text(json.dumps(contents, indent=1) + "\n")
     for row in rows:
         print(line(row))
+    for choice in chosen:
+        print(f"auto: {choice['calls']}: {choice['winner']}, {choice['seconds']}")
     timed = [row for row in rows if row["median_seconds"] is not None]
     if options.picture and timed:
         options.picture.parent.mkdir(parents=True, exist_ok=True)

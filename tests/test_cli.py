@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from magnet_fast import checkpoints, cli, fast, models
 from magnet_fast.cli import app
-from magnet_fast.ops import _proof, _registry
+from magnet_fast.ops import _kept, _proof, _registry, _trial
 
 pytestmark = pytest.mark.slow
 
@@ -224,8 +224,16 @@ def test_info() -> None:
 
 def test_doctor(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(_proof, "DTYPES", (torch.float32,))
+    monkeypatch.setenv(_kept.CACHE_VARIABLE, str(tmp_path / "cache"))
+    calls = {"operator": "window_attention", "class": "float32 2x8", "device": "some GPU"}
+    found = {"winner": "triton", "seconds": {"reference": 2e-3, "triton": 1e-3}, "failed": {}}
+    for version in (torch.__version__, "0.1"):
+        _kept.write(_trial.FOLDER, {**calls, "torch": version}, found)
     output = run("doctor", "--out", tmp_path / "report.json")
     report = json.loads((tmp_path / "report.json").read_text())
+    (choice,) = report["choices"]
+    assert choice["calls"] == "window_attention float32 2x8 on some GPU" and choice["winner"] == "triton"
+    assert f"choice  {choice['calls']}: triton (triton 1 ms, reference 2 ms, measured 2" in output
     assert report["machine"]["torch"] == torch.__version__ and str(tmp_path / "report.json") in output
     kernels = {(one["backend"], one["operator"]): one for one in report["kernels"]}
     assert len(kernels) == 19 and kernels["cpu", "window_attention"]["passed"] is True

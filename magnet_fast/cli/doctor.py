@@ -21,8 +21,8 @@ def doctor(
 ) -> None:
     """Check every kernel that can run here against the reference, and say what this machine is.
 
-    All is asked anew, and of kernels that have to prove themselves the new answer is remembered. Ends with status 1 if
-    a kernel is wrong.
+    All is asked anew, and of kernels that have to prove themselves the new answer is remembered. Then come the times by
+    which kernels were chosen on a GPU. Ends with status 1 if a kernel is wrong.
     """
     import json
     import platform
@@ -32,7 +32,7 @@ def doctor(
     import magnet_fast
     from magnet_fast.atomic import write_text_atomically
     from magnet_fast.cores import allowed_cores
-    from magnet_fast.ops import _cpu_backend, _linear_chain, _proof
+    from magnet_fast.ops import _cpu_backend, _linear_chain, _proof, _trial
 
     if out is not None:
         check_files({"--out": out}, {})
@@ -83,9 +83,15 @@ def doctor(
             for dtype in _linear_chain.DTYPES:
                 reason = _linear_chain.why_unchecked(dtype)
                 report(backend, _linear_chain.OPERATOR, dtype, reason, partial(_linear_chain.check, dtype))
+    remembered = _trial.remembered()
+    for calls, choice in remembered:
+        typer.echo(f"choice  {calls}: {choice.winner} ({choice})")
     if out is not None:
+        choices = [{"calls": calls, **choice._asdict()} for calls, choice in remembered]
         out.parent.mkdir(parents=True, exist_ok=True)
-        write_text_atomically(out, json.dumps({"machine": machine, "kernels": results}, indent=1) + "\n")
+        write_text_atomically(
+            out, json.dumps({"machine": machine, "kernels": results, "choices": choices}, indent=1) + "\n"
+        )
         typer.echo(f"report: {out}")
     if wrong:
         typer.echo(

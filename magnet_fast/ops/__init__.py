@@ -9,10 +9,13 @@ that agree.
 Backends are `reference` (PyTorch, everywhere), `cpu`, `triton` and `cuda`; `auto` takes the
 fastest that can run. The environment variable `MAGNET_FAST_BACKEND` or the context manager
 `backend` force one. The reference can be differentiated any number of times, the others once. A GPU's kernels are
-taken by `auto` once they have proved themselves on the machine (`prove`).
+taken by `auto` once they have proved themselves on the machine (`prove`), and the fastest of them by measurement.
 """
 
-from magnet_fast.ops import _linear  # noqa: F401 - `backend` and `explain` know it by name
+from magnet_fast.ops import (
+    _linear,  # noqa: F401 - `backend` and `explain` know it by name
+    _trial,  # noqa: F401 - `auto` asks it
+)
 from magnet_fast.ops._cross_modal_attention import cross_modal_attention
 from magnet_fast.ops._deformable_attention import deformable_attention
 from magnet_fast.ops._fused_deformable_attention import fused_deformable_attention

@@ -159,6 +159,10 @@ def bind(
             return Bound.apply(*(_distinct(arguments) if torch.compiler.is_compiling() else arguments))
         return split(forward_operator(*arguments))[0]
 
+    def call(backend: str, *arguments: Any) -> Any:
+        return reference(*arguments) if backend == "reference" else run(*arguments, backend)
+
+    _registry.register_call(operator, call)
     return run
 
 

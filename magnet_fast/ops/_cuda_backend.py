@@ -34,7 +34,7 @@ def supports(*arguments: object) -> str | None:
 
 
 def passed_over(*arguments: object) -> str | None:
-    """Why `auto` prefers the next backend: nothing has been measured on a GPU yet."""
+    """Why it is not the first guess of `auto`: nothing has been measured on a GPU yet."""
     return "not yet measured on this GPU"
 
 

@@ -9,25 +9,18 @@ that fails is not taken; one warning says which, and by how much.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import datetime, timezone
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from magnet_fast.atomic import write_text_atomically
-from magnet_fast.ops import _cpu_backend, _cuda_backend, _registry
+from magnet_fast.ops import _cpu_backend, _kept, _registry
 from magnet_fast.ops._checks import dtype_name
 from magnet_fast.ops._observed import moded
 from magnet_fast.ops._proof_cases import OPERATORS, ProofCase, cases
@@ -36,7 +29,8 @@ BACKENDS = ("cpu", "triton", "cuda")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 MODE_VARIABLE = "MAGNET_FAST_PROOF"
-CACHE_VARIABLE = "MAGNET_FAST_CACHE"
+FOLDER = "proofs"
+"""Of the cache (`_kept`)."""
 _MODES = ("once", "again", "skip")
 _REPORT = "please report it with the output of `magnet-fast doctor`"
 
@@ -71,7 +65,7 @@ def unproven(operator: str, name: str, arguments: tuple) -> str | None:
     if torch.compiler.is_compiling():
         return _said(operator, name, first.dtype, first.device)
     place = operator, name, dtype_name(first.dtype), str(first.device)
-    return _refusal(place, _prove(place) if _may_run(first.device) else _remembered(place))
+    return _refusal(place, _prove(place) if may_run(first.device) else _remembered(place))
 
 
 def expected(operator: str, name: str, arguments: tuple) -> str | None:
@@ -96,7 +90,7 @@ def prove(device: torch.device | str, dtypes: tuple[torch.dtype, ...], operators
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
-    if not _may_run(device):
+    if not may_run(device):
         return
     for operator in operators:
         for name in BACKENDS:
@@ -210,7 +204,7 @@ def _normalised(operator: str, dtype: torch.dtype, device: torch.device) -> tupl
 # ---- When, and what is remembered -----------------------------------------------------------------------------------
 
 
-def _may_run(device: torch.device) -> bool:
+def may_run(device: torch.device) -> bool:
     """Not while something watches every function, nor where a stream is recorded: the check would end up in it."""
     return not moded() and not (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
 
@@ -295,82 +289,24 @@ def _conclude(place: tuple[str, str, str, str], verdict: Verdict) -> None:
         )
 
 
-def cache_folder() -> Path:
-    """Where answers are kept: `MAGNET_FAST_CACHE`, else `magnet_fast` in the user's cache."""
-    if given := os.environ.get(CACHE_VARIABLE):
-        return Path(given)
-    if given := os.environ.get("XDG_CACHE_HOME"):
-        return Path(given) / "magnet_fast"
-    try:
-        return Path.home() / ".cache" / "magnet_fast"
-    except RuntimeError as error:  # a user without a home, as in some containers
-        raise OSError(f"{CACHE_VARIABLE} is not set, and there is no home folder") from error
-
-
-def _key(place: tuple[str, str, str, str]) -> dict[str, Any]:
+def _key(place: tuple[str, str, str, str]) -> _kept.Key:
     """All that an answer depends on."""
     operator, name, dtype, device = place
-    key: dict[str, Any] = {"operator": operator, "backend": name, "dtype": dtype, "torch": torch.__version__}
-    key["kernels"] = _kernels(name)
-    if torch.device(device).type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        key["device"] = f"{properties.name}, compute capability {properties.major}.{properties.minor}"
-        key["driver"] = torch._C._cuda_getDriverVersion() if hasattr(torch._C, "_cuda_getDriverVersion") else None
-        key["tf32"] = torch.backends.cuda.matmul.allow_tf32
-    else:
-        key["device"] = "cpu, " + (_cpu_backend.extension.simd_level() if _cpu_backend.extension else "no extension")
+    key = {"operator": operator, "backend": name, "dtype": dtype, "kernels": _kept.kernels(name)}
     if name == "triton":
-        try:
-            key["triton"] = version("triton")
-        except PackageNotFoundError:
-            key["triton"] = None
-    return key
-
-
-@cache
-def _kernels(name: str) -> str:
-    """A hash of what the backend's kernels are made of: their source, or the compiled extension."""
-    if name == "triton":
-        import magnet_fast.kernels
-
-        files = sorted(Path(magnet_fast.kernels.__path__[0]).glob("*.py"))
-    else:
-        extension = (_cuda_backend if name == "cuda" else _cpu_backend).extension
-        files = [Path(extension.__file__)] if extension is not None else []
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.read_bytes())
-    return digest.hexdigest()
-
-
-def _file(key: dict[str, Any]) -> Path:
-    return cache_folder() / "proofs" / (hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest() + ".json")
+        key["triton"] = _kept.triton_version()
+    return key | _kept.machine(torch.device(device))
 
 
 def _read(place: tuple[str, str, str, str]) -> Verdict | None:
-    key = _key(place)
-    try:
-        found = json.loads(_file(key).read_text())
-    except (OSError, ValueError):  # none yet, another user's, or no answer of ours: it is asked again
-        return None
-    if not isinstance(found, dict) or found.get("key") != key or not isinstance(found.get("passed"), bool):
+    found = _kept.read(FOLDER, _key(place))
+    if found is None or not isinstance(found.get("passed"), bool):
         return None
     return Verdict(found["passed"], str(found.get("detail", "")))
 
 
 def _write(place: tuple[str, str, str, str], verdict: Verdict) -> None:
-    key = _key(place)
-    answer = {
-        "key": key,
-        "passed": verdict.passed,
-        "detail": verdict.detail,
-        "date": datetime.now(timezone.utc).date().isoformat(),
-    }
-    try:
-        _file(key).parent.mkdir(parents=True, exist_ok=True)
-        write_text_atomically(_file(key), json.dumps(answer, indent=1) + "\n")
-    except OSError:  # a read-only home, a full disk: the answer holds for this process
-        pass
+    _kept.write(FOLDER, _key(place), {"passed": verdict.passed, "detail": verdict.detail})
 
 
 _registry.set_proof(unproven, expected)

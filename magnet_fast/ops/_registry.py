@@ -4,6 +4,8 @@ Each operator registers its implementations here, every one with a predicate tha
 public functions ask `choose` on every call; `explain` asks the same predicates and prints the
 answer.
 
+Where several can run a call on a GPU their order here is a first guess: `_trial` times them.
+
 The choice is plain Python over a thread-local stack, tensor metadata and the predicates: `torch.compile`
 traces it, guards on the stack (so a compiled function follows `ops.backend`) and leaves nothing of it in
 the graph.
@@ -32,7 +34,7 @@ NO_KERNEL = "no kernel for this operator yet"
 # The fastest first. The reference runs everywhere, so it ends the list; it is no kernel: the operators call it
 # themselves, so that it can be differentiated any number of times.
 _KERNELS = ("cuda", "triton", "cpu")
-_PREFERENCE = (*_KERNELS, "reference")
+PREFERENCE = (*_KERNELS, "reference")
 
 
 class BackendError(RuntimeError):
@@ -80,12 +82,14 @@ class Explanation:
         requested: the backend asked for (`auto` when none is forced).
         chosen: the backend that would run, or `"none"` when the forced one cannot.
         reasons: for every other backend, why it would not run.
+        measured: on a GPU, where `auto` decides by time: the times of such calls, or that they are not known yet.
     """
 
     operator: str
     requested: str
     chosen: str
     reasons: dict[str, str] = field(default_factory=dict)
+    measured: str = ""
 
     def __str__(self) -> str:
         if self.chosen == "none":
@@ -96,7 +100,8 @@ class Explanation:
             head = f"{self.operator}: {self.chosen} would run (backend {self.requested!r} is forced and cannot)"
         else:
             head = f"{self.operator}: {self.chosen} would run (forced)"
-        return "\n".join([head, *(f"  {name}: {reason}" for name, reason in self.reasons.items())])
+        lines = [head, *(f"  {name}: {reason}" for name, reason in self.reasons.items())]
+        return "\n".join([*lines, f"  times: {self.measured}"] if self.measured else lines)
 
     __repr__ = __str__
 
@@ -127,7 +132,7 @@ def available_backends(operator: str | None = None) -> tuple[str, ...]:
     if operator is not None and _known_operator(operator) in _layers:
         return _layers[operator].backends()
     names = {name for (op, name), item in _implementations.items() if operator in (None, op) and item.missing is None}
-    return tuple(name for name in _PREFERENCE if name in names or name == "reference")
+    return tuple(name for name in PREFERENCE if name in names or name == "reference")
 
 
 # ---- For the operators -------------------------------------------------------------------------------------
@@ -145,7 +150,8 @@ class Implementation:
             empty tensor like the one that the forward returns after its results and the backward gets after its
             tensors.
         passed_over: takes the operator's normalised arguments, returns None or why `auto` prefers the next
-            backend although this one can run them: where another has been measured to be faster.
+            backend although this one can run them: where another has been measured to be faster. On a GPU it is the
+            first guess alone.
     """
 
     forward: Callable[..., Any]
@@ -176,6 +182,11 @@ def register_operator(operator: str, prepare: Callable[..., tuple]) -> None:
     _prepare[operator] = prepare
 
 
+def register_call(operator: str, call: Callable[..., Any]) -> None:
+    """Say how an operator runs on a given backend, the reference too: `call(backend, *normalised arguments)`."""
+    _calls[operator] = call
+
+
 def register_layer(name: str, layer: Layer) -> None:
     """Make a layer known."""
     _layers[name] = layer
@@ -204,6 +215,13 @@ def set_proof(
     _proof.unproven, _proof.expected = unproven, expected
 
 
+def set_trial(
+    choice: Callable[[str, tuple], str | None], known: Callable[[str, tuple], tuple[str | None, str]]
+) -> None:
+    """What `choose`, and `explain`, ask first: the backend by measurement, None for the first guess; and the times."""
+    _trial.choice, _trial.known = choice, known
+
+
 def implementation(operator: str, name: str) -> Implementation:
     """The registered implementation; RuntimeError when there is none."""
     item = _implementations.get((operator, name))
@@ -222,6 +240,11 @@ def prepare_of(operator: str) -> Callable[..., tuple]:
     return _prepare[operator]
 
 
+def call_of(operator: str) -> Callable[..., Any]:
+    """What `register_call` was given."""
+    return _calls[operator]
+
+
 def choose(operator: str, arguments: tuple) -> str:
     """The backend that runs this call.
 
@@ -233,11 +256,17 @@ def choose(operator: str, arguments: tuple) -> str:
         if why_not(operator, requested, arguments) is not None:
             raise BackendError(str(_explanation(operator, requested, arguments)))
         return requested
+    measured = _trial.choice(operator, arguments)
+    return first_guess(operator, arguments) if measured is None else measured
+
+
+def first_guess(operator: str, arguments: tuple) -> str:
+    """What `auto` takes where nothing was measured: the first proven backend that nothing speaks against."""
     for name in _KERNELS:
         if (
             why_not(operator, name, arguments) is None
             and why_passed_over(operator, name, arguments) is None
-            and _proof.unproven(operator, name, arguments) is None
+            and unproven(operator, name, arguments) is None
         ):
             return name
     return "reference"
@@ -264,6 +293,16 @@ def why_passed_over(operator: str, name: str, arguments: tuple) -> str | None:
     return None if name == "reference" else _implementations[operator, name].passed_over(*arguments)
 
 
+def unproven(operator: str, name: str, arguments: tuple) -> str | None:
+    """None when the backend's kernels have proved themselves or need not, else why not. May check them."""
+    return None if name == "reference" else _proof.unproven(operator, name, arguments)
+
+
+def doubt(operator: str, name: str, arguments: tuple) -> str | None:
+    """`unproven` by what is known: nothing is checked on a GPU."""
+    return None if name == "reference" else _proof.expected(operator, name, arguments)
+
+
 def requested_backend(operator: str) -> str:
     """The name that the innermost `ops.backend` block forces, else the environment's, else `auto`.
 
@@ -277,22 +316,23 @@ def requested_backend(operator: str) -> str:
 
 
 def _explanation(operator: str, requested: str, arguments: tuple) -> Explanation:
-    chosen, reasons = "none", {}
-    for name in _PREFERENCE:
+    chosen, reasons, auto = "none", {}, requested == "auto"
+    fastest, times = _trial.known(operator, arguments) if auto else (None, "")
+    for name in PREFERENCE:
         reason = why_not(operator, name, arguments)
-        if reason is None and requested == "auto" and (slower := why_passed_over(operator, name, arguments)):
+        if reason is None and auto and fastest is None and (slower := why_passed_over(operator, name, arguments)):
             reason = f"can run, but {slower}"
-        if reason is None and requested == "auto" and (doubt := _proof.expected(operator, name, arguments)):
-            reason = f"can run, but {doubt}"
+        if reason is None and auto and (doubtful := doubt(operator, name, arguments)):
+            reason = f"can run, but {doubtful}"
+        if reason is None and fastest not in (None, name):
+            reason = f"can run, but {fastest} was measured to be the better here"
         if reason is not None:
             reasons[name] = reason
-        elif requested == name or (requested == "auto" and chosen == "none"):
+        elif requested == name or (auto and chosen == "none"):
             chosen = name
         else:
-            reasons[name] = "can run, but " + (
-                f"{chosen} is preferred" if requested == "auto" else f"{requested} is forced"
-            )
-    return Explanation(operator, requested, chosen, reasons)
+            reasons[name] = "can run, but " + (f"{chosen} is preferred" if auto else f"{requested} is forced")
+    return Explanation(operator, requested, chosen, reasons, times)
 
 
 def _known(name: str, what: str) -> str:
@@ -318,8 +358,15 @@ class _Proof:
     expected: Callable[[str, str, tuple], str | None] = staticmethod(lambda operator, name, arguments: None)
 
 
+class _Trial:
+    choice: Callable[[str, tuple], str | None] = staticmethod(lambda operator, arguments: None)
+    known: Callable[[str, tuple], tuple[str | None, str]] = staticmethod(lambda operator, arguments: (None, ""))
+
+
 _proof = _Proof()
+_trial = _Trial()
 _state = _State()
 _prepare: dict[str, Callable[..., tuple]] = {}
+_calls: dict[str, Callable[..., Any]] = {}
 _layers: dict[str, Layer] = {}
 _implementations: dict[tuple[str, str], Implementation] = {}

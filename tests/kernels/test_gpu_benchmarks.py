@@ -26,6 +26,7 @@ def test_dry_run(tmp_path, capsys, monkeypatch):
     assert {row["suite"] for row in rows} == {f"{case.operator}_gpu" for case in cases}
     assert all(row["median_seconds"] is None and row["bytes"] > 0 for row in rows)
     assert all(row.get("moved_bytes", row["bytes"]) >= row["bytes"] for row in rows)
+    assert results["choices"] == []  # of calls on a CPU nothing is measured
     assert results["machine"]["triton"] and results["machine"]["driver"] is None
     assert not (tmp_path / "picture.png").exists() and "ran, not timed" in capsys.readouterr().out
 

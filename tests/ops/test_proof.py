@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 import magnet_fast
 from magnet_fast import ops
-from magnet_fast.ops import _proof, _registry
+from magnet_fast.ops import _kept, _proof, _registry
 
 from .cases import all_cases, weighted_sum, window_case
 
@@ -55,7 +55,7 @@ def same(result: Any) -> Any:
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch, tmp_path) -> Callable[..., Fake]:
-    monkeypatch.setenv(_proof.CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setenv(_kept.CACHE_VARIABLE, str(tmp_path / "cache"))
     monkeypatch.delenv(_proof.MODE_VARIABLE, raising=False)
     monkeypatch.setattr(_proof, "_verdicts", {})
     return lambda forward=same, backward=same: Fake(monkeypatch, forward, backward)
@@ -136,7 +136,7 @@ def test_inside_activation_checkpointing(fake) -> None:
     made, case = fake(), window_case(dtype=torch.float32)
     expected = case.gradients()
     forget()
-    for path in _proof.cache_folder().glob("proofs/*"):
+    for path in _kept.cache_folder().glob("proofs/*"):
         path.unlink()
     calls = made.calls
     (out,) = (checkpoint(lambda *leaves: case(*leaves)[0], *case.leaves, use_reentrant=False),)
@@ -153,20 +153,20 @@ def test_what_is_not_finite_in_the_reference_proves_nothing() -> None:
 
 
 def test_without_a_home(fake, monkeypatch) -> None:
-    monkeypatch.delenv(_proof.CACHE_VARIABLE)
+    monkeypatch.delenv(_kept.CACHE_VARIABLE)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
 
     def no_home() -> None:
         raise RuntimeError("Could not determine home directory.")
 
-    monkeypatch.setattr(_proof.Path, "home", no_home)
+    monkeypatch.setattr(_kept.Path, "home", no_home)
     fake()
     assert chosen(window_case(dtype=torch.float32)) == "triton"
 
 
 def test_a_kernel_outside_the_registry_follows_the_same_rule(monkeypatch, tmp_path) -> None:
     """On any machine: level amx is said to be in use."""
-    monkeypatch.setenv(_proof.CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(_kept.CACHE_VARIABLE, str(tmp_path))
     monkeypatch.delenv(_proof.MODE_VARIABLE, raising=False)
     monkeypatch.setattr(_proof, "_verdicts", {})
     monkeypatch.setattr(_proof, "_AMX", True)
@@ -209,7 +209,7 @@ def test_asked_again_after_a_change_of_version(fake, monkeypatch) -> None:
 
 
 def kernels_changed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_proof, "_kernels", lambda name: "other")
+    monkeypatch.setattr(_kept, "kernels", lambda name: "other")
 
 
 def test_what_is_no_answer_is_asked_again(fake, tmp_path) -> None:
@@ -227,7 +227,7 @@ def test_what_is_no_answer_is_asked_again(fake, tmp_path) -> None:
 
 def test_without_a_folder_to_write_to(fake, tmp_path, monkeypatch) -> None:
     (tmp_path / "file").write_text("")
-    monkeypatch.setenv(_proof.CACHE_VARIABLE, str(tmp_path / "file"))
+    monkeypatch.setenv(_kept.CACHE_VARIABLE, str(tmp_path / "file"))
     made, case = fake(), window_case(dtype=torch.float32)
     assert chosen(case) == "triton"
     calls = made.calls
@@ -237,11 +237,11 @@ def test_without_a_folder_to_write_to(fake, tmp_path, monkeypatch) -> None:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may be another user for a while")
 @pytest.mark.parametrize("mode", [0o755, 0o700])  # it may be read, or not even that
-@pytest.mark.parametrize("variable", [_proof.CACHE_VARIABLE, "XDG_CACHE_HOME", "HOME"])
+@pytest.mark.parametrize("variable", [_kept.CACHE_VARIABLE, "XDG_CACHE_HOME", "HOME"])
 def test_a_folder_of_another_user(fake, monkeypatch, variable: str, mode: int) -> None:
     """The answer holds for the process; nothing is said, and nothing of the other's is touched."""
     with tempfile.TemporaryDirectory() as folder:  # pytest's own is below a private one
-        for name in (_proof.CACHE_VARIABLE, "XDG_CACHE_HOME", "HOME"):
+        for name in (_kept.CACHE_VARIABLE, "XDG_CACHE_HOME", "HOME"):
             monkeypatch.delenv(name, raising=False)
         monkeypatch.setenv(variable, folder)
         os.chmod(folder, mode)
@@ -276,7 +276,7 @@ def test_in_a_compiled_graph_only_what_is_proven(fake) -> None:
     made, case = fake(), window_case(dtype=torch.float32)
     (expected,) = case()
     forget()
-    for path in list(_proof.cache_folder().glob("proofs/*")):
+    for path in list(_kept.cache_folder().glob("proofs/*")):
         path.unlink()
 
     def call(*leaves: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,1 @@
+from .stand_in import machine  # noqa: F401 - a fixture
