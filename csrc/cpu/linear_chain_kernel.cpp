@@ -117,7 +117,7 @@ static void product(const ChainProduct<Element>& p) {
         for (int64_t n = 0; n < wide; n += kLanes)
             store(bias + n, p.bias ? load(p.bias + first + n) : broadcast(Real{0}));
         const Word* panel = static_cast<const Word*>(p.weight) + first * depth;
-        multiply_panel(wide / kLanes, p.rows, depth, x, x_row, panel, sums);
+        multiply_panel(wide / kLanes, p.rows, depth, x, x_row, panel, sums, wide);
         if (p.residual)
             write(p, sums, bias, first, wide,
                   [&](Vec y, int64_t m, int64_t n) { return y + load(p.residual + m * p.residual_row + n); });

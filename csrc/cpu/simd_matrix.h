@@ -13,6 +13,9 @@
 namespace magnet_fast {
 namespace MAGNET_FAST_SIMD_LEVEL {
 
+/// Words of a panel's depth that are multiplied at a time.
+constexpr int64_t kDepthAtATime = 128;
+
 /// For a product that fetches nothing.
 struct Nothing {
     static inline void step() {}
@@ -111,24 +114,32 @@ static void panel(int64_t rows, int64_t depth, const Word* a, int64_t a_row, int
     }
 }
 
-/// C (rows x columns) = A (rows x depth, rows a_row words apart) * B (depth x columns), B and C contiguous,
-/// for columns of `vectors`, at most kPanelVectors, vectors.
+/// C (rows x columns, rows c_row numbers apart) = A (rows x depth, rows a_row words apart) * B (depth x
+/// columns, contiguous), for columns of `vectors`, at most kPanelVectors, vectors.
+///
+/// Some of the depth at a time: that much of B stays in the first-level cache while all rows pass, and as
+/// much of a few rows beside it.
 template <typename Word>
 static inline void multiply_panel(int64_t vectors, int64_t rows, int64_t depth, const Word* a, int64_t a_row,
-                                  const Word* b, Real* c) {
+                                  const Word* b, Real* c, int64_t c_row) {
     const int64_t columns = vectors * kLanes;
     Nothing nothing;
-    switch (vectors) {
-#define MAGNET_FAST_PANEL(V)                                                                          \
-    case V:                                                                                           \
-        if constexpr (V <= kPanelVectors)                                                             \
-            panel<V>(rows, depth, a, a_row, 1, b, columns, nullptr, 0, c, columns, nullptr, nothing); \
+    for (int64_t k = 0; k < depth; k += kDepthAtATime) {
+        const int64_t deep = depth - k < kDepthAtATime ? depth - k : kDepthAtATime;
+        const Real* init = k ? c : nullptr;
+        switch (vectors) {
+#define MAGNET_FAST_PANEL(V)                                                                                \
+    case V:                                                                                                 \
+        if constexpr (V <= kPanelVectors)                                                                   \
+            panel<V>(rows, deep, a + k, a_row, 1, b + k * columns, columns, init, c_row, c, c_row, nullptr, \
+                     nothing);                                                                              \
         break;
-        MAGNET_FAST_PANEL(1)
-        MAGNET_FAST_PANEL(2)
-        MAGNET_FAST_PANEL(3)
-        MAGNET_FAST_PANEL(4)
+            MAGNET_FAST_PANEL(1)
+            MAGNET_FAST_PANEL(2)
+            MAGNET_FAST_PANEL(3)
+            MAGNET_FAST_PANEL(4)
 #undef MAGNET_FAST_PANEL
+        }
     }
 }
 

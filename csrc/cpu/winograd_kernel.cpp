@@ -96,27 +96,11 @@ static inline void read_tile(const WinogradConvolution<Element>& c, int64_t tile
 template <typename Element>
 static void multiply_position(const WinogradConvolution<Element>& p, int64_t tiles, int64_t position,
                               int64_t first_panel, int64_t last_panel, const Real* numbers, Real* products) {
-    Nothing nothing;
     const Real* weights = p.weight + position * p.in * p.out;
     for (int64_t index = first_panel; index < last_panel; ++index) {
         const int64_t first = index * kPanel, wide = p.out - first < kPanel ? p.out - first : kPanel;
-        Real* c = products + first;
-        for (int64_t k = 0; k < p.in; k += kDepth) {
-            const int64_t depth = p.in - k < kDepth ? p.in - k : kDepth;
-            const Real *a = numbers + k, *b = weights + first * p.in + k * wide, *init = k ? c : nullptr;
-            switch (wide / kLanes) {
-#define MAGNET_FAST_PANEL(V)                                                                      \
-    case V:                                                                                       \
-        if constexpr (V <= kPanelVectors)                                                         \
-            panel<V>(tiles, depth, a, p.in, 1, b, wide, init, p.out, c, p.out, nullptr, nothing); \
-        break;
-                MAGNET_FAST_PANEL(1)
-                MAGNET_FAST_PANEL(2)
-                MAGNET_FAST_PANEL(3)
-                MAGNET_FAST_PANEL(4)
-#undef MAGNET_FAST_PANEL
-            }
-        }
+        multiply_panel(wide / kLanes, tiles, p.in, numbers, p.in, weights + first * p.in, products + first,
+                       p.out);
     }
 }
 

@@ -78,6 +78,12 @@ def write_first(folder: str, key: Key, answer: dict[str, Any], valid: Callable[[
             new.unlink(missing_ok=True)
 
 
+def remove(folder: str, key: Key) -> None:
+    """Forget the answer, if there is one."""
+    with suppress(OSError):
+        _file(folder, key).unlink(missing_ok=True)
+
+
 def all_of(folder: str) -> Iterator[dict[str, Any]]:
     """Every answer in a folder of the cache, with its key, in the order of its file's name."""
     with suppress(OSError):

@@ -4,13 +4,14 @@ What a GPU runs depends on its model, its driver, the compiler and their version
 tested on all of them. So the first call that would take a Triton or CUDA kernel, or a CPU kernel of level amx, makes a
 small check: the forward pass and every gradient of a few fixed inputs, against the reference in float64, by the error
 rule of the tests. The answer is remembered on disk for this operator, backend, dtype, device and all versions. A kernel
-that fails is not taken; one warning says which, and by how much.
+that fails is not taken; one warning says which, and by how much. One that takes its process with it is not tried again.
 """
 
 from __future__ import annotations
 
 import math
 import os
+import socket
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -52,6 +53,9 @@ class Verdict(NamedTuple):
 
 _AMX = _cpu_backend.extension is not None and _cpu_backend.extension.simd_level() == "amx"
 """Few processors with AMX have run its kernels yet: as for a GPU's, the proof is left to the machine."""
+
+_BEGUN = "proofs-begun"
+"""Folder of the checks that began, in the cache."""
 
 _verdicts: dict[tuple[str, str, str, str], Verdict] = {}
 _lock = threading.RLock()
@@ -233,7 +237,7 @@ NOT_YET = "it has not proved itself on this machine yet: its first ordinary call
 def _remembered(place: tuple[str, str, str, str]) -> Verdict | None:
     """What is known without a check."""
     with _lock:
-        if place not in _verdicts and mode() == "once" and (found := _read(place)) is not None:
+        if place not in _verdicts and mode() == "once" and (found := _read(place) or _died(place)) is not None:
             _conclude(place, found)
         return _verdicts.get(place)
 
@@ -245,8 +249,35 @@ def _prove(place: tuple[str, str, str, str]) -> Verdict | None:
     with _lock:
         if _remembered(place) is None:
             operator, name, dtype, device = place
-            remember(place, check(operator, name, getattr(torch, dtype), device))
+            with _begun(place):
+                verdict = check(operator, name, getattr(torch, dtype), device)
+            remember(place, verdict)
         return _verdicts[place]
+
+
+@contextmanager
+def _begun(place: tuple[str, str, str, str]) -> Iterator[None]:
+    """A kernel that reaches outside its memory takes the process with it: the next one is told that a check began."""
+    key = _key(place)
+    _kept.write(_BEGUN, key, {"process": os.getpid(), "host": socket.gethostname()})
+    try:
+        yield
+    finally:
+        _kept.remove(_BEGUN, key)
+
+
+def _died(place: tuple[str, str, str, str]) -> Verdict | None:
+    """A verdict where a process of this machine began a check, and is gone without an answer."""
+    begun = _kept.read(_BEGUN, _key(place))
+    if begun is None or begun.get("host") != socket.gethostname() or not isinstance(begun.get("process"), int):
+        return None
+    try:
+        os.kill(begun["process"], 0)
+    except ProcessLookupError:
+        return Verdict(False, "the process that checked it died; `magnet-fast doctor` checks it again", measured=False)
+    except (OSError, OverflowError):  # another user's
+        pass
+    return None
 
 
 def proved(operator: str, dtype: torch.dtype, check: Callable[[], Verdict]) -> bool:
@@ -261,7 +292,9 @@ def proved(operator: str, dtype: torch.dtype, check: Callable[[], Verdict]) -> b
     place = operator, "cpu", dtype_name(dtype), "cpu"
     with _lock:
         if (verdict := _remembered(place)) is None:
-            remember(place, verdict := check())
+            with _begun(place):
+                verdict = check()
+            remember(place, verdict)
     return verdict.passed
 
 
@@ -270,6 +303,7 @@ def remember(place: tuple[str, str, str, str], verdict: Verdict) -> None:
     _conclude(place, verdict)
     if verdict.measured:
         _write(place, verdict)
+        _kept.remove(_BEGUN, _key(place))
 
 
 def needs_proof(name: str, dtype: torch.dtype) -> bool:

@@ -363,6 +363,7 @@ def test_models_take_it(dtype: torch.dtype, monkeypatch) -> None:
     torch.manual_seed(0)
     model = models.create("magnet_tiny").eval().requires_grad_(False).to(dtype)
     inputs = (torch.randn(1, 3, 96, 96), torch.randint(5, 100, (1, 7)), torch.ones(1, 7, dtype=torch.long))
+    assert _proof.proved(_linear_chain.OPERATOR, dtype, lambda: _linear_chain.check(dtype))  # by calls of its own
     ran, original = [], _linear_chain.run
     monkeypatch.setattr(_linear_chain, "run", lambda *given, **named: ran.append(given) or original(*given, **named))
     with torch.no_grad():

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import stat
+import subprocess
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -72,6 +75,60 @@ def forget() -> None:
 
 def answers(tmp_path) -> list[dict]:
     return [json.loads(path.read_text()) for path in sorted((tmp_path / "cache" / "proofs").glob("*.json"))]
+
+
+def begun(tmp_path) -> list:
+    return list((tmp_path / "cache" / "proofs-begun").glob("*.json"))
+
+
+def test_one_that_takes_its_process_with_it_is_not_tried_again(fake, tmp_path) -> None:
+    """As a GPU's kernel does that reaches outside its memory."""
+    seen = []
+
+    def noted(result: Any) -> Any:
+        seen.extend(begun(tmp_path))
+        return result
+
+    made, case = fake(noted), window_case(dtype=torch.float32)
+    assert chosen(case) == "triton"
+    assert len(set(seen)) == 1 and begun(tmp_path) == []
+    (answer,) = (tmp_path / "cache" / "proofs").glob("*.json")
+    answer.unlink()
+    key = _proof._key((OPERATOR, "triton", "float32", "cpu"))
+    gone = subprocess.Popen([sys.executable, "-S", "-c", ""])
+    gone.wait()
+    there = {"process": os.getpid(), "host": socket.gethostname()}
+    # Another process is at it, another machine was, or nobody knows what this is: it is asked here as well.
+    for other in (
+        there,
+        {"process": gone.pid, "host": "another"},
+        {**there, "process": "1"},
+        {**there, "process": 10**30},
+    ):
+        forget()
+        _kept.write("proofs-begun", key, other)
+        assert chosen(case) == "triton" and begun(tmp_path) == []
+        answer.unlink()
+    forget()
+    _kept.write("proofs-begun", key, {**there, "process": gone.pid})
+    calls = made.calls
+    with pytest.warns(UserWarning, match=r"could not be checked .*\(the process that checked it died"):
+        assert chosen(case) == "cpu"
+    assert made.calls == calls
+    args, kwargs = case.arguments(*case.leaves)
+    assert "died" in ops.explain(OPERATOR, *args, **kwargs).reasons["triton"]
+    _proof.remember((OPERATOR, "triton", "float32", "cpu"), _proof.check(OPERATOR, "triton", torch.float32, "cpu"))
+    assert chosen(case) == "triton" and begun(tmp_path) == []
+
+
+def test_a_check_that_is_stopped_leaves_no_trace(fake, tmp_path) -> None:
+    def stopped(result: Any) -> Any:
+        raise KeyboardInterrupt
+
+    fake(stopped)
+    with pytest.raises(KeyboardInterrupt):
+        chosen(window_case(dtype=torch.float32))
+    assert begun(tmp_path) == []
 
 
 def test_a_right_one_is_taken_and_remembered(fake, tmp_path) -> None:
