@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cpu/launch.h"
@@ -9,7 +10,7 @@
 namespace magnet_fast {
 namespace {
 
-constexpr int64_t kMostChannels = int64_t{1} << 20, kMostSide = int64_t{1} << 24;
+constexpr int64_t kMostChannels = int64_t{1} << 20, kMostSide = int64_t{1} << 20;
 // Tiles together: as many as leave their numbers and products in the second-level cache, but not so few that
 // reading the weights, which do not, takes longer than multiplying.
 constexpr int64_t kFewestTiles = 192, kMostTiles = 512, kCachedBytes = int64_t{1} << 21;
@@ -32,9 +33,9 @@ template <typename Element>
 void check(const WinogradConvolution<Element>& c, int64_t threads) {
     require(threads > 0 && threads <= 4096, "threads", "1 .. 4096", threads);
     check_channels<Element>(c.in, c.out);
-    require(c.images >= 0 && c.images < kMostSide, "images", "0 .. 2^24", c.images);
-    require(c.height > 0 && c.height < kMostSide, "height", "1 .. 2^24", c.height);
-    require(c.width > 0 && c.width < kMostSide, "width", "1 .. 2^24", c.width);
+    require(c.images >= 0 && c.images <= kMostSide, "images", "0 .. 2^20", c.images);
+    require(c.height > 0 && c.height <= kMostSide, "height", "1 .. 2^20", c.height);
+    require(c.width > 0 && c.width <= kMostSide, "width", "1 .. 2^20", c.width);
     check_aligned(c.weight, "weight");
     if (c.bias) check_address(c.bias, "bias");
     if (c.images == 0) return;
