@@ -34,7 +34,8 @@ def test_rows_differ_in_what_they_name() -> None:
         own, other = CONFIGS[name], CONFIGS[row.against]
         changed = {key.split(".")[0] for key, _, _ in model_of(row.against).differences(model_of(name))}
         found[name] = (changed, set(own.terms) - set(other.terms))
-        same = {"model": other.model, "terms": other.terms}
+        size = {"image_size": other.data.image_size} if name == "bridge" else {}  # its grid is too coarse at 64
+        same = {"model": other.model, "terms": other.terms, "data": own.data.model_copy(update=size)}
         assert own.model_copy(update=same) == other
     fusion, head, slices = {"fusion"}, {"head"}, {"fusion", "text"}
     assert found == {
