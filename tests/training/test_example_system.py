@@ -22,8 +22,8 @@ FILE = Path(__file__).parents[2] / "docs" / "examples" / "film.py"
 @pytest.fixture(scope="module", autouse=True)
 def registered():
     """The system is known while these tests run, and to no others."""
+    models.list_models()  # the package's own systems first: they are imported once
     before = dict(registry._systems), {role: dict(parts) for role, parts in config._parts.items()}
-    models.list_models()  # the package's own systems first
     runpy.run_path(str(FILE))
     yield
     registry._systems.clear()
