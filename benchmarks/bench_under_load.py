@@ -28,6 +28,7 @@ from benchmarks import bench_window_attention as windows
 from benchmarks.bench_systems import CASES, Masks, as_published, inputs_of, model_of
 from benchmarks.rivals import OPENVINO, openvino
 from benchmarks.turns import in_turns
+from benchmarks.whole import only_if_wanted
 from benchmarks.window_shapes import Shape
 
 OTHERS = 10
@@ -83,8 +84,7 @@ def test_operator(name: str, request: pytest.FixtureRequest) -> None:
 
 @pytest.mark.parametrize("preset", MODELS)
 def test_model(preset: str, request: pytest.FixtureRequest) -> None:
-    if not MODELS[preset] and not request.config.getoption("--full"):
-        pytest.skip("--full")
+    only_if_wanted(request, MODELS[preset])
     case = next(case for case in CASES if case.preset == preset)
     inputs = inputs_of(case)
     first = Masks(copy.deepcopy(model_of(preset))).requires_grad_(False)

@@ -6,8 +6,12 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
+from typer.testing import CliRunner
 
 from magnet_fast import cores
+from magnet_fast.cli import app
+from magnet_fast.ops import _proof
 
 
 @pytest.mark.parametrize(
@@ -77,3 +81,13 @@ def test_where_nothing_tells_it(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: None)
     assert cores.allowed_cores(tmp_path) == 1
+
+
+@pytest.mark.parametrize(("threads", "warned"), [(64, True), (2, False)])
+def test_doctor_warns_of_more_threads_than_cores(threads: int, warned: bool, monkeypatch) -> None:
+    monkeypatch.setattr(cores, "allowed_cores", lambda: 2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(_proof, "BACKENDS", ())  # no kernel is checked here
+    done = CliRunner().invoke(app, ["doctor"])
+    assert done.exit_code == 0, done.output
+    assert ("64 threads for the time of 2 cores" in done.output) == warned

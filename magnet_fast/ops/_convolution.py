@@ -122,7 +122,7 @@ _UNARIES = {
     nn.Hardswish: _Unary("hardswish", [], ""),
 }
 _INPLACE: dict[str, Callable[[Tensor], Tensor]] = {
-    "hardtanh": F.relu6,
+    "hardtanh": partial(F.relu6, inplace=True),
     "swish": partial(F.silu, inplace=True),
     "hardswish": partial(F.hardswish, inplace=True),
 }
