@@ -17,7 +17,9 @@ _SHARED_BUILDS = ("amx", "cuda")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """What kernels prove here, some of them made wrong on purpose, is not remembered for the user."""
+    """What kernels prove here, some of them made wrong on purpose, is not remembered for the user; and what a test
+    runs on does not hang on a clock, unless it says so."""
+    os.environ.setdefault("MAGNET_FAST_CHOICE", "guess")
     if "MAGNET_FAST_CACHE" not in os.environ:  # xdist's processes inherit it
         folder = tempfile.TemporaryDirectory(prefix="magnet_fast-tests-", ignore_cleanup_errors=True)
         os.environ["MAGNET_FAST_CACHE"] = folder.name

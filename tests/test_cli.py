@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 
 from magnet_fast import checkpoints, cli, fast, models
 from magnet_fast.cli import app
-from magnet_fast.ops import _kept, _proof, _registry, _trial
+from magnet_fast.ops import _kept, _linear, _proof, _registry, _trial
+from magnet_fast.ops._training_products import Products
 
 pytestmark = pytest.mark.slow
 
@@ -229,10 +230,15 @@ def test_doctor(tmp_path, monkeypatch) -> None:
     found = {"winner": "triton", "seconds": {"reference": 2e-3, "triton": 1e-3}, "failed": {}}
     for version in (torch.__version__, "0.1"):
         _kept.write(_trial.FOLDER, {**calls, "torch": version}, found)
+    times = {"forward": (2e-3, 1e-3), "input_gradient": (2e-3, 2e-3)}
+    monkeypatch.setattr(_linear, "training_products", lambda: Products(True, False, False, times))
     output = run("doctor", "--out", tmp_path / "report.json")
     report = json.loads((tmp_path / "report.json").read_text())
     (choice,) = report["choices"]
     assert choice["calls"] == "window_attention float32 2x8 on some GPU" and choice["winner"] == "triton"
+    assert "float32 Linears in training, forward: oneDNN (MKL 2 ms, oneDNN 1 ms)" in output
+    assert "in training, input gradient: PyTorch's (MKL 2 ms, oneDNN 2 ms)" in output
+    assert report["training_products"] == {name: list(pair) for name, pair in times.items()}
     assert f"choice  {choice['calls']}: triton (triton 1 ms, reference 2 ms, measured 2" in output
     assert report["machine"]["torch"] == torch.__version__ and str(tmp_path / "report.json") in output
     kernels = {(one["backend"], one["operator"]): one for one in report["kernels"]}

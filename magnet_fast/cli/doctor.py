@@ -33,6 +33,7 @@ def doctor(
     from magnet_fast.atomic import write_text_atomically
     from magnet_fast.cores import allowed_cores
     from magnet_fast.ops import _cpu_backend, _linear_chain, _proof, _trial
+    from magnet_fast.ops._linear import training_products
 
     if out is not None:
         check_files({"--out": out}, {})
@@ -86,11 +87,23 @@ def doctor(
     remembered = _trial.remembered()
     for calls, choice in remembered:
         typer.echo(f"choice  {calls}: {choice.winner} ({choice})")
+    products = training_products()
+    seconds = {} if products is None else products.seconds
+    for name, (mkl, onednn) in seconds.items():
+        said = "oneDNN" if getattr(products, name) else "PyTorch's"
+        typer.echo(
+            f"choice  float32 Linears in training, {name.replace('_', ' ')}: {said} "
+            f"(MKL {1e3 * mkl:.3g} ms, oneDNN {1e3 * onednn:.3g} ms)"
+        )
     if out is not None:
         choices = [{"calls": calls, **choice._asdict()} for calls, choice in remembered]
         out.parent.mkdir(parents=True, exist_ok=True)
         write_text_atomically(
-            out, json.dumps({"machine": machine, "kernels": results, "choices": choices}, indent=1) + "\n"
+            out,
+            json.dumps(
+                {"machine": machine, "kernels": results, "choices": choices, "training_products": seconds}, indent=1
+            )
+            + "\n",
         )
         typer.echo(f"report: {out}")
     if wrong:

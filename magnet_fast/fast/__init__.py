@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Literal, get_args
 
+import torch
 from torch import nn
 
 from magnet_fast.fast import (
@@ -38,7 +39,15 @@ from magnet_fast.fast.convolutional import FoldedBlock
 from magnet_fast.fast.copies import fingerprint
 from magnet_fast.ops import _int8, _packed
 from magnet_fast.ops._convolution import PackedSequential, has_foldable, pack_convolutions, unpack_convolutions
-from magnet_fast.ops._linear import PackedLinear, pack_linear, plain_linear, unpack_linear
+from magnet_fast.ops._linear import (
+    MeasuredLinear,
+    PackedLinear,
+    measure_linear,
+    pack_linear,
+    plain_linear,
+    training_products,
+    unpack_linear,
+)
 from magnet_fast.ops._observed import altered
 from magnet_fast.ops._proof import prove
 from magnet_fast.ops._proof_cases import OPERATORS
@@ -62,6 +71,9 @@ def accelerate(
     attention dropout, a hook, an adapter, another module or another `forward` on a part that the fused way does not
     call, a switch or a buffer that was set to what the operators do not have, a transform of `torch.func`, a counter of
     operations, tracing, export) is looked at in every call, which then runs the original.
+
+    A CPU that oneDNN was measured to train float32 Linears on clearly faster than PyTorch's choice does (once a machine
+    and number of threads; not with `MAGNET_FAST_CHOICE=guess`) trains those of the model so. Our choice.
 
     Args:
         model: any module; our own models, timm's SwinTransformer, what transformers builds on Swin layers and on
@@ -117,6 +129,10 @@ def accelerate(
         elif plain_linear(module) and (pack or type(module) is PackedLinear):
             int8 = weights == "int8" if pack else _packed.is_int8(module)
             found.append(_pack(name, module, int8))
+        elif plain_linear(module) and _trains_faster(module):
+            measure_linear(module)
+            remark = "in training on a CPU by the products that were measured to be the faster here"
+            found.append(ModuleReport(name, path, "linear", remark))
         if isinstance(module, nn.Sequential) and (pack or type(module) is PackedSequential):
             found.extend(_pack_sequential(name, module))
     _prove(model, {module.operator for module in found})
@@ -171,8 +187,10 @@ def _undo(model: nn.Module, kept: Mapping[nn.Module, type]) -> None:
             unpack_convolutions(list(module))
         elif isinstance(module, FoldedBlock):
             unpack_convolutions(module.layers_of(module))
-        if isinstance(module, PackedLinear):
+        if isinstance(module, MeasuredLinear):
             unpack_linear(module)
+            if cls is MeasuredLinear:
+                measure_linear(module)
         else:
             module.__class__ = cls
 
@@ -226,6 +244,20 @@ def _pack(name: str, layer: nn.Linear, int8: bool) -> ModuleReport:
     else:
         note = "packed weight in int8 in inference on a CPU"
     return ModuleReport(name, path, "linear", note)
+
+
+_FEWEST_WEIGHTS = 1 << 12  # of a Linear that can have products worth choosing for
+
+
+def _trains_faster(layer: nn.Linear) -> bool:
+    """Whether this machine has faster products for the layer's training than PyTorch takes. Measures once."""
+    weight = layer._parameters.get("weight")
+    if weight is None or weight.dtype != torch.float32 or weight.device.type != "cpu":
+        return False
+    if weight.numel() < _FEWEST_WEIGHTS or "forward" in vars(layer) or altered(layer):
+        return False
+    products = training_products()
+    return products is not None and products.any
 
 
 def _pack_sequential(name: str, module: nn.Sequential) -> Iterator[ModuleReport]:

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from magnet_fast.fast._replacement import class_path, must_run_original
 from magnet_fast.ops import _linear_chain
-from magnet_fast.ops._linear import linear, plain_weight
+from magnet_fast.ops._linear import LINEARS, linear, plain_weight
 from magnet_fast.ops._linear_chain import Step
 
 # glibc maps memory of 32 MiB or more for one use and gives it back to the system; smaller memory it keeps.
 _SLICE_BYTES = 28 << 20
 
 NORM = ("torch.nn.modules.normalization.LayerNorm",)
-LINEAR = ("torch.nn.modules.linear.Linear", "magnet_fast.ops._linear.PackedLinear")
+LINEAR = tuple(class_path(kind) for kind in LINEARS)
 IDENTITY = ("torch.nn.modules.linear.Identity",)
 DROPOUT = ("torch.nn.modules.dropout.Dropout",)
 GELU = ("torch.nn.modules.activation.GELU", "transformers.activations.GELUActivation")

@@ -1,11 +1,12 @@
-"""A Linear layer of inference and what follows it, in one product of oneDNN's.
+"""A Linear layer and what follows it, in one product of oneDNN's.
 
 PyTorch gives float32 products on a CPU to MKL, and to oneDNN, which is part of the same build, those of a convolution
 and those in bfloat16. On a processor of AMD's oneDNN is the faster of the two, and what follows a product, GELU, ReLU
 or the sum with a residual, it does while the result is still in registers, in bfloat16 before it is rounded. The
 operators it has for a Linear are those that PyTorch's own compiler calls; they are not part of PyTorch's public
 interface, so they are tried out once before they are used. They read the weights as they lie, so a weight that changes
-is seen; a weight that is promised not to change is packed once (`_packed`).
+is seen; a weight that is promised not to change is packed once (`_packed`). In training oneDNN is taken where it was
+measured to be the faster (`_training_products`).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from magnet_fast.ops import _autocast, _int8, _packed
+from magnet_fast.ops import _autocast, _int8, _packed, _training_products
 from magnet_fast.ops._observed import moded
 from magnet_fast.ops._registry import NO_KERNEL, Explanation, Layer, register_layer, requested_backend
 
@@ -38,9 +39,10 @@ def linear(
 ) -> Tensor:
     """`F.linear(x, weight, bias)`, then exact GELU or ReLU if asked for, or plus `residual`.
 
-    In inference (no gradients) in float32 or bfloat16 on an x86 CPU that is one call of oneDNN; anywhere else, under
-    autocast, in a graph that is being taken, and where `magnet_fast.ops.backend` asks for the reference, it is
-    PyTorch's own functions one after the other. Both agree within the rounding of the dtype.
+    In inference (no gradients) in float32 or bfloat16 on an x86 CPU that is one call of oneDNN, and so are the
+    products of training in float32 that `accelerate` has measured to be faster so. Anywhere else, under autocast, in a
+    graph that is being taken, and where `magnet_fast.ops.backend` asks for the reference, it is PyTorch's own functions
+    one after the other. All agree within the rounding of the dtype.
 
     Args:
         x: (..., C).
@@ -63,6 +65,10 @@ def linear(
         if residual is not None:
             return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation or "none", [], "none")
+    if _trains_by_onednn(x, weight, bias):
+        relu = activation == "relu"
+        out = _training_products.linear(x, weight, bias, relu)
+        return then(out, None if relu else activation, residual)
     return then(F.linear(x, weight, bias), activation, residual)
 
 
@@ -72,8 +78,8 @@ torch.fx.wrap("linear")
 _LINEAR_FORWARD = nn.Linear.forward
 
 
-class PackedLinear(nn.Linear):
-    """A Linear whose weight is promised to stay as it is, so that inference on a CPU may keep a packed copy of it.
+class MeasuredLinear(nn.Linear):
+    """A Linear in training on a CPU, for machines where oneDNN was measured to be the faster at some of its products.
 
     Made of an `nn.Linear` by a change of class, and so is the way back; parameters, names and the state dict are the
     same. Wherever `linear` does not take oneDNN, it computes as an `nn.Linear` does.
@@ -88,9 +94,21 @@ class PackedLinear(nn.Linear):
         return linear(input, self.weight, self.bias)
 
 
+class PackedLinear(MeasuredLinear):
+    """A Linear whose weight is promised to stay as it is, so that inference on a CPU may keep a packed copy of it.
+
+    In all else it is a `MeasuredLinear`.
+    """
+
+    _upstream_class = nn.Linear
+
+
+LINEARS = (nn.Linear, MeasuredLinear, PackedLinear)
+
+
 def plain_linear(*layers: nn.Module) -> bool:
     """Whether all are Linears and nothing else: not quantised, adapted, parametrised, or sharded one by one."""
-    return all(type(layer) in (nn.Linear, PackedLinear) and plain_weight(layer) for layer in layers)
+    return all(type(layer) in LINEARS and plain_weight(layer) for layer in layers)
 
 
 def plain_weight(layer: nn.Module) -> bool:
@@ -107,14 +125,19 @@ def small(layer: nn.Module, x: Tensor) -> bool:
     return x.numel() * layer.__dict__.get("out_features", 0) < _FEWEST_MULTIPLICATIONS
 
 
+def measure_linear(layer: nn.Linear) -> None:
+    """Let a plain Linear take what was measured; `unpack_linear` is the way back."""
+    layer.__class__ = MeasuredLinear
+
+
 def pack_linear(layer: nn.Linear, *, int8: bool = False) -> None:
     """Give a plain Linear a packed copy of its weight, in int8 if asked for."""
     _packed.pack(layer, int8=int8)
     layer.__class__ = PackedLinear
 
 
-def unpack_linear(layer: PackedLinear) -> None:
-    """Undo `pack_linear`; the copy is gone."""
+def unpack_linear(layer: MeasuredLinear) -> None:
+    """Undo `pack_linear` or `measure_linear`; a copy is gone."""
     _packed.unpack(layer)
     layer.__class__ = nn.Linear
 
@@ -131,9 +154,13 @@ def inference_on_cpu(x: Tensor, *others: Tensor) -> bool:
 
 
 def _why_no_inference_on_cpu(x: Tensor, *others: Tensor) -> str | None:
-    tensors = (x, *others)
     if recorded():
         return "gradients or a graph are being recorded: inference only"
+    return _why_not_on_cpu(x, *others)
+
+
+def _why_not_on_cpu(x: Tensor, *others: Tensor) -> str | None:
+    tensors = (x, *others)
     if x.dtype not in (torch.float32, torch.bfloat16):
         return f"dtype {str(x.dtype).removeprefix('torch.')} is not supported: float32 and bfloat16 only"
     if not all(type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided for tensor in tensors):
@@ -152,7 +179,11 @@ def _check_form(activation: Activation | None, residual: Tensor | None) -> None:
 
 def recorded() -> bool:
     """Whether what is called is written down, for gradients, in a graph or by a mode."""
-    return torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing() or moded()
+    return torch.is_grad_enabled() or _watched()
+
+
+def _watched() -> bool:
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or moded()
 
 
 def _int8_copy(x: Tensor, weight: Tensor, *others: Tensor | None) -> _int8.Int8Weight | None:
@@ -178,6 +209,25 @@ def _why_no_onednn(x: Tensor, weight: Tensor, *others: Tensor | None) -> str | N
     return reason
 
 
+def _trains_by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    return (
+        torch.is_grad_enabled()
+        and not _watched()
+        and _training_products.worthwhile(x, weight)
+        and requested_backend("linear") in ("auto", "cpu")
+        and _why_not_on_cpu(x, weight, *(() if bias is None else (bias,))) is None
+        and torch.backends.mkldnn.enabled
+        and _works(torch.float32)
+    )
+
+
+def training_products() -> _training_products.Products | None:
+    """What is the faster in training on this machine, measured if nobody has; None where there is no choice."""
+    if not (torch.backends.mkldnn.enabled and _works(torch.float32)):
+        return None
+    return _training_products.measured()
+
+
 def _explain(
     x: Tensor,
     weight: Tensor,
@@ -188,6 +238,8 @@ def _explain(
 ) -> Explanation:
     _check_form(activation, residual)
     requested, reason = requested_backend("linear"), _why_no_onednn(x, weight, bias, residual)
+    if reason is not None and _trains_by_onednn(x, weight, bias):
+        reason = None
     reasons = {"cuda": NO_KERNEL, "triton": NO_KERNEL}
     if reason is None and requested in ("auto", "cpu"):
         preferred = "cpu is preferred" if requested == "auto" else "cpu is forced"

@@ -109,9 +109,22 @@ class Page:
             assert time.monotonic() < end, f"not within {PATIENCE} s; on the page: {self.one('body').text[:2000]}"
             time.sleep(0.05)
 
+    def click(self, found: Callable[[], WebElement | None]) -> None:
+        """Click on what `found` gives, once it stands still: the page moves while its parts come, and the click would
+        meet what has come in that place."""
+
+        def still() -> WebElement | None:
+            if (element := found()) is None:
+                return None
+            before = element.rect
+            time.sleep(0.1)
+            return element if element.rect == before and element.is_displayed() else None
+
+        self.wait(still).click()
+
     def example(self, number: int) -> None:
         """Choose a drawn scene."""
-        self.one(f"#scenes tbody tr:nth-child({number})").click()
+        self.click(lambda: self.one(f"#scenes tbody tr:nth-child({number})"))
         self._chosen()
 
     def paste(self, picture: Path) -> None:
@@ -125,20 +138,22 @@ class Page:
             "navigator.clipboard.write([copied]).then(arguments[1])",
             base64.b64encode(picture.read_bytes()).decode(),
         )
-        self.one("#picture button[aria-label='Paste from clipboard']").click()
+        self.click(lambda: self.one("#picture button[aria-label='Paste from clipboard']"))
         self._chosen()
 
     def photograph(self) -> None:
         """Take a picture with the browser's make-believe camera."""
-        self.one("#picture button[aria-label='Capture from camera']").click()
-        self.wait(lambda: [one for one in self.all("#picture button") if "Webcam" in one.text])[0].click()
+        self.click(lambda: self.one("#picture button[aria-label='Capture from camera']"))
+        self.click(lambda: next((one for one in self.all("#picture button") if "Webcam" in one.text), None))
         self.wait(lambda: (video := self.all("#picture video")) and int(video[0].get_property("readyState")) >= 2)
-        self.one("#picture button[aria-label='capture photo']").click()
+        self.click(lambda: self.one("#picture button[aria-label='capture photo']"))
         self._chosen()
 
     def upload(self, picture: Path) -> None:
-        for button in self.all("#picture button[aria-label='Remove Image']"):
-            button.click()
+        remove = "#picture button[aria-label='Remove Image']"
+        if self.all(remove):
+            self.click(lambda: self.one(remove))
+            self.wait(lambda: not self.all(remove))
         self.one("#picture input[type=file]").send_keys(str(picture))
         self._chosen()
 
@@ -153,7 +168,7 @@ class Page:
     def press(self) -> np.ndarray:
         """Press Segment: the picture with its masks, once it is there."""
         before = self.shown()
-        self.one("#segment").click()
+        self.click(lambda: self.one("#segment"))
         return self.changed(before)
 
     def shown(self) -> str | None:
@@ -176,22 +191,25 @@ class Page:
         """Press a file's link: the file, once it is whole."""
         file = self.downloads / name
         file.unlink(missing_ok=True)
-        self.wait(lambda: [one for one in self.all("#files a") if name in (one.get_attribute("download") or "")])[
-            0
-        ].click()
+
+        def link() -> WebElement | None:
+            return next((one for one in self.all("#files a") if name in (one.get_attribute("download") or "")), None)
+
+        self.click(link)
         return self.wait(lambda: file.exists() and not list(self.downloads.glob("*.crdownload")) and file)
 
     def said(self) -> str:
         """The message that stands in the page, which is then closed."""
         text = self.wait(lambda: "".join(one.text for one in self.all("[data-testid=toast-text]")))
-        self.one("[data-testid=toast-close]").click()
+        self.click(lambda: self.one("[data-testid=toast-close]"))
         self.wait(lambda: not self.all("[data-testid=toast-text]"))
         return text
 
     def choose(self, field: str, name: str) -> None:
         """Choose from a list."""
-        self.one(f"#{field} input").click()
-        self.wait(lambda: [one for one in self.all("[role=option]") if name in one.text])[0].click()
+        self.click(lambda: self.one(f"#{field} input"))
+        self.click(lambda: next((one for one in self.all("[role=option]") if name in one.text), None))
+        self.wait(lambda: name in (self.one(f"#{field} input").get_attribute("value") or ""))
 
     def requested(self) -> set[str]:
         """Every address that the browser asked for since the last time."""

@@ -102,7 +102,7 @@ def test_what_is_wrong_is_said(page, scene, tmp_path) -> None:
         if picture is not None:
             page.upload(picture)
         page.write(text)
-        page.one("#segment").click()
+        page.click(lambda: page.one("#segment"))
         return page.said()
 
     assert "there is no picture: upload one" in said(None, sentence)
