@@ -12,11 +12,12 @@ from magnet_fast.cli.errors import user_errors
 from magnet_fast.cli.outputs import check_folder
 
 
+_SHIPPED = sorted(file.stem for file in (Path(__file__).parents[1] / "configs" / "studies").glob("*.yaml"))
+
+
 @user_errors
 def study(
-    name: Annotated[
-        str, typer.Argument(help="A YAML file or a shipped name: ablation, hosts, robust, generalized, risam.")
-    ],
+    name: Annotated[str, typer.Argument(help=f"A YAML file or a shipped name: {', '.join(_SHIPPED)}.")],
     data: Annotated[Path, typer.Option(help="Embedded scenes, in REFER's layout.")],
     out: Annotated[Path, typer.Option(help="Folder of the runs, the table and the picture.")],
     config: Annotated[
