@@ -11,7 +11,6 @@ import typer
 from magnet_fast.cli.errors import user_errors
 from magnet_fast.cli.outputs import check_folder
 
-
 _SHIPPED = sorted(file.stem for file in (Path(__file__).parents[1] / "configs" / "studies").glob("*.yaml"))
 
 
