@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -57,15 +58,24 @@ def doctor(
             err=True,
         )
     results, wrong = [], 0
+    gpu = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
+    where = {"cpu": "cpu", "triton": gpu, "cuda": gpu}
+    apart = _proof.checked_apart(  # what a kernel does to its process must not end the report
+        [
+            (operator, backend, str(dtype).removeprefix("torch."), where[backend])
+            for operator, backend, dtype in product(_proof.OPERATORS, _proof.BACKENDS, _proof.DTYPES)
+            if _proof.why_unchecked(operator, backend, dtype, where[backend]) is None
+        ]
+    )
 
     def report(backend: str, operator: str, dtype: torch.dtype, reason: str | None, check: Callable[[], Any]) -> None:
         nonlocal wrong
         place = {"backend": backend, "operator": operator, "dtype": str(dtype).removeprefix("torch.")}
         if reason is None:
-            verdict = check()
+            asked = operator, backend, place["dtype"], where[backend]
+            verdict = apart[asked] if asked in apart else check()
             if _proof.needs_proof(backend, dtype):
-                where = "cpu" if backend == "cpu" else f"cuda:{torch.cuda.current_device()}"
-                _proof.remember((operator, backend, place["dtype"], where), verdict)
+                _proof.remember(asked, verdict)
             wrong += not verdict.passed
             results.append({**place, **verdict._asdict()})
             said = f"{'right' if verdict.passed else 'WRONG'}: {verdict.detail}"
@@ -75,7 +85,7 @@ def doctor(
         typer.echo(f"{backend:7} {operator:27} {place['dtype']:9} {said}")
 
     for backend in _proof.BACKENDS:
-        device = "cpu" if backend == "cpu" else "cuda"
+        device = where[backend]
         for operator in _proof.OPERATORS:
             for dtype in _proof.DTYPES:
                 reason = _proof.why_unchecked(operator, backend, dtype, device)

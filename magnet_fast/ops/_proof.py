@@ -4,7 +4,8 @@ What a GPU runs depends on its model, its driver, the compiler and their version
 tested on all of them. So the first call that would take a Triton or CUDA kernel, or a CPU kernel of level amx, makes a
 small check: the forward pass and every gradient of a few fixed inputs, against the reference in float64, by the error
 rule of the tests. The answer is remembered on disk for this operator, backend, dtype, device and all versions. A kernel
-that fails is not taken; one warning says which, and by how much. One that takes its process with it is not tried again.
+that fails is not taken; one warning says which, and by how much. Checks on a GPU are made in a process of their own
+where there can be one (`_proof_apart`): a kernel that ends it, or breaks the GPU for it, has failed.
 """
 
 from __future__ import annotations
@@ -14,16 +15,17 @@ import os
 import socket
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from magnet_fast.ops import _cpu_backend, _kept, _registry
+from magnet_fast.ops import _cpu_backend, _kept, _proof_apart, _registry
 from magnet_fast.ops._checks import dtype_name
 from magnet_fast.ops._observed import moded
+from magnet_fast.ops._proof_apart import Place
 from magnet_fast.ops._proof_cases import OPERATORS, ProofCase, cases
 
 BACKENDS = ("cpu", "triton", "cuda")
@@ -43,12 +45,14 @@ class Verdict(NamedTuple):
         passed: whether the kernel may be taken.
         detail: the largest error by what the rule allows, or what was raised.
         measured: whether results were compared. What was raised may be of the moment (memory that is full): it holds
-            for this process alone.
+            for this process alone,
+        lasting: unless the kernel has ended its process, or broken the device for it.
     """
 
     passed: bool
     detail: str
     measured: bool = True
+    lasting: bool = False
 
 
 _AMX = _cpu_backend.extension is not None and _cpu_backend.extension.simd_level() == "amx"
@@ -57,7 +61,7 @@ _AMX = _cpu_backend.extension is not None and _cpu_backend.extension.simd_level(
 _BEGUN = "proofs-begun"
 """Folder of the checks that began, in the cache."""
 
-_verdicts: dict[tuple[str, str, str, str], Verdict] = {}
+_verdicts: dict[Place, Verdict] = {}
 _lock = threading.RLock()
 
 
@@ -69,7 +73,11 @@ def unproven(operator: str, name: str, arguments: tuple) -> str | None:
     if torch.compiler.is_compiling():
         return _said(operator, name, first.dtype, first.device)
     place = operator, name, dtype_name(first.dtype), str(first.device)
-    return _refusal(place, _prove(place) if may_run(first.device) else _remembered(place))
+    if _remembered(place) is None and mode() != "skip" and may_run(first.device):
+        # In one process of their own, all that such a call may take.
+        others = _checkable((operator,), (first.dtype,), first.device) if _proof_apart.wanted(place) else []
+        _prove([place, *others])
+    return _refusal(place, _verdicts.get(place))
 
 
 def expected(operator: str, name: str, arguments: tuple) -> str | None:
@@ -96,13 +104,7 @@ def prove(device: torch.device | str, dtypes: tuple[torch.dtype, ...], operators
         device = torch.device("cuda", torch.cuda.current_device())
     if not may_run(device):
         return
-    for operator in operators:
-        for name in BACKENDS:
-            for dtype in [dtype for dtype in dtypes if needs_proof(name, dtype)]:
-                arguments = _normalised(operator, dtype, device)
-                why_not, why_passed = _registry.why_not, _registry.why_passed_over
-                if why_not(operator, name, arguments) is None and why_passed(operator, name, arguments) is None:
-                    _prove((operator, name, dtype_name(dtype), str(device)))
+    _prove(_checkable(operators, dtypes, device))
 
 
 def why_unchecked(operator: str, name: str, dtype: torch.dtype, device: str) -> str | None:
@@ -199,10 +201,26 @@ def _public(operator: str) -> Callable[..., Any]:
     return getattr(ops, operator)
 
 
+def _checkable(operators: Sequence[str], dtypes: Sequence[torch.dtype], device: torch.device) -> list[Place]:
+    """All that `auto` may take on a device, and has to prove itself."""
+    found = []
+    for operator in operators:
+        for name in BACKENDS:
+            for dtype in [dtype for dtype in dtypes if needs_proof(name, dtype)]:
+                arguments = _normalised(operator, dtype, device)
+                if _registry.why_not(operator, name, arguments) is not None:
+                    continue
+                # On a GPU it is the first guess that passes over: by time it may be taken all the same.
+                if device.type == "cuda" or _registry.why_passed_over(operator, name, arguments) is None:
+                    found.append((operator, name, dtype_name(dtype), str(device)))
+    return found
+
+
 def _normalised(operator: str, dtype: torch.dtype, device: torch.device) -> tuple:
-    case = cases(operator)[0]
-    args, kwargs = case.arguments(*(leaf.to(device, dtype) for leaf in case.leaves))
-    return _registry.prepare_of(operator)(*args, **kwargs)
+    with undisturbed():
+        case = cases(operator)[0]
+        args, kwargs = case.arguments(*(leaf.to(device, dtype) for leaf in case.leaves))
+        return _registry.prepare_of(operator)(*args, **kwargs)
 
 
 # ---- When, and what is remembered -----------------------------------------------------------------------------------
@@ -223,7 +241,7 @@ def _said(operator: str, name: str, dtype: torch.dtype, device: torch.device) ->
 _said._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _refusal(place: tuple[str, str, str, str], verdict: Verdict | None) -> str | None:
+def _refusal(place: Place, verdict: Verdict | None) -> str | None:
     if mode() == "skip" or (verdict is not None and verdict.passed):
         return None
     if verdict is None:
@@ -234,7 +252,7 @@ def _refusal(place: tuple[str, str, str, str], verdict: Verdict | None) -> str |
 NOT_YET = "it has not proved itself on this machine yet: its first ordinary call does, or `magnet-fast doctor`"
 
 
-def _remembered(place: tuple[str, str, str, str]) -> Verdict | None:
+def _remembered(place: Place) -> Verdict | None:
     """What is known without a check."""
     with _lock:
         if place not in _verdicts and mode() == "once" and (found := _read(place) or _died(place)) is not None:
@@ -242,23 +260,37 @@ def _remembered(place: tuple[str, str, str, str]) -> Verdict | None:
         return _verdicts.get(place)
 
 
-def _prove(place: tuple[str, str, str, str]) -> Verdict | None:
-    """What is known, after a check where nothing was."""
+def _prove(places: Sequence[Place]) -> None:
+    """Check those of which nothing is known."""
     if mode() == "skip":
-        return None
+        return
     with _lock:
-        if _remembered(place) is None:
-            operator, name, dtype, device = place
-            with _begun(place):
-                verdict = check(operator, name, getattr(torch, dtype), device)
+        unknown = [place for place in dict.fromkeys(places) if _remembered(place) is None]
+        for place, verdict in checked_apart(unknown).items():
             remember(place, verdict)
-        return _verdicts[place]
+        for place in unknown:
+            if place not in _verdicts:
+                operator, name, dtype, device = place
+                with begun(place):
+                    verdict = check(operator, name, getattr(torch, dtype), device)
+                remember(place, verdict)
+
+
+def checked_apart(places: Sequence[Place]) -> dict[Place, Verdict]:
+    """Of the places that are checked in a process of their own, those for which there was one. Remembers nothing."""
+    places = [place for place in places if _proof_apart.wanted(place)]
+    found = {}
+    for place, answer in zip(places, _proof_apart.answers(places, [key_of(place) for place in places]), strict=True):
+        if answer is not None:
+            found[place] = Verdict(**answer)
+            _kept.remove(_BEGUN, key_of(place))
+    return found
 
 
 @contextmanager
-def _begun(place: tuple[str, str, str, str]) -> Iterator[None]:
+def begun(place: Place) -> Iterator[None]:
     """A kernel that reaches outside its memory takes the process with it: the next one is told that a check began."""
-    key = _key(place)
+    key = key_of(place)
     _kept.write(_BEGUN, key, {"process": os.getpid(), "host": socket.gethostname()})
     try:
         yield
@@ -266,9 +298,9 @@ def _begun(place: tuple[str, str, str, str]) -> Iterator[None]:
         _kept.remove(_BEGUN, key)
 
 
-def _died(place: tuple[str, str, str, str]) -> Verdict | None:
+def _died(place: Place) -> Verdict | None:
     """A verdict where a process of this machine began a check, and is gone without an answer."""
-    begun = _kept.read(_BEGUN, _key(place))
+    begun = _kept.read(_BEGUN, key_of(place))
     if begun is None or begun.get("host") != socket.gethostname() or not isinstance(begun.get("process"), int):
         return None
     try:
@@ -292,18 +324,18 @@ def proved(operator: str, dtype: torch.dtype, check: Callable[[], Verdict]) -> b
     place = operator, "cpu", dtype_name(dtype), "cpu"
     with _lock:
         if (verdict := _remembered(place)) is None:
-            with _begun(place):
+            with begun(place):
                 verdict = check()
             remember(place, verdict)
     return verdict.passed
 
 
-def remember(place: tuple[str, str, str, str], verdict: Verdict) -> None:
-    """Take a verdict for (operator, backend, dtype, device) from now on; on disk, too, where it was measured."""
+def remember(place: Place, verdict: Verdict) -> None:
+    """Take a verdict for (operator, backend, dtype, device) from now on; on disk, too, unless it is of the moment."""
     _conclude(place, verdict)
-    if verdict.measured:
+    if verdict.measured or verdict.lasting:
         _write(place, verdict)
-        _kept.remove(_BEGUN, _key(place))
+        _kept.remove(_BEGUN, key_of(place))
 
 
 def needs_proof(name: str, dtype: torch.dtype) -> bool:
@@ -311,7 +343,7 @@ def needs_proof(name: str, dtype: torch.dtype) -> bool:
     return name in ("cuda", "triton") or (name == "cpu" and _AMX and dtype == torch.bfloat16)
 
 
-def _conclude(place: tuple[str, str, str, str], verdict: Verdict) -> None:
+def _conclude(place: Place, verdict: Verdict) -> None:
     _verdicts[place] = verdict
     if not verdict.passed:
         operator, name, dtype, device = place
@@ -323,7 +355,7 @@ def _conclude(place: tuple[str, str, str, str], verdict: Verdict) -> None:
         )
 
 
-def _key(place: tuple[str, str, str, str]) -> _kept.Key:
+def key_of(place: Place) -> _kept.Key:
     """All that an answer depends on."""
     operator, name, dtype, device = place
     key = {"operator": operator, "backend": name, "dtype": dtype, "kernels": _kept.kernels(name)}
@@ -332,15 +364,16 @@ def _key(place: tuple[str, str, str, str]) -> _kept.Key:
     return key | _kept.machine(torch.device(device))
 
 
-def _read(place: tuple[str, str, str, str]) -> Verdict | None:
-    found = _kept.read(FOLDER, _key(place))
+def _read(place: Place) -> Verdict | None:
+    found = _kept.read(FOLDER, key_of(place))
     if found is None or not isinstance(found.get("passed"), bool):
         return None
-    return Verdict(found["passed"], str(found.get("detail", "")))
+    measured = found.get("measured") is not False
+    return Verdict(found["passed"] and measured, str(found.get("detail", "")), measured, not measured)
 
 
-def _write(place: tuple[str, str, str, str], verdict: Verdict) -> None:
-    _kept.write(FOLDER, _key(place), {"passed": verdict.passed, "detail": verdict.detail})
+def _write(place: Place, verdict: Verdict) -> None:
+    _kept.write(FOLDER, key_of(place), verdict._asdict())
 
 
 _registry.set_proof(unproven, expected)

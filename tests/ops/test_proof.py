@@ -94,7 +94,7 @@ def test_one_that_takes_its_process_with_it_is_not_tried_again(fake, tmp_path) -
     assert len(set(seen)) == 1 and begun(tmp_path) == []
     (answer,) = (tmp_path / "cache" / "proofs").glob("*.json")
     answer.unlink()
-    key = _proof._key((OPERATOR, "triton", "float32", "cpu"))
+    key = _proof.key_of((OPERATOR, "triton", "float32", "cpu"))
     gone = subprocess.Popen([sys.executable, "-S", "-c", ""])
     gone.wait()
     there = {"process": os.getpid(), "host": socket.gethostname()}
@@ -367,6 +367,10 @@ def test_the_caller_is_not_disturbed(fake) -> None:
     with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16), torch.device("meta"):
         assert chosen(case) == "triton"
     assert made.calls > 0 and torch.equal(torch.rand(3), expected)
+    forget()
+    with torch.device("meta"):  # a default that most of a program may stand under
+        ops.prove("cpu", (torch.float32,), (OPERATOR,))
+    assert [place[1] for place in _proof._verdicts] == ["triton"]
 
 
 def test_accelerate_has_it_proved(fake) -> None:

@@ -1,0 +1,57 @@
+"""A child of `_proof_apart` whose Triton kernel is a stand-in that does to its process what `DEEDS` says, by dtype."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from magnet_fast.ops import _proof_child, _registry
+
+DEEDS = "MAGNET_FAST_TEST_DEEDS"
+OPERATOR = "window_attention"
+
+
+def deed(name: str, out: Any) -> Any:
+    """What the forward pass gives."""
+    if name == "segfault":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    elif name == "hang":
+        time.sleep(60)
+    elif name == "terminated":
+        os.kill(os.getpid(), signal.SIGTERM)
+    elif name == "exit":
+        os._exit(7)
+    elif name == "prints":
+        print("a kernel that prints")
+        os.system("echo so does what it starts")
+    elif name == "asserts":  # on a GPU, which this process cannot use any more
+        out[torch.tensor([10**6], device=out.device)].sum().item()
+    elif name in ("raises", "breaks"):
+        raise RuntimeError(f"what {name}")
+    return 2 * out if name == "wrong" else out
+
+
+def main() -> None:
+    """As `_proof_child.main`."""
+    print("something that a package says while it is imported", flush=True)
+    deeds = json.loads(os.environ[DEEDS])
+    item = _registry.implementation(OPERATOR, "triton" if "asserts" in deeds.values() else "cpu")
+
+    def forward(*arguments: Any) -> Any:
+        name = deeds[str(arguments[0].dtype).removeprefix("torch.")]
+        if name == "breaks":
+            _proof_child.works = lambda device: False
+        return deed(name, item.forward(*arguments))
+
+    free = {"supports": lambda *arguments: None, "passed_over": lambda *arguments: None, "missing": None}
+    _registry._implementations[OPERATOR, "triton"] = replace(item, forward=forward, **free)
+    if "absent" in deeds.values():
+        sys.exit(3)
+    _proof_child.main()
