@@ -11,7 +11,8 @@
 #   make licences      docs/licences.md;  make sbom  a CycloneDX list of what an installed wheel brings, in dist/
 #   make sanitize   the C++ kernels' tests and odd calls, with address and undefined-behaviour sanitizers (GCC)
 #   make fuzz       random and mutated inputs for everything that reads files, a few minutes (FUZZ_SCALE)
-#   make fuzz-long  the same for a day, with a summary in build/fuzzing.json
+#   make fuzz-long  the same for some hours, operators also with the sanitizers; its summary, build/fuzzing.json, is
+#                   what it goes on from after a stop (FUZZ_WORKERS)
 #   make browser    Chromium, which the tests of the web page drive (Debian, as root); they are skipped without
 #   make app-picture  the picture of the web page in docs/app.md, taken in that browser
 #   make gpu-check  tests and benchmarks on a GPU, with the Python (PYTHON=) that has torch and Triton for it
@@ -38,7 +39,7 @@ TOGETHER = OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node $(DEMO_PROCESSES) 
 CPP := $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cuh' 'csrc/*.cu' 'tests/*.cpp' 'tests/*.h' 2>/dev/null)
 PY := magnet_fast kernels benchmarks tests setup.py
 
-.PHONY: locked lock audit versions reproducible licences sbom env test lint format demo bench docs wheels sanitize fuzz fuzz-long browser app-picture gpu-check clean
+.PHONY: locked lock audit versions reproducible licences sbom env test lint format demo bench docs wheels sanitized sanitize fuzz fuzz-long browser app-picture gpu-check clean
 
 env: $(STAMP)
 
@@ -165,25 +166,30 @@ sbom:
 SANITIZED := build/sanitized
 SANITIZED_CALLS ?= 5000
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=all
-sanitize: $(STAMP)
+SANITIZE = cd $(SANITIZED) && ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1 \
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)"
+sanitized: $(STAMP)
 	mkdir -p $(SANITIZED)
 	git ls-files -z | xargs -0 cp -pu --parents -t $(SANITIZED)
 	cd $(SANITIZED) && MAGNET_FAST_CUDA=0 CXXFLAGS="-O1 -g $(SANITIZERS)" LDFLAGS="$(SANITIZERS)" \
 		$(abspath $(BIN))/python setup.py --quiet build_ext --inplace
-	cd $(SANITIZED) && ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
-		$(abspath $(BIN))/python -m pytest tests/test_cpu_*.py tests/ops/test_cpu_*.py tests/ops/test_linear_chain.py \
-		tests/ops/test_winograd.py
-	cd $(SANITIZED) && ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=1 \
-		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
-		$(abspath $(BIN))/python -m tests.fuzz operators $(SANITIZED_CALLS)
+
+sanitize: sanitized
+	$(SANITIZE) $(abspath $(BIN))/python -m pytest tests/test_cpu_*.py tests/ops/test_cpu_*.py \
+		tests/ops/test_linear_chain.py tests/ops/test_winograd.py
+	$(SANITIZE) OMP_NUM_THREADS=1 $(abspath $(BIN))/python -m tests.fuzz operators $(SANITIZED_CALLS)
 
 # A seed of its own each time; a finding names the input, and how to make it again.
 fuzz: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz all $(FUZZ_SCALE)
 
-fuzz-long: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz all 1 --out build/fuzzing.json
+# Stopped at any moment, it goes on from the summary when it is called again; a new one begins without that file.
+FUZZ_WORKERS ?= 2
+FUZZED := build/fuzzing.json
+LONG = --workers $(FUZZ_WORKERS) --out $(abspath $(FUZZED)) --resume
+fuzz-long: sanitized
+	$(SANITIZE) OMP_NUM_THREADS=1 $(abspath $(BIN))/python -m tests.fuzz operators 1e5 $(LONG) --name "operators, sanitized"
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz all 1 $(LONG)
 
 browser:
 	test -x /usr/bin/chromium -a -x /usr/bin/chromedriver || \

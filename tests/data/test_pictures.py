@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
 import warnings
 from pathlib import Path
@@ -12,8 +13,9 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from magnet_fast.data.datasets.base import picture_size, read_picture
+from magnet_fast.data.datasets.base import _opened, picture_size, read_picture
 from magnet_fast.data.transforms import as_rgb, as_shown, open_image, orientation
+from magnet_fast.data.transforms.pictures import opened
 
 RNG = np.random.default_rng(0)
 COLOURS = RNG.integers(0, 256, (11, 17, 3), dtype=np.uint8)
@@ -224,6 +226,48 @@ def test_a_file_that_may_not_be_read(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(Image, "open", denied)  # root may read everything
     with pytest.raises(ValueError, match=r"^image .*a\.png cannot be read: permission denied$"):
         open_image(tmp_path / "a.png")
+
+
+GREYS = COLOURS.mean(axis=2).astype(np.uint8).repeat(500, axis=0).repeat(500, axis=1)  # more than a reader's buffer
+
+
+@pytest.fixture(params=["grey.pgm", "grey.tif", "grey.png"])
+def grey(request, tmp_path: Path) -> Path:
+    Image.fromarray(GREYS).save(tmp_path / request.param)
+    return tmp_path / request.param
+
+
+def mapped(path: Path) -> bool:
+    """Whether this process has the file in its memory, where it ends once the file is cut short."""
+    return str(path) in Path("/proc/self/maps").read_text()
+
+
+def test_one_that_is_cut_short_once_it_is_read(grey: Path) -> None:
+    with Image.open(grey) as plain:
+        plain.load()
+        assert mapped(grey) == (grey.suffix != ".png")  # so Pillow has it by itself
+    plain.close()
+    del plain
+    for read in (opened, _opened):
+        with read(grey) as picture:
+            picture.load()
+            assert not mapped(grey)
+            assert np.array_equal(np.asarray(picture), GREYS)
+
+
+def test_one_that_is_cut_short_while_it_is_read(grey: Path, monkeypatch) -> None:
+    plain, content = Image.open, grey.read_bytes()
+
+    def cut(path):
+        picture = plain(path)
+        os.truncate(path, len(content) // 2)
+        return picture
+
+    monkeypatch.setattr(Image, "open", cut)
+    for read in (as_rgb, as_shown, lambda path: read_picture(path, "RGB")):
+        grey.write_bytes(content)
+        with pytest.raises(ValueError, match=f"{grey}( cannot be read|: not a readable picture)"):
+            read(grey)
 
 
 def test_postscript_is_not_run(tmp_path: Path) -> None:

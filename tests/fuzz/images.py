@@ -1,4 +1,4 @@
-"""Pictures of every common format, their bytes mutated, through the readers of `segment` and of data sets."""
+"""Pictures of every common format, their bytes mutated: through `magnet-fast segment`, and the readers of data sets."""
 
 from __future__ import annotations
 
@@ -10,14 +10,20 @@ from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
+import torch
+import typer
+from click.testing import CliRunner
 from PIL import Image
 
+from magnet_fast import inference, models
+from magnet_fast.cli import app
+from magnet_fast.data import Tokenizer
 from magnet_fast.data.check import picture_header
 from magnet_fast.data.datasets.base import picture_size, read_picture
 from magnet_fast.data.importing.drawings import mask_file
 from magnet_fast.data.transforms import as_rgb, as_shown, orientation
 from tests.fuzz.mutating import mutated_bytes
-from tests.fuzz.target import Finding, Target, outcome_of
+from tests.fuzz.target import READ, Finding, Target, outcome_of
 
 _PROGRAM = (
     b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 20\n%%EndComments\n(canary) (w) file closefile\nshowpage\n%%EOF\n"
@@ -73,7 +79,17 @@ class FuzzTarget(Target):
         frames = io.BytesIO()
         picture.convert("RGB").save(frames, "GIF", save_all=True, append_images=[picture.convert("RGB")])
         self.seeds.append(frames.getvalue())
-        self.path, self.canary = folder / "picture", folder / "canary"
+        self.path, self.canary, self.out = folder / "picture", folder / "canary", folder / "out"
+        self.out.mkdir()
+        torch.manual_seed(0)
+        model = models.create("magnet_tiny", input={"size": 32, "max_tokens": 16})
+        segmenter = inference.Segmenter(model, Tokenizer())
+        self.command = typer.main.get_command(app)
+        # A tenth of a second for each picture else.
+        inference.Segmenter.from_checkpoint = lambda *_, **__: segmenter
+        picture.convert("RGB").save(self.path, "PNG")
+        self._segment(self.path)  # everything is imported
+        self._look(READ)
 
     def try_one(self, draw: random.Random) -> str:
         content = draw.choice(self.seeds)
@@ -82,9 +98,9 @@ class FuzzTarget(Target):
         elif draw.random() < 0.95:
             content = mutated_bytes(draw, content, self.seeds, most=4)
         self.path.write_bytes(content)
-        reader = draw.choice(
-            [as_shown, as_shown, as_rgb, orientation, picture_size, picture_header, self._as_rgb, self._as_mask]
-        )
+        readers = [as_shown, as_shown, as_rgb, orientation, picture_size, picture_header, self._as_rgb, self._as_mask]
+        whole = draw.random() < 0.05 and _pixels(self.path) < 1 << 22
+        reader = self._segment if whole else draw.choice(readers)
 
         def read() -> None:
             found = reader(self.path)
@@ -93,16 +109,49 @@ class FuzzTarget(Target):
                     raise Finding(f"a picture of mode {found.mode} and size {found.size}")
                 found.load()
 
-        outcome = outcome_of(read, self.path, named=str(self.path))
+        outcome = outcome_of(read, self.path, named=str(self.path), writes=self.out)
+        if reader == self._segment:
+            self._look(outcome)
         if self.canary.exists():
             raise Finding("code of the picture was run")
         return outcome
+
+    def _segment(self, path: Path) -> None:
+        """By the command line: a mask, or one line that says what is wrong with the picture."""
+        mask, overlay = self.out / "mask.png", self.out / "overlay.png"
+        words = ["segment", path, "the red one", "--out", mask, "--overlay", overlay, "--device", "cpu"]
+        result = CliRunner().invoke(self.command, [str(word) for word in words])
+        if result.exit_code == 2 and result.output.startswith("error: ") and result.output.count("\n") == 1:
+            raise ValueError(result.output)
+        if result.exit_code != 0:
+            raise result.exception or Finding(f"status {result.exit_code}: {result.output[-300:]}")
+
+    def _look(self, outcome: str) -> None:
+        """What the command has written, which is taken away."""
+        left = sorted(path.name for path in self.out.iterdir())
+        if left != (["mask.png", "overlay.png"] if outcome == READ else []):
+            raise Finding(f"{outcome}, and {left} was written")
+        if outcome == READ:
+            with Image.open(self.out / "mask.png") as mask, Image.open(self.out / "overlay.png") as overlay:
+                if mask.size != overlay.size or mask.size != as_shown(self.path).size:
+                    raise Finding(f"a mask of {mask.size} and an overlay of {overlay.size}")
+            for name in left:
+                (self.out / name).unlink()
 
     def _as_rgb(self, path: Path) -> np.ndarray:
         return read_picture(path, "RGB")
 
     def _as_mask(self, path: Path) -> object:
         return mask_file(path)(9, 14)
+
+
+def _pixels(path: Path) -> int:
+    """Of a picture that opens."""
+    try:
+        with Image.open(path) as picture:
+            return picture.width * picture.height
+    except Exception:  # what becomes of it is seen by the reader
+        return 0
 
 
 def _chunks(draw: random.Random, content: bytes) -> bytes:

@@ -16,7 +16,8 @@ import sys
 import tempfile
 import time
 import traceback
-from collections import Counter
+from collections import Counter, deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,9 @@ _STATE = struct.Struct("<qqqq")  # the input at work, inputs done, read, refused
 _LONGEST = 400
 
 
+Range = tuple[int, int]
+
+
 @dataclass
 class Report:
     """What came of a target's inputs.
@@ -37,10 +41,12 @@ class Report:
     Attributes:
         outcomes: how many were read and refused.
         findings: by what is alike in them: a description of the first, its input and how many there were.
+        left: numbers of the inputs that were not tried yet, each from and up to.
     """
 
     target: str
     seed: int
+    left: list[Range] = field(default_factory=list)
     done: int = 0
     seconds: float = 0.0
     outcomes: Counter[str] = field(default_factory=Counter)
@@ -51,58 +57,131 @@ class Report:
         found["count"] += 1
 
     def summary(self) -> dict[str, Any]:
-        """As plain entries."""
+        """As plain entries; `left` where there is something."""
         counts = {"inputs": self.done, **{outcome: self.outcomes[outcome] for outcome in _OUTCOMES}}
-        return {**counts, "seconds": round(self.seconds, 1), "findings": self.findings}
+        left = {"left": self.left} if self.left else {}
+        return {"seed": self.seed, **counts, "seconds": round(self.seconds, 1), "findings": self.findings, **left}
+
+    @classmethod
+    def of(cls, target: str, summary: dict[str, Any]) -> Report:
+        """What `summary` gave: to go on with."""
+        outcomes = Counter({outcome: summary[outcome] for outcome in _OUTCOMES})
+        left = [(first, end) for first, end in summary.get("left", [])]
+        done, seconds = summary["inputs"], summary["seconds"]
+        return cls(target, summary["seed"], left, done, seconds, outcomes, summary["findings"])
 
 
-def run(name: str, target: type[Target], count: int, seed: int, first: int = 0, *, told: bool = True) -> Report:
-    """Try inputs number `first` to `first + count` of a target, a batch in each child process."""
-    report, began = Report(name, seed), time.monotonic()
-    place, end = first, first + count
-    while place < end:
-        place = _batch(report, target, seed, place, min(target.batch, end - place))
-        report.seconds = time.monotonic() - began
-        if told:
-            print(f"{name}: {place - first} of {count}, {dict(report.outcomes)}", file=sys.stderr, flush=True)
+def run(
+    report: Report,
+    target: type[Target],
+    workers: int = 1,
+    *,
+    told: bool = True,
+    kept: Callable[[Report], None] = lambda report: None,
+) -> Report:
+    """Try the inputs that a report has left, a batch in each child process.
+
+    Args:
+        report: is filled; its `seconds` are those of all children together.
+        target: what tries them.
+        workers: children at once.
+        told: print where it stands after each batch.
+        kept: called after each batch. What is going on at the time is among the inputs that are left, so that nothing
+            is left out by whoever goes on from there.
+    """
+    waiting, going = deque(report.left), list[_Batch]()
+    total = report.done + sum(end - first for first, end in waiting)
+    try:
+        while waiting or going:
+            while waiting and len(going) < workers:
+                first, end = waiting.popleft()
+                stop = min(first + target.batch, end)
+                if stop < end:
+                    waiting.appendleft((stop, end))
+                going.append(_Batch(report.target, target, report.seed, first, stop))
+            time.sleep(0.02)
+            for batch in [batch for batch in going if batch.has_ended()]:
+                going.remove(batch)
+                following = batch.conclude(report)
+                if following < batch.end:  # it died at an input
+                    waiting.appendleft((following, batch.end))
+                report.left = sorted([*((one.first, one.end) for one in going), *waiting])
+                kept(report)
+                if told:
+                    said = f"{report.target}: {report.done} of {total}, {dict(report.outcomes)}"
+                    print(said, file=sys.stderr, flush=True)
+    finally:
+        for batch in going:
+            batch.give_up()
     return report
 
 
-def _batch(report: Report, target: type[Target], seed: int, first: int, count: int) -> int:
-    """One child; the number of the input after the last one that it tried."""
-    state = mmap.mmap(-1, _STATE.size)
-    state[:] = _STATE.pack(first, 0, 0, 0)
-    folder = Path(tempfile.mkdtemp(prefix=f"fuzz-{report.target}-"))
-    notes = folder / "findings.jsonl"
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            _work(target, folder, seed, first, count, state, notes)
-            status = 0
-        except BaseException:  # the target itself, not an input
-            traceback.print_exc()
-        finally:
-            sys.stderr.flush()
-            os._exit(status)
-    status, hung = _wait(child, state)
-    number, done, read, refused = _STATE.unpack(state[:])
-    report.done += done
-    report.outcomes.update({READ: read, REFUSED: refused})
-    for line in notes.read_text().splitlines() if notes.exists() else ():
-        note = json.loads(line)
-        report.add(note["kind"], note["input"], note["told"])
-    shutil.rmtree(folder, ignore_errors=True)
-    if hung:
-        report.add("hang", number, f"not done after {SECONDS} s of work")
-    elif os.WIFSIGNALED(status):
-        report.add(f"signal {os.WTERMSIG(status)}", number, signal.Signals(os.WTERMSIG(status)).name)
-    elif status:
-        raise RuntimeError(f"{report.target}: the target failed at input {number} of seed {seed}; see above")
-    else:
-        return first + count
-    report.done += 1
-    return number + max(1, target.together)
+class _Batch:
+    """A child process that tries the inputs from `first` up to `end`."""
+
+    def __init__(self, name: str, target: type[Target], seed: int, first: int, end: int) -> None:
+        self.first, self.end, self.together, self.seed = first, end, target.together, seed
+        self.state = mmap.mmap(-1, _STATE.size)
+        self.state[:] = _STATE.pack(first, 0, 0, 0)
+        self.folder = Path(tempfile.mkdtemp(prefix=f"fuzz-{name}-"))
+        self.notes = self.folder / "findings.jsonl"
+        self.status, self.hung, self.began = 0, False, time.monotonic()
+        self.child = os.fork()
+        if self.child == 0:
+            status = 1
+            try:
+                for number in (signal.SIGINT, signal.SIGTERM):  # the parent ends it
+                    signal.signal(number, signal.SIG_IGN)
+                _work(target, self.folder, seed, first, end - first, self.state, self.notes)
+                status = 0
+            except BaseException:  # the target itself, not an input
+                traceback.print_exc()
+            finally:
+                sys.stderr.flush()
+                os._exit(status)
+        self.before, self.since, self.worked = bytes(self.state[:]), time.monotonic(), _work_of(self.child)
+
+    def has_ended(self) -> bool:
+        """Whether the child has; it is ended here once nothing comes of it any more."""
+        ended, self.status = os.waitpid(self.child, os.WNOHANG)
+        if ended:
+            return True
+        if (now := bytes(self.state[:])) != self.before:
+            self.before, self.since, self.worked = now, time.monotonic(), _work_of(self.child)
+        silent = time.monotonic() - self.since
+        if silent > SECONDS and (silent > 10 * SECONDS or _work_of(self.child) - self.worked > SECONDS):
+            self.hung = True
+            os.kill(self.child, signal.SIGKILL)
+            self.status = os.waitpid(self.child, 0)[1]
+        return self.hung
+
+    def conclude(self, report: Report) -> int:
+        """Add what came of it to the report; the number of the input after the last one that it tried."""
+        number, done, read, refused = _STATE.unpack(self.state[:])
+        report.done += done
+        report.seconds += time.monotonic() - self.began
+        report.outcomes.update({READ: read, REFUSED: refused})
+        for line in self.notes.read_text().splitlines() if self.notes.exists() else ():
+            note = json.loads(line)
+            report.add(note["kind"], note["input"], note["told"])
+        shutil.rmtree(self.folder, ignore_errors=True)
+        if self.hung:
+            report.add("hang", number, f"not done after {SECONDS} s of work")
+        elif os.WIFSIGNALED(self.status):
+            ended_by = os.WTERMSIG(self.status)
+            report.add(f"signal {ended_by}", number, signal.Signals(ended_by).name)
+        elif self.status:
+            raise RuntimeError(f"{report.target}: the target failed at input {number} of seed {self.seed}; see above")
+        else:
+            return self.end
+        report.done += 1
+        return number + max(1, self.together)
+
+    def give_up(self) -> None:
+        """End the child; nothing of what it did counts."""
+        os.kill(self.child, signal.SIGKILL)
+        os.waitpid(self.child, 0)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def _work(target: type[Target], folder: Path, seed: int, first: int, count: int, state: mmap.mmap, notes: Path) -> None:
@@ -142,23 +221,6 @@ def _described(error: BaseException) -> dict[str, str]:
     told_kind = re.split(r"[:\[(]| '", told.partition(": ")[2])[0]
     kind = told_kind[:60] if type(error).__name__ in ("Finding", "_Forbidden") else ""
     return {"kind": f"{type(error).__name__} in {where} {kind}".strip(), "told": told[:_LONGEST]}
-
-
-def _wait(child: int, state: mmap.mmap) -> tuple[int, bool]:
-    """The child's status, and whether it was ended since nothing came of it any more."""
-    before, since, worked = bytes(state[:]), time.monotonic(), _work_of(child)
-    while True:
-        ended, status = os.waitpid(child, os.WNOHANG)
-        if ended:
-            return status, False
-        time.sleep(0.02)
-        if (now := bytes(state[:])) != before:
-            before, since, worked = now, time.monotonic(), _work_of(child)
-        elif time.monotonic() - since > SECONDS and (
-            time.monotonic() - since > 10 * SECONDS or _work_of(child) - worked > SECONDS
-        ):
-            os.kill(child, signal.SIGKILL)
-            return os.waitpid(child, 0)[1], True
 
 
 def _work_of(child: int) -> float:

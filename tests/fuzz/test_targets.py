@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from tests.fuzz import TARGETS, running, target_class
-from tests.fuzz.target import READ, Finding, Target, outcome_of
+from tests.fuzz import __main__ as command
+from tests.fuzz.target import READ, REFUSED, Finding, Target, outcome_of
 
 
 @pytest.mark.slow
@@ -46,6 +47,10 @@ class Harmful(Target):
         """Nothing."""
 
 
+def tried(name: str, target: type[Target], count: int, workers: int = 1) -> running.Report:
+    return running.run(running.Report(name, 1, [(0, count)]), target, workers, told=False)
+
+
 def doing(deed) -> type[Target]:
     return type("One", (Harmful,), {"deed": staticmethod(deed)})
 
@@ -71,7 +76,7 @@ def unrelated() -> None:
     ],
 )
 def test_harm_is_found_and_the_rest_is_tried(deed, kind: str) -> None:
-    report = running.run("harm", doing(deed), 5, seed=1, told=False)
+    report = tried("harm", doing(deed), 5)
     assert report.done == 5 and not report.outcomes[READ]
     ((found, told),) = report.findings.items()
     assert found.startswith(kind) and told["count"] == 5 and told["input"] == 0
@@ -79,13 +84,76 @@ def test_harm_is_found_and_the_rest_is_tried(deed, kind: str) -> None:
 
 def test_a_hang_is_found(monkeypatch) -> None:
     monkeypatch.setattr(running, "SECONDS", 0.2)
-    report = running.run("hang", doing(lambda: time.sleep(60)), 1, seed=1, told=False)
+    report = tried("hang", doing(lambda: time.sleep(60)), 1)
     assert list(report.findings) == ["hang"]
 
 
 def test_what_is_read_is_no_finding() -> None:
-    report = running.run("harmless", doing(lambda: None), 4, seed=1, told=False)
+    report = tried("harmless", doing(lambda: None), 4)
     assert report.outcomes[READ] == report.done == 4 and not report.findings
+
+
+class Numbered(Target):
+    """Notes each input; input 5 ends its process, 9 is a finding, and every second one is refused."""
+
+    batch, long = 3, 26
+    notes: Path
+
+    def try_one(self, draw: random.Random) -> str:
+        raise NotImplementedError
+
+    def try_many(self, seed, first, count, done) -> None:
+        for number in range(first, first + count):
+            with self.notes.open("a") as file:
+                file.write(f"{seed} {number}\n")
+            if number == 5:
+                os.kill(os.getpid(), signal.SIGSEGV)
+            done(number, KeyError("x") if number == 9 else (READ, REFUSED)[number % 2])
+
+
+def test_every_input_once_by_two_processes(tmp_path: Path) -> None:
+    target = type("Noted", (Numbered,), {"notes": tmp_path / "notes"})
+    report = tried("numbered", target, 26, workers=2)
+    assert sorted((tmp_path / "notes").read_text().splitlines()) == sorted(f"1 {number}" for number in range(26))
+    assert report.done == 26 and report.left == [] and report.outcomes == {READ: 13, REFUSED: 11}
+    assert sorted(report.findings) == ["KeyError in outside", f"signal {signal.SIGSEGV.value}"]
+
+
+@pytest.mark.parametrize("how", [KeyboardInterrupt, "SIGTERM"])
+def test_a_stopped_one_goes_on(tmp_path: Path, monkeypatch, capsys, how) -> None:
+    """With the seed that it began with; what was going on is tried again, what was done is not."""
+    target = type("Noted", (Numbered,), {"notes": tmp_path / "notes"})
+    monkeypatch.setattr(command, "target_class", lambda name: target)
+    out, keep = tmp_path / "deep" / "out.json", command._add
+    given = ["masks", "26", "4", "--workers", "2", "--out", str(out), "--resume", "--name", "numbered"]
+
+    def stopped(path: Path, name: str, report: running.Report) -> None:
+        keep(path, name, report)
+        if report.done > 10:
+            if how == "SIGTERM":
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(60)
+            raise how
+
+    monkeypatch.setattr(command, "_add", stopped)
+    assert command.main(given) == 130 and "stopped; the same command with --resume goes on" in capsys.readouterr().err
+    half = json.loads(out.read_text())["targets"]["numbered"]
+    assert 10 < half["inputs"] < 26 and sum(end - first for first, end in half["left"]) == 26 - half["inputs"]
+    monkeypatch.setattr(command, "_add", keep)
+    given[2] = "5"
+    assert command.main(given) == 1  # its findings
+    whole = json.loads(out.read_text())["targets"]["numbered"]
+    assert whole["seed"] == 4 and whole["inputs"] == 26 and "left" not in whole
+    assert (whole["read"], whole["refused"]) == (13, 11)
+    assert {kind: found["count"] for kind, found in whole["findings"].items()} == {
+        "KeyError in outside": 1,
+        "signal 11": 1,
+    }
+    lines = (tmp_path / "notes").read_text().splitlines()
+    assert set(lines) == {f"4 {number}" for number in range(26)}
+    assert command.main(given) == 1 and (tmp_path / "notes").read_text().splitlines() == lines  # nothing is left
+    given[1] = "28"
+    assert command.main(given) == 1 and (tmp_path / "notes").read_text().splitlines()[len(lines) :] == ["4 26", "4 27"]
 
 
 def test_a_lost_file_is_a_finding(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from magnet_fast.training.run import state_to_resume
 from .two_processes import fake_trainer
 
 CHANGES = {"checkpoint_every": 3, "log_every": 1}
-FROZEN_SECONDS = 10
+FROZEN_SECONDS = 60
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from magnet_fast.data.datasets.reader import Ref, Sentence, Tally
-from magnet_fast.data.transforms.pictures import refuse_program, too_large
+from magnet_fast.data.transforms.pictures import ProgramError, opened_plainly, too_large
 from magnet_fast.models.files import foreign
 
 Folders = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
@@ -234,13 +234,13 @@ def picture_size(path: Path) -> tuple[int, int]:
 
 def _opened(path: Path) -> Image.Image:
     try:
-        picture = Image.open(path)
+        return opened_plainly(path)
+    except ProgramError:
+        raise
     except Image.DecompressionBombError as error:
         raise ValueError(too_large(error, str(path))) from error
     except Exception as error:  # of a broken file, many kinds
         raise ValueError(f"{path}: not a readable picture ({error})") from error
-    refuse_program(picture, f"image {path}")
-    return picture
 
 
 def one_sentence(sent_id: int, raw: str, kind: str | None = None) -> tuple[Sentence]:

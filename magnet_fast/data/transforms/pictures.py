@@ -152,10 +152,8 @@ def opened(path: Path) -> Image.Image:
     if path.stat().st_size == 0:
         raise ValueError(f"image {path} is empty (0 bytes)")
     try:
-        image = Image.open(path)
-        refuse_program(image, f"image {path}")
-        return image
-    except _ProgramError:
+        return opened_plainly(path)
+    except ProgramError:
         raise
     except UnidentifiedImageError as error:
         raise ValueError(
@@ -179,14 +177,24 @@ def too_large(error: Image.DecompressionBombError, name: str) -> str:
     )
 
 
-class _ProgramError(ValueError):
+class ProgramError(ValueError):
     pass
 
 
-def refuse_program(image: Image.Image, name: str) -> None:
-    """ValueError for PostScript, which Pillow has Ghostscript run."""
+def opened_plainly(path: Path) -> Image.Image:
+    """Pillow's own `open`, with its own errors; its pixels are read, not mapped into memory.
+
+    Raises:
+        ValueError: PostScript, which Pillow has Ghostscript run.
+    """
+    image = Image.open(path)
     if image.format == "EPS":
-        raise _ProgramError(f"{name} is PostScript (EPS), a program, which is not run; convert it to PNG")
+        image.close()
+        raise ProgramError(f"image {path} is PostScript (EPS), a program, which is not run; convert it to PNG")
+    # Of a file by its name Pillow maps plain pixels, and the system kills a process (SIGBUS) that touches a mapped file
+    # which another cuts short.
+    image.filename = ""
+    return image
 
 
 def _decoded(image: Image.Image, name: str) -> tuple[Image.Image, int]:
