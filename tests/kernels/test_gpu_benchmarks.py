@@ -83,10 +83,21 @@ def test_commands(monkeypatch):
     assert "benchmarks.gpu_models" in models and "m.json" in models
     monkeypatch.setattr(gpu_check.shutil, "which", lambda name: f"/bin/{name}")
     monkeypatch.setattr(gpu_check.importlib.util, "find_spec", lambda name: name)  # pybind11 may be absent
-    build, _, *sanitized, _, _ = gpu_check.commands(*files)
+    build, _, memcheck, _, _, *slow = gpu_check.commands(*files)
     assert build[-2:] == ["build_ext", "--inplace"]
-    assert [(command[0], command[4]) for command in sanitized] == [
+    assert [(command[0], command[4]) for command in (memcheck, *slow)] == [
         ("/bin/compute-sanitizer", tool) for tool in ("memcheck", "racecheck", "initcheck")
+    ]
+
+
+def test_what_does_not_fit_into_the_time_is_told():
+    quick, bad, endless = (
+        [sys.executable, "-S", "-c", code] for code in ("", "raise SystemExit(3)", "import time; time.sleep(600)")
+    )
+    assert gpu_check.run([quick, bad, quick], gpu_check.monotonic() + 600) == [" ".join(bad)]
+    assert gpu_check.run([endless, quick], gpu_check.monotonic() + 0.2) == [
+        f"{' '.join(endless)} (stopped: the time is over)",
+        f"{' '.join(quick)} (not begun: the time is over)",
     ]
 
 
