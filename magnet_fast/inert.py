@@ -180,8 +180,8 @@ class InertUnpickler(pickle.Unpickler):
 
 
 def check_program(content: bytes) -> None:
-    """Refuse a pickle that would harm the unpickler itself: by memory for a memo with gaps, or by tuples so deep that
-    Python's hash of one, which calls itself in C, overflows the stack.
+    """Refuse a pickle that would harm the unpickler itself: by memory for a memo with gaps or for bytes that do not
+    come, or by tuples so deep that Python's hash of one, which calls itself in C, overflows the stack.
 
     Raises:
         ValueError: such a pickle, or one that is cut short or has an unknown opcode.
@@ -206,6 +206,8 @@ def check_program(content: bytes) -> None:
         elif width in _LENGTHS:
             start = place + 1 + _LENGTHS[width]
             place = start + int.from_bytes(content[place + 1 : start], "little")
+            if place > size:  # the unpickler would make room for all of it first
+                raise ValueError("pickle data was truncated")
         else:
             raise ValueError(f"at byte {place}: no opcode {content[place : place + 1]!r}")
         count += 1

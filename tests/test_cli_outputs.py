@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import resource
 import shutil
@@ -285,6 +286,16 @@ def test_a_full_disk_leaves_no_export(format: str, tmp_path: Path, monkeypatch: 
     with small_files(), pytest.raises(OSError, match=f"{tmp_path / 'new'}"):
         exporting.export(loaded.model.eval(), loaded.tokenizer(), tmp_path / "new", format)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_pillow_notes_of_a_picture_is_no_second_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    picture = tmp_path / "odd.tif"
+    Image.new("RGB", (4, 4)).save(picture)
+    content = bytearray(picture.read_bytes())
+    content[content.index(b"\x15\x01\x03\x00\x01\x00\x00\x00") + 8] = 8  # samples a pixel
+    picture.write_bytes(content)
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # as outside of pytest
+    assert f"image {picture} cannot be read" in refused("segment", picture, "the circle", "--out", tmp_path / "m.png")
 
 
 def test_a_missing_package_is_one_line(given: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

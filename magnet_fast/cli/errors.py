@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,9 @@ from typing import Any
 import typer
 
 traceback_wanted = False  # --traceback
+
+# What Pillow notes of a broken picture before it raises an error would be a line beside the clean one.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
 def user_errors(command: Callable[..., None]) -> Callable[..., None]:

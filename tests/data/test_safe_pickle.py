@@ -204,6 +204,13 @@ def test_many_tuples_beside_each_other_are_read(tmp_path):
         assert load_plain_pickle(tmp_path / "refs.p") == boxes
 
 
+def test_bytes_that_do_not_come_take_no_memory(tmp_path):
+    """Python makes room for a bytearray of any length that the file states before it reads it."""
+    (tmp_path / "refs.p").write_bytes(b"\x80\x05\x96" + (1 << 60).to_bytes(8, "little") + b"x.")
+    with pytest.raises(ValueError, match=r"refs\.p: not a readable pickle \(ValueError: pickle data was truncated\)"):
+        load_plain_pickle(tmp_path / "refs.p")
+
+
 @pytest.mark.parametrize("put", [b"r\xff\xff\xff\x0f", b"p268435455\n", b"q\xff"])
 def test_a_memo_with_gaps_is_refused_before_it_takes_memory(tmp_path, put):
     (tmp_path / "refs.p").write_bytes(b"\x80\x02]" + put + b".")

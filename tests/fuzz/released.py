@@ -26,7 +26,7 @@ class FuzzTarget(Target):
     """The pickle inside an archive, the archive's own bytes, and state dicts of the right names and odd shapes."""
 
     quick: ClassVar[int] = 400
-    batch: ClassVar[int] = 1000
+    batch: ClassVar[int] = 5000
     long: ClassVar[int] = 100_000
 
     def __init__(self, folder: Path) -> None:
