@@ -10,6 +10,16 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+try:
+    import hypothesis
+except ModuleNotFoundError:  # a machine with a GPU often has no more than pytest
+    pass
+else:
+    # An example that takes over 200 ms is no failure where other processes want the cores.
+    too_slow = hypothesis.HealthCheck.too_slow
+    hypothesis.settings.register_profile("tests", deadline=None, suppress_health_check=[too_slow])
+    hypothesis.settings.load_profile("tests")
+
 if TYPE_CHECKING:
     from xdist.scheduler import LoadFileScheduling
 
