@@ -91,7 +91,7 @@ def test_an_elastic_restart_goes_on_exactly(config_file, tmp_path) -> None:
     )
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1"]
     command = [*torchrun, "--max-restarts", "1", "--monitor-interval", "0.1", str(worker)]
-    done = subprocess.run(command, env=environment(), cwd=REPOSITORY, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, env=environment(), cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "resumed at step 3" in done.stdout
     one, other = (load_checkpoint(folder / CHECKPOINT)["model"] for folder in (whole, broken))

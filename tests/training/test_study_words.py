@@ -33,7 +33,7 @@ def test_rows_differ_in_what_they_name() -> None:
     assert found == {
         "lavt": {"weight": 0}, "blind": {"blind": True}, "grounding": {}, "attributes": {"hide": "attributes"},
         "several": {"share": 0.5}, "place": {"token": "place"}, "shape": {"token": "shape"},
-        "all_blind": {**every, "blind": True}, "all": every,
+        "all_blind": {**every, "blind": True}, "all": every, "finest": {**every, "image_stage": 0},
     }  # fmt: skip
 
 
