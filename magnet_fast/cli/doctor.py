@@ -23,7 +23,7 @@ def doctor(
     """Check every kernel that can run here against the reference, and say what this machine is.
 
     All is asked anew, and of kernels that have to prove themselves the new answer is remembered. Then come the times by
-    which kernels were chosen on a GPU. Ends with status 1 if a kernel is wrong.
+    which kernels were chosen on a GPU, and products for training on a CPU. Ends with status 1 if a kernel is wrong.
     """
     import json
     import platform
