@@ -2,7 +2,7 @@
 
 python -m tests.versions FOLDER [--end oldest] [TESTS …]: makes an environment and a copy of the sources for each end in
 the folder, installs the package there, runs the tests that are not slow, and leaves `report.json` with versions and
-numbers. What has no floor is at its newest in both.
+numbers. What has no floor is at its newest in both. With the newest, what they call deprecated is a failure.
 """
 
 from __future__ import annotations
@@ -80,9 +80,9 @@ def checked(folder: Path, end: str, tests: list[str]) -> dict[str, Any]:
     settings.pop("PYTHONPATH", None)
     subprocess.run([*pip, "--no-deps", "--no-build-isolation", "-e", source], env=settings, check=True)
     results = folder / "results.xml"
-    subprocess.run(
-        [python, "-m", "pytest", "-m", "not slow", "-q", f"--junitxml={results}", *tests], cwd=source, env=settings
-    )
+    pytest = [python, "-m", "pytest", "-m", "not slow", "-q", f"--junitxml={results}"]
+    strict = ["-p", "tests.deprecations"] if end == "newest" else []
+    subprocess.run([*pytest, *strict, *tests], cwd=source, env=settings)
     (suite,) = ElementTree.parse(results).getroot()
     count = {name: int(suite.attrib[name]) for name in ("tests", "failures", "errors", "skipped")}
     failed = count["failures"] + count["errors"]

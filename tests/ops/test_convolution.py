@@ -216,13 +216,18 @@ def hooked(index: int) -> Callable[[nn.Sequential], None]:
     return lambda layers: layers[index].register_forward_hook(lambda module, inputs, output: output)
 
 
+@torch.inference_mode()
+def for_inference() -> nn.Conv2d:
+    return nn.Conv2d(6, 10, 3)
+
+
 ASIDE: dict[str, Callable[[nn.Sequential], object]] = {
     "hook on the convolution": hooked(0),
     "hook on the norm": hooked(1),
     "norm in training": lambda layers: layers[1].train(),
     "forward of its own": lambda layers: setattr(layers[1], "forward", lambda x: x + 1),
     "no statistics": lambda layers: layers.__setitem__(1, nn.BatchNorm2d(10, track_running_stats=False)),
-    "made in inference mode": lambda layers: layers.__setitem__(0, torch.inference_mode()(nn.Conv2d)(6, 10, 3)),
+    "made in inference mode": lambda layers: layers.__setitem__(0, for_inference()),
     "reflecting": lambda layers: setattr(layers[0], "padding_mode", "reflect"),
     "not one image": lambda layers: None,
 }
