@@ -16,6 +16,7 @@ FOREIGN = [
     "ignore:__array__ implementation:DeprecationWarning",  # PyTorch to NumPy
     "ignore:.torch.jit.(trace|script)[a-z_]*. is (deprecated|not supported):FutureWarning",  # tests that trace
     "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning",  # PEFT to transformers
+    "ignore:Use 'content=:DeprecationWarning",  # huggingface_hub to httpx
 ]
 _TOLD = re.compile(r"deprecat|will be removed|removed in (a future|version|v?\d)", re.I)
 _LOGS = ("torch", "torchvision", "transformers", "timm", "tokenizers", "huggingface_hub")

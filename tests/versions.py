@@ -26,7 +26,7 @@ except ModuleNotFoundError:  # Python 3.10
 
 ROOT = Path(__file__).resolve().parent.parent
 ENDS = ("oldest", "newest")
-TESTS = ("tests/ops", "tests/models", "tests/fast", "tests/data")
+TESTS = ("tests/ops", "tests/models", "tests/fast", "tests/data", "tests/training", "tests/evaluation", "tests/batch")
 # What those tests need beside the package.
 TOOLS = ("pytest", "hypothesis", "peft", "segment-anything", "segment-anything-hq", "scikit-image", "pytest-benchmark")
 BUILD = ("setuptools>=77", "pybind11>=2.12", "ninja")
