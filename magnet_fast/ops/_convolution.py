@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from magnet_fast.ops import _packed, _winograd
-from magnet_fast.ops._linear import inference_on_cpu, plain_weight
+from magnet_fast.ops import _autocast, _packed, _winograd
+from magnet_fast.ops._linear import autocast_on_cpu, inference_on_cpu, plain_weight
 from magnet_fast.ops._observed import observed
 
 # Below this, what is saved is less than what it takes to look whether anything changed.
@@ -65,7 +65,8 @@ def run_layers(
     """The layers one after the other, then, given a residual, the sum with it and the activation of that.
 
     A convolution and the BatchNorm after it, with the activation or the residual that follows, are one call where the
-    convolution is packed, in inference in float32 or bfloat16 on an x86 CPU; everything else is called as a module.
+    convolution is packed, in inference in float32 or bfloat16 on an x86 CPU, also under autocast to bfloat16;
+    everything else is called as a module.
 
     Args:
         layers: modules of one input each.
@@ -82,6 +83,7 @@ def run_layers(
         folded = None
         if norm is not None and type(layer) is nn.Conv2d and _worth(layer, x):
             allowed = _allowed(x) if allowed is None else allowed
+            x = _autocast.cast(x) if allowed else x  # as the convolution would
             folded = _folded(layer, norm, x) if allowed else None
         if folded is None:
             x, allowed = layer(x), None
@@ -178,24 +180,32 @@ def _worth(convolution: nn.Conv2d, x: Tensor) -> bool:
 
 def _allowed(x: Tensor) -> bool:
     """Whether this is inference that oneDNN's operators may take."""
-    return inference_on_cpu(x) and torch.backends.mkldnn.enabled and _works(x.dtype)
+    dtype = torch.bfloat16 if _autocast.active(x) else x.dtype
+    return _inference(x) and torch.backends.mkldnn.enabled and _works(dtype)
+
+
+def _inference(x: Tensor, *others: Tensor) -> bool:
+    """Whether a product of these tensors is inference on the CPU, as they are or as autocast makes them."""
+    return autocast_on_cpu(x, *others) if _autocast.active(x) else inference_on_cpu(x, *others)
 
 
 def _folded(convolution: nn.Conv2d, norm: nn.Module, x: Tensor) -> _Folded | None:
     """The two as one, made in the first call and when something changed; None where they are called as modules."""
     if not _foldable(convolution, norm) or norm.training or observed(convolution, norm):
         return None
-    sources = _sources(convolution, norm)
-    if sources[0].dtype != x.dtype:
+    sources, autocast = _sources(convolution, norm), _autocast.active(x)
+    if sources[0].dtype != x.dtype and not autocast:
         return None
+    if autocast and _norm_kind(type(norm)) is _Norm.FROZEN:
+        return None  # what it multiplies by is in float32, and so are its results, where a BatchNorm's are x's
     shape = convolution.padding, convolution.stride, convolution.dilation, convolution.groups
     winograd = _winograd.takes(convolution, x)
-    layout = f"winograd, {_winograd.level()}" if winograd else "folded"
+    layout = f"winograd, {_winograd.level()}" if winograd else f"folded, {x.dtype}"
 
     def make() -> _Folded | None:
-        if not inference_on_cpu(x, *sources):
+        if not _inference(x, *sources):
             return None
-        weight, bias = _fold(convolution, norm)
+        weight, bias = _fold(convolution, norm, x.dtype)
         if winograd:
             return _Folded(_winograd.pack(weight), bias, shape, True)
         # The layout is chosen for this size; it is right for any.
@@ -204,7 +214,7 @@ def _folded(convolution: nn.Conv2d, norm: nn.Module, x: Tensor) -> _Folded | Non
     return _packed.folded(convolution, layout, (_eps(norm), shape), sources, make)
 
 
-def _fold(convolution: nn.Conv2d, norm: nn.Module) -> tuple[Tensor, Tensor]:
+def _fold(convolution: nn.Conv2d, norm: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Weight and bias of the convolution that does the work of both, computed in float32."""
     scale = torch.rsqrt(norm.running_var.float() + _eps(norm))
     if norm.weight is not None:
@@ -214,7 +224,6 @@ def _fold(convolution: nn.Conv2d, norm: nn.Module) -> tuple[Tensor, Tensor]:
     if norm.bias is not None:
         bias = bias + norm.bias.float()
     weight = convolution.weight.float() * scale[:, None, None, None]
-    dtype = convolution.weight.dtype
     return weight.to(dtype, memory_format=torch.channels_last), bias.to(dtype)
 
 
@@ -241,14 +250,16 @@ def _norm_kind(cls: type) -> _Norm | None:
 def _normalises(cls: type) -> bool:
     """Whether a frozen norm computes what is folded here: each library has a copy of its own, tried out once."""
     try:
-        norm = cls(3)
+        with torch.device("cpu"):
+            norm = cls(3).to(torch.float32)
         names = ("weight", "bias", "running_mean", "running_var")
         if [name for name, _ in norm.named_buffers()] != list(names) or next(norm.parameters(), None) is not None:
             return False
-        values = torch.tensor([[2.0, -1.0, 0.5], [0.5, 1.0, -2.0], [1.0, 0.25, -1.0], [0.0, 4.0, 1e-5]])
+        numbers = [[2.0, -1.0, 0.5], [0.5, 1.0, -2.0], [1.0, 0.25, -1.0], [0.0, 4.0, 1e-5]]
+        values = torch.tensor(numbers, dtype=torch.float32, device="cpu")
         for name, value in zip(names, values, strict=True):
             getattr(norm, name).copy_(value)
-        x = torch.arange(-6.0, 6.0).view(1, 3, 2, 2)
+        x = torch.arange(-6.0, 6.0, dtype=torch.float32, device="cpu").view(1, 3, 2, 2)
         weight, bias, mean, variance = values[:, :, None, None]
         return torch.allclose(norm(x), (x - mean) / torch.sqrt(variance + _eps(norm)) * weight + bias)
     except (TypeError, RuntimeError, AttributeError):  # made or written in another way by now
@@ -265,7 +276,8 @@ def _adds(residual: Tensor, convolution: nn.Conv2d, x: Tensor) -> bool:
     size = zip(x.shape[2:], convolution.padding, convolution.dilation, convolution.kernel_size, strict=True)
     covered = (side + 2 * padding - dilation * (kernel - 1) for side, padding, dilation, kernel in size)
     sides = ((one - 1) // stride + 1 for one, stride in zip(covered, convolution.stride, strict=True))
-    return inference_on_cpu(residual, x) and residual.shape == (x.shape[0], convolution.out_channels, *sides)
+    shape = (x.shape[0], convolution.out_channels, *sides)
+    return residual.shape == shape and residual.dtype == x.dtype and _inference(residual, x)
 
 
 def _sources(convolution: nn.Conv2d, norm: nn.Module) -> list[Tensor]:
@@ -300,6 +312,7 @@ def _foldable_activation(norm: nn.Module) -> bool:
 
 
 @cache
+@torch.autocast("cpu", enabled=False)
 def _works(dtype: torch.dtype) -> bool:
     """Whether this PyTorch has the operators and they compute what they are taken for; x86 from AVX2 on only."""
     if not torch.backends.mkldnn.is_available() or torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):

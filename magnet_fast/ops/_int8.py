@@ -46,7 +46,9 @@ def quantise(weight: Tensor, rows: int) -> Int8Weight | None:
     scales = (greatest / 127).clamp(min=torch.finfo(torch.float32).tiny)
     whole = (weight / scales[:, None]).round()
     packed = torch.ops.onednn.qlinear_prepack(whole.to(torch.int8), [rows, weight.shape[1]])
-    return Int8Weight(packed, scales, torch.zeros(len(weight), dtype=torch.int64), whole.sum(dim=1) * scales)
+    return Int8Weight(
+        packed, scales, torch.zeros(len(weight), dtype=torch.int64, device="cpu"), whole.sum(dim=1) * scales
+    )
 
 
 def linear(
@@ -93,12 +95,13 @@ def linear(
 
 
 @cache
+@torch.autocast("cpu", enabled=False)
 def works() -> bool:
     """Whether this PyTorch has the product, and it is exact where 16 bits would overflow first."""
     if _cpu_backend.missing is not None or not torch.backends.mkldnn.is_available():
         return False
-    weight = torch.tensor([[127.0], [-127.0]]).repeat(WIDTHS // 2, 4 * WIDTHS)
-    numbers = torch.full((3, weight.shape[1]), _greatest(), dtype=torch.uint8)
+    weight = torch.tensor([[127.0], [-127.0]], dtype=torch.float32, device="cpu").repeat(WIDTHS // 2, 4 * WIDTHS)
+    numbers = torch.full((3, weight.shape[1]), _greatest(), dtype=torch.uint8, device="cpu")
     try:
         sums = _product(numbers, quantise(weight, len(numbers)))
     except (AttributeError, TypeError, RuntimeError):  # gone, or called in another way by now

@@ -5,8 +5,9 @@ and those in bfloat16. On a processor of AMD's oneDNN is the faster of the two, 
 or the sum with a residual, it does while the result is still in registers, in bfloat16 before it is rounded. The
 operators it has for a Linear are those that PyTorch's own compiler calls; they are not part of PyTorch's public
 interface, so they are tried out once before they are used. They read the weights as they lie, so a weight that changes
-is seen; a weight that is promised not to change is packed once (`_packed`). In training oneDNN is taken where it was
-measured to be the faster (`_training_products`).
+is seen; a weight that is promised not to change is packed once (`_packed`), for autocast to bfloat16 in that dtype:
+PyTorch keeps no cast weight where there are no gradients, and casts it in every call. In training oneDNN is taken where
+it was measured to be the faster (`_training_products`).
 """
 
 from __future__ import annotations
@@ -39,10 +40,10 @@ def linear(
 ) -> Tensor:
     """`F.linear(x, weight, bias)`, then exact GELU or ReLU if asked for, or plus `residual`.
 
-    In inference (no gradients) in float32 or bfloat16 on an x86 CPU that is one call of oneDNN, and so are the
-    products of training in float32 that `accelerate` has measured to be faster so. Anywhere else, under autocast, in a
-    graph that is being taken, and where `magnet_fast.ops.backend` asks for the reference, it is PyTorch's own functions
-    one after the other. All agree within the rounding of the dtype.
+    In inference (no gradients) in float32 or bfloat16 on an x86 CPU that is one call of oneDNN, under autocast to
+    bfloat16 where the weight is packed, and so are the products of training in float32 that `accelerate` has measured
+    to be faster so. Anywhere else, in a graph that is being taken, and where `magnet_fast.ops.backend` asks for the
+    reference, it is PyTorch's own functions one after the other. All agree within the rounding of the dtype.
 
     Args:
         x: (..., C).
@@ -58,13 +59,12 @@ def linear(
         ValueError: an activation and a residual at once.
     """
     _check_form(activation, residual)
+    if _goes_low(x, weight, bias):
+        return _in_autocast(x, weight, bias, activation, residual)
     if (copy := _int8_copy(x, weight, bias, residual)) is not None:
         return _int8.linear(x, copy, bias, activation, residual)
     if _takes_onednn(x, weight, bias, residual):
-        weight = _packed.in_products(weight, x.shape[:-1].numel())
-        if residual is not None:
-            return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation or "none", [], "none")
+        return _onednn(x, weight, bias, activation, residual)
     if _trains_by_onednn(x, weight, bias):
         relu = activation == "relu"
         out = _training_products.linear(x, weight, bias, relu)
@@ -167,7 +167,59 @@ def _why_not_on_cpu(x: Tensor, *others: Tensor) -> str | None:
         return "a tensor is a subclass or not dense"
     if not all(tensor.device.type == "cpu" and tensor.dtype == x.dtype for tensor in tensors):
         return "the tensors are not all on the CPU and of one dtype"
-    return "autocast is on" if _autocast.active(x) else None
+    return "autocast is on, and not for a packed weight in bfloat16" if _autocast.active(x) else None
+
+
+def plain_on_cpu(tensor: Tensor) -> bool:
+    """Whether a tensor is an ordinary dense one on the CPU."""
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided and tensor.device.type == "cpu"
+
+
+def _onednn(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation | None, residual: Tensor | None
+) -> Tensor:
+    """All but the weight, whose packed copy may be there in x's dtype, are of x's dtype."""
+    weight = _packed.in_products(weight, x.shape[:-1].numel(), x.dtype)
+    if residual is not None:
+        return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation or "none", [], "none")
+
+
+def autocast_on_cpu(x: Tensor, *others: Tensor) -> bool:
+    """Whether a product of these tensors is inference on the CPU that autocast brings to bfloat16, and a kernel may
+    take it: see `linear`."""
+    if recorded() or not _autocast.active(x) or torch.get_autocast_dtype("cpu") != torch.bfloat16:
+        return False
+    tensors = (x, *others)
+    return (
+        all(tensor.dtype in (torch.float32, torch.bfloat16) and plain_on_cpu(tensor) for tensor in tensors)
+        and requested_backend("linear") in ("auto", "cpu")
+        and torch.backends.mkldnn.enabled
+    )
+
+
+def _goes_low(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether `_in_autocast` is for this product. Without autocast that is quickly said."""
+    return (
+        _autocast.active(x)
+        and autocast_on_cpu(x, weight, *(() if bias is None else (bias,)))
+        and x.numel() * len(weight) >= _FEWEST_MULTIPLICATIONS
+        and _packed.keeps(weight)
+        and _works(torch.bfloat16)
+    )
+
+
+def _in_autocast(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation | None, residual: Tensor | None
+) -> Tensor:
+    """As autocast has it: the product is in bfloat16, and a sum with a residual of float32 in float32."""
+    x, bias = x.to(torch.bfloat16), None if bias is None else bias.to(torch.bfloat16)
+    within = residual if residual is not None and residual.dtype == x.dtype and plain_on_cpu(residual) else None
+    if (copy := _packed.in_int8(weight, x.shape[:-1].numel())) is not None:
+        out = _int8.linear(x, copy, bias, activation, within)
+    else:
+        out = _onednn(x, weight, bias, activation, within)
+    return out if residual is within else residual + out
 
 
 def _check_form(activation: Activation | None, residual: Tensor | None) -> None:
@@ -238,7 +290,7 @@ def _explain(
 ) -> Explanation:
     _check_form(activation, residual)
     requested, reason = requested_backend("linear"), _why_no_onednn(x, weight, bias, residual)
-    if reason is not None and _trains_by_onednn(x, weight, bias):
+    if reason is not None and (_goes_low(x, weight, bias) or _trains_by_onednn(x, weight, bias)):
         reason = None
     reasons = {"cuda": NO_KERNEL, "triton": NO_KERNEL}
     if reason is None and requested in ("auto", "cpu"):
@@ -257,6 +309,7 @@ register_layer("linear", Layer(_explain, _backends))
 
 
 @cache
+@torch.autocast("cpu", enabled=False)
 def _works(dtype: torch.dtype) -> bool:
     """Whether this PyTorch has the operators and they compute what they are taken for; x86 from AVX2 on only."""
     if not torch.backends.mkldnn.is_available() or torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):

@@ -143,18 +143,22 @@ def keeps(weight: Tensor) -> bool:
     return _found(weight) is not None and not weight.is_inference() and weight.is_contiguous()
 
 
-def in_products(weight: Tensor, rows: int) -> Tensor:
+def in_products(weight: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
     """What to give to oneDNN's product in place of `weight`: its packed copy if it has one, else the weight itself,
     made contiguous: with a slice of a wider one oneDNN takes a thousand times as long.
 
     Args:
-        weight: (D, C), of a dtype that oneDNN packs.
+        weight: (D, C).
         rows: of the product, which the layout is chosen for when the copy is made; it is right for any number.
+        dtype: of the product, one that oneDNN packs; the weight's own where it `keeps` no copy.
     """
     if not keeps(weight):
         return weight.contiguous()
     return _current(
-        _found(weight), "onednn", (weight,), lambda: torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
+        _found(weight),
+        f"onednn, {dtype}",
+        (weight,),
+        lambda: torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype), rows),
     )
 
 
