@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--end", choices=ENDS, action="append", help="one of the two; default: both")
     parser.add_argument("tests", nargs="*", default=list(TESTS))
-    given = parser.parse_args()
+    given = parser.parse_intermixed_args()  # tests may follow an option
     folder = given.folder.resolve()
     report = {end: checked(folder / end, end, given.tests) for end in given.end or ENDS}
     (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
