@@ -38,12 +38,18 @@ def passed_over(*arguments: object) -> str | None:
     return "not yet measured on this GPU"
 
 
+def tf32() -> bool:
+    """Whether products of float32 may be of TF32 on a GPU. PyTorch raises an error where its older flag is read after
+    its newer one was set; this one says what either has set."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
 def place(like: Tensor) -> dict[str, object]:
     """Where a call on `like`'s device runs, and how it may multiply float32 numbers."""
     return {
         "device": like.device.index,
         "stream": torch.cuda.current_stream(like.device).cuda_stream,
-        "tf32": torch.backends.cuda.matmul.allow_tf32,
+        "tf32": tf32(),
     }
 
 

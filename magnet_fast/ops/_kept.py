@@ -113,7 +113,7 @@ def machine(device: torch.device) -> Key:
         properties = torch.cuda.get_device_properties(device)
         key["device"] = f"{properties.name}, compute capability {properties.major}.{properties.minor}"
         key["driver"] = torch._C._cuda_getDriverVersion() if hasattr(torch._C, "_cuda_getDriverVersion") else None
-        key["tf32"] = torch.backends.cuda.matmul.allow_tf32
+        key["tf32"] = _cuda_backend.tf32()
     else:
         key["device"] = "cpu, " + (_cpu_backend.extension.simd_level() if _cpu_backend.extension else "no extension")
     return key

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from magnet_fast.ops import _cpu_backend, _kept, _proof_apart, _registry
+from magnet_fast.ops import _cpu_backend, _cuda_backend, _kept, _proof_apart, _registry
 from magnet_fast.ops._checks import dtype_name
 from magnet_fast.ops._observed import moded
 from magnet_fast.ops._proof_apart import Place
@@ -157,7 +157,7 @@ def share(ours: Tensor, plain: Tensor, truth: Tensor, dtype: torch.dtype) -> flo
     scale = truth.abs().max().item()
     error, baseline = ((tensor.double() - truth).abs().max().item() for tensor in (ours, plain))
     if dtype == torch.float32:
-        exact = not (ours.is_cuda and torch.backends.cuda.matmul.allow_tf32)
+        exact = not (ours.is_cuda and _cuda_backend.tf32())
         step = 32 * torch.finfo(torch.float32).eps if exact else 2.0**-9
         allowed = 4 * baseline + step * max(scale, 1e-2)
     else:

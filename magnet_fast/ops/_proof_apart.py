@@ -21,9 +21,7 @@ from pathlib import Path
 from time import monotonic
 from typing import IO, Any
 
-import torch
-
-from magnet_fast.ops import _kept
+from magnet_fast.ops import _cuda_backend, _kept
 
 BEGIN_SECONDS, SECONDS = 120.0, 120.0
 """The longest that a child may take to begin, and then for each check: Triton compiles its kernels in it."""
@@ -65,7 +63,7 @@ def _is_python(executable: str | None) -> bool:
 
 def _child(places: Sequence[Place], keys: Sequence[_kept.Key]) -> list[Answer | None]:
     """The answers of one child, with what its end says of the place that it was at; none if it did not begin."""
-    settings = {"tf32": torch.backends.cuda.matmul.allow_tf32, "seconds": SECONDS}
+    settings = {"tf32": _cuda_backend.tf32(), "seconds": SECONDS}
     job = json.dumps({"places": places, "keys": keys, **settings}).encode()
     path = [entry for entry in sys.path if isinstance(entry, str)]
     try:

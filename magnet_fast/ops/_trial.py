@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from magnet_fast.ops import _kept, _proof, _registry
+from magnet_fast.ops import _cuda_backend, _kept, _proof, _registry
 from magnet_fast.ops._checks import dtype_name
 from magnet_fast.ops._observed import transformed
 
@@ -179,7 +179,7 @@ def _asked() -> bool:
 
 def _form(operator: str, arguments: Sequence[Any]) -> Any:
     """All that a choice reads of a call; None for tensors that are anything but ordinary ones."""
-    described: list[Any] = [operator, torch.is_grad_enabled(), torch.backends.cuda.matmul.allow_tf32]
+    described: list[Any] = [operator, torch.is_grad_enabled(), _cuda_backend.tf32()]
     for argument in arguments:
         if isinstance(argument, Tensor):
             if type(argument) is not Tensor and type(argument) is not nn.Parameter:
@@ -193,7 +193,7 @@ def _form(operator: str, arguments: Sequence[Any]) -> Any:
 
 
 def _with_tf32(place: ShapeClass) -> ShapeClass:
-    return (*place, torch.backends.cuda.matmul.allow_tf32)
+    return (*place, _cuda_backend.tf32())
 
 
 def _able(operator: str, arguments: tuple, doubt: Callable[[str, str, tuple], str | None]) -> tuple[str, ...]:
