@@ -61,7 +61,8 @@ _AMX = _cpu_backend.extension is not None and _cpu_backend.extension.simd_level(
 _BEGUN = "proofs-begun"
 """Folder of the checks that began, in the cache."""
 
-_verdicts: dict[Place, Verdict] = {}
+_verdicts: dict[tuple[str, ...], Verdict] = {}
+"""By `_held_as`."""
 _lock = threading.RLock()
 
 
@@ -77,7 +78,7 @@ def unproven(operator: str, name: str, arguments: tuple) -> str | None:
         # In one process of their own, all that such a call may take.
         others = _checkable((operator,), (first.dtype,), first.device) if _proof_apart.wanted(place) else []
         _prove([place, *others])
-    return _refusal(place, _verdicts.get(place))
+    return _refusal(place, _verdicts.get(_held_as(place)))
 
 
 def expected(operator: str, name: str, arguments: tuple) -> str | None:
@@ -255,9 +256,10 @@ NOT_YET = "it has not proved itself on this machine yet: its first ordinary call
 def _remembered(place: Place) -> Verdict | None:
     """What is known without a check."""
     with _lock:
-        if place not in _verdicts and mode() == "once" and (found := _read(place) or _died(place)) is not None:
+        held = _held_as(place)
+        if held not in _verdicts and mode() == "once" and (found := _read(place) or _died(place)) is not None:
             _conclude(place, found)
-        return _verdicts.get(place)
+        return _verdicts.get(held)
 
 
 def _prove(places: Sequence[Place]) -> None:
@@ -269,7 +271,7 @@ def _prove(places: Sequence[Place]) -> None:
         for place, verdict in checked_apart(unknown).items():
             remember(place, verdict)
         for place in unknown:
-            if place not in _verdicts:
+            if _held_as(place) not in _verdicts:
                 operator, name, dtype, device = place
                 with begun(place):
                     verdict = check(operator, name, getattr(torch, dtype), device)
@@ -344,7 +346,7 @@ def needs_proof(name: str, dtype: torch.dtype) -> bool:
 
 
 def _conclude(place: Place, verdict: Verdict) -> None:
-    _verdicts[place] = verdict
+    _verdicts[_held_as(place)] = verdict
     if not verdict.passed:
         operator, name, dtype, device = place
         found = "gives wrong results" if verdict.measured else "could not be checked"
@@ -353,6 +355,12 @@ def _conclude(place: Place, verdict: Verdict) -> None:
             f"({verdict.detail}); {_REPORT}",
             stacklevel=2,
         )
+
+
+def _held_as(place: Place) -> tuple[str, ...]:
+    """What the process knows a place by: where TF32 is allowed later, other products have to prove themselves."""
+    of_tf32 = place[2] == "float32" and place[3].startswith("cuda") and _cuda_backend.tf32()
+    return (*place, "tf32") if of_tf32 else place
 
 
 def key_of(place: Place) -> _kept.Key:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from magnet_fast import ops
-from magnet_fast.ops import _cuda_backend, _kept
+from magnet_fast.ops import _cuda_backend, _kept, _proof
 
 from .apart import OPERATOR
 from .cases import window_case
@@ -44,10 +44,14 @@ def as_it_was() -> Iterator[None]:
     assert not torch.backends.cuda.matmul.allow_tf32  # which the mixture of both would refuse to say
 
 
-@pytest.mark.parametrize("allow", SETTINGS)
-def test_either_setting_is_seen(allow: Callable, monkeypatch) -> None:
+@pytest.fixture
+def a_gpu(monkeypatch) -> None:
     properties = SimpleNamespace(name="a GPU", major=9, minor=0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+
+
+@pytest.mark.parametrize("allow", SETTINGS)
+def test_either_setting_is_seen(allow: Callable, a_gpu) -> None:
     keys = [_kept.machine(torch.device("cuda", 0))]
     assert not _cuda_backend.tf32()
     allow("tf32")
@@ -73,3 +77,25 @@ def test_a_check_is_made(fake, children) -> None:  # noqa: F811
     children.do(float32="right")
     ops.prove("cpu", (torch.float32,), (OPERATOR,))
     assert chosen(window_case(dtype=torch.float32)) == "triton" and children.count == 1 and made.calls == 0
+
+
+@pytest.mark.parametrize("allow", SETTINGS)
+def test_what_is_proven_without_it_is_not_with_it(allow: Callable, a_gpu, fake) -> None:  # noqa: F811
+    """Nor the other way round; an answer of each lasts."""
+    place, device = (OPERATOR, "triton", "float32", "cuda:0"), torch.device("cuda", 0)
+
+    def said() -> str | None:
+        return _proof._said(*place[:2], torch.float32, device)
+
+    _proof.remember(place, _proof.Verdict(True, "right"))
+    assert said() is None
+    allow("tf32")
+    assert said() == _proof.NOT_YET
+    with pytest.warns(UserWarning, match="wrong results in float32 on cuda:0"):
+        _proof.remember(place, _proof.Verdict(False, "largest error 3"))
+    assert "largest error 3" in said()
+    allow("ieee")
+    assert said() is None
+    _proof.remember((OPERATOR, "triton", "bfloat16", "cuda:0"), _proof.Verdict(True, "right"))
+    allow("tf32")
+    assert _proof._said(*place[:2], torch.bfloat16, device) is None  # products of bfloat16 are the same
