@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from datetime import datetime, timezone
 from functools import cache
@@ -126,6 +126,18 @@ def triton_version() -> str | None:
         return None
 
 
+def package_version() -> str:
+    import magnet_fast
+
+    return magnet_fast.__version__
+
+
+@cache
+def operators() -> str:
+    """A hash of the operators' source: what gives the kernels their arguments, the references, the checks."""
+    return _hash(sorted(Path(__file__).parent.glob("*.py")))
+
+
 @cache
 def kernels(backend: str) -> str:
     """A hash of what the backend's kernels are made of: their source, or the compiled extension."""
@@ -136,6 +148,10 @@ def kernels(backend: str) -> str:
     else:
         extension = (_cuda_backend if backend == "cuda" else _cpu_backend).extension
         files = [Path(extension.__file__)] if extension is not None else []
+    return _hash(files)
+
+
+def _hash(files: Iterable[Path]) -> str:
     digest = hashlib.sha256()
     for file in files:
         digest.update(file.read_bytes())

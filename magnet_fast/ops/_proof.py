@@ -364,9 +364,10 @@ def _held_as(place: Place) -> tuple[str, ...]:
 
 
 def key_of(place: Place) -> _kept.Key:
-    """All that an answer depends on."""
+    """All that an answer depends on: kernels, what calls them, what they are compared with and how."""
     operator, name, dtype, device = place
     key = {"operator": operator, "backend": name, "dtype": dtype, "kernels": _kept.kernels(name)}
+    key |= {"package": _kept.package_version(), "operators": _kept.operators()}
     if name == "triton":
         key["triton"] = _kept.triton_version()
     return key | _kept.machine(torch.device(device))

@@ -196,15 +196,9 @@ def _parsed(answer: dict[str, Any]) -> Products | None:
 
 
 def _key(threads: int) -> _kept.Key:
-    key: _kept.Key = {"threads": threads, "processor": _processor(), "package": _version()}
+    key: _kept.Key = {"threads": threads, "processor": _processor(), "package": _kept.package_version()}
     key["limits"] = {name: os.environ.get(name) for name in ("MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA")}
     return key | _kept.machine(torch.device("cpu"))
-
-
-def _version() -> str:
-    import magnet_fast
-
-    return magnet_fast.__version__
 
 
 @cache

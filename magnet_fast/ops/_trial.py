@@ -278,11 +278,9 @@ def _measured(operator: str, arguments: tuple, place: ShapeClass, able: tuple[st
 
 def _key(place: ShapeClass, able: tuple[str, ...]) -> _kept.Key:
     """All that an answer depends on."""
-    import magnet_fast
-
     operator, gradients, *rest, _ = place
     first = next(part for part in rest if _of_a_tensor(part))
-    key: _kept.Key = {"operator": operator, "class": _in_words(gradients, rest), "package": magnet_fast.__version__}
+    key: _kept.Key = {"operator": operator, "class": _in_words(gradients, rest), "package": _kept.package_version()}
     key["candidates"] = {name: None if name == "reference" else _kept.kernels(name) for name in able}
     if "triton" in able:
         key["triton"] = _kept.triton_version()

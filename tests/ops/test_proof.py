@@ -258,11 +258,30 @@ def test_dtypes_are_checked_apart(fake, tmp_path) -> None:
 def test_asked_again_after_a_change_of_version(fake, monkeypatch) -> None:
     made, case = fake(), window_case(dtype=torch.float32)
     chosen(case)
-    for change in (lambda: monkeypatch.setattr(torch, "__version__", "99.0"), lambda: kernels_changed(monkeypatch)):
+    for change in (
+        lambda: monkeypatch.setattr(torch, "__version__", "99.0"),
+        lambda: kernels_changed(monkeypatch),
+        lambda: monkeypatch.setattr(magnet_fast, "__version__", "99.0"),
+        lambda: monkeypatch.setattr(_kept, "operators", lambda: "another call of the kernel, or other cases"),
+    ):
         calls = made.calls
         change()
         forget()
         assert chosen(case) == "triton" and made.calls > calls
+
+
+def test_the_source_of_the_operators_counts(tmp_path, monkeypatch) -> None:
+    """Also where it was changed under the same version."""
+    source = tmp_path / "ops"
+    source.mkdir()
+    (source / "_proof_cases.py").write_text("CASES = 3")
+    monkeypatch.setattr(_kept, "__file__", str(source / "_kept.py"))
+    hashes = [_kept.operators.__wrapped__()]
+    (source / "_proof_cases.py").write_text("CASES = 4")
+    hashes.append(_kept.operators.__wrapped__())
+    (source / "_triton_window.py").write_text("STRIDES = 2")
+    hashes.append(_kept.operators.__wrapped__())
+    assert len(set(hashes)) == 3
 
 
 def kernels_changed(monkeypatch: pytest.MonkeyPatch) -> None:
