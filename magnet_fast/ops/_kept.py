@@ -113,10 +113,25 @@ def machine(device: torch.device) -> Key:
         properties = torch.cuda.get_device_properties(device)
         key["device"] = f"{properties.name}, compute capability {properties.major}.{properties.minor}"
         key["driver"] = torch._C._cuda_getDriverVersion() if hasattr(torch._C, "_cuda_getDriverVersion") else None
+        # The number above is that of the newest CUDA a driver knows, which many releases of it share.
+        key["driver release"] = _first_line(_NVIDIA, "NVRM version")
         key["tf32"] = _cuda_backend.tf32()
     else:
         key["device"] = "cpu, " + (_cpu_backend.extension.simd_level() if _cpu_backend.extension else "no extension")
+        key["processor"] = _first_line(_PROCESSORS, "model name")  # a home may be that of many machines
     return key
+
+
+_NVIDIA, _PROCESSORS = Path("/proc/driver/nvidia/version"), Path("/proc/cpuinfo")
+
+
+def _first_line(file: Path, name: str) -> str:
+    """What a file of Linux says of itself in the first line of that name; "" where it does not."""
+    with suppress(OSError, UnicodeDecodeError):
+        for line in file.read_text().splitlines():
+            if line.startswith(name):
+                return line.partition(":")[2].strip()
+    return ""
 
 
 def triton_version() -> str | None:

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import os
 import statistics
-from functools import cache
-from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -196,15 +194,6 @@ def _parsed(answer: dict[str, Any]) -> Products | None:
 
 
 def _key(threads: int) -> _kept.Key:
-    key: _kept.Key = {"threads": threads, "processor": _processor(), "package": _kept.package_version()}
+    key: _kept.Key = {"threads": threads, "package": _kept.package_version()}
     key["limits"] = {name: os.environ.get(name) for name in ("MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA")}
     return key | _kept.machine(torch.device("cpu"))
-
-
-@cache
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return ""
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")

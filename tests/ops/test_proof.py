@@ -12,6 +12,7 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -282,6 +283,24 @@ def test_the_source_of_the_operators_counts(tmp_path, monkeypatch) -> None:
     (source / "_triton_window.py").write_text("STRIDES = 2")
     hashes.append(_kept.operators.__wrapped__())
     assert len(set(hashes)) == 3
+
+
+def test_another_processor_or_release_of_a_driver_is_another_machine(tmp_path, monkeypatch) -> None:
+    """Level amx is that of several, and a home folder may be shared; CUDA's number is that of many drivers."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(name="", major=9, minor=0))
+    for variable, device, lines in (
+        ("_PROCESSORS", "cpu", "processor: 0\nmodel name\t: {}\nflags: amx\nprocessor: 1\nmodel name: other\n"),
+        ("_NVIDIA", "cuda:0", "NVRM version: NVIDIA UNIX x86_64 Kernel Module  {}  Tue Mar  5\nGCC version: 12\n"),
+    ):
+        file, place = tmp_path / variable, (OPERATOR, "cpu", "bfloat16", device)
+        monkeypatch.setattr(_kept, variable, file)
+        keys = [_proof.key_of(place)]  # without such a file
+        for text in ("550.54.14", "550.54.15"):
+            file.write_text(lines.format(text))
+            keys.append(_proof.key_of(place))
+        file.write_bytes(b"\xff")
+        assert _proof.key_of(place) == keys[0]
+        assert keys[0] != keys[1] != keys[2] != keys[0] and "550.54.15" in str(keys[2]) and "other" not in str(keys[2])
 
 
 def kernels_changed(monkeypatch: pytest.MonkeyPatch) -> None:
