@@ -285,13 +285,15 @@ def checked_apart(places: Sequence[Place]) -> dict[Place, Verdict]:
     for place, answer in zip(places, _proof_apart.answers(places, [key_of(place) for place in places]), strict=True):
         if answer is not None:
             found[place] = Verdict(**answer)
-            _kept.remove(_BEGUN, key_of(place))
     return found
 
 
 @contextmanager
 def begun(place: Place) -> Iterator[None]:
-    """A kernel that reaches outside its memory takes the process with it: the next one is told that a check began."""
+    """A kernel that reaches outside its memory takes the process with it: the next one is told that a check began.
+
+    Not of a check in a process of its own, whose end the one that asks sees: where both are gone, both were stopped.
+    """
     key = key_of(place)
     _kept.write(_BEGUN, key, {"process": os.getpid(), "host": socket.gethostname()})
     try:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 
 import pytest
 import torch
@@ -14,7 +18,7 @@ import torch
 from magnet_fast import ops
 from magnet_fast.ops import _kept, _proof, _proof_apart, _registry
 
-from .apart import DEEDS, OPERATOR
+from .apart import DEEDS, OPERATOR, REACHED
 from .cases import window_case
 from .test_proof import Fake, answers, begun, chosen, fake, forget  # noqa: F401 - a fixture
 
@@ -210,3 +214,42 @@ def test_the_doctor_asks_there_too(fake, children, monkeypatch) -> None:  # noqa
     found = _proof.checked_apart([place, (OPERATOR, "cpu", "float32", "cpu")])
     assert list(found) == [place] and not found[place].passed and place not in _proof._verdicts
     assert _registry.why_not(OPERATOR, "triton", window_case(dtype=torch.float32).normalised()) is None
+
+
+STOPPED = """
+import sys
+from dataclasses import replace
+import torch
+from magnet_fast import ops
+from magnet_fast.ops import _proof_apart, _registry
+from tests.ops.apart import OPERATOR
+
+_proof_apart.wanted = lambda place: place[1] == "triton"
+_proof_apart._START = _proof_apart._START.replace("magnet_fast.ops._proof_child", "tests.ops.apart")
+free = {"supports": lambda *arguments: None, "passed_over": lambda *arguments: None, "missing": None}
+_registry._implementations[OPERATOR, "triton"] = replace(_registry.implementation(OPERATOR, "cpu"), **free)
+ops.prove("cpu", (torch.float32,), (OPERATOR,))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_job_that_is_stopped_says_nothing_of_the_kernel(fake, children, tmp_path, number: int) -> None:  # noqa: F811
+    """Ctrl-C, or a scheduler, while a check is under way: both processes are gone, and the next one asks again."""
+    reached = tmp_path / "reached"
+    children.monkeypatch.setenv(REACHED, str(reached))
+    children.do(float32="hang")
+    job = subprocess.Popen([sys.executable, "-c", STOPPED], start_new_session=True, stderr=subprocess.DEVNULL)
+    try:
+        while not reached.exists():
+            assert job.poll() is None
+            time.sleep(0.05)
+        os.killpg(job.pid, number)
+        assert job.wait() == -number
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(job.pid, signal.SIGKILL)
+    assert begun(tmp_path) == []
+    fake()
+    children.do(float32="right")
+    assert chosen(window_case(dtype=torch.float32)) == "triton" and verdicts()["float32"].measured
