@@ -18,13 +18,14 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from time import monotonic
 from typing import IO, Any
 
 from magnet_fast.ops import _cuda_backend, _kept
 
 BEGIN_SECONDS, SECONDS = 120.0, 120.0
 """The longest that a child may take to begin, and then for each check: Triton compiles its kernels in it."""
+
+_TURN = 1.0  # seconds
 
 Place = tuple[str, str, str, str]  # operator, backend, dtype, device
 Answer = dict[str, Any]
@@ -116,11 +117,14 @@ def _lines(stream: IO[bytes]) -> Iterator[bytes]:
     poll, held, seconds = select.poll(), b"", BEGIN_SECONDS
     poll.register(stream, select.POLLIN)
     while True:
-        end = monotonic() + seconds
+        silent = 0.0
         while b"\n" not in held:
-            left = end - monotonic()
-            if left <= 0 or not poll.poll(1000 * left):
-                raise TimeoutError
+            # By turns, not by the clock, which goes on while this process and the child are stopped or frozen together.
+            if not poll.poll(1000 * _TURN):
+                silent += _TURN
+                if silent >= seconds:
+                    raise TimeoutError
+                continue
             more = os.read(stream.fileno(), 1 << 16)
             if not more:
                 return

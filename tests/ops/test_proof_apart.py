@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
@@ -232,18 +233,41 @@ ops.prove("cpu", (torch.float32,), (OPERATOR,))
 """
 
 
+def a_job(reached: Path, code: str = STOPPED) -> subprocess.Popen:
+    """In a group of its own; its check is under way."""
+    environment = {**os.environ, REACHED: str(reached)}
+    job = subprocess.Popen(
+        [sys.executable, "-c", code], start_new_session=True, stderr=subprocess.DEVNULL, env=environment
+    )
+    while not reached.exists():
+        assert job.poll() is None
+        time.sleep(0.05)
+    return job
+
+
+@pytest.mark.slow
+def test_a_job_that_stands_still_for_longer_than_a_check_may_take(fake, children, tmp_path) -> None:  # noqa: F811
+    """Ctrl-Z, a container that is paused, a machine that moves: nothing hangs."""
+    children.do(float32="slow")
+    job = a_job(tmp_path / "reached", STOPPED.replace("ops.prove", "_proof_apart.SECONDS = 8.0\nops.prove"))
+    try:
+        os.killpg(job.pid, signal.SIGSTOP)
+        time.sleep(10)
+        os.killpg(job.pid, signal.SIGCONT)
+        assert job.wait() == 0
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(job.pid, signal.SIGKILL)
+    assert [one["passed"] for one in answers(tmp_path)] == [True]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_job_that_is_stopped_says_nothing_of_the_kernel(fake, children, tmp_path, number: int) -> None:  # noqa: F811
     """Ctrl-C, or a scheduler, while a check is under way: both processes are gone, and the next one asks again."""
-    reached = tmp_path / "reached"
-    children.monkeypatch.setenv(REACHED, str(reached))
     children.do(float32="hang")
-    job = subprocess.Popen([sys.executable, "-c", STOPPED], start_new_session=True, stderr=subprocess.DEVNULL)
+    job = a_job(tmp_path / "reached")
     try:
-        while not reached.exists():
-            assert job.poll() is None
-            time.sleep(0.05)
         os.killpg(job.pid, number)
         assert job.wait() == -number
     finally:
