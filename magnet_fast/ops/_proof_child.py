@@ -28,6 +28,8 @@ def _answer(job: dict[str, Any], say: Any) -> None:
     places = [tuple(place) for place in job["places"]]
     if [_proof.key_of(place) for place in places] != job["keys"]:
         return  # another device or another version than the one that is asked about
+    if not all(works(torch.device(device)) for device in {place[3] for place in places}):
+        return  # there is no memory for this process beside the one that asks, say: that is no kernel's doing
     say("begun")
     for place in places:
         operator, name, dtype, device = place

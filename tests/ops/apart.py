@@ -38,7 +38,7 @@ def deed(name: str, out: Any) -> Any:
         os.system("echo so does what it starts")
     elif name == "asserts":  # on a GPU, which this process cannot use any more
         out[torch.tensor([10**6], device=out.device)].sum().item()
-    elif name in ("raises", "breaks"):
+    elif name in ("raises", "breaks", "full"):
         raise RuntimeError(f"what {name}")
     return 2 * out if name == "wrong" else out
 
@@ -57,6 +57,8 @@ def main() -> None:
 
     free = {"supports": lambda *arguments: None, "passed_over": lambda *arguments: None, "missing": None}
     _registry._implementations[OPERATOR, "triton"] = replace(item, forward=forward, **free)
+    if "full" in deeds.values():  # a GPU without memory for another process, or that takes no other
+        _proof_child.works = lambda device: False
     if "absent" in deeds.values():
         sys.exit(3)
     _proof_child.main()

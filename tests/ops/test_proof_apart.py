@@ -145,6 +145,10 @@ def ends_before_it_begins(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(DEEDS, json.dumps({"float32": "absent"}))
 
 
+def a_device_that_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(DEEDS, json.dumps({"float32": "full"}))
+
+
 def silent_before_it_begins(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_proof_apart, "BEGIN_SECONDS", 0.3)
     monkeypatch.setattr(_proof_apart, "_START", "import time; time.sleep(60)")
@@ -155,7 +159,10 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_kept, "triton_version", lambda: "0.0")
 
 
-@pytest.mark.parametrize("why", [no_interpreter, ends_before_it_begins, silent_before_it_begins, elsewhere])
+WITHOUT = [no_interpreter, ends_before_it_begins, silent_before_it_begins, a_device_that_is_full, elsewhere]
+
+
+@pytest.mark.parametrize("why", WITHOUT)
 def test_without_a_child_it_is_checked_here(fake, children, tmp_path, why: Callable) -> None:  # noqa: F811
     made = fake()
     children.do(float32="segfault")
