@@ -66,16 +66,21 @@ def write_first(folder: str, key: Key, answer: dict[str, Any], valid: Callable[[
         new = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
         write_text_atomically(new, _text(key, answer))
         try:
-            there = read(folder, key)
-            if there is None or not valid(there):
-                path.unlink(missing_ok=True)  # damaged, if it is there at all
-            os.link(new, path)  # fails where there is one: of several processes exactly one is the first
-        except FileExistsError:
-            pass
-        except OSError:  # a file system without links
-            os.replace(new, path)
+            if not _linked(new, path):  # of several processes exactly one is the first
+                there = read(folder, key)
+                if there is None or not valid(there):
+                    os.replace(new, path)  # what is there is damaged
         finally:
             new.unlink(missing_ok=True)
+
+
+def _linked(new: Path, path: Path) -> bool:
+    """Whether the file now has the other name, too; False where a file has it already, or there are no links."""
+    try:
+        os.link(new, path)
+    except OSError:
+        return False
+    return True
 
 
 def remove(folder: str, key: Key) -> None:

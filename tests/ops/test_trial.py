@@ -196,7 +196,10 @@ def test_a_file_system_without_links(machine, monkeypatch) -> None:
 
     monkeypatch.setattr(os, "link", no_links)
     assert chosen() == "cpu"
-    assert [answer["winner"] for answer in machine.answers()] == ["cpu"]
+    (answer,) = machine.answers()
+    assert answer["winner"] == "cpu"
+    _kept.write_first("choices", answer["key"], {"winner": "triton"}, lambda answer: True)
+    assert machine.answers() == [answer]  # nor is a first one replaced
 
 
 def test_of_several_processes_the_first_counts(machine, monkeypatch) -> None:
@@ -215,6 +218,23 @@ def test_of_several_processes_the_first_counts(machine, monkeypatch) -> None:
 
     monkeypatch.setattr(_trial, "_times", slow)
     assert chosen() == "triton" and len(machine.answers()) == 1
+
+
+def test_of_two_that_look_at_once_the_first_counts(machine, monkeypatch) -> None:
+    """The other's answer comes just when this one has seen that there is none, and before it writes its own."""
+    read, key, theirs = _kept.read, {"one": 1}, [{"winner": "triton"}]
+
+    def looked(folder: str, of: dict) -> dict | None:
+        found = read(folder, of)
+        if theirs:
+            _kept.write_first(folder, of, theirs.pop(), lambda answer: True)
+        return found
+
+    monkeypatch.setattr(_kept, "read", looked)
+    link = os.link
+    monkeypatch.setattr(os, "link", lambda *names: looked("choices", key) or link(*names))
+    _kept.write_first("choices", key, {"winner": "cpu"}, lambda answer: True)
+    assert theirs == [] and [answer["winner"] for answer in machine.answers()] == ["triton"]
 
 
 def test_what_raises_is_left_out(machine) -> None:
