@@ -45,7 +45,7 @@ def read(folder: str, key: Key) -> dict[str, Any] | None:
     """The answer to `key` in a folder of the cache, if there is one."""
     try:
         found = json.loads(_file(folder, key).read_text())
-    except (OSError, ValueError):  # none yet, another user's, or no answer of ours
+    except (OSError, ValueError, RecursionError):  # none yet, another user's, or no answer of ours
         return None
     return found if isinstance(found, dict) and found.get("key") == key else None
 
@@ -93,7 +93,7 @@ def all_of(folder: str) -> Iterator[dict[str, Any]]:
     """Every answer in a folder of the cache, with its key, in the order of its file's name."""
     with suppress(OSError):
         for path in sorted((cache_folder() / folder).glob("*.json")):
-            with suppress(OSError, ValueError):
+            with suppress(OSError, ValueError, RecursionError):
                 found = json.loads(path.read_text())
                 if isinstance(found, dict) and isinstance(found.get("key"), dict):
                     yield found

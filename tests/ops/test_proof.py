@@ -312,7 +312,7 @@ def test_what_is_no_answer_is_asked_again(fake, tmp_path) -> None:
     chosen(case)
     (path,) = (tmp_path / "cache" / "proofs").iterdir()
     good = json.loads(path.read_text())
-    for text in ("", "[]", "{not json", json.dumps({**good, "passed": "yes"}), json.dumps({**good, "key": {}})):
+    for text in ("", "[]", "[" * 100_000, "{not json", json.dumps({**good, "passed": "yes"}), json.dumps({**good, "key": {}})):
         path.write_text(text)
         calls = made.calls
         forget()

@@ -166,6 +166,7 @@ def test_what_is_no_answer_is_asked_again(machine) -> None:
     for wrong in (
         "",
         "[]",
+        "[" * 100_000,
         "{not json",
         json.dumps({**good, "winner": "cuda"}),
         json.dumps({**good, "winner": ["cpu"]}),
@@ -175,6 +176,7 @@ def test_what_is_no_answer_is_asked_again(machine) -> None:
         json.dumps({**good, "key": {}}),
     ):
         path.write_text(wrong)
+        _trial.remembered()  # nor does the doctor stop at it
         machine.forget()
         assert chosen() == "cpu" and machine.ran != [], wrong
         machine.forget()
