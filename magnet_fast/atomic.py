@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import secrets
@@ -88,11 +89,23 @@ def _write(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
+    _bring_to_the_disk(path.parent)  # the rename itself
+
+
+def _bring_to_the_disk(folder: Path) -> None:
+    """Which names a folder holds, where that can be asked for: not of one that may not be listed, nor on some shared
+    and network file systems, which answer that the request is invalid. The file itself is there, whole."""
     try:
-        os.fsync(folder)  # the rename itself
+        descriptor = os.open(folder, os.O_RDONLY)
+    except PermissionError:
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):
+            raise
     finally:
-        os.close(folder)
+        os.close(descriptor)
 
 
 def write_text_atomically(path: str | os.PathLike[str], text: str) -> None:

@@ -7,6 +7,7 @@ import os
 import stat
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -61,6 +62,39 @@ def test_errors_name_the_file_that_was_asked_for(tmp_path) -> None:
     with pytest.raises(OSError, match="^cannot write mode L as XBM$"):
         write_atomically(tmp_path / "file", no_format)
     assert [entry.name for entry in tmp_path.iterdir()] == ["folder"]
+
+
+def test_a_file_system_that_brings_no_folder_to_the_disk(tmp_path, monkeypatch) -> None:
+    """As some shared and network ones; an error of the disk is one."""
+    fsync, number = os.fsync, errno.EINVAL
+
+    def fails(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fails)
+    for number in (errno.EINVAL, errno.ENOTSUP):
+        write_text_atomically(tmp_path / "file", str(number))
+        assert (tmp_path / "file").read_text() == str(number)
+    number = errno.EIO
+    with pytest.raises(OSError, match="Input/output error") as caught:
+        write_text_atomically(tmp_path / "file", "after")
+    assert caught.value.filename == str(tmp_path / "file")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may be another user for a while")
+def test_a_folder_that_may_be_written_to_and_not_listed() -> None:
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own is below a private one
+        os.chown(folder, 65534, 65534)
+        os.chmod(folder, 0o300)
+        os.setresuid(65534, 65534, 0)
+        try:
+            for text in ("before", "after"):
+                write_text_atomically(Path(folder, "file"), text)
+        finally:
+            os.setresuid(0, 0, 0)
+        assert Path(folder, "file").read_text() == "after" and os.listdir(folder) == ["file"]
 
 
 def test_the_old_file_stands_until_the_new_one_is_complete(tmp_path) -> None:
