@@ -124,15 +124,19 @@ class Results:
             write_atomically(self.folder / COCO, lambda file: file.write(json.dumps(listed).encode()))
 
     def _open(self) -> BinaryIO:
-        file = open(self._lines, "a+b", buffering=0)  # noqa: SIM115 (closed on leaving the context)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        while True:
+            file = open(self._lines, "a+b", buffering=0)  # noqa: SIM115 (closed on leaving the context)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.close()
+                raise ValueError(f"out: {self.folder} is written to by another process; wait for its end") from None
+            except OSError:  # a file system without locks
+                pass
+            # Another process may have put a new file in its place meanwhile.
+            if self._lines.exists() and os.path.samestat(os.fstat(file.fileno()), os.stat(self._lines)):
+                return file
             file.close()
-            raise ValueError(f"out: {self.folder} is written to by another process; wait for its end") from None
-        except OSError:  # a file system without locks
-            pass
-        return file
 
     def _take_up(self, rows: Sequence[Row]) -> None:
         """Read which rows are done. Lines that cannot be used are taken off."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import json
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from pycocotools.coco import COCO
 from typer.testing import CliRunner
 
 from magnet_fast import Segmenter
+from magnet_fast.atomic import write_atomically
 from magnet_fast.batch import Results, Row, read_rows, run, segment_rows
 from magnet_fast.cli import app
 from magnet_fast.inference import Prepared
@@ -253,6 +255,23 @@ def test_results_are_not_written_over(table: Path, pictures: Path, run_command, 
         refused("is written to by another process", tmp_path / "new", rows, "rle")
     refused("format: expected one of png, rle, jsonl, coco, got 'tiff'", tmp_path / "newer", rows, "tiff")
     assert not (tmp_path / "newer").exists()
+
+
+def test_lines_go_to_the_file_that_stays(table: Path, segmenter: Segmenter, tmp_path: Path, monkeypatch) -> None:
+    """Another process that resumes takes half a line off, by a new file in its place, just before this one locks it."""
+    rows, out, lock = read_rows(table), tmp_path / "out", fcntl.flock
+    with Results(out, rows, "rle") as results:
+        segment_rows(segmenter, rows[:2], results)
+
+    def late(file, operation: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", lock)
+        write_atomically(out / "results.jsonl", lambda new: new.write((out / "results.jsonl").read_bytes()))
+        lock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with Results(out, rows, "rle", resume=True) as results:
+        segment_rows(segmenter, rows, results)
+    assert sorted(line["row"] for line in lines(out)) == [1, 2, 3, 4, 5]
 
 
 def test_options_that_do_not_go_together(table: Path, checkpoint: Path, tmp_path: Path) -> None:
