@@ -151,7 +151,7 @@ class Results:
                 given = record["image"], record["sentence"], record.get("image_id", row and row.image_id)
                 same = row is not None and given == (row.image, row.sentence, row.image_id)
                 there = "mask" not in record or (self.folder / record["mask"]).is_file()
-            except (ValueError, TypeError, KeyError, AttributeError):
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
                 broken += 1
                 continue
             if not same or _MARKS[self.format] - record.keys() or record.keys() & _FOREIGN[self.format]:
