@@ -16,7 +16,7 @@ import socket
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -191,9 +191,17 @@ def undisturbed() -> Iterator[None]:
         torch.autocast("cpu", enabled=False),
         torch.autocast("cuda", enabled=False),
         torch.device("cpu"),
-        torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor),
+        unhooked(),
     ):
         yield
+
+
+def unhooked() -> AbstractContextManager[Any]:
+    """No hooks of the caller's on what is kept for the backward pass. Where there are none nothing is done: the caller
+    may also have forbidden them."""
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
+        return nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
 
 
 def _public(operator: str) -> Callable[..., Any]:

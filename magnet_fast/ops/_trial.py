@@ -388,15 +388,12 @@ def _seconds(run: Callable[[], None], device: torch.device) -> float:
 @contextmanager
 def _undisturbed(gradients: bool) -> Iterator[None]:
     """As `_proof.undisturbed`, without what would slow the operations of one candidate more than another's."""
-    hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
     with (
         torch.inference_mode(False),
         torch.set_grad_enabled(gradients),
         torch.autocast("cpu", enabled=False),
         torch.autocast("cuda", enabled=False),
-        torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
-        if hooked
-        else nullcontext(),
+        _proof.unhooked(),
     ):
         yield
 

@@ -204,6 +204,15 @@ def test_inside_activation_checkpointing(fake) -> None:
         torch.testing.assert_close(ours, plain)
 
 
+def test_where_hooks_are_forbidden(fake) -> None:
+    """As they are for whoever must not have what is kept for the backward pass packed."""
+    made, case = fake(), window_case(dtype=torch.float32)
+    with torch.autograd.graph.disable_saved_tensors_hooks("no hooks here"):
+        assert chosen(case) == "triton"
+        ops.prove("cpu", (torch.float32,), (OPERATOR,))
+    assert made.calls > 0
+
+
 def test_what_is_not_finite_in_the_reference_proves_nothing() -> None:
     nan = torch.full((2,), torch.nan)
     assert _proof.share(torch.ones(2), nan, torch.ones(2).double(), torch.float32) == float("inf")
@@ -312,7 +321,14 @@ def test_what_is_no_answer_is_asked_again(fake, tmp_path) -> None:
     chosen(case)
     (path,) = (tmp_path / "cache" / "proofs").iterdir()
     good = json.loads(path.read_text())
-    for text in ("", "[]", "[" * 100_000, "{not json", json.dumps({**good, "passed": "yes"}), json.dumps({**good, "key": {}})):
+    for text in (
+        "",
+        "[]",
+        "[" * 100_000,
+        "{not json",
+        json.dumps({**good, "passed": "yes"}),
+        json.dumps({**good, "key": {}}),
+    ):
         path.write_text(text)
         calls = made.calls
         forget()
