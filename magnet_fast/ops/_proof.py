@@ -344,10 +344,10 @@ def proved(operator: str, dtype: torch.dtype, check: Callable[[], Verdict]) -> b
 
 def remember(place: Place, verdict: Verdict) -> None:
     """Take a verdict for (operator, backend, dtype, device) from now on; on disk, too, unless it is of the moment."""
-    _conclude(place, verdict)
     if verdict.measured or verdict.lasting:
         _write(place, verdict)
         _kept.remove(_BEGUN, key_of(place))
+    _conclude(place, verdict)  # last: a warning may be an error to the caller
 
 
 def needs_proof(name: str, dtype: torch.dtype) -> bool:

@@ -204,6 +204,17 @@ def test_inside_activation_checkpointing(fake) -> None:
         torch.testing.assert_close(ours, plain)
 
 
+def test_where_a_warning_is_an_error_the_answer_lasts(fake, tmp_path) -> None:
+    fake(forward=lambda out: out * 1.01)
+    case = window_case(dtype=torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="gives wrong results"):
+            chosen(case)
+        assert chosen(case) == "cpu"
+    assert [answer["passed"] for answer in answers(tmp_path)] == [False] and begun(tmp_path) == []
+
+
 def test_where_hooks_are_forbidden(fake) -> None:
     """As they are for whoever must not have what is kept for the backward pass packed."""
     made, case = fake(), window_case(dtype=torch.float32)
