@@ -177,4 +177,6 @@ def _in_hand(folder: Path) -> Iterator[bool]:
         except BlockingIOError:
             yield False
             return
+        except OSError:  # a file system without locks
+            pass
         yield True

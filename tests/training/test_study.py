@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 from pathlib import Path
@@ -16,7 +17,7 @@ from magnet_fast.data.scenes import write_scenes
 from magnet_fast.training.building import build_model, build_tokenizer
 from magnet_fast.training.config import load_config
 from magnet_fast.training.optim import build_optimiser
-from magnet_fast.training.study import run_study
+from magnet_fast.training.study import _in_hand, run_study
 from magnet_fast.training.study_report import spread, write_report
 from magnet_fast.training.terms import build_terms
 from magnet_fast.training.variants import load_study, row_config
@@ -153,6 +154,15 @@ def test_from_end_to_end(scenes: Path, tmp_path) -> None:
     with open(out / "all" / "seed-0" / ".lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         assert "all, seed 0: another process has it" in CliRunner().invoke(cli.app, [*command, "all"]).output
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with _in_hand(tmp_path / "run") as mine:
+        assert mine
 
 
 def test_mistakes(scenes: Path, tmp_path) -> None:
