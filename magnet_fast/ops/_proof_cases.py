@@ -97,29 +97,37 @@ def _cross_modal(normal: Normal, generator: torch.Generator) -> list[ProofCase]:
     ]
 
 
-def _places(normal: Normal) -> tuple[list[tuple[int, int]], Tensor, Tensor, Tensor]:
+_WIDTHS = 16, 32
+"""Of the heads in deformable attention; a Triton kernel is compiled for each, and models of 256 channels have 32."""
+
+
+def _places(normal: Normal, width: int) -> tuple[list[tuple[int, int]], Tensor, Tensor, Tensor]:
     shapes, queries, heads, points = [(9, 7), (4, 5), (1, 2)], 11, 3, 4
     return (
         shapes,
-        normal(2, 85, heads, 16),
+        normal(2, 85, heads, width),
         normal(2, queries, heads, 3, points, 2),
         normal(2, queries, heads, 3, points),
     )
 
 
 def _deformable(normal: Normal, generator: torch.Generator) -> list[ProofCase]:
-    shapes, value, places, weights = _places(normal)
-    # Some points lie outside of the maps.
-    return [ProofCase([value, 0.5 + 0.4 * places, weights], lambda value, *rest: ((value, shapes, *rest), {}))]
+    made = []
+    for width in _WIDTHS:
+        shapes, value, places, weights = _places(normal, width)
+        # Some points lie outside of the maps.
+        leaves = [value, 0.5 + 0.4 * places, weights]
+        made.append(ProofCase(leaves, lambda value, *rest, shapes=shapes: ((value, shapes, *rest), {})))
+    return made
 
 
 def _fused_deformable(normal: Normal, generator: torch.Generator) -> list[ProofCase]:
-    shapes, value, offsets, logits = _places(normal)
     made = []
-    for last in (2, 4):
+    for last, width in ((2, _WIDTHS[0]), (2, _WIDTHS[1]), (4, _WIDTHS[1])):
+        shapes, value, offsets, logits = _places(normal, width)
         reference = normal(2, 11, 3, last).sigmoid()
         leaves = [value, reference, 2 * offsets, logits]
-        made.append(ProofCase(leaves, lambda value, *rest: ((value, shapes, *rest), {})))
+        made.append(ProofCase(leaves, lambda value, *rest, shapes=shapes: ((value, shapes, *rest), {})))
     return made
 
 

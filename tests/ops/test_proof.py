@@ -454,6 +454,22 @@ def test_the_cpu_kernels_pass(operator: str) -> None:
         assert verdict.passed, verdict.detail
 
 
+@pytest.mark.parametrize("operator", ["deformable_attention", "fused_deformable_attention"])
+@pytest.mark.parametrize("width", [16, 32])
+def test_a_kernel_that_is_wrong_for_one_width_of_heads_fails(operator: str, width: int, monkeypatch) -> None:
+    """Of deformable attention, which Triton compiles for each: those of the usual models are among the cases."""
+    item = _registry.implementation(operator, "cpu")
+
+    def forward(value: torch.Tensor, *others: Any) -> Any:
+        out = item.forward(value, *others)
+        return 1.01 * out if value.shape[-1] == width else out
+
+    free = {"supports": lambda *arguments: None, "missing": None}
+    wrong = replace(item, forward=forward, **free)
+    monkeypatch.setitem(_registry._implementations, (operator, "triton"), wrong)
+    assert not _proof.check(operator, "triton", torch.float32, "cpu").passed
+
+
 def test_ordinary_cpu_calls_need_none(monkeypatch) -> None:
     monkeypatch.setattr(_proof, "check", None)
     for case in all_cases(torch.float32).values():
