@@ -41,9 +41,7 @@ def backward(
     scores = image or (text and not separate)
     reached = (scores, scores, image, text, text, text)
     grads = [
-        (torch.empty if into else torch.zeros)(tensor.shape, dtype=tensor.dtype)
-        if want and tensor is not None
-        else None
+        (tensor.new_empty if into else tensor.new_zeros)(tensor.shape) if want and tensor is not None else None
         for tensor, want, into in zip(tensors, wanted, reached, strict=True)
     ]
     if any(into and grad is not None for grad, into in zip(grads, reached, strict=True)):

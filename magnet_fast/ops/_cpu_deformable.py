@@ -160,11 +160,11 @@ def gradients(grads: Sequence[Tensor | None]) -> dict[str, object]:
 
 
 def _empty(tensor: Tensor) -> Tensor:
-    return torch.empty(tensor.shape, dtype=tensor.dtype)
+    return tensor.new_empty(tensor.shape)
 
 
 def _zeros(tensor: Tensor) -> Tensor:
-    return torch.zeros(tensor.shape, dtype=tensor.dtype)
+    return tensor.new_zeros(tensor.shape)
 
 
 def _in_dtypes_of(grads: Sequence[Tensor | None], given: Sequence[Tensor]) -> list[Tensor | None]:

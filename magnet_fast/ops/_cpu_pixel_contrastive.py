@@ -40,7 +40,7 @@ def backward(
     """The gradient of `features`, None when it is not wanted."""
     if not wanted[0]:
         return [None]
-    grad = torch.empty(features.shape, dtype=features.dtype)
+    grad = features.new_empty(features.shape)
     if grad_loss is None:
         return [grad.zero_()]
     grad_loss, inside = grad_loss.to(_result_dtype(features)).contiguous(), inside.contiguous()

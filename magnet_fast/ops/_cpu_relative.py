@@ -35,7 +35,7 @@ def backward(
     dtypes = (qkv.dtype, *[_cpu_backend.computed(qkv)] * 3)
     both = wanted[1] or wanted[2]  # the kernel makes the tables' gradients together
     grads = [
-        torch.empty(tensor.shape, dtype=dtype) if want and tensor is not None else None
+        tensor.new_empty(tensor.shape, dtype=dtype) if want and tensor is not None else None
         for tensor, dtype, want in zip(inputs, dtypes, (wanted[0], both, both, wanted[3]), strict=True)
     ]
     if grad_out is None:

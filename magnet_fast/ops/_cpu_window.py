@@ -35,7 +35,7 @@ def backward(
     # The kernel sums the small ones in float32, or in float64 for float64.
     dtypes = (qkv.dtype, _cpu_backend.computed(qkv), _cpu_backend.computed(qkv))
     grads = [
-        torch.empty(tensor.shape, dtype=dtype) if want and tensor is not None else None
+        tensor.new_empty(tensor.shape, dtype=dtype) if want and tensor is not None else None
         for tensor, dtype, want in zip(inputs, dtypes, wanted, strict=True)
     ]
     if grad_out is None:

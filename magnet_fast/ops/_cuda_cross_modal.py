@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from magnet_fast.ops import _cuda_backend
@@ -47,9 +46,7 @@ def backward(
     scores = image or (text and not separate)
     reached = (scores, scores, image, text, text, text)
     grads = [
-        (torch.empty if into else torch.zeros)(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-        if want and tensor is not None
-        else None
+        (tensor.new_empty if into else tensor.new_zeros)(tensor.shape) if want and tensor is not None else None
         for tensor, want, into in zip(tensors, wanted, reached, strict=True)
     ]
     if any(into and grad is not None for grad, into in zip(grads, reached, strict=True)):

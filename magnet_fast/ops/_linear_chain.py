@@ -109,7 +109,7 @@ def check(dtype: torch.dtype) -> _proof.Verdict:
     with _proof.undisturbed(), torch.no_grad():
         torch.manual_seed(0)  # of the generator that is given back
         norm, first, second = nn.LayerNorm(48), nn.Linear(48, 144), nn.Linear(144, 48)
-        x, residual = torch.randn(37, 48).to(dtype), torch.randn(37, 48).to(dtype)
+        x, residual = (torch.randn(37, 48, device="cpu").to(dtype) for _ in range(2))
         layers = [layer.to(dtype).requires_grad_(False) for layer in (norm, first, second)]
 
         def plainly(in_: torch.dtype) -> Tensor:

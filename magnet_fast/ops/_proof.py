@@ -174,7 +174,9 @@ def _results(operator: str, case: ProofCase, name: str, given: list[Tensor]) -> 
     with _registry.backend(name):
         found = _public(operator)(*args, **kwargs)
         outputs = [out for out in (found if isinstance(found, tuple) else (found,)) if out is not None]
-        weights = [torch.linspace(0.5, 1.5, out.numel(), dtype=torch.float64).view(out.shape) for out in outputs]
+        weights = [
+            torch.linspace(0.5, 1.5, out.numel(), dtype=torch.float64, device="cpu").view(out.shape) for out in outputs
+        ]
         loss = sum((out * weight.to(out)).sum() for out, weight in zip(outputs, weights, strict=True))
         return (*(out.detach() for out in outputs), *torch.autograd.grad(loss, leaves))
 

@@ -35,7 +35,7 @@ def cases(operator: str) -> list[ProofCase]:
     generator = torch.Generator().manual_seed(len(operator))
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
+        return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
 
     return _MAKERS[operator](normal, generator)
 
@@ -76,7 +76,7 @@ def _relative(normal: Normal, generator: torch.Generator) -> list[ProofCase]:
 
 def _cross_modal(normal: Normal, generator: torch.Generator) -> list[ProofCase]:
     def case(pixels, words, heads, d, shared, both) -> ProofCase:
-        mask = torch.rand(2, words, generator=generator) < 0.7
+        mask = torch.rand(2, words, generator=generator, device="cpu") < 0.7
         mask[0, 0], mask[1] = True, mask[1] & bool(both)  # where both ways are taken the second has a few words, too
         mask[1, -1] = both
         sides = (pixels, words, words) if not both else (pixels, words, words, pixels)
@@ -133,7 +133,7 @@ def _fused_deformable(normal: Normal, generator: torch.Generator) -> list[ProofC
 
 def _contrastive(normal: Normal, generator: torch.Generator) -> list[ProofCase]:
     def case(pixels: int, channels: int, normalize: bool) -> ProofCase:
-        mask = torch.rand(2, pixels, generator=generator) < 0.4
+        mask = torch.rand(2, pixels, generator=generator, device="cpu") < 0.4
 
         def arguments(features: Tensor) -> tuple[tuple, dict[str, Any]]:
             settings = {"temperature": 0.1 if normalize else 5.0, "normalize": normalize}

@@ -51,7 +51,7 @@ def pack(weight: Tensor) -> Tensor:
     """weight (D, C, 3, 3) as `run` takes it: (16, C, D)."""
     weight = weight.contiguous()  # alive during the call
     outputs, inputs = weight.shape[:2]
-    room = torch.empty(16 * inputs * outputs + 64, dtype=weight.dtype)
+    room = weight.new_empty(16 * inputs * outputs + 64)
     first = -room.data_ptr() % 64 // weight.element_size()
     packed = room[first:][: 16 * inputs * outputs].view(16, inputs, outputs)
     _cpu_backend.extension.winograd_pack(weight=view(weight), packed=view(packed))
