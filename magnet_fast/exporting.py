@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from magnet_fast import models
 from magnet_fast.atomic import new_folder
 from magnet_fast.data.tokenizers import ExpressionTokenizer
+from magnet_fast.devices import on_cpu
 from magnet_fast.models.base import ReferringModel
 
 INPUTS = ("image", "ids", "mask")
@@ -45,6 +46,7 @@ class Masks(nn.Module):
         return models.probability(prediction, size=(image.shape[2], image.shape[3]))
 
 
+@on_cpu()  # of what `torch.export` and the runtimes make
 def export(
     model: ReferringModel, tokenizer: ExpressionTokenizer, out: str | os.PathLike[str], format: str = "onnx"
 ) -> float:
@@ -101,7 +103,7 @@ def export(
 
 def _inputs(model: ReferringModel, tokenizer: ExpressionTokenizer) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    image = torch.randn(len(_SENTENCES), 3, model.spec.size, model.spec.size, generator=generator)
+    image = torch.randn(len(_SENTENCES), 3, model.spec.size, model.spec.size, generator=generator, device="cpu")
     text = tokenizer(_SENTENCES)
     return image, text.ids, text.mask
 

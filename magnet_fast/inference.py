@@ -284,7 +284,7 @@ class Segmenter:
                     context = self._context(list(ready.values()))
                     seen, looked = self._look(pixels), list(ready)
                 asked = _Asked(
-                    torch.tensor([looked.index(key) for key in keys]),
+                    torch.tensor([looked.index(key) for key in keys], device="cpu"),
                     self.tokenizer.rows(readings[part]),
                     [ready[key].size for key in keys],
                     expressions[part],
@@ -397,7 +397,7 @@ class Segmenter:
         """Images (U, 3, S, S), what stands beside them and what was seen of them, and N expressions about them."""
         text, count = asked.text, len(asked.which)
         # Repeated expressions fill the batch up to one of the sizes that are compiled.
-        rows = torch.arange(1 << (count - 1).bit_length() if self.compile else count) % count
+        rows = torch.arange(1 << (count - 1).bit_length() if self.compile else count, device="cpu") % count
         which = asked.which[rows]
         more: dict[str, Any] = {} if seen is None else {"seen": [_of_rows(one, which) for one in seen]}
         text = Text(*(part[rows].to(self.device) for part in text))

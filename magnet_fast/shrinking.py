@@ -10,6 +10,7 @@ from collections.abc import Collection
 
 from magnet_fast import models
 from magnet_fast.data.tokenizers import ExpressionTokenizer, Tokenizer
+from magnet_fast.devices import on_cpu
 from magnet_fast.models.base import ReferringModel
 
 _PIECE = "##"
@@ -75,7 +76,8 @@ def shrunk(
             raise ValueError(f"tokenizer: expected a lower-casing WordPiece; {sentence!r} is {was}, and would be {now}")
     text["vocab_size"] = len(tokens)
     entries["input"]["tokenizer"] = "wordpiece"
-    small = models.from_config(entries).eval()
+    with on_cpu():
+        small = models.from_config(entries).eval()
     state, rows = model.state_dict(), model.text_encoder.word_embedding
     (name,) = (key for key, value in model.named_parameters() if value is rows)
     state[name] = rows.detach()[[vocabulary[token] for token in tokens]]

@@ -20,8 +20,18 @@ LEVELS = [
     {"models"},
     {"ops"},
     {"kernels", "_cpu", "_cuda"},
-    {"atomic", "cores", "inert", "visualize"},
+    {"atomic", "cores", "devices", "inert", "visualize"},
 ]
+# Functions of `torch` that allocate on the default device, `torch.set_default_device`'s, unless told otherwise.
+CONSTRUCTORS = {
+    "arange", "as_tensor", "asarray", "bartlett_window", "blackman_window", "empty", "empty_permuted", "empty_strided",
+    "eye", "full", "hamming_window", "hann_window", "kaiser_window", "linspace", "logspace", "normal", "ones", "rand",
+    "randint", "randn", "randperm", "range", "scalar_tensor", "sparse_coo_tensor", "sparse_csr_tensor", "tensor",
+    "tril_indices", "triu_indices", "zeros",
+}  # fmt: skip
+# What these hold follows the default device, as the parameters of PyTorch's own modules do.
+HOLDERS = {"Parameter", "register_buffer"}
+NOT_YET = {"_convolution.py", "_int8.py", "_training_products.py"}
 # `python -m magnet_fast` starts the command line.
 BESIDE = {("__main__", "cli")}
 SYSTEMS = re.compile(r"\b(magnet|lavt)\b", re.IGNORECASE)
@@ -97,3 +107,57 @@ def test_files_stay_small() -> None:
         if p.suffix in {".py", ".cpp", ".h", ".cu", ".cuh"} and (n := len(p.read_text().splitlines())) > 500
     }
     assert long == {}
+
+
+def named(node: ast.AST) -> str:
+    """`zeros` of `torch.zeros`, `Parameter` of `nn.Parameter` or `Parameter`."""
+    return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
+
+
+def without_device(code: str, *, holds: bool = False) -> list[int]:
+    """Lines that name one of `CONSTRUCTORS` otherwise than to call it with `device=`.
+
+    Args:
+        code: of a file.
+        holds: it makes modules: what is inside a call of `HOLDERS` is theirs.
+    """
+    tree, settled = ast.parse(code), set()
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        if any(keyword.arg == "device" for keyword in node.keywords):
+            settled.add(node.func)
+        elif holds and named(node.func) in HOLDERS:
+            settled.update(ast.walk(node))
+    lines = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module == "torch":
+            lines += [node.lineno for alias in node.names if alias.name in CONSTRUCTORS]
+        of_torch = isinstance(node, ast.Attribute) and named(node.value) == "torch"
+        if of_torch and node.attr in CONSTRUCTORS and node not in settled:
+            lines.append(node.lineno)
+    return sorted(lines)
+
+
+def test_tensors_are_made_on_a_device_that_is_named() -> None:
+    """Not on the default one, which is the user's: a kernel on a CPU would get an address of a GPU."""
+    assert without_device("x = torch.zeros(2)\ny = torch.zeros(2, device=x.device)") == [1]
+    assert without_device("make = torch.empty if a else x.new_zeros\nfrom torch import ones, nn") == [1, 2]
+    parameter = "self.x = nn.Parameter(0.02 * torch.randn(2))\nself.register_buffer('y', torch.ones(2))"
+    assert without_device(parameter, holds=True) == [] and without_device(parameter) == [1, 2]
+    found = {}
+    for folder in (PACKAGE, PACKAGE.parent / "kernels"):
+        for path in folder.rglob("*.py"):
+            place = path.relative_to(folder.parent)
+            holds = place.parts[1] == "models" or place.parts[1:3] == ("training", "terms")
+            if (lines := without_device(path.read_text(), holds=holds)) and path.name not in NOT_YET:
+                found[str(place)] = lines
+    assert found == {}
+
+
+def test_loaders_are_ours() -> None:
+    """PyTorch's fails under a default device that is not its generator's."""
+    making = [
+        path for path in PACKAGE.rglob("*.py") if re.search(r"import [\w, ]*\bDataLoader\b|\.DataLoader\b", code(path))
+    ]
+    assert [path.relative_to(PACKAGE).as_posix() for path in making] == ["data/loader.py"]

@@ -32,8 +32,8 @@ class ArrayCache:
         self._slots = {key: slot for slot, key in enumerate(dict.fromkeys(keys))}
         if shared:
             _check_shared_memory(len(self._slots), size, what)
-        self._bytes = torch.zeros(len(self._slots), size, dtype=torch.uint8)
-        self._filled = torch.zeros(len(self._slots), dtype=torch.bool)
+        self._bytes = torch.zeros(len(self._slots), size, dtype=torch.uint8, device="cpu")
+        self._filled = torch.zeros(len(self._slots), dtype=torch.bool, device="cpu")
         if shared:
             self._bytes.share_memory_()
             self._filled.share_memory_()

@@ -70,7 +70,7 @@ class TokenHider:
         if not 0 < share <= 1:
             raise ValueError(f"share: expected a number above 0 and at most 1, got {share}")
         self.tokenizer, self.mask_id, self.share, self.scheme = tokenizer, tokenizer.mask_id, share, scheme
-        ordinary = torch.zeros(tokenizer.vocab_size, dtype=torch.bool)
+        ordinary = torch.zeros(tokenizer.vocab_size, dtype=torch.bool, device="cpu")
         ordinary[list(tokenizer.vocabulary.values())] = True
         ordinary[list(tokenizer.special_ids.values())] = False
         self._ordinary = ordinary  # (vocabulary,)
@@ -80,7 +80,7 @@ class TokenHider:
             raise ValueError(f"preferred: expected ids of ordinary tokens of {tokenizer.source}, got {wrong[0]}")
         self._exponents: Tensor | None = None  # (vocabulary,)
         if preferred:
-            self._exponents = torch.ones(len(ordinary))
+            self._exponents = torch.ones(len(ordinary), device="cpu")
             self._exponents[list(preferred)] = 1 / _PREFERENCE
 
     @property

@@ -65,7 +65,9 @@ def find_references(
         raise ValueError(f"pool is {pool!r}, whose sentences are about one image; expected at least two")
     place = {image_id: row for row, image_id in enumerate(images)}
     text = {split: _text_keys(model, tokenizer, reader, rows) for split, rows in spoken.items()}
-    about = {split: torch.tensor([place[ref.image_id] for ref, _ in rows]) for split, rows in spoken.items()}
+    about = {
+        split: torch.tensor([place[ref.image_id] for ref, _ in rows], device="cpu") for split, rows in spoken.items()
+    }
     look = _visual_keys(model, reader, images, batch_size, progress)
     found: References = {}
     for split, rows in spoken.items():
@@ -157,14 +159,14 @@ def _text_keys(
 ) -> Tensor:
     """(N, D) float32 of length 1: means of the vectors of a sentence's words."""
     vectors = model.text_encoder.word_embedding.detach().float().cpu()
-    frame = torch.tensor(sorted(set(tokenizer.special_ids.values()) - {tokenizer.unknown_id}))
+    frame = torch.tensor(sorted(set(tokenizer.special_ids.values()) - {tokenizer.unknown_id}), device="cpu")
     keys = []
     for ref, sentence in rows:
         try:
             (reading,) = tokenizer.readings([sentence.raw])
         except ValueError as error:
             raise ValueError(f"{reader.source}: ref_id {ref.ref_id}, sent_id {sentence.sent_id}: {error}") from error
-        ids = torch.tensor(reading.ids)
+        ids = torch.tensor(reading.ids, device="cpu")
         keys.append(vectors[ids[~torch.isin(ids, frame)]].mean(dim=0))
     return F.normalize(torch.stack(keys), dim=1)
 

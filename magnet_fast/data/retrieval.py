@@ -55,7 +55,7 @@ class RetrievalDataset(ExpressionDataset):
         place, sentence = self._own(index if self._swapped is None else self._swapped[index])
         image_id = self._references[self._refs[place].ref_id, sentence.sent_id]
         if image_id == own:
-            return torch.zeros(3, self.spec.size, self.spec.size)
+            return torch.zeros(3, self.spec.size, self.spec.size, device="cpu")
 
         def make() -> np.ndarray:
             return self.fit.pixels(open_image(self.reader.image_path(image_id)))

@@ -65,7 +65,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
         elif isinstance(values[0], Tensor):
             batch[key] = torch.stack(values)
         else:
-            batch[key] = torch.tensor(values)
+            batch[key] = torch.tensor(values, device="cpu")
     return batch
 
 

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
+from magnet_fast.data.loader import Loader
 from magnet_fast.data.loading import leave_to_the_main_process, workers_watched
 from magnet_fast.data.sample import Batch, collate, to_device
 from magnet_fast.data.tokenizers import shortened
 from magnet_fast.evaluation.finite import nan_answers, where_nan_begins
 from magnet_fast.evaluation.protocol import find_protocol, probability_at_input, probability_at_original
-from magnet_fast.evaluation.table import Table, nan_in
+from magnet_fast.evaluation.table import Table, as_tensor, nan_in
 from magnet_fast.evaluation.tasks import find_task, scores
 from magnet_fast.models.contract import Prediction
 
@@ -85,7 +85,7 @@ def evaluate(
     if threshold is None:
         threshold = DEFAULT_THRESHOLD if spec is None else spec.threshold
     mine = _share(count)
-    loader = DataLoader(
+    loader = Loader(
         dataset,
         batch_size,
         sampler=mine,
@@ -182,7 +182,7 @@ def _truths(batch: Batch, resolution: str) -> list[Tensor]:
         raise ValueError(
             "dataset: resolution 'original' needs masks at the images' own size; open it with original=True"
         )
-    return [torch.as_tensor(mask) for mask in batch["original_mask"]]
+    return [as_tensor(mask) for mask in batch["original_mask"]]
 
 
 def _context(model: nn.Module, batch: Batch) -> dict[str, Tensor] | None:

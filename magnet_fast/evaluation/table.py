@@ -172,8 +172,13 @@ def nan_in(sentences: Sequence[int]) -> str:
     return f"prediction: NaN in that of sentence {sentences[0]}{others}"
 
 
+def as_tensor(values: Any) -> Tensor:
+    """A tensor where it is, and what is none on the CPU, whatever the default device."""
+    return values if isinstance(values, Tensor) else torch.as_tensor(values, device="cpu")
+
+
 def _masks(name: str, masks: Tensor) -> Tensor:
-    masks = torch.as_tensor(masks)
+    masks = as_tensor(masks)
     if masks.dim() != 3:
         raise ValueError(f"{name}: expected masks (B, H, W), got shape {tuple(masks.shape)}")
     if masks.is_floating_point() or masks.is_complex():
@@ -182,7 +187,7 @@ def _masks(name: str, masks: Tensor) -> Tensor:
 
 
 def _integers(name: str, values: Tensor | Sequence[int], size: int) -> Tensor:
-    values = torch.as_tensor(values)
+    values = as_tensor(values)
     if values.shape != (size,):
         raise ValueError(f"{name}: expected {size} integers, one a mask, got shape {tuple(values.shape)}")
     if size and (values.dtype == torch.bool or values.is_floating_point() or values.is_complex()):
@@ -191,7 +196,7 @@ def _integers(name: str, values: Tensor | Sequence[int], size: int) -> Tensor:
 
 
 def _flags(name: str, values: Tensor | Sequence[bool], size: int, device: torch.device) -> Tensor:
-    values = torch.as_tensor(values)
+    values = as_tensor(values)
     if values.shape != (size,):
         raise ValueError(f"{name}: expected {size} bool, one a mask, got shape {tuple(values.shape)}")
     if size and values.dtype != torch.bool:
@@ -219,7 +224,7 @@ def _count(pixels: Tensor) -> Tensor:
 
 
 def _pixels(probability: Tensor, shape: torch.Size, device: torch.device) -> Tensor:
-    probability = torch.as_tensor(probability)
+    probability = as_tensor(probability)
     if probability.shape != shape:
         raise ValueError(f"probability: expected the masks' shape {tuple(shape)}, got {tuple(probability.shape)}")
     if not probability.is_floating_point():

@@ -51,5 +51,6 @@ def own_index(module: nn.Module, window_size: tuple[int, int]) -> bool:
 def swin_index(window_size: tuple[int, int]) -> Tensor:
     """(N, N), where the bias of two tokens stands in the table."""
     height, width = window_size
-    rows, columns = (x.flatten() for x in torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij"))
+    sides = (torch.arange(side, device="cpu") for side in window_size)
+    rows, columns = (x.flatten() for x in torch.meshgrid(*sides, indexing="ij"))
     return (rows[:, None] - rows + height - 1) * (2 * width - 1) + columns[:, None] - columns + width - 1

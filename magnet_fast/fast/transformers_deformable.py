@@ -141,9 +141,8 @@ def _unfit_v2(module: nn.Module) -> str | None:
 
 
 def _scale_of_points(module: nn.Module) -> Tensor:
-    return torch.full(
-        (module.n_levels * module.n_points,), 1 / module.n_points, dtype=held(module, "n_points_scale").dtype
-    )
+    dtype = held(module, "n_points_scale").dtype
+    return torch.full((module.n_levels * module.n_points,), 1 / module.n_points, dtype=dtype, device="cpu")
 
 
 _REQUIRED = names(

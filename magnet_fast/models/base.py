@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from magnet_fast.devices import on_cpu
 from magnet_fast.models.base_weights import Base, base_of
 from magnet_fast.models.config import InputConfig, ModelConfig
 from magnet_fast.models.contract import Features, InputSpec, Prediction, Step, Text, Words, probability
@@ -345,6 +346,7 @@ class ReferringModel(nn.Module):
         marked = [module for module in self.modules() if getattr(module, "is_repeated_layer", False)]
         return list(dict.fromkeys([*marked, *_listed(self.text_encoder)]))
 
+    @on_cpu()  # where the published weights are made, to be copied into these
     def load_pretrained(self, sources: Mapping[str, str | bool]) -> None:
         """Load published weights into the encoders.
 

@@ -73,7 +73,8 @@ class RandomPosition(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(0)
-        self.register_buffer("matrix", torch.randn(2, channels // 2, generator=generator))
+        matrix = torch.randn(2, channels // 2, generator=generator, device="cpu")  # the same numbers on any device
+        self.register_buffer("matrix", matrix.to(torch.get_default_device()))
 
     def forward(self, height: int, width: int, like: Tensor) -> Tensor:
         """(H·W, channels), sines first, on the device and in the dtype of `like`."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from magnet_fast.devices import on_cpu
 from magnet_fast.models.base import ReferringModel
 from magnet_fast.models.bounded import build_for
 from magnet_fast.models.files import is_safetensors, read_contents, safetensors_metadata
@@ -47,6 +48,7 @@ class Released:
         return {name for name in state if pattern.fullmatch(name)}
 
 
+@on_cpu()
 def from_released(source: str | os.PathLike[str] | Mapping[str, Any], **hints: Any) -> ReferringModel:
     """Build the model of a file that a system's authors released, in evaluation mode, computing as released.
 

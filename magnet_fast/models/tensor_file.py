@@ -85,7 +85,7 @@ class TensorFile:
             raise ValueError(
                 f"{os.fspath(self.path)!r}: {name} is of dtype {entry['dtype']}, which torch does not have"
             )
-        held = torch.empty(end - begin, dtype=torch.uint8)
+        held = torch.empty(end - begin, dtype=torch.uint8, device="cpu")
         self._file.seek(self._start + begin)
         if self._file.readinto(held.numpy()) != end - begin:  # type: ignore[arg-type]
             raise ValueError(f"{os.fspath(self.path)!r} ends within {name}")

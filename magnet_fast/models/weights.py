@@ -10,6 +10,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from magnet_fast.atomic import write_atomically
+from magnet_fast.devices import on_cpu
 from magnet_fast.models import former
 from magnet_fast.models.base import ReferringModel
 from magnet_fast.models.base_weights import load_bases, with_bases, without_bases
@@ -94,6 +95,7 @@ def load_with_metadata(path: str | os.PathLike[str]) -> tuple[ReferringModel, di
     return restored(config, state, metadata, what, bases), metadata
 
 
+@on_cpu()
 def restored(
     config: dict,
     state: dict[str, Tensor],

@@ -85,7 +85,7 @@ def hand_out(state: dict[str, Any] | None, world: World) -> dict[str, Any] | Non
     if skeleton is None:
         return None
     for name, (shape, dtype) in shapes.items():
-        value = tensors[name] if world.is_main else torch.empty(shape, dtype=dtype)
+        value = tensors[name] if world.is_main else torch.empty(shape, dtype=dtype, device="cpu")
         if value.numel():
             dist.broadcast(value.reshape(-1).view(torch.uint8), src=0)
         tensors[name] = value

@@ -81,5 +81,6 @@ def tensors_of(batch: dict[str, Any]) -> dict[str, Any]:
     """
     tensors = {key: value for key, value in batch.items() if isinstance(value, Tensor | Text | dict)}
     if "category" in batch:
-        tensors["category"] = torch.tensor([-1 if known is None else known for known in batch["category"]])
+        known = [-1 if one is None else one for one in batch["category"]]
+        tensors["category"] = torch.tensor(known, device="cpu")
     return tensors

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from magnet_fast.atomic import same_file, write_text_atomically
+from magnet_fast.devices import on_cpu
 from magnet_fast.training.building import build_trainer
 from magnet_fast.training.checkpoint import CHECKPOINT, hand_out, load_checkpoint
 from magnet_fast.training.config import TrainConfig, dump_config, parse_config
@@ -47,6 +48,7 @@ def train(config: TrainConfig, out: str | Path, *, resume: bool = False, overwri
         raise ValueError("resume and overwrite: choose one")
     out = Path(out)
     with (
+        on_cpu(),
         distributed_world(config.device) as world,
         deterministic_algorithms(config.deterministic),
         stopped_at_once(),

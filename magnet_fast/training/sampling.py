@@ -66,8 +66,8 @@ class EpochBatches:
 
     def __iter__(self) -> Iterator[list[int]]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        groups = torch.randperm(self.length // self.together, generator=generator)
-        order = (groups[:, None] * self.together + torch.arange(self.together)).flatten().tolist()
+        groups = torch.randperm(self.length // self.together, generator=generator, device="cpu")
+        order = (groups[:, None] * self.together + torch.arange(self.together, device="cpu")).flatten().tolist()
         share = self.batch_size // (self.accumulation * self.world_size)
         for step in range(self.first_step, self.steps):
             for micro in range(self.accumulation):

@@ -50,7 +50,7 @@ class StopRequest:
         if self._world.size == 1:
             return self._asked
         before = self._travelling
-        flag = torch.tensor([self._asked], dtype=torch.int32)  # on the CPU: Gloo carries it beside NCCL's traffic
+        flag = torch.tensor([self._asked], dtype=torch.int32, device="cpu")  # Gloo carries it beside NCCL's traffic
         self._travelling = (flag, dist.all_reduce(flag, op=dist.ReduceOp.MAX, async_op=True))
         if before is None:
             return False

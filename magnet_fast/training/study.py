@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from magnet_fast import models
 from magnet_fast.atomic import write_text_atomically
 from magnet_fast.data import ExpressionDataset
+from magnet_fast.devices import on_cpu
 from magnet_fast.evaluation import evaluate
 from magnet_fast.evaluation.machine import measured_on
 from magnet_fast.training.building import build_model, build_tokenizer
@@ -28,6 +29,7 @@ from magnet_fast.training.variants import Study, row_config
 RESULT = "result.json"
 
 
+@on_cpu()
 def run_study(
     study: Study,
     out: str | Path,

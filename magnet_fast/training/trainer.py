@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from magnet_fast import models
+from magnet_fast.data.loader import Loader
 from magnet_fast.data.loading import leave_to_the_main_process
 from magnet_fast.data.sample import collate, to_device
 from magnet_fast.fast import accelerate
@@ -303,10 +303,10 @@ class Trainer:
 
     # ---- data and time ----
 
-    def loader(self, epoch: int, first_step: int) -> DataLoader:
+    def loader(self, epoch: int, first_step: int) -> Loader:
         """The micro-batches of this process, from a step of an epoch on."""
         self._enter_epoch(epoch)
-        return DataLoader(
+        return Loader(
             self.training_set,
             batch_sampler=self._batches(epoch, first_step),
             num_workers=self.config.data.workers,

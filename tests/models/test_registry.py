@@ -34,9 +34,15 @@ def test_presets_build_and_sizes() -> None:
     tiny = models.create("magnet_tiny")
     assert tiny.training
     assert 1.0e6 < sum(p.numel() for p in tiny.parameters()) < 3e6
-    with torch.device("meta"):
-        counts = {name: sum(p.numel() for p in models.create(name).parameters()) for name in models.list_models()}
+    counts, elsewhere = {}, {}
+    for name in models.list_models():
+        with torch.device("meta"):
+            model = models.create(name)
+        counts[name] = sum(p.numel() for p in model.parameters())
+        tensors = [*model.named_parameters(), *model.named_buffers()]
+        elsewhere[name] = [entry for entry, tensor in tensors if not tensor.is_meta]
     assert 290e6 < counts["magnet_swin_b"] < 300e6  # the released model has 297 M
+    assert {name: entries for name, entries in elsewhere.items() if entries} == {}  # all of it on the default device
 
 
 def test_importing_the_package_imports_no_model() -> None:

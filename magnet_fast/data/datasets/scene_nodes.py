@@ -106,7 +106,7 @@ class SceneNodes:
             proposals[place] = np.asarray(covered.resize((GRID, GRID), Image.Resampling.BOX))
         found = {"proposals": torch.from_numpy(proposals)}
         if self._with_edges:
-            edges = torch.zeros(NODES, NODES, dtype=torch.bool)
+            edges = torch.zeros(NODES, NODES, dtype=torch.bool, device="cpu")
             for one, other in scene.edges:
                 if one != other and max(one, other) < NODES:
                     edges[one, other] = edges[other, one] = True
@@ -116,14 +116,14 @@ class SceneNodes:
         return found
 
     def _node_features(self, path: Path) -> Tensor:
-        features = torch.zeros(NODES, self._width)
+        features = torch.zeros(NODES, self._width, device="cpu")
         rows = _read_features(path)[:NODES]
         if rows:
             if len(rows[0]) != self._width:
                 raise ValueError(
                     f"{path}: roifeatures have {len(rows[0])} numbers; those of other images {self._width}"
                 )
-            features[: len(rows)] = torch.tensor(rows, dtype=torch.float32)
+            features[: len(rows)] = torch.tensor(rows, dtype=torch.float32, device="cpu")
         return features
 
 

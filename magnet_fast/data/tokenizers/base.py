@@ -111,10 +111,10 @@ class ExpressionTokenizer(ABC):
 
     def rows(self, readings: Sequence[Reading]) -> Text:
         """N readings -> ids (N, T) int64 and mask (N, T) bool."""
-        ids = torch.full((len(readings), self.max_tokens), self.padding_id, dtype=torch.int64)
-        mask = torch.zeros(ids.shape, dtype=torch.bool)
+        ids = torch.full((len(readings), self.max_tokens), self.padding_id, dtype=torch.int64, device="cpu")
+        mask = torch.zeros(ids.shape, dtype=torch.bool, device="cpu")
         for row, reading in enumerate(readings):
-            ids[row, : len(reading.ids)] = torch.tensor(reading.ids)
+            ids[row, : len(reading.ids)] = torch.tensor(reading.ids, device="cpu")
             mask[row, : len(reading.ids)] = True
         return Text(ids, mask)
 

@@ -29,8 +29,8 @@ class Fit(ABC):
         if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
             raise ValueError(f"mean is {mean}, std is {std}; expected three numbers each, std above 0")
         self.size, self.mean, self.std = size, tuple(mean), tuple(std)
-        self._scale = torch.tensor([1.0 / (255.0 * one) for one in std]).view(3, 1, 1)
-        self._shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)]).view(3, 1, 1)
+        self._scale = torch.tensor([1.0 / (255.0 * one) for one in std], device="cpu").view(3, 1, 1)
+        self._shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device="cpu").view(3, 1, 1)
 
     def image(self, image: Picture) -> Tensor:
         """A picture -> float32 (3, S, S), normalised."""

@@ -31,7 +31,7 @@ class Letterbox(Fit):
     def pixels(self, image: Picture) -> np.ndarray:
         """uint8 (S, S, 3), bicubic, `BORDER` around."""
         picture = torch.from_numpy(np.array(as_rgb(image))).permute(2, 0, 1).to(torch.float32)  # (3, H, W)
-        border = torch.tensor(BORDER).view(3, 1, 1)
+        border = torch.tensor(BORDER, device="cpu").view(3, 1, 1)
         warped = _resample(picture - border, *self._forward(picture.shape[-2:], _cubic)) + border
         return warped.round_().clamp_(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
 

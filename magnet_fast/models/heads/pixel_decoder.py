@@ -157,10 +157,11 @@ class DeformableAttention(nn.Module):
     def _initialise(self) -> None:
         # Deformable DETR's start: head i looks in direction i, point k at k + 1 pixels, all points equally.
         nn.init.zeros_(self.sampling_offsets.weight)
-        angles = torch.arange(self.num_heads) * (2 * math.pi / self.num_heads)
+        device = self.sampling_offsets.weight.device
+        angles = torch.arange(self.num_heads, device=device) * (2 * math.pi / self.num_heads)
         direction = torch.stack([angles.cos(), angles.sin()], dim=-1)
         direction = direction / direction.abs().amax(dim=-1, keepdim=True)
-        steps = torch.arange(1, self.points + 1)
+        steps = torch.arange(1, self.points + 1, device=device)
         offsets = direction[:, None, None, :] * steps[None, None, :, None]
         with torch.no_grad():
             self.sampling_offsets.bias.copy_(offsets.expand(-1, self.levels, -1, -1).flatten())

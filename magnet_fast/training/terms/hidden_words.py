@@ -7,9 +7,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import Subset
 
 from magnet_fast.data.hidden_tokens import HiddenTokens
+from magnet_fast.data.loader import Loader
 from magnet_fast.data.loading import leave_to_the_main_process
 from magnet_fast.data.sample import collate, to_device
 from magnet_fast.data.scenes.word_kinds import KINDS, kinds_of_ids
@@ -65,7 +66,7 @@ def hidden_word_accuracy(
     count = min(_SENTENCES, len(dataset), limit or len(dataset))
     joined = dist.is_available() and dist.is_initialized()
     rank, world = (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
-    loader = DataLoader(
+    loader = Loader(
         Subset(dataset, range(rank, count, world)),
         batch_size=batch_size,
         num_workers=workers,
@@ -75,7 +76,7 @@ def hidden_word_accuracy(
         worker_init_fn=leave_to_the_main_process,
     )
     # By word: how often it was hidden, and how often it was then said right with each sight.
-    counts = torch.zeros(1 + len(SIGHTS), len(model.text_encoder.word_embedding), dtype=torch.int64)
+    counts = torch.zeros(1 + len(SIGHTS), len(model.text_encoder.word_embedding), dtype=torch.int64, device="cpu")
     modes = model.training, grounding.training
     model.eval()
     grounding.eval()
@@ -88,7 +89,7 @@ def hidden_word_accuracy(
                 with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
                     right = _right(model, grounding, _rows(batch, rows[some]), chosen)
                 targets = chosen.targets[:, 0].cpu()
-                for row, found in zip(counts, (torch.ones(len(some), dtype=torch.bool), *right), strict=True):
+                for row, found in zip(counts, (torch.ones_like(targets, dtype=torch.bool), *right), strict=True):
                     row += torch.bincount(targets[found], minlength=len(row))
     finally:
         model.train(modes[0])
@@ -118,7 +119,7 @@ def _summary(counts: Tensor, grounding: Any, word_kinds: Any) -> dict[str, Any]:
     known = kinds_of_ids(grounding.hider.tokenizer, word_kinds) if word_kinds else {}
     kinds = {}
     for kind in KINDS if known else ():
-        of_kind = torch.tensor([known.get(index, KINDS[-1]) == kind for index in range(counts.shape[1])])
+        of_kind = torch.tensor([known.get(index, KINDS[-1]) == kind for index in range(counts.shape[1])], device="cpu")
         if counts[0, of_kind].any():
             kinds[kind] = _percent(counts[:, of_kind])
     return {**_percent(counts), "uniform": 100 / grounding.hider.ordinary_words, "kinds": kinds}
