@@ -31,7 +31,7 @@ CONSTRUCTORS = {
 }  # fmt: skip
 # What these hold follows the default device, as the parameters of PyTorch's own modules do.
 HOLDERS = {"Parameter", "register_buffer"}
-NOT_YET = {"_convolution.py", "_int8.py", "_training_products.py"}
+NOT_YET = {"_training_products.py"}
 # `python -m magnet_fast` starts the command line.
 BESIDE = {("__main__", "cli")}
 SYSTEMS = re.compile(r"\b(magnet|lavt)\b", re.IGNORECASE)
