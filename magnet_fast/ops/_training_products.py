@@ -155,9 +155,9 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: s
 
 def _times() -> dict[str, tuple[float, float]]:
     """Median seconds of each product by MKL and by oneDNN, in turns."""
-    with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.device("cpu"):
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
         sizes = (_ROWS, _WIDTH), (_WIDTH, _WIDTH), (4 * _MANY_ROWS, _WIDTH // 2)
-        x, weight, many = (torch.ones(size, dtype=torch.float32) for size in sizes)
+        x, weight, many = (torch.ones(size, dtype=torch.float32, device="cpu") for size in sizes)
         both = {
             "forward": (lambda: F.linear(x, weight), lambda: _onednn(x, weight)),
             "input_gradient": (lambda: x @ weight, lambda: _onednn(x, weight.t())),
