@@ -17,6 +17,8 @@ from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
 
+from magnet_fast.showing import shown
+
 
 class StandIn:
     """What stands for an object that the pickle would have had built.
@@ -77,10 +79,10 @@ class PickledArray:
             shape, dtype, fortran, raw = self._described
             dtype, shape = dtype.dtype(), tuple(shape)
             if any(type(size) is not int or size < 0 for size in shape):
-                raise ValueError(f"shape {shape!r:.80}")
+                raise ValueError(f"shape {shown(shape)}")
             raw = raw.encode("latin1") if isinstance(raw, str) else bytes(raw)  # Python 2's bytes
             if math.prod(shape) * dtype.itemsize != len(raw):
-                raise ValueError(f"{len(raw)} bytes for shape {shape!r:.80} of {dtype}")
+                raise ValueError(f"{len(raw)} bytes for shape {shown(shape)} of {dtype}")
             flat = np.frombuffer(raw, dtype).astype(dtype.newbyteorder("="))
         except (AttributeError, TypeError, UnicodeError) as error:
             raise ValueError("of other things than numbers") from error
@@ -104,7 +106,7 @@ class _Dtype:
     def dtype(self) -> np.dtype:
         code = self._code.decode("latin1") if isinstance(self._code, bytes) else self._code
         if not isinstance(code, str) or not self._CODE.fullmatch(code):
-            raise TypeError(f"dtype {code!r:.40}")
+            raise TypeError(f"dtype {shown(code, 40)}")
         return np.dtype(code).newbyteorder(self._order if self._order in ("<", ">") else "=")
 
 
@@ -127,7 +129,7 @@ class _Bytes:
 
     def __new__(cls, text: str = "", encoding: str = "latin1") -> bytes:
         if encoding not in ("latin1", "latin-1"):
-            raise ValueError(f"bytes in the encoding {encoding!r:.40}")
+            raise ValueError(f"bytes in the encoding {shown(encoding, 40)}")
         return text.encode("latin1")
 
 

@@ -21,6 +21,7 @@ LEVELS = [
     {"ops"},
     {"kernels", "_cpu", "_cuda"},
     {"atomic", "cores", "devices", "inert", "visualize"},
+    {"showing"},
 ]
 # Functions of `torch` that allocate on the default device, `torch.set_default_device`'s, unless told otherwise.
 CONSTRUCTORS = {

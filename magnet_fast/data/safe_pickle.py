@@ -13,6 +13,7 @@ from typing import Any
 
 from magnet_fast.inert import InertUnpickler, PickledArray, StandIn, check_program, paths, type_name
 from magnet_fast.models.files import foreign
+from magnet_fast.showing import shown
 
 _PLAIN_TYPES = frozenset({dict, list, tuple, str, bytes, int, float, bool, type(None)})
 _EXPECTED = "expected dict, list, tuple, str, bytes, int, float, bool, None and NumPy's numbers only"
@@ -47,7 +48,7 @@ def load_plain_pickle(path: str | os.PathLike[str]) -> Any:
         raise ValueError(f"{path}: something follows the pickle, more refs it may be; expected one list in one pickle")
     if unpickler.outside:
         pid = unpickler.outside[0]
-        raise UnsafePickleError(f"{path}: the pickle asks for the outside object {pid!r:.80}; {_EXPECTED}")
+        raise UnsafePickleError(f"{path}: the pickle asks for the outside object {shown(pid)}; {_EXPECTED}")
     if unpickler.named:
         _unpack_arrays(content, path)
     _check_types(content, path)

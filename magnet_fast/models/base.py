@@ -346,7 +346,6 @@ class ReferringModel(nn.Module):
         marked = [module for module in self.modules() if getattr(module, "is_repeated_layer", False)]
         return list(dict.fromkeys([*marked, *_listed(self.text_encoder)]))
 
-    @on_cpu()  # where the published weights are made, to be copied into these
     def load_pretrained(self, sources: Mapping[str, str | bool]) -> None:
         """Load published weights into the encoders.
 
@@ -364,7 +363,8 @@ class ReferringModel(nn.Module):
         for name, encoder in encoders.items():
             source = sources.get(name, True)
             if source is not False:
-                encoder.load_pretrained(None if source is True else source)
+                with on_cpu():  # where the published weights are made, to be copied into these
+                    encoder.load_pretrained(None if source is True else source)
                 self.bases[name] = base_of(encoder, source)
 
     @classmethod

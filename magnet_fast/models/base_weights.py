@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from magnet_fast.models.state import is_derived
 from magnet_fast.models.wrapping import plain_name
+from magnet_fast.showing import shown
 
 if TYPE_CHECKING:
     from magnet_fast.models.base import ImageEncoder, ReferringModel, TextEncoder
@@ -80,7 +81,7 @@ def load_bases(model: ReferringModel, described: Mapping[str, Mapping[str, Any]]
         if role not in ("image", "text") or not isinstance(base, Mapping) or _DESCRIBED - base.keys():
             raise ValueError(
                 f"{what}: expected bases of 'image' or 'text' with {', '.join(sorted(_DESCRIBED))}, got {role!r:.40}, "
-                f"{base!r:.80}"
+                f"{shown(base)}"
             )
         try:
             model.load_pretrained({"image": False, "text": False, role: base["source"]})

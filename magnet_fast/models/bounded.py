@@ -1,7 +1,8 @@
 """Models of a configuration that a file states, built only where they are of the size of what the file holds.
 
 A configuration is a few hundred bytes and may ask for any number of layers of any width. So the model is first built
-without memory, on PyTorch's meta device, and its numbers are counted while it comes into being.
+without memory, on PyTorch's meta device, and its numbers and tensors are counted while it comes into being: many
+layers of next to nothing take minutes.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 SLACK = 1 << 26
 """Numbers that a model may have beyond its file's bytes: tables that follow from its sizes, and are in no file."""
+MORE_TENSORS = 4096
+"""Tensors that a model may have beyond its file's: those tables, and base weights that the file leaves out."""
 MOST = 1 << 33
 """Numbers of a model whose file leaves its base weights out, and so does not tell its size."""
 
@@ -53,9 +56,9 @@ def build_for(
         raise ValueError(f"{what}: {error}") from error
     except Exception as error:  # of a part's own libraries
         raise ValueError(f"{what}: the model of its configuration cannot be built: {_told(error)}") from error
-    most = MOST if with_bases else _bytes_of(state) + SLACK
+    most = MOST if with_bases else _bytes_of(state) + SLACK, len(state) + MORE_TENSORS
     try:
-        with _at_most(most):
+        with _at_most(*most):
             try:
                 with torch.device("meta"):
                     from_config(parsed)
@@ -63,12 +66,12 @@ def build_for(
                 raise
             except Exception:  # what needs values cannot be built without memory
                 pass
-        with _at_most(most):
+        with _at_most(*most):
             return from_config(parsed)
     except _TooLargeError as error:
         raise ValueError(
-            f"{what}: its configuration asks for a model of over {most} numbers, and the file holds "
-            f"{_bytes_of(state)} bytes: it is damaged, or no model's"
+            f"{what}: its configuration asks for a model of over {error}, and the file holds "
+            f"{_bytes_of(state)} bytes in {len(state)} tensors: it is damaged, or no model's"
         ) from error
     except Exception as error:  # of memory, of sizes, of a part's own libraries
         raise ValueError(f"{what}: the model of its configuration cannot be built: {_told(error)}") from error
@@ -81,16 +84,18 @@ def _bytes_of(state: Mapping[str, Tensor]) -> int:
 
 
 @contextmanager
-def _at_most(numbers: int) -> Iterator[None]:
-    """Raise where the modules that this thread makes have more numbers than this."""
-    thread, left = threading.get_ident(), numbers
+def _at_most(numbers: int, tensors: int) -> Iterator[None]:
+    """Raise where the modules that this thread makes have more numbers than this, or more tensors."""
+    thread, made, held = threading.get_ident(), 0, 0
 
     def count(module: nn.Module, name: str, value: Tensor | None) -> None:
-        nonlocal left
+        nonlocal made, held
         if value is not None and threading.get_ident() == thread:
-            left -= value.numel() + 64  # so many layers of nothing take memory, too
-            if left < 0:
-                raise _TooLargeError
+            made, held = made + value.numel(), held + 1
+            if made > numbers:
+                raise _TooLargeError(f"{numbers} numbers")
+            if held > tensors:
+                raise _TooLargeError(f"{tensors} tensors")
 
     hooks = [register_module_parameter_registration_hook(count), register_module_buffer_registration_hook(count)]
     try:

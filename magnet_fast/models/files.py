@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from magnet_fast.inert import DEEPEST_TUPLE, InertUnpickler, StandIn, check_depth, paths, printable, type_name
 from magnet_fast.models.tensor_file import TensorFile, unchanged
 from magnet_fast.models.wrapping import SAVE_WEIGHTS
+from magnet_fast.showing import shown
 
 _TORCH_MAGIC = 0x1950A86A20F9469CFC6C  # the first object of a file that torch.save wrote before version 1.6
 _AGAIN = "download or copy it again"
@@ -279,7 +280,7 @@ def _load(file: BinaryIO, what: str, unpickler: InertUnpickler, inert: Any) -> A
     size = os.fstat(file.fileno()).st_size
     for pid in unpickler.outside:  # ("storage", type, key, device, elements, …)
         if isinstance(pid, tuple) and len(pid) > 4 and not (isinstance(pid[4], int) and 0 <= pid[4] <= size):
-            raise ValueError(f"{what} is damaged or cut short: {pid[4]!r:.40} elements in {size} bytes; {_AGAIN}")
+            raise ValueError(f"{what} is damaged or cut short: {shown(pid[4], 40)} elements in {size} bytes; {_AGAIN}")
     answers = [(_for_torch(answer), name) for name, answer in unpickler.named.items()]
     file.seek(0)
     try:

@@ -21,6 +21,7 @@ from magnet_fast.models import weights
 from magnet_fast.models.card import is_untouched, model_card
 from magnet_fast.models.files import dict_of, is_safetensors, read_json, safetensors_metadata
 from magnet_fast.models.registry import parse_config
+from magnet_fast.showing import shown
 
 if TYPE_CHECKING:
     from magnet_fast.models.base import ReferringModel
@@ -256,9 +257,13 @@ def _look(what: str, file: Callable[[str], Path]) -> Pretrained:
     described = read_json(path)
     format = described.get("format")
     if not isinstance(format, str) or not format.startswith("magnet_fast.pretrained/"):
-        raise ValueError(f"{what} is of another library: its {CONFIG} has format {format!r:.40}, expected {FORMAT!r}")
+        raise ValueError(
+            f"{what} is of another library: its {CONFIG} has format {shown(format, 40)}, expected {FORMAT!r}"
+        )
     if format != FORMAT:
-        raise ValueError(f"{what} has format {format!r:.40}, expected {FORMAT!r}: a later version wrote it, update")
+        raise ValueError(
+            f"{what} has format {shown(format, 40)}, expected {FORMAT!r}: a later version wrote it, update"
+        )
     try:
         parse_config(described["model"])
     except Exception as error:  # of a part's own libraries, for what a stranger wrote

@@ -11,6 +11,7 @@ from torch import nn
 from magnet_fast import checkpoints, models
 from magnet_fast.data.dataset import require_context
 from magnet_fast.data.tokenizers import open_tokenizer
+from magnet_fast.showing import shown
 from magnet_fast.training.config import TrainConfig
 from magnet_fast.training.datasets import build_datasets, open_readers
 from magnet_fast.training.distributed import World
@@ -67,7 +68,7 @@ def build_model(config: TrainConfig) -> nn.Module:
 
 def _other_model(name: str, different: list[tuple[str, Any, Any]]) -> str:
     """How a file's model differs from the configuration's, and what makes them the same."""
-    listed = "; ".join(f"{key}: file {there!r:.60}, here {here!r:.60}" for key, here, there in different[:4])
+    listed = "; ".join(f"{key}: file {shown(there, 60)}, here {shown(here, 60)}" for key, here, there in different[:4])
     more = f"; and {len(different) - 4} more" if len(different) > 4 else ""
     # Parts of another kind have other entries as well: such overrides would not fit.
     if more or any(key.rpartition(".")[2] in ("architecture", "kind") for key, _, _ in different):

@@ -125,5 +125,8 @@ def _with_tensors(value: Any, tensor: Callable[[str], Tensor]) -> Any:
         return value
     if value.keys() == {_TENSOR}:
         return tensor(value[_TENSOR])
-    pairs = value[_ITEMS] if value.keys() == {_ITEMS} else value.items()
-    return {key: _with_tensors(entry, tensor) for key, entry in pairs}
+    if value.keys() != {_ITEMS}:
+        return {key: _with_tensors(entry, tensor) for key, entry in value.items()}
+    if any(not isinstance(pair, list) or len(pair) != 2 for pair in value[_ITEMS]):
+        raise TypeError(f"{_ITEMS}: expected pairs of a key and its value, got other entries")
+    return {key: _with_tensors(entry, tensor) for key, entry in value[_ITEMS]}

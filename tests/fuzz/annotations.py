@@ -196,6 +196,7 @@ class FuzzTarget(Target):
     together: ClassVar[int] = 500
     batch: ClassVar[int] = 20_000
     long: ClassVar[int] = 1_000_000
+    memory: ClassVar[int] = 1 << 31  # the records are read a second time, slowly, beside what the readers hold
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)

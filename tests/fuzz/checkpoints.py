@@ -174,5 +174,6 @@ class FuzzTarget(Target):
 
 
 def _taken(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata, in an order that does not hang on the process: a finding can be made again."""
     with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata())  # noqa: SIM118
+        return {name: file.get_tensor(name) for name in sorted(file.keys())}, dict(sorted(file.metadata().items()))

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from magnet_fast.models.contract import Text
+from magnet_fast.showing import shown
 
 _LONGEST = 10_000  # characters; tokenizers take seconds for a million, of which a model reads some twenty words
 
@@ -220,7 +221,7 @@ def check_ids(ids: Iterable[Any], what: str) -> None:
     for one in ids:
         if type(one) is not int or not 0 <= one < MOST_TOKENS:
             raise ValueError(
-                f"{what}: expected ids of tokens that are whole numbers below {MOST_TOKENS}, got {one!r:.40}"
+                f"{what}: expected ids of tokens that are whole numbers below {MOST_TOKENS}, got {shown(one, 40)}"
             )
 
 

@@ -1,0 +1,81 @@
+"""Values of files in messages, and what is nested too deeply to be written."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from magnet_fast.data.safe_pickle import load_plain_pickle
+from magnet_fast.inert import PickledArray
+from magnet_fast.models import from_released
+from magnet_fast.showing import shown
+
+
+def deep(depth: int = 100_000) -> Any:
+    found: Any = []
+    for _ in range(depth):
+        found = [found]
+    return found
+
+
+def test_shown() -> None:
+    assert shown({"a": "x"}) == "{'a': 'x'}"
+    assert shown("x" * 100, 10) == "'" + 9 * "x"
+    assert shown(deep()) == "a list nested too deeply"
+
+
+@pytest.mark.parametrize("state", [(1, (deep(),), None, False, b""), (1, deep(), None, False, b"")])
+def test_an_array_of_a_deep_shape(state: tuple[Any, ...]) -> None:
+    array = object.__new__(PickledArray)
+    array.__setstate__(state)
+    with pytest.raises(ValueError, match="shape|other things"):
+        array.array()
+
+
+class _Storage:
+    """Asks for a tensor's storage of a deep number of elements, or for any other outside object."""
+
+
+def written(path: Path, pid: Any) -> Path:
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, value: Any) -> Any:
+            return pid if isinstance(value, _Storage) else None
+
+    with path.open("wb") as file:
+        Pickler(file, protocol=4).dump({"w": _Storage()})
+    return path
+
+
+def nested_bytes(depth: int) -> bytes:
+    """A pickle's list in a list in a list …: what pickle itself would not write of such a depth."""
+    return b"]" * depth + b"a" * (depth - 1)
+
+
+def test_a_released_archive_with_a_deep_number_of_elements(tmp_path: Path) -> None:
+    whole = tmp_path / "whole.pth"
+    torch.save({"w": torch.ones(2)}, whole)
+    import zipfile
+
+    path = tmp_path / "deep.pth"
+    with zipfile.ZipFile(whole) as archive, zipfile.ZipFile(path, "w") as other:
+        for entry in archive.infolist():
+            content = archive.read(entry)
+            if entry.filename.endswith("data.pkl"):
+                # The number of elements, 2, stands behind the device of the storage.
+                before, device, after = content.partition(b"cpu")
+                place = after.index(b"K\x02")
+                content = before + device + after[:place] + nested_bytes(50_000) + after[place + 2 :]
+            other.writestr(entry.filename, content)
+    with pytest.raises(ValueError, match=r"deep\.pth' is damaged or cut short: a list nested too deeply elements"):
+        from_released(path)
+
+
+def test_a_data_set_s_pickle_with_a_deep_outside_object(tmp_path: Path) -> None:
+    path = tmp_path / "refs.p"
+    path.write_bytes(b"\x80\x04" + nested_bytes(50_000) + b"Q.")  # BINPERSID
+    with pytest.raises(ValueError, match=r"refs\.p: the pickle asks for the outside object a list nested too deeply"):
+        load_plain_pickle(path)
