@@ -49,7 +49,12 @@ def test_second_derivatives(name: str) -> None:
     case = all_cases()[name]
     with ops.backend("cpu"):
         weights = [weights_like(out) for out in case()]
-        expected = results(case, weights, create_graph=True)
+        try:
+            expected = results(case, weights, create_graph=True)
+        except RuntimeError as error:
+            if "is not implemented" in str(error):
+                pytest.skip("PyTorch's grid_sample of this version has no second derivative")
+            raise
         with torch.device("meta"):
             found = results(case, weights, create_graph=True)
     assert all(torch.equal(ours, plain) for ours, plain in zip(found, expected, strict=True))
