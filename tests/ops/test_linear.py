@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -234,28 +233,6 @@ def test_activation_and_a_residual() -> None:
 
 
 # ---- Packed weights ---------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def packed_layer() -> Iterator[nn.Linear]:
-    torch.manual_seed(0)
-    layer = nn.Linear(INNER, OUTER)
-    pack_linear(layer)
-    yield layer
-    _packed.unpack(layer)
-
-
-@pytest.fixture
-def packings(monkeypatch) -> list[Tensor]:
-    """Every weight that was packed."""
-    found = []
-    pack = torch.ops.mkldnn._reorder_linear_weight
-    operators = SimpleNamespace(
-        _reorder_linear_weight=lambda weight, rows: found.append(weight) or pack(weight, rows),
-        _linear_pointwise=torch.ops.mkldnn._linear_pointwise,
-    )
-    monkeypatch.setattr(torch.ops, "mkldnn", operators)
-    return found
 
 
 @needs_onednn

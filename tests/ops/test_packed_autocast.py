@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +15,7 @@ from transformers.models.detr.modeling_detr import DetrFrozenBatchNorm2d
 import magnet_fast
 from magnet_fast import ops
 from magnet_fast.ops import _convolution, _int8, _linear, _packed, _training_products
-from magnet_fast.ops._linear import linear, pack_linear
+from magnet_fast.ops._linear import linear
 
 INNER, OUTER = 96, 80
 needs_bfloat16 = pytest.mark.skipif(
@@ -32,28 +30,6 @@ def values(*shape: int, seed: int = 0) -> Tensor:
 
 class Kept(Tensor):
     """A subclass, which may compute anything."""
-
-
-@pytest.fixture
-def packed_layer() -> Iterator[nn.Linear]:
-    torch.manual_seed(0)
-    layer = nn.Linear(INNER, OUTER)
-    pack_linear(layer)
-    yield layer
-    _packed.unpack(layer)
-
-
-@pytest.fixture
-def packings(monkeypatch) -> list[Tensor]:
-    """Every weight of a Linear that was packed."""
-    found = []
-    pack = torch.ops.mkldnn._reorder_linear_weight
-    operators = SimpleNamespace(
-        _reorder_linear_weight=lambda weight, rows: found.append(weight) or pack(weight, rows),
-        _linear_pointwise=torch.ops.mkldnn._linear_pointwise,
-    )
-    monkeypatch.setattr(torch.ops, "mkldnn", operators)
-    return found
 
 
 def autocast() -> torch.autocast:
