@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -36,20 +36,6 @@ def test_an_array_of_a_deep_shape(state: tuple[Any, ...]) -> None:
         array.array()
 
 
-class _Storage:
-    """Asks for a tensor's storage of a deep number of elements, or for any other outside object."""
-
-
-def written(path: Path, pid: Any) -> Path:
-    class Pickler(pickle.Pickler):
-        def persistent_id(self, value: Any) -> Any:
-            return pid if isinstance(value, _Storage) else None
-
-    with path.open("wb") as file:
-        Pickler(file, protocol=4).dump({"w": _Storage()})
-    return path
-
-
 def nested_bytes(depth: int) -> bytes:
     """A pickle's list in a list in a list …: what pickle itself would not write of such a depth."""
     return b"]" * depth + b"a" * (depth - 1)
@@ -58,8 +44,6 @@ def nested_bytes(depth: int) -> bytes:
 def test_a_released_archive_with_a_deep_number_of_elements(tmp_path: Path) -> None:
     whole = tmp_path / "whole.pth"
     torch.save({"w": torch.ones(2)}, whole)
-    import zipfile
-
     path = tmp_path / "deep.pth"
     with zipfile.ZipFile(whole) as archive, zipfile.ZipFile(path, "w") as other:
         for entry in archive.infolist():
