@@ -28,7 +28,16 @@ ROOT = Path(__file__).resolve().parent.parent
 ENDS = ("oldest", "newest")
 TESTS = ("tests/ops", "tests/models", "tests/fast", "tests/data", "tests/training", "tests/evaluation", "tests/batch")
 # What those tests need beside the package.
-TOOLS = ("pytest", "hypothesis", "peft", "segment-anything", "segment-anything-hq", "scikit-image", "pytest-benchmark")
+TOOLS = (
+    "pytest",
+    "pytest-xdist",
+    "hypothesis",
+    "peft",
+    "segment-anything",
+    "segment-anything-hq",
+    "scikit-image",
+    "pytest-benchmark",
+)
 BUILD = ("setuptools>=77", "pybind11>=2.12", "ninja")
 
 
@@ -80,7 +89,8 @@ def checked(folder: Path, end: str, tests: list[str]) -> dict[str, Any]:
     settings.pop("PYTHONPATH", None)
     subprocess.run([*pip, "--no-deps", "--no-build-isolation", "-e", source], env=settings, check=True)
     results = folder / "results.xml"
-    pytest = [python, "-m", "pytest", "-m", "not slow", "-q", f"--junitxml={results}"]
+    side = ["-n", os.environ.get("TEST_PROCESSES", "2"), "--dist", "loadfile"]
+    pytest = [python, "-m", "pytest", "-m", "not slow", "-q", *side, f"--junitxml={results}"]
     strict = ["-p", "tests.deprecations"] if end == "newest" else []
     subprocess.run([*pytest, *strict, *tests], cwd=source, env=settings)
     (suite,) = ElementTree.parse(results).getroot()
