@@ -16,10 +16,9 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-import torch
 from torch import nn
 
-from magnet_fast.ops._observed import altered, observed
+from magnet_fast.ops._observed import altered, observed, taken_elsewhere
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,7 +145,7 @@ def must_run_original(module: nn.Module, *bypassed: nn.Module) -> bool:
         module: the replaced one.
         bypassed: what the fused way does not call.
     """
-    if torch.jit.is_tracing() or torch.compiler.is_exporting() or altered(module) or observed(*bypassed):
+    if taken_elsewhere() or altered(module) or observed(*bypassed):
         return True
     replacement = getattr(type(module), "_replacement", None)
     return replacement is not None and replacement.unfit(module) is not None

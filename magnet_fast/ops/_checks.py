@@ -31,9 +31,14 @@ def dense(value: Tensor, name: str) -> None:
         raise TypeError(f"{name}: expected a dense tensor, got layout {value.layout}")
 
 
-def exact_shape(value: Tensor, name: str, expected: Sequence[int], because: str) -> None:
+def exact_shape(
+    value: Tensor, name: str, expected: Sequence[int], because: str, *numbers: int | tuple[int, ...]
+) -> None:
+    """`because` may have a `{}` for each of `numbers`: not filled in where all is well, as in a compiled function
+    numbers may be symbols, which not every version of PyTorch writes into a text."""
     if tuple(value.shape) != tuple(expected):
-        raise ValueError(f"{name}: expected shape {tuple(expected)} ({because}), got {tuple(value.shape)}")
+        told = because.format(*numbers)
+        raise ValueError(f"{name}: expected shape {tuple(expected)} ({told}), got {tuple(value.shape)}")
 
 
 def same_device(value: Tensor, name: str, other: Tensor, other_name: str) -> None:

@@ -58,6 +58,13 @@ def watched() -> bool:
     return not torch.compiler.is_compiling() and moded()  # a compiler traces in a mode of its own
 
 
+def taken_elsewhere() -> bool:
+    """Whether a graph is being taken for use where this package may not be: an export, a trace."""
+    # Not `is_exporting()` where there is another way: torch 2.11 says yes in every compiled function.
+    flag = getattr(torch.compiler, "_is_exporting_flag", None)
+    return (torch.compiler.is_exporting() if flag is None else flag) or torch.jit.is_tracing()
+
+
 def moded() -> bool:
     """Whether a mode or a transform is active."""
     if torch._C._len_torch_dispatch_stack() > 0 or transformed():

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from magnet_fast.ops._observed import transformed
+from magnet_fast.ops._observed import taken_elsewhere, transformed
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 """What an operator can run on: the reference, plain PyTorch, or kernels; `auto` picks one of them."""
@@ -288,7 +288,7 @@ def why_not(operator: str, name: str, arguments: tuple) -> str | None:
 
 def why_passed_over(operator: str, name: str, arguments: tuple) -> str | None:
     """None when `auto` may take the backend for these normalised arguments that it can run, else the reason."""
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+    if taken_elsewhere():
         return "a graph is being taken for use elsewhere, where this package may not be"
     return None if name == "reference" else _implementations[operator, name].passed_over(*arguments)
 

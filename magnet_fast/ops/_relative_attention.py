@@ -144,7 +144,7 @@ def _prepare(
         axis = name.removeprefix("rel_")
         _checks.floating_tensor(table, name, 2, f"(2*{axis} - 1, d)")
         _checks.exact_shape(
-            table, name, (2 * side - 1, d), f"for {whose} {(window_h, window_w)} and {d} channels a head"
+            table, name, (2 * side - 1, d), f"for {whose} {{}} and {{}} channels a head", (window_h, window_w), d
         )
         _checks.same_device(table, name, qkv, "qkv")
     if pad_qkv is not None:

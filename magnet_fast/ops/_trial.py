@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from magnet_fast.ops import _cuda_backend, _kept, _proof, _registry
 from magnet_fast.ops._checks import dtype_name
-from magnet_fast.ops._observed import transformed
+from magnet_fast.ops._observed import taken_elsewhere, transformed
 
 MODE_VARIABLE = "MAGNET_FAST_CHOICE"
 FOLDER = "choices"
@@ -174,7 +174,7 @@ def _asked() -> bool:
     """Whether the environment, and what the call stands in, leave it to times."""
     if mode() == "guess" or torch.are_deterministic_algorithms_enabled():
         return False
-    return not (torch.compiler.is_exporting() or torch.jit.is_tracing())
+    return not taken_elsewhere()
 
 
 def _form(operator: str, arguments: Sequence[Any]) -> Any:

@@ -208,7 +208,9 @@ def _prepare(
         bias_table,
         "bias_table",
         (entries, num_heads),
-        f"for window {(window_h, window_w)} and {num_heads} heads",
+        "for window {} and {} heads",
+        (window_h, window_w),
+        num_heads,
     )
     _checks.same_device(bias_table, "bias_table", qkv, "qkv")
     if pad_qkv is not None:

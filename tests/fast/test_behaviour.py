@@ -7,10 +7,12 @@ import io
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.backends.registry import lookup_backend
 
 import magnet_fast
 from magnet_fast.fast import Report, _replacement
@@ -68,10 +70,17 @@ def test_compiled(name: str) -> None:
     family = zoo.FAMILIES[name]
     model, inputs = family.model(family.odd).eval(), family.inputs(family.odd)
     magnet_fast.accelerate(model)
+    graphs = []
+
+    def keep(graph: torch.fx.GraphModule, given: list) -> Callable:
+        graphs.append(str(graph.graph))
+        return lookup_backend("aot_eager")(graph, given)
+
     with torch.no_grad():
         expected = zoo.call(model, inputs)
-        compiled = torch.compile(model, backend="aot_eager", fullgraph=name in ("timm", "torchvision", "timm SAM"))
+        compiled = torch.compile(model, backend=keep, fullgraph=name in ("timm", "torchvision", "timm SAM"))
         found = zoo.call(compiled, inputs)
+    assert any("magnet_fast." in graph for graph in graphs)
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
@@ -290,8 +299,9 @@ def test_a_replaced_projection_runs_the_original() -> None:
 def test_traced_and_exported_graphs_do_not_ask_for_this_package() -> None:
     family = zoo.FAMILIES["timm"]
     model, inputs = accelerated(family), family.inputs(zoo.EVEN)
-    exported = torch.export.export(model, (inputs,))
-    assert "magnet_fast::" not in str(exported.graph) and "magnet_fast." not in str(exported.graph)
+    for strict in (True, False):
+        exported = torch.export.export(model, (inputs,), strict=strict)
+        assert "magnet_fast::" not in str(exported.graph) and "magnet_fast." not in str(exported.graph)
     traced = torch.jit.trace(model, inputs, check_trace=False)
     assert "magnet_fast::" not in str(traced.inlined_graph)
     torch.testing.assert_close(exported.module()(inputs), model(inputs), rtol=1e-4, atol=1e-5)
