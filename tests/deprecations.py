@@ -14,7 +14,7 @@ import pytest
 # Of packages that the tests use and the library does not, or of one upstream package to another: nothing we could mend.
 FOREIGN = [
     "ignore:__array__ implementation:DeprecationWarning",  # PyTorch to NumPy
-    "ignore:.torch.jit.(trace|script)[a-z_]*. is (deprecated|not supported):FutureWarning",  # tests that trace
+    "ignore:.torch.jit.(trace|script|save|load)[a-z_]*. is (deprecated|not supported):FutureWarning",  # in tests
     "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning",  # PEFT to transformers
     "ignore:Use 'content=:DeprecationWarning",  # huggingface_hub to httpx
 ]

@@ -313,14 +313,13 @@ class _Entries:
         return OrderedDict(*args) if args and isinstance(args[0], (list, dict)) else OrderedDict()
 
 
-class _Items(list):
-    """A list, whatever class of list it was."""
+class _Items:
+    """A list, whatever class of list it was: most versions of torch fill no subclass of `list`."""
 
-    def __init__(self, *_: Any) -> None:
-        super().__init__()
+    type_name = "list"
 
-    def __setstate__(self, state: Any) -> None:
-        pass
+    def __new__(cls, *_: Any) -> Any:
+        return []
 
 
 _CODE_MODULES = {"os", "posix", "nt", "sys", "subprocess", "shutil", "runpy", "importlib", "pty", "ctypes", "socket"}

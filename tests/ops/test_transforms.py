@@ -86,11 +86,11 @@ def test_forward_mode_is_that_of_the_reference_or_an_error(case: Case) -> None:
     directions = tuple(leaf.cos() for leaf in leaves)
     with torch.no_grad(), forward_ad.dual_level():
         duals = [forward_ad.make_dual(*pair) for pair in zip(leaves, directions, strict=True)]
-        if case.operator in SAMPLING:
-            with pytest.raises(NotImplementedError, match="grid_sampler_2d"):
-                case(*duals)
+        try:
+            tangents = [forward_ad.unpack_dual(out).tangent for out in case(*duals)]
+        except NotImplementedError as error:  # as of PyTorch's own sampling before 2.15
+            assert case.operator in SAMPLING and "grid_sampler_2d" in str(error)
             return
-        tangents = [forward_ad.unpack_dual(out).tangent for out in case(*duals)]
     step = 1e-6
     ahead, behind = (
         case(*(leaf + sign * step * d for leaf, d in zip(leaves, directions, strict=True))) for sign in (1, -1)
