@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +57,15 @@ def test_a_model_far_larger_than_its_file_is_not_built(
 ) -> None:
     path = with_metadata(whole, tmp_path / "other.safetensors", config=changed_config(whole, part, **settings))
     of_what = "tensors" if settings.get("depths", [0])[0] == 600 else ""
-    with pytest.raises(ValueError, match=rf"other\.safetensors'?: its configuration asks for .* over \d+ {of_what}"):
-        checkpoints.load(path)
+    tracemalloc.start()
+    try:
+        with pytest.raises(
+            ValueError, match=rf"other\.safetensors'?: its configuration asks for .* over \d+ {of_what}"
+        ):
+            checkpoints.load(path)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 26  # nor a list of something for each layer
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize(

@@ -61,13 +61,7 @@ class SwinEncoder(ImageEncoder):
         super().__init__()
         self.config, self.channels, self.strides = config, config.channels, config.strides
         self.patch_embed = PatchEmbed(config.embed_dim, config.absolute_position)
-        count = sum(config.depths)
-        rates = [config.drop_path * block / max(1, count - 1) for block in range(count)]
-        starts = [sum(config.depths[:stage]) for stage in range(4)]
-        self.stages = nn.ModuleList(
-            SwinStage(config, stage, rates[start : start + depth])
-            for stage, (start, depth) in enumerate(zip(starts, config.depths, strict=True))
-        )
+        self.stages = nn.ModuleList(SwinStage(config, stage) for stage in range(4))
         self.apply(_initialise)
 
     def start(self, image: Tensor) -> Tensor:
@@ -88,16 +82,17 @@ class SwinEncoder(ImageEncoder):
 class SwinStage(nn.Module):
     """The blocks of one resolution, and the merging that leads to the next (None after the last stage)."""
 
-    def __init__(self, config: SwinConfig, stage: int, drop_path: list[float]) -> None:
+    def __init__(self, config: SwinConfig, stage: int) -> None:
         super().__init__()
         channels = config.channels[stage]
+        before, last = sum(config.depths[:stage]), max(1, sum(config.depths) - 1)
         self.blocks = nn.ModuleList(
             SwinBlock(
                 channels,
                 config.num_heads[stage],
                 config.window_size,
                 shift=config.window_size // 2 if index % 2 else 0,
-                drop_path=drop_path[index],
+                drop_path=config.drop_path * (before + index) / last,
             )
             for index in range(config.depths[stage])
         )
