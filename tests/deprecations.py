@@ -15,6 +15,9 @@ import pytest
 FOREIGN = [
     "ignore:__array__ implementation:DeprecationWarning",  # PyTorch to NumPy
     "ignore:.torch.jit.(trace|script|save|load)[a-z_]*. is (deprecated|not supported):FutureWarning",  # in tests
+    "ignore:torch.ao.quantization is deprecated:DeprecationWarning",  # in tests
+    "ignore:torch.quantize_per_tensor:UserWarning",  # of that
+    "ignore:Using a non-tuple sequence:UserWarning",  # timm to PyTorch
     "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning",  # PEFT to transformers
     "ignore:Use 'content=:DeprecationWarning",  # huggingface_hub to httpx
 ]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from magnet_fast.devices import on_cpu
 from magnet_fast.models.base_weights import Base, base_of
 from magnet_fast.models.config import InputConfig, ModelConfig
-from magnet_fast.models.contract import Features, InputSpec, Prediction, Step, Text, Words, probability
+from magnet_fast.models.contract import Features, InputSpec, Prediction, Step, Text, Words, changed, probability
 
 
 class ImageEncoder(nn.Module):
@@ -221,7 +221,7 @@ class ReferringModel(nn.Module):
         features = self.encode(image, text, context, seen=seen)
         prediction = self.head(features)
         if self.presence is not None:
-            prediction = prediction._replace(presence=self.presence(features, prediction))
+            prediction = changed(prediction, presence=self.presence(features, prediction))
         return prediction
 
     def encode(

@@ -5,7 +5,7 @@ Nothing here knows a model. Tensors between parts are channels-last, (B, H, W, C
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -128,6 +128,15 @@ class InputSpec(NamedTuple):
     tokenizer: str = "wordpiece"
     max_tokens: int = 20
     threshold: float = 0.5
+
+
+_Record = TypeVar("_Record", Words, Prediction)
+
+
+def changed(record: _Record, **fields: Any) -> _Record:
+    """`record._replace(**fields)` for what a model returns: torch.compile of torch 2.11 cannot return a record made by
+    that in the graph itself."""
+    return type(record)(**{**record._asdict(), **fields})
 
 
 MAX_INPUT_SIDE = 4096

@@ -143,7 +143,11 @@ def test_transforms_of_functions(case: str) -> None:
         if any(isinstance(module, nn.LSTM) for module in model.modules()):
             return  # vmap has no rule for PyTorch's LSTM
         stacked = {name: torch.stack([p, 0.9 * p]) for name, p in parameters.items()}
-        together = vmap(loss)(stacked)
+        try:
+            together = vmap(loss)(stacked)
+        except RuntimeError as error:  # of PyTorch's own group_norm, for some layouts in 2.11
+            assert "NYI: querying is_contiguous inside of vmap" in str(error)
+            return
         alone = torch.stack([loss({name: p[i] for name, p in stacked.items()}) for i in range(2)])
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-8)
 

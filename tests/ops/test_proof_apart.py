@@ -225,6 +225,7 @@ def test_the_doctor_asks_there_too(fake, children, monkeypatch) -> None:  # noqa
 
 
 STOPPED = """
+import signal
 import sys
 from dataclasses import replace
 import torch
@@ -232,6 +233,7 @@ from magnet_fast import ops
 from magnet_fast.ops import _proof_apart, _registry
 from tests.ops.apart import OPERATOR
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background a shell has it ignored
 _proof_apart.wanted = lambda place: place[1] == "triton"
 _proof_apart._START = _proof_apart._START.replace("magnet_fast.ops._proof_child", "tests.ops.apart")
 free = {"supports": lambda *arguments: None, "passed_over": lambda *arguments: None, "missing": None}

@@ -20,7 +20,7 @@ from magnet_fast import ops
 from magnet_fast.models.attention import Attention, TokenAttention
 from magnet_fast.models.base import Fusion
 from magnet_fast.models.config import FusionConfig, ImageConfig, TextConfig, part
-from magnet_fast.models.contract import Step, Words
+from magnet_fast.models.contract import Step, Words, changed
 from magnet_fast.models.fusion.neck import Neck
 from magnet_fast.models.fusion.pixel_word import PixelInstanceNorm
 
@@ -95,12 +95,12 @@ class Bridge(Fusion):
             return Step(None, x, words)
         maps, pair = carry or ([], None)
         x, features, pair = self.stages[i - self.first](x, words.features, words.mask, pair)
-        words, maps = words._replace(features=self.gate(features)), [*maps, x]
+        words, maps = changed(words, features=self.gate(features)), [*maps, x]
         if len(maps) < _MAPS:
             return Step(None, x, words, carry=(maps, pair))
         *finer, x = maps
         x, features = self.last(x, words.features, words.mask)
-        words = words._replace(features=features)
+        words = changed(words, features=features)
         joined = self.neck(*(one.permute(0, 3, 1, 2) for one in (*finer, x)), words.sentence).permute(0, 2, 3, 1)
         return Step(joined, x, words)
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from magnet_fast.models.base import Head
 from magnet_fast.models.config import HeadConfig, Shapes, part, read_part
-from magnet_fast.models.contract import Features, Prediction
+from magnet_fast.models.contract import Features, Prediction, changed
 
 
 @part
@@ -69,8 +69,8 @@ class AMF(Head):
         gate = self.gate(torch.cat([found, fine], dim=1)).sigmoid()
         pixels = F.relu(self.smooth(gate * found + (1 - gate) * fine))
         mask = self.classify(pixels)[:, 0]
-        earlier = (*before.earlier, before._replace(earlier=()))
-        return before._replace(mask=mask, pixels=pixels, earlier=earlier, aligned_corners=False)
+        earlier = (*before.earlier, changed(before, earlier=()))
+        return changed(before, mask=mask, pixels=pixels, earlier=earlier, aligned_corners=False)
 
 
 def _coarser(shapes: Shapes) -> Shapes:

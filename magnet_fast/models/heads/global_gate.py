@@ -15,7 +15,7 @@ from torch import nn
 from magnet_fast.models.attention import SentenceRead
 from magnet_fast.models.base import Head
 from magnet_fast.models.config import HeadConfig, Shapes, part
-from magnet_fast.models.contract import Features, Prediction
+from magnet_fast.models.contract import Features, Prediction, changed
 from magnet_fast.models.heads.topdown import TopDown
 
 PIXELS, SENTENCE = "global_pixels", "global_sentence"
@@ -57,4 +57,4 @@ class GlobalGate(Head):
         gate = 1 + self.gate(torch.cat([seen, said], dim=-1))[:, None, None]
         maps = [projection(x) * gate for projection, x in zip(self.projections, features.maps, strict=True)]
         prediction = self.topdown(features._replace(maps=maps))
-        return prediction._replace(extra={PIXELS: seen, SENTENCE: said})
+        return changed(prediction, extra={PIXELS: seen, SENTENCE: said})

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from magnet_fast.models.base import Head
 from magnet_fast.models.config import HeadConfig, Shapes, part
-from magnet_fast.models.contract import Features, Prediction
+from magnet_fast.models.contract import Features, Prediction, changed
 from magnet_fast.models.heads.language_query import Layer, SelfAttention, middle_map
 from magnet_fast.models.heads.mixture import mixture_logit
 from magnet_fast.models.heads.topdown import TopDownConfig
@@ -79,7 +79,7 @@ class Relation(Head):
         maps[self.middle] = middle * (1 + logit.sigmoid().to(middle.dtype))[..., None]
         earlier = Prediction(logit, aligned_corners=False)
         extra = {"roles": roles, "instances": instances}
-        return self.decoder(features._replace(maps=maps))._replace(earlier=(earlier,), extra=extra)
+        return changed(self.decoder(features._replace(maps=maps)), earlier=(earlier,), extra=extra)
 
 
 class SemanticComponentParser(nn.Module):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from magnet_fast.models.attention import TokenAttention
 from magnet_fast.models.base import Head
 from magnet_fast.models.config import HeadConfig, Shapes, part
-from magnet_fast.models.contract import Features, Prediction
+from magnet_fast.models.contract import Features, Prediction, changed
 from magnet_fast.models.heads.topdown import ConvBlock
 
 
@@ -76,7 +76,7 @@ class TokenTopDown(Head):
                 x = F.interpolate(x, size=skip.shape[2:], mode="bilinear", align_corners=True)
                 x = self.blocks[stage - 1](torch.cat([x, skip], dim=1))
         *earlier, last = predictions
-        return last._replace(earlier=tuple(earlier), pixels=pixels, words=features.words)
+        return changed(last, earlier=tuple(earlier), pixels=pixels, words=features.words)
 
 
 class TokenRead(nn.Module):

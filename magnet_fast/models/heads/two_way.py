@@ -18,7 +18,7 @@ from magnet_fast import ops
 from magnet_fast.models.attention import Attention
 from magnet_fast.models.base import Head
 from magnet_fast.models.config import HeadConfig, Shapes, part
-from magnet_fast.models.contract import Features, Prediction, Words
+from magnet_fast.models.contract import Features, Prediction, Words, changed
 from magnet_fast.models.heads.mask_decoder import presence_of
 from magnet_fast.models.position import RandomPosition
 
@@ -117,7 +117,7 @@ class TwoWay(Head):
         tokens = self.norm(tokens + self.last_read(tokens + first, pixels + place, pixels, read))
         enlarged = enlarged if self.auxiliary else self.enlarged(pixels, size, features.size)
         last = self.predict(tokens[:, 0], enlarged)
-        return last._replace(earlier=tuple(earlier), pixels=enlarged, words=aware)
+        return changed(last, earlier=tuple(earlier), pixels=enlarged, words=aware)
 
     def enlarged(self, pixels: Tensor, size: tuple[int, int], image_size: tuple[int, int]) -> Tensor:
         """Pixels (B, P, C) of a map of `size` to (B, C / 8, h, w), a fourth of the map's stride for `image_size`."""
