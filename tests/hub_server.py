@@ -121,7 +121,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(401, {"error": "Invalid username or password."})
         status = 409 if name in self.hub.repositories else 200
         if status == 200:
-            self.hub.repositories[name] = Repository(asked.get("visibility") == "private")
+            private = asked.get("visibility") == "private" or asked.get("private", False)  # the client's 1.5 says it so
+            self.hub.repositories[name] = Repository(private)
             self.hub.repositories[name].commit({".gitattributes": b"*.safetensors filter=lfs"})
         self._send(status, {"url": f"{self.hub.address}/{name}"})
 

@@ -26,7 +26,16 @@ except ModuleNotFoundError:  # Python 3.10
 
 ROOT = Path(__file__).resolve().parent.parent
 ENDS = ("oldest", "newest")
-TESTS = ("tests/ops", "tests/models", "tests/fast", "tests/data", "tests/training", "tests/evaluation", "tests/batch")
+TESTS = (
+    *("tests/ops", "tests/kernels", "tests/models", "tests/fast", "tests/data", "tests/training", "tests/evaluation"),
+    *(
+        "tests/batch",
+        "tests/test_cli.py",
+        "tests/test_default_device.py",
+        "tests/test_hub.py",
+        "tests/test_inference.py",
+    ),
+)
 # What those tests need beside the package.
 TOOLS = (
     "pytest",
