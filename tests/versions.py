@@ -26,16 +26,8 @@ except ModuleNotFoundError:  # Python 3.10
 
 ROOT = Path(__file__).resolve().parent.parent
 ENDS = ("oldest", "newest")
-TESTS = (
-    *("tests/ops", "tests/kernels", "tests/models", "tests/fast", "tests/data", "tests/training", "tests/evaluation"),
-    *(
-        "tests/batch",
-        "tests/test_cli.py",
-        "tests/test_default_device.py",
-        "tests/test_hub.py",
-        "tests/test_inference.py",
-    ),
-)
+TESTS = [f"tests/{name}" for name in ("ops", "kernels", "models", "fast", "data", "training", "evaluation", "batch")]
+TESTS += [f"tests/test_{name}.py" for name in ("cli", "default_device", "hub", "inference")]
 # What those tests need beside the package.
 TOOLS = (
     "pytest",
@@ -65,7 +57,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--end", choices=ENDS, action="append", help="one of the two; default: both")
-    parser.add_argument("tests", nargs="*", default=list(TESTS))
+    parser.add_argument("tests", nargs="*", default=TESTS)
     given = parser.parse_intermixed_args()  # tests may follow an option
     folder = given.folder.resolve()
     report = {end: checked(folder / end, end, given.tests) for end in given.end or ENDS}
