@@ -21,7 +21,7 @@ PACKAGE = ROOT / "magnet_fast"
 PAGE = ROOT / "docs" / "when-something-is-wrong.md"
 
 USER_FACING = (
-    "checkpoints.py", "editing.py", "exporting.py", "inference.py", "shrinking.py", "visualize.py",
+    "checkpoints.py", "editing.py", "exporting.py", "inference.py", "showing.py", "shrinking.py", "visualize.py",
     "fast/__init__.py", "batch/*.py",
     "data/*.py", "data/datasets/*.py", "data/importing/*.py", "data/tokenizers/*.py", "data/transforms/*.py",
     "data/phrases/reading.py", "data/scenes/writing.py",

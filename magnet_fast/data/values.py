@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-import reprlib
 from pathlib import PurePosixPath
 from typing import Any
+
+from magnet_fast.showing import short
 
 MAX_SIDE = 1_000_000
 MAX_PIXELS = 178_956_970
@@ -16,23 +17,11 @@ _WHOLE = re.compile(r"\s*([+-]?\d{1,18})(?:\.0*)?\s*", re.ASCII)
 _JSON = {None: "null", True: "true", False: "false"}
 
 
-def _short() -> reprlib.Repr:
-    short = reprlib.Repr()
-    short.maxlevel, short.maxdict, short.maxstring, short.maxother = 4, 4, 60, 60
-    return short
-
-
-_SHORT = _short()
-
-
 def shown(value: Any) -> str:
     """A value as a message shows it: one line of bounded length, whatever it is."""
     if value is None or isinstance(value, bool):
         return _JSON[value]
-    try:
-        text = _SHORT.repr(value)
-    except ValueError:  # Python prints no int of thousands of digits
-        return f"a {type(value).__name__} too long to print"
+    text = short(value)
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."  # of lists in lists, each is short
 
 
