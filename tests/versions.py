@@ -90,10 +90,13 @@ def checked(folder: Path, end: str, tests: list[str]) -> dict[str, Any]:
     settings.pop("PYTHONPATH", None)
     subprocess.run([*pip, "--no-deps", "--no-build-isolation", "-e", source], env=settings, check=True)
     results = folder / "results.xml"
+    results.unlink(missing_ok=True)  # of an earlier run
     side = ["-n", os.environ.get("TEST_PROCESSES", "2"), "--dist", "loadfile"]
     pytest = [python, "-m", "pytest", "-m", "not slow", "-q", *side, f"--junitxml={results}"]
     strict = ["-p", "tests.deprecations"] if end == "newest" else []
-    subprocess.run([*pytest, *strict, *tests], cwd=source, env=settings)
+    code = subprocess.run([*pytest, *strict, *tests], cwd=source, env=settings).returncode
+    if code not in (0, 1):  # passed, failed
+        raise SystemExit(f"{end}: pytest ended with {code}")
     (suite,) = ElementTree.parse(results).getroot()
     count = {name: int(suite.attrib[name]) for name in ("tests", "failures", "errors", "skipped")}
     failed = count["failures"] + count["errors"]
