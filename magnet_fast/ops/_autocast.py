@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import wraps
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,3 +37,18 @@ def cast_low(x: Tensor) -> Tensor:
 def disabled(like: Tensor) -> AbstractContextManager:
     """Turn autocast off for the body of an operator: its precision is the operator's own business."""
     return torch.autocast(like.device.type, enabled=False) if active(like) else nullcontext()
+
+
+def off(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function on the CPU that autocast does not change.
+
+    `torch.autocast` as a decorator keeps what to go back to in one place for all calls: of two threads in the function
+    at once, the one would come out with the other's autocast.
+    """
+
+    @wraps(function)
+    def run(*arguments: Any) -> Any:
+        with torch.autocast("cpu", enabled=False):
+            return function(*arguments)
+
+    return run

@@ -83,12 +83,12 @@ def run_layers(
         folded = None
         if norm is not None and type(layer) is nn.Conv2d and _worth(layer, x):
             allowed = _allowed(x) if allowed is None else allowed
-            x = _autocast.cast(x) if allowed else x  # as the convolution would
             folded = _folded(layer, norm, x) if allowed else None
         if folded is None:
             x, allowed = layer(x), None
             index += 1
             continue
+        x = _autocast.cast(x)  # as the convolution would
         index += 2
         unary = _unary_within(norm)
         if unary is None and index < count and (unary := _unary(layers[index])) is not None:
@@ -180,8 +180,12 @@ def _worth(convolution: nn.Conv2d, x: Tensor) -> bool:
 
 def _allowed(x: Tensor) -> bool:
     """Whether this is inference that oneDNN's operators may take."""
-    dtype = torch.bfloat16 if _autocast.active(x) else x.dtype
-    return _inference(x) and torch.backends.mkldnn.enabled and _works(dtype)
+    return _inference(x) and torch.backends.mkldnn.enabled and _works(_computed(x))
+
+
+def _computed(x: Tensor) -> torch.dtype:
+    """What a convolution of x computes in; autocast to another dtype than bfloat16 is not `_allowed`."""
+    return torch.bfloat16 if _autocast.active(x) else x.dtype
 
 
 def _inference(x: Tensor, *others: Tensor) -> bool:
@@ -199,13 +203,14 @@ def _folded(convolution: nn.Conv2d, norm: nn.Module, x: Tensor) -> _Folded | Non
     if autocast and _norm_kind(type(norm)) is _Norm.FROZEN:
         return None  # what it multiplies by is in float32, and so are its results, where a BatchNorm's are x's
     shape = convolution.padding, convolution.stride, convolution.dilation, convolution.groups
-    winograd = _winograd.takes(convolution, x)
-    layout = f"winograd, {_winograd.level()}" if winograd else f"folded, {x.dtype}"
+    dtype = _computed(x)
+    winograd = dtype == x.dtype and _winograd.takes(convolution, x)
+    layout = f"winograd, {_winograd.level()}" if winograd else f"folded, {dtype}"
 
     def make() -> _Folded | None:
         if not _inference(x, *sources):
             return None
-        weight, bias = _fold(convolution, norm, x.dtype)
+        weight, bias = _fold(convolution, norm, dtype)
         if winograd:
             return _Folded(_winograd.pack(weight), bias, shape, True)
         # The layout is chosen for this size; it is right for any.
@@ -312,7 +317,7 @@ def _foldable_activation(norm: nn.Module) -> bool:
 
 
 @cache
-@torch.autocast("cpu", enabled=False)
+@_autocast.off
 def _works(dtype: torch.dtype) -> bool:
     """Whether this PyTorch has the operators and they compute what they are taken for; x86 from AVX2 on only."""
     if not torch.backends.mkldnn.is_available() or torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):

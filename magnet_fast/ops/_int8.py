@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from magnet_fast.ops import _cpu_backend
+from magnet_fast.ops import _autocast, _cpu_backend
 from magnet_fast.ops._view import view
 
 ACTIVATIONS = {None: 0, "gelu": 1, "relu": 2}
@@ -95,7 +95,7 @@ def linear(
 
 
 @cache
-@torch.autocast("cpu", enabled=False)
+@_autocast.off
 def works() -> bool:
     """Whether this PyTorch has the product, and it is exact where 16 bits would overflow first."""
     if _cpu_backend.missing is not None or not torch.backends.mkldnn.is_available():

@@ -309,7 +309,7 @@ register_layer("linear", Layer(_explain, _backends))
 
 
 @cache
-@torch.autocast("cpu", enabled=False)
+@_autocast.off
 def _works(dtype: torch.dtype) -> bool:
     """Whether this PyTorch has the operators and they compute what they are taken for; x86 from AVX2 on only."""
     if not torch.backends.mkldnn.is_available() or torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 from contextlib import nullcontext
 from functools import partial
+from threading import Event, Thread, current_thread
+from types import ModuleType
 
 import pytest
 import torch
@@ -122,6 +124,32 @@ def test_what_a_caller_is_in_the_middle_of_does_not_decide_what_works() -> None:
         torch.set_default_dtype(torch.float32)
 
 
+@pytest.mark.parametrize("module", [_linear, _convolution])
+def test_of_two_threads_that_ask_what_works_each_keeps_its_autocast(module: ModuleType, monkeypatch) -> None:
+    asked, other_has_left, found = Event(), Event(), []
+    available = torch.backends.mkldnn.is_available
+
+    def slowly() -> bool:
+        if current_thread() is thread:
+            asked.set()
+            other_has_left.wait(60)
+        return available()
+
+    def ask() -> None:
+        with autocast():
+            module._works.__wrapped__(torch.float32)
+            found.append(torch.is_autocast_enabled("cpu"))
+
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", slowly)
+    thread = Thread(target=ask)
+    thread.start()
+    assert asked.wait(60)
+    module._works.__wrapped__(torch.float32)
+    other_has_left.set()
+    thread.join()
+    assert found == [True] and not torch.is_autocast_enabled("cpu")
+
+
 # ---- Convolutions ---------------------------------------------------------------------------------------------------
 
 
@@ -185,6 +213,17 @@ def test_convolutions_that_stay_modules(case: str, convolutions: list[torch.dtyp
         found, expected = block(x), plain(x)
     assert torch.equal(found, expected) and found.dtype == expected.dtype
     assert convolutions == []
+
+
+@needs_bfloat16
+def test_a_hook_on_a_convolution_sees_what_it_sees_without(convolutions: list[torch.dtype]) -> None:
+    """Autocast casts within the convolution: its input is the block's."""
+    block, seen = Block().eval().requires_grad_(False), []
+    block.layers[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].dtype))
+    _convolution.pack_convolutions(list(block.layers))
+    with torch.no_grad(), autocast():
+        block(values(2, 16, 9, 7))
+    assert seen == [torch.float32] and convolutions == [torch.bfloat16]  # the other convolution
 
 
 @needs_bfloat16
