@@ -183,72 +183,141 @@ class InertUnpickler(pickle.Unpickler):
 
 def check_program(content: bytes) -> None:
     """Refuse a pickle that would harm the unpickler itself: by memory for a memo with gaps or for bytes that do not
-    come, or by tuples so deep that Python's hash of one, which calls itself in C, overflows the stack.
+    come, or by the tuples that `check_tuples` refuses.
 
     Raises:
         ValueError: such a pickle, or one that is cut short or has an unknown opcode.
     """
     place, count, tuples, size = 0, 0, 0, len(content)
+    again, memo = 0, _Memo()
     while place < size:
         code = content[place]
-        width = _WIDTHS[code]
+        width, start = _WIDTHS[code], place + 1
         if width >= 0:
-            argument, place = place + 1, place + 1 + width
-            if code in _PUTS and int.from_bytes(content[argument:place], "little") > count:
-                raise ValueError(_GAPS)
+            place = start + width
             if code in _TUPLES:
                 tuples += 1
             elif code == _STOP:
                 break
         elif width == pickletools.UP_TO_NEWLINE:
             end = _line_end(content, place)
-            if code == _PUT and int(content[place + 1 : end]) > count:
-                raise ValueError(_GAPS)
             place = (_line_end(content, end + 1) if code in _PAIRS else end) + 1
         elif width in _LENGTHS:
-            start = place + 1 + _LENGTHS[width]
+            start += _LENGTHS[width]
             place = start + int.from_bytes(content[place + 1 : start], "little")
             if place > size:  # the unpickler would make room for all of it first
                 raise ValueError("pickle data was truncated")
         else:
             raise ValueError(f"at byte {place}: no opcode {content[place : place + 1]!r}")
+        if _NEW[code]:
+            memo.top = False
+        else:
+            argument = content[start:place]
+            again += memo.follow(code, int(argument) if code in _TEXT else int.from_bytes(argument, "little"), count)
         count += 1
-    if tuples > DEEPEST_TUPLE:
-        check_depth(pickletools.genops(content))
+    if tuples > DEEPEST_TUPLE or again > _FEW_AGAIN:
+        check_tuples(pickletools.genops(content))
 
 
-def check_depth(operations: Iterable[tuple[pickletools.OpcodeInfo, Any, int | None]]) -> None:
-    """ValueError where tuples lie deeper in one another than `DEEPEST_TUPLE`; `pickletools.genops` gives operations."""
-    stack: list[int | None] = []  # how deep each object is as a tuple; None for a mark
-    memo: dict[int, int | None] = {}
-    for operation, argument, _ in operations:
+class _Memo:
+    """Where a program may keep tuples, as far as can be said without its stack.
+
+    Attributes:
+        top: whether what was pushed last may be a tuple.
+    """
+
+    def __init__(self) -> None:
+        self.top = False
+        self._tuples: set[int] = set()
+        self._indexed, self._memoized = False, 0
+
+    def follow(self, code: int, argument: int, count: int) -> int:
+        """What an opcode that is not `_NEW` does, the program's number `count`; 1 where it may name a tuple again."""
+        if code in _TUPLES:
+            self.top = True
+        elif code in _PUTS:
+            if argument > count:
+                raise ValueError(_GAPS)
+            self._indexed = True
+            if self.top:
+                self._tuples.add(argument)
+        elif code == _MEMOIZE:
+            if self._indexed:  # the unpickler's own count may be another: nothing that writes pickles mixes the two
+                return _FEW_AGAIN + 1
+            if self.top:
+                self._tuples.add(self._memoized)
+            self._memoized += 1
+        elif code in _GETS:
+            self.top = argument in self._tuples
+            return self.top
+        elif code == _DUP:
+            return self.top
+        else:
+            self.top = True  # it may show what lies below
+        return 0
+
+
+def check_tuples(operations: Iterable[tuple[pickletools.OpcodeInfo, Any, int | None]]) -> None:
+    """Refuse tuples that Python cannot hash: it hashes what is in one, and what is in that, by calls in C and each
+    time anew.
+
+    Args:
+        operations: of a pickle, from `pickletools.genops`.
+
+    Raises:
+        ValueError: tuples lie deeper in one another than `DEEPEST_TUPLE`, or name one another so often that written
+            out they would be many times as large as the pickle.
+    """
+    plain = 0, 1
+    stack: list[tuple[int, int] | None] = []  # how deep each object is as a tuple, and its size; None for a mark
+    memo: dict[int, tuple[int, int]] = {}
+    again = 0  # the size of all that is named again
+    for count, (operation, argument, _) in enumerate(operations):
         name = operation.name
         if name == "MARK":
             stack.append(None)
         elif name == "MEMOIZE" or name.endswith("PUT"):
-            memo[len(memo) if name == "MEMOIZE" else int(argument)] = stack[-1]
-        elif name.endswith("GET"):
-            stack.append(memo.get(int(argument), 0))
-        elif name == "DUP":
-            stack.append(stack[-1])
+            memo[len(memo) if name == "MEMOIZE" else int(argument)] = stack[-1] or plain
+        elif name == "DUP" or name.endswith("GET"):
+            one = (stack[-1] if name == "DUP" else memo.get(int(argument))) or plain
+            again += one[1] if one[1] > 1 else 0
+            if again > _MOST_AGAIN + 100 * count:
+                raise ValueError("tuples that name one another too often")
+            stack.append(one)
         else:
-            taken: list[int | None] = []
+            taken: list[tuple[int, int] | None] = []
             before = operation.stack_before
-            if pickletools.stackslice in before or pickletools.markobject in before:
+            if pickletools.markobject in before:
                 while (one := stack.pop()) is not None:
                     taken.append(one)
-                before = [one for one in before if one not in (pickletools.stackslice, pickletools.markobject)]
+                before = before[: before.index(pickletools.markobject)]
             taken += [stack.pop() for _ in before]
-            depth = 1 + max((one or 0 for one in taken), default=0) if name in _TUPLE_NAMES else 0
-            if depth > DEEPEST_TUPLE:
+            made = plain
+            if name in _TUPLE_NAMES:
+                inner = [one or plain for one in taken]
+                made = 1 + max((one[0] for one in inner), default=0), 1 + sum(one[1] for one in inner)
+            elif name in _FILLS:
+                made = taken[-1] or plain
+            if made[0] > DEEPEST_TUPLE:
                 raise ValueError(f"tuples in one another, over {DEEPEST_TUPLE} deep")
-            stack += [depth] * len(operation.stack_after)
+            stack += [made] * len(operation.stack_after)
 
 
+_FEW_AGAIN = 8
+"""Tuples named again: so few cannot make much of a pickle."""
+_MOST_AGAIN = 1_000_000
 DEEPEST_TUPLE = 10_000
 """Tuples in one another: some 100,000 overflow a stack of 8 MiB, plain data have three."""
 
 _GAPS = "its memo has gaps"  # which take memory
+_FILLS = (
+    "APPEND",
+    "APPENDS",
+    "SETITEM",
+    "SETITEMS",
+    "ADDITEMS",
+    "BUILD",
+)  # what they fill stays, a tuple, too, with nothing
 _TUPLE_NAMES = ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3")
 _LENGTHS = {
     pickletools.TAKEN_FROM_ARGUMENT1: 1,
@@ -267,10 +336,35 @@ def _widths() -> list[int]:
 
 
 _WIDTHS = _widths()
-_STOP, _PUT = ord("."), ord("p")
-_PUTS = frozenset(b"qr")
+_STOP, _DUP, _MEMOIZE = b".2\x94"
+_PUTS, _GETS, _TEXT = frozenset(b"pqr"), frozenset(b"ghj"), frozenset(b"pg")
 _PAIRS = frozenset(b"ci")  # of two lines
 _TUPLES = frozenset(b"t\x85\x86\x87")
+
+
+def _new() -> list[bool]:
+    """Of each opcode, whether it pushes an object of its own that is no tuple of anything."""
+    made = (
+        "MARK",
+        "LIST",
+        "DICT",
+        "FROZENSET",
+        "INST",
+        "OBJ",
+        "REDUCE",
+        "NEWOBJ",
+        "NEWOBJ_EX",
+        "STACK_GLOBAL",
+        "BINPERSID",
+    )
+    new = [False] * 256
+    for operation in pickletools.opcodes:
+        pushes = operation.stack_after and not operation.stack_before and not operation.name.endswith("GET")
+        new[ord(operation.code)] = bool(pushes) or operation.name in made
+    return new
+
+
+_NEW = _new()
 
 
 def _line_end(content: bytes, place: int) -> int:

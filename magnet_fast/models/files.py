@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import torch
 from safetensors import SafetensorError
 
-from magnet_fast.inert import DEEPEST_TUPLE, InertUnpickler, StandIn, check_depth, paths, printable, type_name
+from magnet_fast.inert import InertUnpickler, StandIn, check_tuples, paths, printable, type_name
 from magnet_fast.models.tensor_file import TensorFile, unchanged
 from magnet_fast.models.wrapping import SAVE_WEIGHTS
 from magnet_fast.showing import shown
@@ -250,14 +250,7 @@ def _inspected(file: BinaryIO, what: str) -> tuple[InertUnpickler, Any]:
     """What the next pickle of a file names and would build, without building it; what could run code is refused."""
     start = file.tell()
     try:
-        tuples = 0
-        for count, (operation, argument, _) in enumerate(pickletools.genops(file)):
-            if operation.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > count:
-                raise ValueError("its memo has gaps")  # which take memory
-            tuples += operation.name.startswith("TUPLE")
-        if tuples > DEEPEST_TUPLE:
-            file.seek(start)
-            check_depth(pickletools.genops(file))
+        check_tuples(_without_gaps(pickletools.genops(file)))
         file.seek(start)
         unpickler = InertUnpickler(file, {name: _Entries for name in ("collections.OrderedDict", *_DICTIONARIES)})
         contents = unpickler.load()
@@ -273,6 +266,13 @@ def _inspected(file: BinaryIO, what: str) -> tuple[InertUnpickler, Any]:
                 "it; do not load it by other means either"
             )
     return unpickler, contents
+
+
+def _without_gaps(operations: Iterator[tuple[Any, Any, Any]]) -> Iterator[tuple[Any, Any, Any]]:
+    for count, (operation, argument, place) in enumerate(operations):
+        if operation.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > count:
+            raise ValueError("its memo has gaps")  # which take memory
+        yield operation, argument, place
 
 
 def _load(file: BinaryIO, what: str, unpickler: InertUnpickler, inert: Any) -> Any:

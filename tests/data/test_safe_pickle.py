@@ -197,6 +197,49 @@ def test_tuples_that_would_overflow_the_stack_are_refused(tmp_path):
             load_plain_pickle(path)
 
 
+TWICE = {
+    "by the stack": b"2\x86",
+    "by the memo": b"q\x05h\x05\x86",
+    "by the memo in text": b"p5\ng5\n\x86",
+    "by the memo's own count": b"%c",
+    "behind something thrown away": b"N0q\x05h\x05\x86",
+    "after nothing was appended": b"(eq\x05h\x05\x86",
+}
+
+
+def named_twice(way: str, times: int) -> bytes:
+    """A dictionary whose key is a tuple that names another twice, which names another twice, and so on."""
+    step = TWICE[way]
+    steps = b"".join(b"\x94h" + bytes([number]) + b"\x86" for number in range(times)) if b"%c" in step else step * times
+    return b"\x80\x02](" + b"K\x00" * 6 + b"}K\x01\x85" + steps + b"K\x01se."
+
+
+@pytest.mark.parametrize("way", TWICE)
+def test_tuples_that_no_computer_can_hash_are_refused(tmp_path, way):
+    """Python hashes the innermost twice as often with each: with forty, for hours."""
+    path = tmp_path / "refs.p"
+    path.write_bytes(named_twice(way, 10))
+    assert len(load_plain_pickle(path)) == 7
+    path.write_bytes(named_twice(way, 24))
+    with pytest.raises(ValueError, match=r"refs\.p: not a readable pickle .*tuples that name one another too often"):
+        load_plain_pickle(path)
+
+
+def test_a_wide_tuple_as_a_key_again_and_again_is_refused(tmp_path):
+    wide = b"(" + b"K\x01" * 5_000 + b"tq\x05N" + b"h\x05N" * 50_000
+    (tmp_path / "refs.p").write_bytes(b"\x80\x02](" + b"K\x00" * 6 + b"}(" + wide + b"ue.")
+    with pytest.raises(ValueError, match="tuples that name one another too often"):
+        load_plain_pickle(tmp_path / "refs.p")
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_tuples_that_are_shared_are_read(tmp_path, protocol):
+    box = (1.5, (2, "a"), None)
+    content = [{"box": box, "boxes": [box, box]} for _ in range(2_000)]
+    (tmp_path / "refs.p").write_bytes(pickle.dumps(content, protocol))
+    assert load_plain_pickle(tmp_path / "refs.p") == content
+
+
 def test_many_tuples_beside_each_other_are_read(tmp_path):
     boxes = [{"box": (number, (1.5, "a"), (2, number, None))} for number in range(8_000)]
     for protocol in range(6):
