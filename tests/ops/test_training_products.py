@@ -235,6 +235,20 @@ def test_the_measurement_itself() -> None:
         assert getattr(found, name) == (onednn < 0.85 * mkl)
 
 
+def test_what_other_processes_take_does_not_decide(monkeypatch) -> None:
+    """Of nine turns eight were interrupted, MKL's for the longer: the one that was not says which is the faster."""
+    # A product's turns, MKL's and oneDNN's; before them is one that is not timed.
+    clock, durations = [0.0], itertools.cycle([0.0, *[9.0, 6.0] * 8, 1.0, 2.0])
+    reads = itertools.count()
+
+    def now() -> float:
+        clock[0] += next(durations) if next(reads) % 2 else 0.0
+        return clock[0]
+
+    monkeypatch.setattr(_training_products, "perf_counter", now)
+    assert _training_products._times() == dict.fromkeys(SLOW, (1.0, 2.0))
+
+
 def test_an_answer_is_kept_and_asked_again_when_the_machine_is_another(monkeypatch) -> None:
     times = [SLOW, FAST]
     monkeypatch.setattr(_training_products, "_times", lambda: times.pop(0))
