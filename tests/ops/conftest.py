@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from magnet_fast.ops import _packed
+from magnet_fast.ops import _linear, _packed
 from magnet_fast.ops._linear import pack_linear
 
 from .stand_in import machine  # noqa: F401 - a fixture
@@ -27,6 +27,8 @@ def packed_layer() -> Iterator[nn.Linear]:
 @pytest.fixture
 def packings(monkeypatch) -> list[Tensor]:
     """Every weight of a Linear that was packed."""
+    for dtype in (torch.float32, torch.bfloat16):
+        _linear._works(dtype)  # which packs one, once in a process
     found = []
     pack = torch.ops.mkldnn._reorder_linear_weight
     operators = SimpleNamespace(
