@@ -147,8 +147,12 @@ _ONLY_NAMED = ("numpy.ndarray",)  # an argument of _reconstruct, not called itse
 class InertUnpickler(pickle.Unpickler):
     """Python's unpickler, with every name answered by a class of ours.
 
+    What a pickle says once it may use any number of times. So what it has built is counted: a text that becomes
+    bytes, or a list that becomes a dictionary, a hundred thousand times would fit in no memory.
+
     Args:
         file: at the pickle's beginning.
+        size: of the pickle, in bytes.
         answers: classes for more names than NumPy's; their construction must be harmless with any arguments.
 
     Attributes:
@@ -156,8 +160,9 @@ class InertUnpickler(pickle.Unpickler):
         outside: the persistent ids that it asked for.
     """
 
-    def __init__(self, file: BinaryIO, answers: Mapping[str, type] | None = None) -> None:
+    def __init__(self, file: BinaryIO, size: int, answers: Mapping[str, type] | None = None) -> None:
         super().__init__(file, encoding="latin1")
+        self._left = _MORE_BUILT + 8 * size
         self._answers = {**_REBUILT, **(answers or {})}
         self.named: dict[str, type] = {}
         self.outside: list[Any] = []
@@ -167,8 +172,28 @@ class InertUnpickler(pickle.Unpickler):
         full = printable(f"{module}.{name}")
         if full not in self.named:
             # A class of its own for every reading: a pickle can write attributes of the classes that it gets.
-            self.named[full] = type(full, (self._answers.get(full, StandIn),), {"type_name": full})
+            self.named[full] = self._answering(self._answers.get(full, StandIn), full)
         return self.named[full]
+
+    def _answering(self, base: type, full: str) -> type:
+        def __new__(cls: type, *args: Any, **kwargs: Any) -> Any:
+            self._count(sum(_bytes(one) for one in (args, *args, kwargs)))
+            return base.__new__(cls, *args, **kwargs)
+
+        def array(made: PickledArray) -> np.ndarray:
+            found = PickledArray.array(made)
+            self._count(found.nbytes)
+            return found
+
+        # Not by an attribute: those a pickle can write.
+        counted = {"__new__": __new__, **({"array": array} if issubclass(base, PickledArray) else {})}
+        return type(full, (base,), {"type_name": full, **counted})
+
+    def _count(self, built: int) -> None:
+        """ValueError where all that was built, in bytes, is far more than the pickle states."""
+        self._left -= built
+        if self._left < 0:
+            raise ValueError("what it builds is many times as large as it is")
 
     def persistent_load(self, pid: Any) -> Any:
         self.outside.append(pid)
@@ -179,6 +204,13 @@ class InertUnpickler(pickle.Unpickler):
     def unknown(self) -> list[str]:
         """Names that only a `StandIn` answered."""
         return [name for name in self.named if name not in self._answers and name not in _ONLY_NAMED]
+
+
+def _bytes(used: Any) -> int:
+    """What a copy of it takes, of its entries their addresses alone."""
+    if isinstance(used, (str, bytes, bytearray)):
+        return len(used)
+    return 8 * len(used) if isinstance(used, (list, tuple, dict, set, frozenset)) else 0
 
 
 def check_program(content: bytes) -> None:
@@ -303,6 +335,8 @@ def check_tuples(operations: Iterable[tuple[pickletools.OpcodeInfo, Any, int | N
             stack += [made] * len(operation.stack_after)
 
 
+_MORE_BUILT = 1 << 20
+"""Bytes that a pickle may have built beyond eight times its size."""
 _FEW_AGAIN = 8
 """Tuples named again: so few cannot make much of a pickle."""
 _MOST_AGAIN = 1_000_000

@@ -33,7 +33,7 @@ def load_plain_pickle(path: str | os.PathLike[str]) -> Any:
     path = Path(path)
     stored = path.read_bytes()
     file = io.BytesIO(stored)
-    unpickler = InertUnpickler(file)
+    unpickler = InertUnpickler(file, len(stored))
     try:
         check_program(stored)
         content = unpickler.load()
@@ -59,12 +59,15 @@ def load_plain_pickle(path: str | os.PathLike[str]) -> Any:
 
 def _unpack_arrays(content: Any, path: Path) -> None:
     """Put plain lists where dictionaries and lists hold arrays."""
+    found: dict[int, list] = {}  # one that is held a thousand times is one list
     for place, item in paths(content):
         if isinstance(item, dict | list):
             for key, value in item.items() if isinstance(item, dict) else enumerate(item):
                 if isinstance(value, PickledArray):
                     try:
-                        item[key] = value.array().tolist()
+                        if id(value) not in found:
+                            found[id(value)] = value.array().tolist()
+                        item[key] = found[id(value)]
                     except ValueError as error:
                         where = _where(f"{place}/{key}" if place else f"{key}")
                         raise UnsafePickleError(

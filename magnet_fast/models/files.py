@@ -251,8 +251,10 @@ def _inspected(file: BinaryIO, what: str) -> tuple[InertUnpickler, Any]:
     start = file.tell()
     try:
         check_tuples(_without_gaps(pickletools.genops(file)))
+        size = file.tell() - start
         file.seek(start)
-        unpickler = InertUnpickler(file, {name: _Entries for name in ("collections.OrderedDict", *_DICTIONARIES)})
+        answers = {name: _Entries for name in ("collections.OrderedDict", *_DICTIONARIES)}
+        unpickler = InertUnpickler(file, size, answers)
         contents = unpickler.load()
     except Exception as error:  # pickle raises nearly any exception for bytes that are no pickle
         raise ValueError(f"{what} cannot be read safely: damaged or cut short ({_reason(error)}); {_AGAIN}") from error

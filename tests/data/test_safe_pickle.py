@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import os
 import pickle
+import tracemalloc
 from collections import OrderedDict
 from pathlib import Path
 
@@ -245,6 +246,30 @@ def test_many_tuples_beside_each_other_are_read(tmp_path):
     for protocol in range(6):
         (tmp_path / "refs.p").write_bytes(pickle.dumps(boxes, protocol))
         assert load_plain_pickle(tmp_path / "refs.p") == boxes
+
+
+def test_one_text_that_becomes_bytes_again_and_again_is_refused(tmp_path):
+    """Each copy is of a megabyte, and asking for one takes five bytes."""
+    arguments = b"(X" + (1 << 20).to_bytes(4, "little") + b"a" * (1 << 20) + b"X\x06\x00\x00\x00latin1tq\x01"
+    (tmp_path / "refs.p").write_bytes(
+        b"\x80\x02c_codecs\nencode\nq\x00" + arguments + b"](" + b"h\x00h\x01R" * 1_000 + b"e."
+    )
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=r"refs\.p: .*what it builds is many times as large as it is"):
+            load_plain_pickle(tmp_path / "refs.p")
+        assert tracemalloc.get_traced_memory()[1] < 1 << 25
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_an_array_that_many_records_share_is_read_once(tmp_path, protocol):
+    array = np.arange(3_000)
+    content = [{"box": array, "number": number} for number in range(3_000)]
+    (tmp_path / "refs.p").write_bytes(pickle.dumps(content, protocol))
+    found = load_plain_pickle(tmp_path / "refs.p")
+    assert found[0]["box"] == array.tolist() and all(one["box"] is found[0]["box"] for one in found)
 
 
 def test_bytes_that_do_not_come_take_no_memory(tmp_path):

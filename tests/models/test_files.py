@@ -14,6 +14,7 @@ import pickle
 import struct
 import sys
 import tarfile
+import tracemalloc
 import types
 import zipfile
 from argparse import Namespace
@@ -388,26 +389,46 @@ def test_sizes_that_a_file_claims_are_checked(tmp_path: Path) -> None:
     assert "over a hundred times" in refusal(tmp_path, bomb.getvalue())
 
 
+def pickled(form: str, program: bytes) -> bytes:
+    """A pickle as a file of its own, or in one of torch.save's two forms."""
+    if form == "legacy":
+        whole = io.BytesIO()
+        torch.save({}, whole, _use_new_zipfile_serialization=False)
+        return whole.getvalue()[: whole.getvalue().index(b"}q")] + program[2:]
+    if form == "zip":
+        archive = io.BytesIO()
+        with zipfile.ZipFile(archive, "w") as file:
+            file.writestr("archive/data.pkl", program)
+        return archive.getvalue()
+    return program
+
+
+@pytest.mark.parametrize("name", ["OrderedDict", "Counter"])
+@pytest.mark.parametrize("form", ["bare", "legacy", "zip"])
+def test_one_list_that_is_copied_again_and_again_is_refused(tmp_path: Path, form: str, name: str) -> None:
+    """A dictionary of 2,000 entries, made anew by five bytes."""
+    items = b"".join(b"(M" + struct.pack("<H", number) + b"Nt" for number in range(2_000))
+    class_name = b"ccollections\n" + name.encode() + b"\nq\x00"
+    program = b"\x80\x02" + class_name + b"((" + items + b"ltq\x01](" + b"h\x00h\x01R" * 5_000 + b"e."
+    tracemalloc.start()
+    try:
+        with pytest.raises(
+            ValueError, match=r"file\.pth.* cannot be read safely: damaged .*what it builds is many times"
+        ):
+            read(tmp_path, pickled(form, program), "file.pth")
+        assert tracemalloc.get_traced_memory()[1] < 1 << 26
+    finally:
+        tracemalloc.stop()
+
+
 @pytest.mark.parametrize("tuples", [b"\x85" * 300_000, b"2\x86" * 24], ids=["deep", "each twice the one before"])
 @pytest.mark.parametrize("form", ["bare", "legacy", "zip"])
 def test_tuples_that_cannot_be_hashed_are_refused(tmp_path: Path, form: str, tuples: bytes) -> None:
     program = b"\x80\x02}(" + b")" + tuples + b"K\x01u."
-    content = program
-    if form == "legacy":
-        whole = io.BytesIO()
-        torch.save({}, whole, _use_new_zipfile_serialization=False)
-        content = whole.getvalue()[: whole.getvalue().index(b"}q")] + program[2:]
-    elif form == "zip":
-        archive = io.BytesIO()
-        with zipfile.ZipFile(archive, "w") as file:
-            file.writestr("archive/data.pkl", program)
-        content = archive.getvalue()
-    path = tmp_path / "file.pth"
-    path.write_bytes(content)
     with pytest.raises(
         ValueError, match=r"file\.pth.* cannot be read safely: damaged .*tuples (in|that name) one another"
     ):
-        read_contents(path)
+        read(tmp_path, pickled(form, program), "file.pth")
 
 
 def zipped(path: Path, change: Callable[[bytes], bytes]) -> Path:
