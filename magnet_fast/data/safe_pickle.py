@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from magnet_fast.models.files import foreign
 from magnet_fast.showing import shown
 
 _PLAIN_TYPES = frozenset({dict, list, tuple, str, bytes, int, float, bool, type(None)})
+_MOST_WRITTEN_OUT = 1_000_000
 _EXPECTED = "expected dict, list, tuple, str, bytes, int, float, bool, None and NumPy's numbers only"
 
 
@@ -76,8 +78,9 @@ def _unpack_arrays(content: Any, path: Path) -> None:
 
 
 def _check_types(content: Any, path: Path) -> None:
-    """Refuse stand-ins, and what needs no name but is not in the list: sets, bytearrays."""
-    waiting, seen = [content], set()
+    """Refuse stand-ins, and what needs no name but is not in the list: sets, bytearrays; and lists that name one
+    another so often that whoever reads them, each time anew, would not come to an end."""
+    waiting, seen, shared = [content], set(), False
     while waiting:
         item = waiting.pop()
         kind = type(item)
@@ -85,11 +88,33 @@ def _check_types(content: Any, path: Path) -> None:
             raise UnsafePickleError(_refusal(content, path))
         if kind in (dict, list, tuple):
             if id(item) in seen:
+                shared = True
                 continue
             seen.add(id(item))
             waiting.extend(item)
             if kind is dict:
                 waiting.extend(item.values())
+    if shared and _written_out(content) > (most := _MOST_WRITTEN_OUT + 100 * len(seen)):
+        raise ValueError(f"{path}: its lists name one another so often that written out they hold over {most} values")
+
+
+def _written_out(content: Any) -> int:
+    """Entries of all containers, those of one that is named again counted again; of one within itself once."""
+    waiting, sizes = [content], {}
+    while waiting:
+        item = waiting[-1]
+        inner = [one for one in _inner(item) if type(one) in (dict, list, tuple)]
+        if id(item) not in sizes:
+            sizes[id(item)] = 0
+            waiting.extend(one for one in inner if id(one) not in sizes)
+        else:
+            waiting.pop()
+            sizes[id(item)] = sizes[id(item)] or len(item) + sum(sizes[id(one)] for one in inner)
+    return sizes[id(content)]
+
+
+def _inner(item: Any) -> Iterable[Any]:
+    return item.values() if isinstance(item, dict) else item
 
 
 def _refusal(content: Any, path: Path) -> str:
