@@ -125,7 +125,7 @@ class _Batch:
         self.state[:] = _STATE.pack(first, 0, 0, 0)
         self.folder = Path(tempfile.mkdtemp(prefix=f"fuzz-{name}-"))
         self.notes = self.folder / "findings.jsonl"
-        self.status, self.hung, self.began = 0, False, time.monotonic()
+        self.status, self.ended, self.hung, self.began = 0, False, False, time.monotonic()
         self.child = os.fork()
         if self.child == 0:
             status = 1
@@ -143,17 +143,18 @@ class _Batch:
 
     def has_ended(self) -> bool:
         """Whether the child has; it is ended here once nothing comes of it any more."""
-        ended, self.status = os.waitpid(self.child, os.WNOHANG)
-        if ended:
+        found, self.status = os.waitpid(self.child, os.WNOHANG)
+        self.ended = found != 0
+        if self.ended:
             return True
         if (now := bytes(self.state[:])) != self.before:
             self.before, self.since, self.worked = now, time.monotonic(), _work_of(self.child)
         silent = time.monotonic() - self.since
         if silent > SECONDS and (silent > 10 * SECONDS or _work_of(self.child) - self.worked > SECONDS):
-            self.hung = True
+            self.ended = self.hung = True
             os.kill(self.child, signal.SIGKILL)
             self.status = os.waitpid(self.child, 0)[1]
-        return self.hung
+        return self.ended
 
     def conclude(self, report: Report) -> int:
         """Add what came of it to the report; the number of the input after the last one that it tried."""
@@ -178,9 +179,10 @@ class _Batch:
         return number + max(1, self.together)
 
     def give_up(self) -> None:
-        """End the child; nothing of what it did counts."""
-        os.kill(self.child, signal.SIGKILL)
-        os.waitpid(self.child, 0)
+        """End the child, where it has not ended by itself; nothing of what it did counts."""
+        if not self.ended:
+            os.kill(self.child, signal.SIGKILL)
+            os.waitpid(self.child, 0)
         shutil.rmtree(self.folder, ignore_errors=True)
 
 

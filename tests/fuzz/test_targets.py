@@ -156,6 +156,20 @@ def test_a_stopped_one_goes_on(tmp_path: Path, monkeypatch, capsys, how) -> None
     assert command.main(given) == 1 and (tmp_path / "notes").read_text().splitlines()[len(lines) :] == ["4 26", "4 27"]
 
 
+def test_stopped_where_several_have_ended(tmp_path: Path, monkeypatch) -> None:
+    """Both children are gone when the first one's end is written down, and that is where it stops."""
+    report, sleep = running.Report("numbered", 4, [(0, 26)]), time.sleep
+    monkeypatch.setattr(running.time, "sleep", lambda seconds: sleep(1.0))
+
+    def stop(report: running.Report) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        running.run(
+            report, type("Quick", (Numbered,), {"batch": 2, "notes": tmp_path / "notes"}), 2, told=False, kept=stop
+        )
+
+
 def test_a_lost_file_is_a_finding(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"x")
