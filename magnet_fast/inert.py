@@ -344,14 +344,8 @@ DEEPEST_TUPLE = 10_000
 """Tuples in one another: some 100,000 overflow a stack of 8 MiB, plain data have three."""
 
 _GAPS = "its memo has gaps"  # which take memory
-_FILLS = (
-    "APPEND",
-    "APPENDS",
-    "SETITEM",
-    "SETITEMS",
-    "ADDITEMS",
-    "BUILD",
-)  # what they fill stays, a tuple, too, with nothing
+# What they fill stays, a tuple, too, where they fill in nothing.
+_FILLS = ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD")
 _TUPLE_NAMES = ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3")
 _LENGTHS = {
     pickletools.TAKEN_FROM_ARGUMENT1: 1,

@@ -62,8 +62,10 @@ def load_plain_pickle(path: str | os.PathLike[str]) -> Any:
 def _unpack_arrays(content: Any, path: Path) -> None:
     """Put plain lists where dictionaries and lists hold arrays."""
     found: dict[int, list] = {}  # one that is held a thousand times is one list
+    seen = set()
     for place, item in paths(content):
-        if isinstance(item, dict | list):
+        if isinstance(item, dict | list) and id(item) not in seen:
+            seen.add(id(item))
             for key, value in item.items() if isinstance(item, dict) else enumerate(item):
                 if isinstance(value, PickledArray):
                     try:
@@ -100,16 +102,18 @@ def _check_types(content: Any, path: Path) -> None:
 
 def _written_out(content: Any) -> int:
     """Entries of all containers, those of one that is named again counted again; of one within itself once."""
-    waiting, sizes = [content], {}
+    waiting, begun, sizes = [content], set(), {}
     while waiting:
         item = waiting[-1]
-        inner = [one for one in _inner(item) if type(one) in (dict, list, tuple)]
-        if id(item) not in sizes:
-            sizes[id(item)] = 0
-            waiting.extend(one for one in inner if id(one) not in sizes)
-        else:
+        if id(item) in sizes:  # named by several, it waited several times
             waiting.pop()
-            sizes[id(item)] = sizes[id(item)] or len(item) + sum(sizes[id(one)] for one in inner)
+            continue
+        inner = [one for one in _inner(item) if type(one) in (dict, list, tuple)]
+        if id(item) in begun:
+            sizes[id(item)] = len(item) + sum(sizes.get(id(one), 0) for one in inner)
+        else:
+            begun.add(id(item))
+            waiting.extend(one for one in inner if id(one) not in begun)
     return sizes[id(content)]
 
 

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from magnet_fast.data import safe_pickle
 from magnet_fast.data.datasets.refer import Refer
 from magnet_fast.data.safe_pickle import UnsafePickleError, load_plain_pickle
 
@@ -215,6 +216,16 @@ def test_tuples_that_would_overflow_the_stack_are_refused(tmp_path):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"refs\.p: not a readable pickle .*tuples in one another, over"):
             load_plain_pickle(path)
+
+
+def test_what_is_shared_is_looked_into_once(tmp_path, monkeypatch):
+    """However many name it: looking into it each time would take as long as what is refused."""
+    wide = [[] for _ in range(300)]
+    (tmp_path / "refs.p").write_bytes(pickle.dumps([np.int64(1), *[wide] * 300]))
+    looked, inner = [], safe_pickle._inner
+    monkeypatch.setattr(safe_pickle, "_inner", lambda item: looked.append(item) or inner(item))
+    assert load_plain_pickle(tmp_path / "refs.p") == [1, *[wide] * 300]
+    assert 300 < len(looked) <= 2 * 302
 
 
 TWICE = {
