@@ -136,7 +136,7 @@ def _holds_tensors(value: Mapping[str, Any]) -> bool:
 def _tensors(level: Mapping[str, Any], what: str, place: str) -> dict[str, Tensor]:
     """The tensors of one level, or of the parts that it keeps apart, under plain names."""
     found: dict[str, Tensor] = {}
-    for name, value in _leaves(level):
+    for name, value in _leaves(level, what):
         if not isinstance(name, str):
             if _is_tensor(value):
                 under = f" under {place!r}" if place else ""
@@ -162,13 +162,20 @@ def _tensors(level: Mapping[str, Any], what: str, place: str) -> dict[str, Tenso
     return found
 
 
-def _leaves(level: Mapping[Any, Any], depth: int = 1) -> Iterable[tuple[Any, Any]]:
+_MOST_ENTRIES = 1_000_000
+"""Of all parts together: a few megabytes may name one part a hundred thousand times."""
+
+
+def _leaves(level: Mapping[Any, Any], what: str, depth: int = 1) -> Iterable[tuple[Any, Any]]:
     if any(map(_is_tensor, level.values())):
         yield from level.items()
     elif depth:
-        for part, inner in level.items():
-            if isinstance(inner, Mapping) and not _is_beside(part):
-                yield from ((f"{key_text(part)}.{key_text(name)}", value) for name, value in _leaves(inner, depth - 1))
+        parts = [(part, one) for part, one in level.items() if isinstance(one, Mapping) and not _is_beside(part)]
+        if sum(len(one) for _, one in parts) > _MOST_ENTRIES:
+            raise ValueError(f"{what} holds parts of over {_MOST_ENTRIES} entries: no model has so many weights")
+        for part, inner in parts:
+            leaves = _leaves(inner, what, depth - 1)
+            yield from ((f"{key_text(part)}.{key_text(name)}", value) for name, value in leaves)
 
 
 def _as_tensor(value: Any, what: str, where: str) -> Tensor:

@@ -329,3 +329,12 @@ def test_pretrained_encoders_in_other_wrappings(lavt: dict[str, State], tmp_path
     save_file(prefixed(state, "module."), tmp_path / "folder" / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match=r"text weights '.*folder' lack \d+ of the encoder's \(embeddings"):
         bert.load_pretrained(str(tmp_path / "folder"))
+
+
+@pytest.mark.parametrize("entry", [torch.ones(1), 1])
+def test_one_part_under_very_many_names_is_refused(entry: Any) -> None:
+    """A file of a few megabytes; written out it would have ten billion weights."""
+    part = {f"w{number}": entry for number in range(2_000)}
+    content = {"a": {"w": torch.ones(1)}, "b": {"w": torch.ones(1)}, **{f"p{number}": part for number in range(2_000)}}
+    with pytest.raises(ValueError, match="file holds parts of over 1000000 entries"):
+        unwrap(content, "file")
